@@ -49,7 +49,7 @@ from drllm.evaluation.latency import (
     time_in_turns,
 )
 from drllm.models.base.load import BaseModel
-from drllm.models.base.prompts import encode, left_padded
+from drllm.models.base.prompts import encode, pad_left
 from drllm.models.export import export_path
 from drllm.models.routers.config import RouterConfig
 from drllm.models.routers.stack import RouterStack
@@ -337,7 +337,7 @@ class ManyPrompts:
         """Answer in the prompts' order, so that a batch has several plans."""
         answers: Answers = []
         for start in range(0, len(self.rows), size):
-            ids, mask = left_padded(self.rows[start : start + size], "cpu")
+            ids, mask = pad_left(self.rows[start : start + size], "cpu")
             output = self.routed.generate(ids, attention_mask=mask, do_sample=False, **self.length)
             answers += [tuple(row) for row in output[:, ids.shape[1] :].tolist()]
         return answers

@@ -25,7 +25,7 @@ import torch
 from common import bound
 
 from drllm.models.base.load import BaseModel
-from drllm.models.base.prompts import left_padded
+from drllm.models.base.prompts import pad_left
 from drllm.models.check import replace_layers
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import Decisions, StaticPath
@@ -85,7 +85,7 @@ def batched(base: BaseModel, items: Sequence[Item], path: StaticPath) -> list[fl
                 for option in items[place].request.continuations
             ]
             texts = [context + option for _, context, option in rows]
-            ids, mask = left_padded(texts, base.model.device)
+            ids, mask = pad_left(texts, base.model.device)
             longest = max(len(option) for _, _, option in rows)
             logits = base.model(
                 input_ids=ids,

@@ -150,7 +150,7 @@ def smollm2() -> BaseModel:
     from drllm.models.base import load as loading
     from drllm.models.base import smollm2 as source
 
-    if source.converted() is None:
+    if source.find_checkpoint() is None:
         try:
             importlib.metadata.version(source.DISTRIBUTION)
         except importlib.metadata.PackageNotFoundError:

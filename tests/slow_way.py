@@ -17,7 +17,7 @@ from torch.nn.functional import kl_div
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from drllm.models.base.identity import fingerprint
-from drllm.models.base.prompts import left_padded
+from drllm.models.base.prompts import pad_left
 from drllm.models.check import make_tiny
 from drllm.models.families import NO_SUBLAYERS
 from drllm.models.routers.config import RouterConfig
@@ -377,7 +377,7 @@ def routers_for(base: Any, seed: int = 3, **options: Any) -> RouterStack:
 
 def answers(model: Any, prompts: Sequence[Sequence[int]], **options: Any) -> list[list[int]]:
     """Let a model generate for a left-padded batch; return what follows each prompt."""
-    ids, mask = left_padded(prompts, "cpu")
+    ids, mask = pad_left(prompts, "cpu")
     options = {"do_sample": False, **options}
     output = model.generate(input_ids=ids, attention_mask=mask, **options)
     return output[:, ids.shape[1] :].tolist()

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from drllm.errors import RoutingError
-from drllm.models.base.prompts import left_padded
+from drllm.models.base.prompts import pad_left
 from drllm.models.routing.batch_generation import generate_many
 from drllm.models.routing.kv_cache import cache_argument
 from drllm.models.routing.lora import LoraWeights, map_sizes
@@ -152,7 +152,7 @@ def test_dropping_the_last_adapter_puts_the_linear_maps_back(tiny_llama):
 
 @pytest.mark.parametrize("ways", [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}])
 def test_beams_follow_a_healed_path_as_the_plain_model_does(routed, tiny_llama, prompts, ways):
-    ids, mask = left_padded(prompts, "cpu")
+    ids, mask = pad_left(prompts, "cpu")
     options = {"input_ids": ids, "attention_mask": mask, "do_sample": False, **LENGTHS, **ways}
     with routed.fixed(PATH):
         cached = routed.generate(**options)

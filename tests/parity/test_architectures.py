@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from drllm.models.base.prompts import left_padded
+from drllm.models.base.prompts import pad_left
 from drllm.models.routers.depth_control import run_prompts
 from drllm.models.routing.kv_cache import cache_argument
 from drllm.models.routing.policies import FixedPolicy, RecordingPolicy
@@ -28,7 +28,7 @@ def test_every_row_of_a_padded_batch_says_what_it_says_alone(slow, routed, promp
 def test_logits_equal_the_slow_way_at_every_real_position_of_a_padded_batch(
     slow, routed, prompts, family, plan, side
 ):
-    ids, mask = left_padded(prompts, "cpu") if side == "left" else right_padded(prompts)
+    ids, mask = pad_left(prompts, "cpu") if side == "left" else right_padded(prompts)
     options = {}
     if side == "left":
         options["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
@@ -42,7 +42,7 @@ def test_logits_equal_the_slow_way_at_every_real_position_of_a_padded_batch(
 
 def test_all_execute_is_bit_identical_to_the_untouched_model(slow, prompts, family):
     model = slow.untouched(family)
-    ids, mask = left_padded(prompts, "cpu")
+    ids, mask = pad_left(prompts, "cpu")
     with torch.no_grad():
         logits = model(ids, attention_mask=mask).logits
         said = generate(model, prompts)
@@ -73,7 +73,7 @@ def test_features_of_a_prompt_are_the_same_alone_and_in_a_padded_batch(routed, p
 
 
 def test_stored_kv_rows_equal_the_plan(routed, prompts, family, plan):
-    ids, mask = left_padded(prompts, "cpu")
+    ids, mask = pad_left(prompts, "cpu")
     cache = DynamicCache(config=routed.model.config)
     with routed.fixed(plan), torch.no_grad():
         routed.model(
@@ -84,7 +84,7 @@ def test_stored_kv_rows_equal_the_plan(routed, prompts, family, plan):
 
 def test_detach_restores_the_model_exactly(slow, prompts, family):
     model = slow.untouched(family)
-    ids, mask = left_padded(prompts, "cpu")
+    ids, mask = pad_left(prompts, "cpu")
     modules = {name: dict(module.__dict__) for name, module in model.named_modules()}
     with torch.no_grad():
         logits = model(ids, attention_mask=mask).logits

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, pipeline
 
 from drllm.errors import RoutingError
-from drllm.models.base.prompts import left_padded
+from drllm.models.base.prompts import pad_left
 from drllm.models.routing.policies import FixedPolicy
 from drllm.models.routing.routed_model import RoutedModel
 from slow_way import LOGIT_TOLERANCE, ListedModel, tiny_routers
@@ -41,7 +41,7 @@ def planned(tiny_llama):
 
 
 def prompts():
-    ids, mask = left_padded(PROMPTS, "cpu")
+    ids, mask = pad_left(PROMPTS, "cpu")
     return {"input_ids": ids, "attention_mask": mask}
 
 

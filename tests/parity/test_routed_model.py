@@ -16,7 +16,7 @@ from transformers import (
 from transformers.utils import is_torch_flex_attn_available
 
 from drllm.errors import PathError, RoutingError
-from drllm.models.base.prompts import left_padded
+from drllm.models.base.prompts import pad_left
 from drllm.models.routing.driver import RoutedPass
 from drllm.models.routing.kv_cache import cache_argument
 from drllm.models.routing.policies import FullPolicy
@@ -47,7 +47,7 @@ LONG = torch.tensor([PROMPTS[2]])
 
 
 def batch():
-    ids, mask = left_padded(PROMPTS, "cpu")
+    ids, mask = pad_left(PROMPTS, "cpu")
     return {"input_ids": ids, "attention_mask": mask}
 
 
@@ -481,7 +481,7 @@ def test_a_cache_of_a_foreign_kind_is_refused(routed):
 
 
 def test_an_argument_whose_axis_does_not_count_the_rows_is_refused(routed):
-    ids, mask = left_padded(PROMPTS[:3], "cpu")
+    ids, mask = pad_left(PROMPTS[:3], "cpu")
     layer = routed.model.model.layers[1]
     forward = layer.forward
 

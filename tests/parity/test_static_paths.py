@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache
 
 from drllm.errors import PathError, RoutingError
-from drllm.models.base.prompts import left_padded
+from drllm.models.base.prompts import pad_left
 from drllm.models.families import FAMILIES, REFUSED
 from drllm.models.routing.kv_cache import cache_argument
 from drllm.models.routing.routed_model import RoutedModel
@@ -140,7 +140,7 @@ def test_after_detaching_the_model_is_what_it_was(tiny_llama):
 def test_left_padding_changes_nothing_along_a_path(tiny_llama):
     path = StaticPath(PATHS["left out, back and again"])
     routed = RoutedModel(tiny_llama())
-    ids, mask = left_padded([[5, 6, 7, 8], [9]], "cpu")
+    ids, mask = pad_left([[5, 6, 7, 8], [9]], "cpu")
     with routed.fixed(path), torch.no_grad():
         padded = routed(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
         alone = routed(torch.tensor([[9]])).logits[0, -1]

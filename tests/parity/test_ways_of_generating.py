@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 import slow_way
-from drllm.models.base.prompts import left_padded
+from drllm.models.base.prompts import pad_left
 from drllm.models.routing.kv_cache import cache_argument
 from drllm.models.routing.routed_model import RoutedModel
 from slow_way import FOREIGN_ERRORS, FULL
@@ -224,7 +224,7 @@ class Chat:
     def __init__(self, model, prompts):
         self.model = model
         self.cache = DynamicCache(config=model.config)
-        self.ids, self.mask = left_padded(prompts, "cpu")
+        self.ids, self.mask = pad_left(prompts, "cpu")
 
     def hear(self, tokens):
         """Let every user say something."""
@@ -337,7 +337,7 @@ def test_samples_with_one_seed_are_those_of_the_plain_model(
 
 def scored(model, prompts):
     """Return each row's greedy answer, and the scores that each of its tokens was chosen by."""
-    ids, mask = left_padded(prompts, "cpu")
+    ids, mask = pad_left(prompts, "cpu")
     output = model.generate(
         input_ids=ids,
         attention_mask=mask,

@@ -28,7 +28,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from drllm.models.base.layers import find_layers
-from drllm.models.base.prompts import left_padded
+from drllm.models.base.prompts import pad_left
 from drllm.models.check import make_tiny, replace_layers
 from drllm.models.families import IN_SUITE
 from drllm.models.routers.stack import RouterStack, Spans
@@ -218,7 +218,7 @@ def say(model: Any, ids: Tensor, mask: Tensor, num_new: int, **options: Any) -> 
 def generate(side: Side, copies: int = 1, **options: Any) -> list[Said]:
     """Generate for a left-padded batch."""
     case = side.case
-    ids, mask = left_padded(case.prompts, "cpu")
+    ids, mask = pad_left(case.prompts, "cpu")
     torch.manual_seed(case.seed)
     ending = {"eos_token_id": list(ENDS)} if case.ending else {"min_new_tokens": case.num_new}
     own_cache = {} if cache_argument(side.model) in options else with_cache(side)
@@ -298,7 +298,7 @@ class Stream:
         case = side.case
         self.side = side
         self.order = list(range(len(case.prompts)) if order is None else order)
-        ids, self.mask = left_padded([case.prompts[row] for row in self.order], "cpu")
+        ids, self.mask = pad_left([case.prompts[row] for row in self.order], "cpu")
         self.rows = [list(case.prompts[row]) for row in self.order]
         self.tokens = random.Random(case.seed)
         self.cache = new_cache(side)
@@ -337,7 +337,7 @@ class Stream:
         """Continue with the model's own `generate`."""
         new = torch.tensor([self.tokens.choices(TOKENS, k=1) for _ in self.rows])
         width = max(map(len, self.rows))
-        ids, _ = left_padded([[0] * (width - len(row)) + row for row in self.rows], "cpu")
+        ids, _ = pad_left([[0] * (width - len(row)) + row for row in self.rows], "cpu")
         mask = torch.cat([self.mask, torch.ones_like(new)], dim=1)
         output = again(self.side, torch.cat([ids, new], dim=1), mask, self.cache, num_new)
         self._add(output.sequences[:, width:].tolist(), torch.stack(output.logits, dim=1))
@@ -452,7 +452,7 @@ def in_turns(side: Side) -> list[Said]:
     plans = first.plans()
     heard = random.Random(case.seed).choices(TOKENS, k=case.size)
     rows = [[*said.tokens, *heard] for said in answered]
-    ids, mask = left_padded(rows, "cpu")
+    ids, mask = pad_left(rows, "cpu")
     output = again(first, ids, mask, kept, case.num_new)
     logits = torch.stack(output.logits, dim=1)
     said = output.sequences[:, ids.shape[1] :].tolist()

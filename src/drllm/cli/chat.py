@@ -96,7 +96,7 @@ class Reply:
                 pad_token_id=routed.tokenizer.pad_token_id,
                 streamer=self,
                 **config.sampling_options(),
-                **self.form.options(routed.tokenizer),
+                **self.form.generation_options(routed.tokenizer),
             )
         finally:
             if self._terminal.out.is_terminal:
@@ -107,7 +107,7 @@ class Reply:
     def text(self) -> str:
         """The answer so far."""
         text = self.routed.tokenizer.decode(self.tokens, skip_special_tokens=True)
-        return self.form.answer(text).strip()
+        return self.form.cut_answer(text).strip()
 
     @property
     def speed(self) -> float | None:
@@ -226,7 +226,7 @@ def _answer_turn(
     terminal = session.terminal
     messages.append({"role": "user", "content": text})
     reply = Reply(session.routed, session.form, terminal)
-    prompt = messages if remembers else session.form.put(text)
+    prompt = messages if remembers else session.form.fill(text)
     try:
         reply.generate(prompt, session.config)
     except ConfigError as error:

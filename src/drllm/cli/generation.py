@@ -111,7 +111,7 @@ def generate(command: CommandLine, terminal: Terminal) -> None:
                 _answer_file(session, file, rows, command.optional_path("output"))
                 _print_form(session, routers)
             else:
-                _answer_prompt(session, form.put(prompt))
+                _answer_prompt(session, form.fill(prompt))
                 _print_form(session, routers)
 
 
@@ -308,7 +308,7 @@ def _set_depth(
     texts = []
     for text, is_rendered in calibration:
         if not is_rendered:
-            text = form.put(text)
+            text = form.fill(text)
         texts.append((text, is_rendered))
     prompts = encode_calibration(texts, routed.tokenizer, chat=form.chat)
     with terminal.busy("searching for a depth bias"):
@@ -381,7 +381,7 @@ def _answer_file(
     prompts: list[Prompt] = []
     for row in rows:
         if isinstance(row.prompt, str):
-            prompts.append(form.put(row.prompt))
+            prompts.append(form.fill(row.prompt))
         else:
             prompts.append(row.prompt)
     num_read = _count_tokens(session, file, rows, prompts)
@@ -396,13 +396,13 @@ def _answer_file(
             chat=form.chat,
             on_progress=progress,
             **config.sampling_options(),
-            **form.options(session.routed.tokenizer),
+            **form.generation_options(session.routed.tokenizer),
         )
     seconds = time.perf_counter() - started
     executions = None if session.path is None else session.path.executions
     lines = []
     for row, answer in zip(rows, answers, strict=True):
-        lines.append(to_line(row, form.answer(answer.text), answer, executions))
+        lines.append(to_line(row, form.cut_answer(answer.text), answer, executions))
     text = "".join(lines)
     if output is None:
         terminal.out.out(text, end="")

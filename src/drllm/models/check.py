@@ -25,7 +25,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from drllm.errors import ArchitectureError, RoutingError, unknown_name
 from drllm.models.base.hub import quiet
 from drllm.models.base.layers import find_layers
-from drllm.models.base.prompts import left_padded
+from drllm.models.base.prompts import pad_left
 from drllm.models.export import lists_along
 from drllm.models.families import COMMON, FAMILIES
 from drllm.models.routing.generate import end_tokens
@@ -230,7 +230,7 @@ def _read_alone(model: Any, example: _Example) -> Tensor:
 
 def _generate_batch(model: Any, examples: Sequence[_Example]) -> Tensor:
     """Return the logits for all answers, `[B, T_new, V]`, from a padded batch with a cache."""
-    ids, mask = left_padded([example.prompt for example in examples], model.device)
+    ids, mask = pad_left([example.prompt for example in examples], model.device)
     num_read = ids.shape[1]
 
     def force_answer(row: int, tokens: Tensor) -> list[int]:

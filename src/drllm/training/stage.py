@@ -25,7 +25,7 @@ from drllm.config.fields import replace_settings
 from drllm.errors import ConfigError
 from drllm.listener import Listener, OnProgress, logger
 from drllm.models.base.load import BaseModel
-from drllm.models.base.prompts import PromptForm, form_of
+from drllm.models.base.prompts import PromptForm, infer_form
 from drllm.models.routers.checkpoint import load_routers, save_routers
 from drllm.models.routers.files import WEIGHTS_FILE
 from drllm.models.routers.stack import RouterStack
@@ -176,7 +176,7 @@ def _train_seeds(
         listener=listener,
     )
     _write_rejected(output, features.rejected, len(records), listener)
-    form = form_of(base.tokenizer, ((record.question, record.prompt) for record in records))
+    form = infer_form(base.tokenizer, ((record.question, record.prompt) for record in records))
     prompts = PromptInfo(rewards=rewards, form=form)
 
     unfinished = _find_unfinished(seeds, base, features)

@@ -209,7 +209,7 @@ def block_influence(routed: RoutedModel, prompts: Sequence[Sequence[int]]) -> li
 
     Source: ShortGPT (arXiv 2403.03853).
     """
-    from drllm.models.base.layers import hooked
+    from drllm.models.base.layers import temporary_hooks
     from drllm.models.routers.depth_control import route_prompts
 
     recorder = _InfluenceRecorder(routed.num_layers)
@@ -217,7 +217,7 @@ def block_influence(routed: RoutedModel, prompts: Sequence[Sequence[int]]) -> li
         layer.register_forward_hook(partial(recorder.add, index), with_kwargs=True)
         for index, layer in enumerate(routed.injection.layers)
     ]
-    with hooked(hooks):
+    with temporary_hooks(hooks):
         route_prompts(routed, recorder, prompts)
     num_tokens = sum(map(len, prompts))
     influence: list[float] = (1 - recorder.sums / num_tokens).tolist()

@@ -11,9 +11,9 @@ from drllm.listener import Listener, rough_duration
 class FirstBlock:
     """Times the first block of a stage, then tells how long the whole stage takes at most.
 
-    The first block is slow for its size, since caches are cold, and a stage may end early. So the
-    estimated time is an upper bound, unless later blocks have longer texts than their share of the
-    work suggests.
+    The estimated time is an upper bound. The first block is slow for its size, since caches are
+    cold, and a stage may end early. A stage takes longer only if its later blocks have much longer
+    texts.
 
     Args:
         listener: Gets one line with the time and the memory.
@@ -23,26 +23,26 @@ class FirstBlock:
     def __init__(self, listener: Listener, device: torch.device) -> None:
         self.listener = listener
         self.device = device
-        self.is_over = False
-        self.started = time.monotonic()
+        self.has_reported = False
+        self.start_time = time.monotonic()
 
     def finish(self, share: float, seconds: float | None = None) -> None:
         """Report the time and the memory of the stage, once.
 
-        Only the first call for a block with work counts. It reports nothing if no work remains
-        after the block.
+        Only the first call with a share above 0 counts. If its share is 1, no work remains, so
+        nothing is reported.
 
         Args:
             share: The block's share of the work, in [0, 1].
             seconds: How long the block took; by default the time since this object was made.
         """
-        if self.is_over or share <= 0:
+        if self.has_reported or share <= 0:
             return
-        self.is_over = True
+        self.has_reported = True
         if share >= 1:
             return
         if seconds is None:
-            seconds = time.monotonic() - self.started
+            seconds = time.monotonic() - self.start_time
         time_left = rough_duration(seconds / share)
         gigabytes = used_memory(self.device) / 1e9
         self.listener.note(f"at most {time_left}, {gigabytes:.1f} GB of memory")

@@ -1,4 +1,4 @@
-"""Use the Hugging Face hub: find a model's commit, explain errors, and silence the library."""
+"""Use the Hugging Face hub: find a model's commit, explain errors, and silence its library."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -20,7 +20,7 @@ from drllm.errors import ModelError
 TOKEN_VARIABLE = "HF_TOKEN"
 ERRORS: tuple[type[Exception], ...]
 ERRORS = (errors.HTTPError, OSError)  # type: ignore[attr-defined]
-"""Errors that the hub's library raises. The first is the base error of its HTTP library."""
+"""Errors that the hub's library raises. The first covers all errors of its HTTP library."""
 FETCH_ERRORS = (errors.HFValidationError, errors.EntryNotFoundError, *ERRORS)
 """Errors that a download may raise and that `explain` can explain."""
 
@@ -82,8 +82,12 @@ def explain(error: Exception, kind: str, name: str, revision: str | None, advice
         return f"{subject} isn't on the hub, or is private (then set {TOKEN_VARIABLE}); {advice}"
     if isinstance(error, errors.HFValidationError):
         return f"{name!r} can't be a hub id; {advice}"
+    return _explain_no_download(error, subject, advice)
 
-    reason = no_network()
+
+def _explain_no_download(error: Exception, subject: str, advice: str) -> str:
+    """Explain why the hub, which may have the repository, didn't send it."""
+    reason = network_problem()
     if "local_files_only" in str(error) and not constants.HF_HUB_OFFLINE:
         reason = "local_files_only is set"
     cause = error.__cause__
@@ -96,18 +100,20 @@ def explain(error: Exception, kind: str, name: str, revision: str | None, advice
             f"{TOKEN_VARIABLE} to a valid token"
         )
     return (
-        f"{subject} isn't in the local cache, and {reason}; connect (a gated one also needs "
-        f"{TOKEN_VARIABLE}), or {advice}"
+        f"{subject} isn't in the local cache, and {reason}; connect (a gated repository also "
+        f"needs {TOKEN_VARIABLE}), or {advice}"
     )
 
 
-def no_network() -> str:
+def network_problem() -> str:
     """Return the reason why the hub can't be used."""
-    return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub can't be reached"
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    return "the hub can't be reached"
 
 
 def read_hub_message(error: errors.HfHubHTTPError) -> str:
-    """Return the first line of the hub's message; without one, of the library's message."""
+    """Return the first line of the hub's message, or of the library's if the hub sent none."""
     message = (error.server_message or "").strip()
     if not message:
         return first_line(error)
@@ -124,7 +130,11 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers and the hub's library inside the block; downloads keep their bars."""
+    """Silence transformers and the hub's library inside the block; downloads still show progress.
+
+    The function of transformers that turns its bars off also turns off the bars of downloads. So
+    the latter are turned on again, unless the user had turned them off.
+    """
     with ExitStack() as stack:
         stack.enter_context(listener.quiet("huggingface_hub", "transformers"))
         downloads_are_quiet = are_progress_bars_disabled()
@@ -132,7 +142,7 @@ def quiet() -> Iterator[None]:
             stack.callback(disable_progress_bars)
         if transformers_logging.is_progress_bar_enabled():
             stack.callback(transformers_logging.enable_progress_bar)
-            transformers_logging.disable_progress_bar()  # this disables the bars of downloads too
+            transformers_logging.disable_progress_bar()
         if not downloads_are_quiet:
             enable_progress_bars()
         yield

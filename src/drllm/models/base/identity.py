@@ -1,7 +1,7 @@
-"""Identify a base model: class, L, D, and a fingerprint of its weights.
+"""Identify a base model by its class, its L and D, and a fingerprint of its weights.
 
-A PEFT adapter doesn't change the identity. Weights that accelerate has offloaded are loaded for the
-fingerprint.
+A PEFT adapter that isn't merged doesn't change the identity. Weights that accelerate has offloaded
+are loaded for the fingerprint.
 
 Axes: D hidden, L layers.
 """
@@ -21,7 +21,7 @@ from drllm.models.base.layers import base_of, find_layers
 from drllm.records.identity import QUANTISED
 
 FINGERPRINT_VALUES = 2**20  # values to read from each tensor, enough to tell fine-tunes apart
-WRAPPED = ("base_layer", "original_module")
+PEFT_NAMES = ("base_layer", "original_module")
 """The names under which PEFT's layers hold the module that they replace."""
 
 
@@ -38,7 +38,7 @@ def describe(model: Any) -> dict[str, Any]:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Return a short text that identifies a model's weights; its fine-tunes have other texts.
+    """Return a short text that identifies a model's weights; fine-tunes have other fingerprints.
 
     The fingerprint hashes the names, the shapes and the signs of the values of three weights: the
     input embedding, the first matrix of the middle layer, and the first matrix of the last layer.
@@ -49,7 +49,7 @@ def fingerprint(model: nn.Module) -> str:
         not quantised: ALL-EMBEDDING (16 and 8 digits)
         quantised: QUANTISED-EMBEDDING-QUANTISATION (`QUANTISED`, 8 and 8 digits)
 
-    `have_same_weights` compares fingerprints. An adapter that isn't merged doesn't count.
+    `have_same_weights` compares fingerprints.
 
     Raises:
         ArchitectureError: See `find_layers`.
@@ -65,8 +65,10 @@ def fingerprint(model: nn.Module) -> str:
     embedding_digits = _digest(embedding)[:8] if embedding else ""
     # A layer without an unquantised matrix is quantised, whatever the config says.
     if quantisation is not None or None in inner:
-        quantisation_digits = _digest(_describe_quantisation(quantisation, layers[-1]).encode())[:8]
+        description = _describe_quantisation(quantisation, layers[-1])
+        quantisation_digits = _digest(description.encode())[:8]
         return f"{QUANTISED}-{embedding_digits}-{quantisation_digits}"
+    # The embedding may be quantised alone.
     contents = [content for content in (embedding, *inner) if content]
     return f"{_digest(b''.join(contents))[:16]}-{embedding_digits}"
 
@@ -74,7 +76,9 @@ def fingerprint(model: nn.Module) -> str:
 def _describe_quantisation(quantisation: Any, layer: nn.Module) -> str:
     """Describe how a model is quantised: the classes in a layer, and the settings."""
     classes = [type(module).__name__ for module in layer.modules()]
-    settings = quantisation.to_dict() if hasattr(quantisation, "to_dict") else quantisation
+    settings = quantisation
+    if hasattr(quantisation, "to_dict"):
+        settings = quantisation.to_dict()
     text = json.dumps(settings, default=lambda value: type(value).__name__)
     return repr([*classes, text])
 
@@ -84,18 +88,24 @@ def _digest(content: bytes) -> str:
 
 
 def _read_signs(place: str, module: nn.Module) -> bytes | None:
-    """Return the name, shape and signs of a module's first matrix as bytes; None if it has none."""
-    path = _first_matrix(module)
+    """Return the name, shape and signs of a module's first matrix as bytes; None if it has none.
+
+    Args:
+        place: The module's place in the model: `embedding` or `layers.INDEX`.
+        module: The embedding or a layer.
+    """
+    path = _find_first_matrix(module)
     if path is None:
         return None
     *parents, attribute = path.split(".")
-    # The name is the same with and without a PEFT adapter. The embedding's place is name enough.
     name = place
     if place != "embedding":
-        name = ".".join([place, *(part for part in path.split(".") if part not in WRAPPED)])
+        # Without PEFT's names, so that a model has the same fingerprint with and without adapter.
+        parts = [part for part in path.split(".") if part not in PEFT_NAMES]
+        name = ".".join([place, *parts])
     # The module itself, then its submodules down to the owner of the weight.
     modules = [module.get_submodule(".".join(parents[:n])) for n in range(len(parents) + 1)]
-    with _weights_present(modules, attribute):
+    with _load_offloaded(modules, attribute):
         weight = modules[-1].get_parameter(attribute).detach()
         if weight.is_meta:
             raise ModelError(
@@ -107,7 +117,7 @@ def _read_signs(place: str, module: nn.Module) -> bytes | None:
     return f"{name} {list(weight.shape)}\n".encode() + signs
 
 
-def _first_matrix(module: nn.Module) -> str | None:
+def _find_first_matrix(module: nn.Module) -> str | None:
     """Return the name of a module's first unquantised matrix; None if there is none.
 
     In a PEFT layer this is a matrix of the original module, since the original module comes first.
@@ -120,7 +130,7 @@ def _first_matrix(module: nn.Module) -> str | None:
 
 
 @contextmanager
-def _weights_present(modules: Sequence[nn.Module], attribute: str) -> Iterator[None]:
+def _load_offloaded(modules: Sequence[nn.Module], attribute: str) -> Iterator[None]:
     """Let accelerate load an offloaded weight inside the block, as it does for a forward pass.
 
     The last of the modules owns the weight. accelerate's hook is on this module or on a module

@@ -1,9 +1,9 @@
 """Find a model's layers and their linear maps, and test what the loop over the layers allows.
 
-The loop may allow routing, packed rows, and prompts in parts. The layers are found by a rule, not
-by a table of model names. Configurations and return annotations don't say reliably what a loop
-allows, and a module may have a state besides K/V. So `probe` runs one token through the model
-before anything is attached to the model.
+`find_layers` finds the layers by a rule, not by a table of model names. `probe` tests whether the
+loop allows routing. It runs one token through the model, since configs and return annotations don't
+say this reliably. `can_pack` tests whether several continuations may share a row, and `can_split`
+whether a prompt may be read in parts.
 
 Axes: P rows, T tokens, K keys.
 """
@@ -26,15 +26,19 @@ from transformers.pytorch_utils import Conv1D
 from drllm.errors import ArchitectureError
 from drllm.models.base.prompts import context_length
 
-FOREIGN = tuple(
+NOT_KV = tuple(
     getattr(cache_utils, name)
     for name in ("LinearAttentionCacheLayerMixin", "DynamicIndexedLayer", "StaticIndexedLayer")
     if hasattr(cache_utils, name)  # the oldest supported transformers lacks some of the classes
 )
-"""Classes of cache entries that hold more than K/V."""
+"""Classes of cache entries whose state isn't K/V, or not K/V alone."""
 
 WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
-"""Names of a setting in models' configs: how many tokens a layer with a window sees."""
+"""The names that configs give to the number of tokens that a layer with a window sees."""
+
+MAP_ROWS = 3
+MAP_TOKENS = 5
+"""The shape of the batch that `find_linear_maps` runs, `[MAP_ROWS, MAP_TOKENS]`."""
 
 
 def base_of(model: Any) -> Any:
@@ -43,13 +47,13 @@ def base_of(model: Any) -> Any:
 
 
 def find_layers(model: Any) -> tuple[nn.Module, nn.ModuleList]:
-    """Find the module whose loop runs the layers, and the layers. The model may be a PEFT model.
+    """Return the module whose loop runs the layers, and the layers. The model may be a PEFT model.
 
     The layers are the only `ModuleList` of `num_hidden_layers` entries among the direct children of
     `model.get_decoder()`. In some models `get_decoder()` returns a module above the text stack,
     whose children have no such list. Then the layers are the only `ModuleList` of this length in
-    any module that takes token ids; its entries must be of the classes that transformers never
-    splits over devices.
+    any module that takes token ids. All its entries must be of classes that the model lists in
+    `_no_split_modules`; these are the classes of whole layers.
 
     Raises:
         ArchitectureError: The model doesn't have exactly one such list, shares K/V between layers,
@@ -59,7 +63,7 @@ def find_layers(model: Any) -> tuple[nn.Module, nn.ModuleList]:
     _refuse_by_config(model)
     num_layers = model.config.get_text_config().num_hidden_layers
     decoder = model.get_decoder()
-    lists = _lists_in(decoder, num_layers) or _lists_below(model, num_layers)
+    lists = _find_lists_in(decoder, num_layers) or _find_lists_below(model, num_layers)
     if len(lists) != 1:
         raise ArchitectureError(
             f"{type(model).__name__}: found {len(lists)} lists of {num_layers} layers in "
@@ -86,26 +90,27 @@ def _refuse_by_config(model: Any) -> None:
         *(getattr(text, "layer_types", None) or ()),
         *(getattr(text, "layers_block_type", None) or ()),
     ]
-    foreign = {kind for kind in kinds if not kind.endswith("attention") or "linear" in kind}
-    if foreign:
+    # Linear attention has a recurrent state.
+    not_kv = {kind for kind in kinds if not kind.endswith("attention") or "linear" in kind}
+    if not_kv:
         raise ArchitectureError(
-            f"{name} has layers of type {', '.join(sorted(foreign))}, whose state is not K/V; "
+            f"{name} has layers of type {', '.join(sorted(not_kv))}, whose state is not K/V; "
             f"it can't be routed"
         )
 
 
-def _lists_in(module: nn.Module, num_layers: int) -> list[tuple[nn.Module, nn.ModuleList]]:
-    """Return the lists of L layers among a module's direct children, each with the module."""
+def _find_lists_in(module: nn.Module, num_layers: int) -> list[tuple[nn.Module, nn.ModuleList]]:
+    """Return the module with each list of L layers among its direct children."""
     lists = [child for child in module.children() if isinstance(child, nn.ModuleList)]
     return [(module, layers) for layers in lists if len(layers) == num_layers]
 
 
-def _lists_below(model: Any, num_layers: int) -> list[tuple[nn.Module, nn.ModuleList]]:
-    """Return the lists of L layers in all of a model's modules that take token ids."""
+def _find_lists_below(model: Any, num_layers: int) -> list[tuple[nn.Module, nn.ModuleList]]:
+    """Return each list of L layers with its module, for all modules that take token ids."""
     layer_classes = set(getattr(model, "_no_split_modules", None) or ())
     lists = []
     for module in model.modules():
-        for parent, layers in _lists_in(module, num_layers):
+        for parent, layers in _find_lists_in(module, num_layers):
             classes = {type(layer).__name__ for layer in layers}
             arguments = inspect.signature(type(parent).forward).parameters
             if classes <= layer_classes and "input_ids" in arguments:
@@ -115,7 +120,7 @@ def _lists_below(model: Any, num_layers: int) -> list[tuple[nn.Module, nn.Module
 
 def is_kv(entry: Any) -> bool:
     """Tell whether a cache entry holds K/V and nothing else."""
-    return isinstance(entry, CacheLayerMixin) and not isinstance(entry, FOREIGN)
+    return isinstance(entry, CacheLayerMixin) and not isinstance(entry, NOT_KV)
 
 
 def probe(model: Any, decoder: nn.Module, layers: nn.ModuleList) -> bool:
@@ -136,7 +141,7 @@ def probe(model: Any, decoder: nn.Module, layers: nn.ModuleList) -> bool:
 
     def run(hook: Callable[[nn.Module, Any, Any], Any]) -> Any:
         hooks = [layer.register_forward_hook(hook) for layer in layers]
-        with hooked(hooks), torch.no_grad(), evaluating(decoder):
+        with temporary_hooks(hooks), torch.no_grad(), evaluation_mode(decoder):
             return decoder(input_ids=token, use_cache=True)
 
     result = run(lambda _layer, _inputs, output: outputs.append(output))
@@ -145,20 +150,21 @@ def probe(model: Any, decoder: nn.Module, layers: nn.ModuleList) -> bool:
             f"{name} called {len(outputs)} of its {len(layers)} layers in a forward pass; "
             f"its loop can't be routed"
         )
-    foreign = _foreign_state(result, len(layers))
-    if foreign is not None:
+    problem = _find_cache_problem(result, len(layers))
+    if problem is not None:
         raise ArchitectureError(
-            f"{name} keeps state other than K/V in its layers ({foreign}); it can't be routed"
+            f"{name} keeps state other than K/V in its layers ({problem}); it can't be routed"
         )
     if not isinstance(outputs[0], tuple):
         return False
 
-    # Does the loop work with the hidden state alone?
+    # A skipped layer can return a hidden state, but nothing else. So the loop runs again with
+    # layers that return only this.
     try:
-        hidden_only = run(lambda _layer, _inputs, output: output[:1])
-    except (IndexError, TypeError, ValueError):  # the loop unpacks more
-        hidden_only = None
-    if hidden_only is None or not torch.equal(hidden_only[0], result[0]):
+        result_again = run(lambda _layer, _inputs, output: output[:1])
+    except (IndexError, TypeError, ValueError):  # the loop unpacks more values
+        result_again = None
+    if result_again is None or not torch.equal(result_again[0], result[0]):
         raise ArchitectureError(
             f"the layers of {name} return more than a hidden state; what a skipped layer should "
             f"return isn't known, so it can't be routed"
@@ -175,7 +181,7 @@ def one_token(model: Any) -> torch.Tensor:
 
 
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
     """Put a module and its parts into evaluation mode inside the block.
 
     Evaluation mode turns dropout and gradient checkpointing off.
@@ -191,8 +197,8 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Remove the hooks after the block."""
+def temporary_hooks(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Remove registered hooks after the block."""
     try:
         yield
     finally:
@@ -200,15 +206,15 @@ def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
             handle.remove()
 
 
-def _foreign_state(output: Any, num_layers: int) -> str | None:
-    """Describe what the cache has other than one K/V entry per layer; None if there is nothing."""
+def _find_cache_problem(output: Any, num_layers: int) -> str | None:
+    """Describe how a cache differs from one K/V entry per layer; None if it doesn't."""
     caches = [value for value in output.values() if isinstance(value, Cache)]
     if not caches:
         return "no K/V cache comes back from a forward pass"
     entries = getattr(caches[0], "layers", [])
-    foreign = {type(entry).__name__ for entry in entries if not is_kv(entry)}
-    if foreign:
-        return f"its cache holds {', '.join(sorted(foreign))}"
+    not_kv = {type(entry).__name__ for entry in entries if not is_kv(entry)}
+    if not_kv:
+        return f"its cache holds {', '.join(sorted(not_kv))}"
     if len(entries) != num_layers:
         return f"its cache has {len(entries)} entries for {num_layers} layers"
     if any(int(entry.get_seq_length()) != 1 for entry in entries):
@@ -217,16 +223,16 @@ def _foreign_state(output: Any, num_layers: int) -> str | None:
 
 
 def can_pack(model: Any, length: int) -> bool:
-    """Tell whether all continuations of a prompt can share one row and one copy of the prompt.
+    """Tell whether a row may hold a prompt and all its continuations, with a mask between them.
 
-    The model's attention has to follow an arbitrary mask. In a model with windows an arbitrary mask
-    either replaces the window, or the window cuts the mask column by column. Some models keep a
-    mask as wide as their context. So the longest row, of `length` tokens, has to fit into the
-    window and the context.
+    The model's attention has to follow an arbitrary mask. The longest row, of `length` tokens, has
+    to fit into the model's smallest window and its context. With a longer row, the mask would
+    replace the window, or the window would cut columns off the mask. Some models also keep a mask
+    of their own that is only as wide as the context.
     """
     if not _takes_any_mask(model):
         return False
-    longest = min(_window(model), context_length(model) or length)
+    longest = min(_smallest_window(model), context_length(model) or length)
     return length <= longest
 
 
@@ -239,42 +245,37 @@ def can_split(model: Any) -> bool:
     rotations = {str(part.rope_type) for part in model.modules() if hasattr(part, "rope_type")}
     if any("dynamic" in kind or "longrope" in kind for kind in rotations):
         return False
-    return _takes_any_mask(model) and _window(model) == math.inf
+    return _takes_any_mask(model) and _smallest_window(model) == math.inf
 
 
 def _takes_any_mask(model: Any) -> bool:
-    """Tell whether the model follows arbitrary masks and positions."""
+    """Tell whether a model's attention follows an arbitrary additive mask and any positions."""
     if model.config._attn_implementation not in ("sdpa", "eager"):
         return False
-    # ALiBi (MPT, Bloom, some Falcons) uses columns as positions.
+    # ALiBi (MPT, Bloom, some Falcons) takes a token's column for its position.
     if getattr(model.config.get_text_config(), "alibi", False):
         return False
     decoder, _ = find_layers(model)
-    # Up to transformers 5.0, XGLM and a few others use this function, which reads a mask
-    # `[P, 1, T, K]` as ones and zeros.
+    # XGLM and a few other models, up to transformers 5.0, use this function. It expects a mask
+    # `[P, 1, T, K]` of ones and zeros, not an additive one.
     if hasattr(sys.modules[type(decoder).__module__], "_prepare_4d_causal_attention_mask"):
         return False
     return "position_ids" in inspect.signature(type(decoder).forward).parameters
 
 
-def _window(model: Any) -> float:
+def _smallest_window(model: Any) -> float:
     """Return the smallest window of any layer, in tokens; infinity if no layer has one."""
     text = model.config.get_text_config()
     sizes = [getattr(text, name, None) for name in WINDOWS]
     return min((size for size in sizes if size), default=math.inf)  # 0 means no window
 
 
-MAP_ROWS = 3
-MAP_TOKENS = 5
-"""`MAP_ROWS` and `MAP_TOKENS` are the shape of the batch that `find_linear_maps` runs."""
-
-
 def find_linear_maps(model: Any) -> dict[str, nn.Module]:
-    """Find the layers' linear maps, by name. The input of each is a batch with all rows and tokens.
+    """Return the layers' linear maps by name, such as `14.mlp.up_proj` in layer 14.
 
-    So the maps of experts are left out, and maps whose input is one long row of all tokens. A map's
-    name has the layer and the map's place in the layer, such as `14.mlp.up_proj`. If PEFT has
-    wrapped a map in a LoRA layer, the result has the map itself.
+    A map counts only if its input has an axis of rows and an axis of tokens. So the maps of experts
+    don't count, which read some of the tokens, nor do maps that read all rows as one long row. If
+    PEFT has wrapped a map in a LoRA layer, the result has the map without LoRA.
     """
     decoder, layers = find_layers(model)
     maps: dict[str, nn.Module] = {}
@@ -290,6 +291,6 @@ def find_linear_maps(model: Any) -> dict[str, nn.Module]:
                 name = f"{index}.{place.removesuffix('.base_layer')}"
                 hooks.append(module.register_forward_hook(partial(add_map, name)))
     ids = one_token(model).expand(MAP_ROWS, MAP_TOKENS)
-    with hooked(hooks), torch.no_grad(), evaluating(decoder):
+    with temporary_hooks(hooks), torch.no_grad(), evaluation_mode(decoder):
         decoder(input_ids=ids, use_cache=False)
     return maps

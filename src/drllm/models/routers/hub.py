@@ -114,7 +114,7 @@ def _is_hub_id(name: str) -> bool:
 def _explain(repo: str, error: Exception) -> str:
     """Say in one line why the hub refused a push, and what to do."""
     if not isinstance(error, HfHubHTTPError):
-        return f"{hub.no_network()} ({hub.first_line(error)}); connect and push again"
+        return f"{hub.network_problem()} ({hub.first_line(error)}); connect and push again"
     if error.response.status_code == 401:
         return f"the hub doesn't accept the token; {TOKEN_ADVICE}"
     if error.response.status_code == 403:

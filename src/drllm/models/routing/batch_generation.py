@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from drllm.errors import ConfigError
-from drllm.models.base.prompts import Prompt, context_length, encode, left_padded, render
+from drllm.models.base.prompts import Prompt, context_length, encode, pad_left, render
 from drllm.models.routers.depth_control import route_prompts
 from drllm.models.routing.generate import end_tokens, make_option_lookup
 from drllm.models.routing.policies import FixedPolicy, FullPolicy, PathPolicy, Policy, PromptView
@@ -183,7 +183,7 @@ def _generate_batch(
 
     The several answers of a prompt stand next to one another.
     """
-    ids, mask = left_padded(rows, routed.model.device)
+    ids, mask = pad_left(rows, routed.model.device)
     # Older transformers apply the repetition penalty to padding too. So the padding repeats the
     # first token of the prompt, which is penalised anyway.
     first = ids.gather(1, mask.argmax(dim=1, keepdim=True))

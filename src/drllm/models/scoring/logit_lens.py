@@ -13,27 +13,27 @@ import torch
 from torch import Tensor, nn
 
 from drllm.errors import ArchitectureError
-from drllm.models.base.layers import base_of, hooked
+from drllm.models.base.layers import base_of, temporary_hooks
 from drllm.models.routing.injection import Driver
 from drllm.models.routing.routed_model import RoutedModel
 
-NUM_TOKENS = 8  # tokens for the check; several, since a padding token's embedding may be all zeros
+NUM_TOKENS = 8  # number of tokens for the check; a padding token alone may have zeros as embedding
 RELATIVE_TOLERANCE = 1e-3
 """Maximum difference between the lens' logits and the model's own, as a share of the largest logit.
-The same two modules compute both, so only the last bits differ. A cap or a scale in between makes a
-far larger difference."""
+The same two modules compute both, so only the last bits differ. A model that caps or scales its
+logits differs far more."""
 
 
 class LogitLens:
     """The final norm and the output head of a model.
 
-    The norm is a direct child of the module whose loop runs the layers; it runs after the last
-    layer. A model may have no norm. To find the norm, a few tokens run through the model without
-    routing. Then the lens' logits are compared with the model's own.
+    The norm is a sibling of the list of layers, and runs after the last layer. A model may have no
+    norm. To find it, a few tokens run through the model without routing. Then the lens' logits are
+    compared with the model's own.
 
     Raises:
-        ArchitectureError: The model has no output head, or computes its logits in another way (a
-            cap, a scale or a projection in between).
+        ArchitectureError: The model has no output head, or does more between the last layer and the
+            logits, such as a cap, a scale or a projection.
     """
 
     def __init__(self, routed: RoutedModel) -> None:
@@ -61,15 +61,15 @@ class LogitLens:
 
 @dataclass(frozen=True, slots=True)
 class _Trace:
-    """What the model does after its last layer, in a pass without routing."""
+    """What happens after the last layer in a pass without routing."""
 
     last_state: Tensor  # [N, D], the last layer's output
-    modules: list[nn.Module]  # the modules that run after the last layer, in order
+    modules: list[nn.Module]  # siblings of the layers that run after the last layer, in order
     logits: Tensor  # [N, V]
 
 
 def _trace(routed: RoutedModel) -> _Trace:
-    """Run a few tokens through the model without routing."""
+    """Run a few tokens through the model without routing, and note what follows the last layer."""
     states: list[Tensor] = []
     modules: list[nn.Module] = []
 
@@ -84,7 +84,7 @@ def _trace(routed: RoutedModel) -> _Trace:
     children = [child for child in routed.injection.decoder.children() if child is not layers]
     hooks = [layers[-1].register_forward_hook(keep_state)]
     hooks += [child.register_forward_pre_hook(note_module) for child in children]
-    with hooked(hooks), torch.no_grad(), routed.injection.driven_by(Driver()):
+    with temporary_hooks(hooks), torch.no_grad(), routed.injection.driven_by(Driver()):
         tokens = torch.arange(NUM_TOKENS, device=routed.model.device)[None]
         logits = routed.model(input_ids=tokens, use_cache=False).logits[0]
     return _Trace(states[0][0], modules, logits)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from drllm.models.base.prompts import PLACE, PromptForm, form_of, render
+from drllm.models.base.prompts import PLACE, PromptForm, infer_form, render
 
 TURNS = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 LLAMA = """{%- if not date_string is defined %}
@@ -90,18 +90,18 @@ def test_the_form_of_prompts_is_found_in_what_the_model_read(
 ):
     texts = [template.replace(PLACE, question) for question in ASKED]
     read = [render(tiny_tokenizer, text, chat=chat) for text in texts]
-    found = form_of(tiny_tokenizer, zip(ASKED, read, strict=True))
+    found = infer_form(tiny_tokenizer, zip(ASKED, read, strict=True))
     assert found == PromptForm(chat=chat, template=expected)
-    again = [render(tiny_tokenizer, found.put(q), chat=found.chat) for q in ASKED]
+    again = [render(tiny_tokenizer, found.fill(q), chat=found.chat) for q in ASKED]
     assert again == read
 
 
 def test_prompts_of_several_forms_agree_on_the_chat_template_at_most(tiny_tokenizer):
     plain = [("a", "Q: a"), ("b", "Say b.")]
-    assert form_of(tiny_tokenizer, plain) == PromptForm(chat=False)
+    assert infer_form(tiny_tokenizer, plain) == PromptForm(chat=False)
     chat = ("c", render(tiny_tokenizer, "c", chat=True))
-    assert form_of(tiny_tokenizer, [*plain, chat]) is None
-    assert form_of(tiny_tokenizer, []) is None
+    assert infer_form(tiny_tokenizer, [*plain, chat]) is None
+    assert infer_form(tiny_tokenizer, []) is None
 
 
 def test_conversations_that_begin_with_a_system_message_are_known_for_what_they_are(tiny_tokenizer):
@@ -111,17 +111,17 @@ def test_conversations_that_begin_with_a_system_message_are_known_for_what_they_
     said = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is ice?"}]
     asked = "system: Be brief.\nuser: What is ice?"
     read = render(tokenizer, said, chat=True)
-    assert form_of(tokenizer, [(asked, read)]) == PromptForm(chat=True)
-    assert form_of(tokenizer, [("What is ice?", "What is ice?")]) == PromptForm(chat=False)
+    assert infer_form(tokenizer, [(asked, read)]) == PromptForm(chat=True)
+    assert infer_form(tokenizer, [("What is ice?", "What is ice?")]) == PromptForm(chat=False)
 
 
 def test_a_prompt_that_has_its_form_already_stays_as_it_is():
     form = PromptForm(chat=False, template="Question: {prompt}\nAnswer:")
-    assert form.put("What is ice?") == "Question: What is ice?\nAnswer:"
-    assert form.put(form.put("What is ice?")) == form.put("What is ice?")
+    assert form.fill("What is ice?") == "Question: What is ice?\nAnswer:"
+    assert form.fill(form.fill("What is ice?")) == form.fill("What is ice?")
 
 
 def test_an_answer_to_a_plain_prompt_ends_where_the_next_one_would_begin():
     form = PromptForm(chat=False, template="Question: {prompt}\nAnswer:")
-    assert form.answer(" Ice.\n\nQuestion: Why?\nAnswer: So.") == " Ice.\n"
-    assert PromptForm(chat=True).answer("a\nQuestion: b") == "a\nQuestion: b"
+    assert form.cut_answer(" Ice.\n\nQuestion: Why?\nAnswer: So.") == " Ice.\n"
+    assert PromptForm(chat=True).cut_answer("a\nQuestion: b") == "a\nQuestion: b"

