@@ -41,7 +41,7 @@ from drllm.models.base.prompts import encode, render
 from drllm.models.routing.injection import LayerCall, LayerHandle
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.choices import ChoiceBatch
-from drllm.models.scoring.prefix_sharing import PrefixSharingDriver, packed_rows
+from drllm.models.scoring.prefix_sharing import PrefixSharingDriver, pack_rows
 from drllm.paths import to_path
 from drllm.search.evaluator import Evaluator, Outcome, TokenizedPrompt
 from drllm.tasks.examples import Prompt
@@ -189,13 +189,13 @@ def parts_of_the_time(
 
     reading = within(PrefixSharingDriver.layer)
     parts = {
-        "layers, prompts": within(LayerCall.run, PrefixSharingDriver._run),
+        "layers, prompts": within(LayerCall.run, PrefixSharingDriver._run_layer),
         "head": head_seconds,
         "handling states": reading,
         "cache to generate from": within(PrefixSharingDriver.routed_cache),
         "layers, decoding": within(LayerHandle.forward) - reading,
         "scoring": within(ChoiceBatch._score_logits),
-        "rows and masks, once": within(packed_rows),
+        "rows and masks, once": within(pack_rows),
     }
     parts["handling states"] -= parts["layers, prompts"]
     shares = {name: seconds / total for name, seconds in parts.items()}

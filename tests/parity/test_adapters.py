@@ -18,7 +18,7 @@ from drllm.models.routing.routed_model import RoutedModel, attach
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.packing import Request
 from drllm.models.scoring.prefix_cache import PrefixCache
-from drllm.models.scoring.prefix_sharing import packed_rows
+from drllm.models.scoring.prefix_sharing import pack_rows
 from drllm.paths import StaticPath, get_adapter, get_layers
 from slow_way import (
     LOGIT_TOLERANCE,
@@ -243,7 +243,7 @@ def test_options_are_scored_under_the_policy_of_a_healed_path(name, tiny_model):
 
 
 def test_a_pass_that_mixes_a_healed_path_with_another_is_refused(routed):
-    rows = packed_rows(routed, [Request([5, 9, 30])], PrefixCache(0))
+    rows = pack_rows(routed, [Request([5, 9, 30])], PrefixCache(0))
     for other in (PLAIN, OTHER, (1,) * 6):
         run = rows.run([(0, PATH), (0, other)], [1, 1])
         with pytest.raises(RoutingError, match="in one batch with another path") as caught, run:

@@ -27,7 +27,7 @@ from drllm.evaluation.lm_eval.model import RoutedLM
 from drllm.evaluation.lm_eval.scoring import Decides, HarnessRequest, OptionScore, Paths, Plan
 from drllm.evaluation.lm_eval.task import RenderedTask
 from drllm.models.routing.policies import FixedPolicy, FullPolicy, Policy
-from drllm.models.scoring.batching import batches
+from drllm.models.scoring.batching import group_by_length
 from drllm.paths import Decisions, StaticPath
 from drllm.statistics.paired import Outcomes
 from drllm.tasks.examples import choose
@@ -129,10 +129,10 @@ class TaskRunner:
         if isinstance(scorer.batch_size, int):
             size = scorer.batch_size
         if self.harness_task.has_options:
-            return list(batches(lengths, size * math.ceil(MIN_BLOCK_SIZE / size)))
+            return list(group_by_length(lengths, size * math.ceil(MIN_BLOCK_SIZE / size)))
         prompts = self.harness_task.prompts()  # a block's answers are found by their prompt
         blocks: list[Block] = []
-        for block in batches(lengths, size):  # a batch takes long enough to be a block
+        for block in group_by_length(lengths, size):  # a batch takes long enough to be a block
             blocks += separate_repeats(block, prompts)
         return blocks
 

@@ -25,7 +25,7 @@ from drllm.models.base.identity import describe
 from drllm.models.routers.depth_control import run_prompts
 from drllm.models.routing.policies import FixedPolicy, RecordingPolicy
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.models.scoring.batching import MemoryBatcher, PathSize, batches
+from drllm.models.scoring.batching import MemoryBatcher, PathSize, group_by_length
 from drllm.processes import count, from_first, share
 from drllm.records.codec import hash_values
 from drllm.records.manifest import new_manifest
@@ -246,7 +246,7 @@ def _find_missing_blocks(
     lengths = [len(tokens) for tokens in targets.prompts]
     is_missing = (filled == NOT_DONE).tolist()
     blocks = []
-    for block in batches(lengths, batch_size, MAXIMUM_TOKENS):
+    for block in group_by_length(lengths, batch_size, MAXIMUM_TOKENS):
         missing_rows = [row for row in block if is_missing[row]]
         if missing_rows:
             blocks.append(missing_rows)

@@ -36,7 +36,7 @@ from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import context_length
 from drllm.models.healed import save_healed
 from drllm.models.routing.routed_model import RoutedModel, unrouted
-from drllm.models.scoring.batching import batches
+from drllm.models.scoring.batching import group_by_length
 from drllm.models.scoring.packing import Request
 from drllm.paths import StaticPath
 from drllm.records.healed import HEALED_FILE, HealedPath, HealPoint, Losses, read_healed
@@ -501,7 +501,7 @@ def make_batches(
         for source_sequences in by_source.values():
             sequences += random.choices(source_sequences, k=num_per_source)
         lengths = [len(sequence) for sequence in sequences]
-        groups = batches(lengths, len(sequences), max_tokens)  # by similar length
+        groups = group_by_length(lengths, len(sequences), max_tokens)
         random.shuffle(groups)
         for rows in groups:
             yield [sequences[row] for row in rows]

@@ -18,7 +18,7 @@ import numpy as np
 from drllm.errors import ModelError
 from drllm.models.routing.batch_generation import generate_many
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.models.scoring.batching import batches
+from drllm.models.scoring.batching import group_by_length
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.packing import Request
 from drllm.paths import StaticPath
@@ -93,7 +93,7 @@ class PathScorer:
         objective = np.zeros((len(paths), len(places)))  # [N, Q]
         right = np.zeros((len(paths), len(places)))
         lengths = [self.items[place].request.length for place in places]
-        for block in batches(lengths, BLOCK_SIZE):
+        for block in group_by_length(lengths, BLOCK_SIZE):
             block_places = [places[index] for index in block]
             objective[:, block], right[:, block] = self._score_block(paths, block_places)
         return Scores(

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drllm.evaluation.systems import BatchResult, join_blocks, separate_repeats
-from drllm.models.scoring.batching import batches
+from drllm.models.scoring.batching import group_by_length
 from drllm.records.codec import decode, encode
 
 lengths = st.lists(st.integers(1, 500), min_size=1, max_size=60)
@@ -15,7 +15,7 @@ sizes = st.integers(1, 20)
 def test_each_question_is_in_one_block_the_longest_first_and_all_but_the_last_are_whole(
     lengths, size
 ):
-    blocks = batches(lengths, size)
+    blocks = group_by_length(lengths, size)
     places = [place for block in blocks for place in block]
     assert sorted(places) == list(range(len(lengths)))
     ordered = [lengths[place] for place in places]
@@ -27,7 +27,7 @@ def test_each_question_is_in_one_block_the_longest_first_and_all_but_the_last_ar
 
 @given(lengths, sizes, st.integers(1, 2000))
 def test_a_batch_has_so_many_tokens_with_padding_or_one_prompt(lengths, size, max_tokens):
-    for rows in batches(lengths, size, max_tokens):
+    for rows in group_by_length(lengths, size, max_tokens):
         padded = len(rows) * max(lengths[row] for row in rows)
         assert len(rows) == 1 or padded <= max_tokens
         assert len(rows) <= size
@@ -39,7 +39,7 @@ def test_no_part_of_a_block_has_a_prompt_twice():
 
 @given(lengths, sizes, st.integers(1, 3), st.booleans())
 def test_joined_answers_are_in_the_order_of_the_questions(lengths, size, num_draws, has_routes):
-    blocks = batches(lengths, size)
+    blocks = group_by_length(lengths, size)
 
     def answers(draw, places):
         return [[(float(place), bool(draw)), f"{draw}"] for place in places]

@@ -21,7 +21,7 @@ from drllm.models.base.prompts import context_length, encode, pad_left, render
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.policies import FullPolicy, Policy, PromptView, RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.models.scoring.batching import batches
+from drllm.models.scoring.batching import group_by_length
 from drllm.records.codec import read_json_lines
 
 TOLERANCE = 0.25
@@ -67,7 +67,7 @@ def route_prompts(
     routes = torch.empty(len(prompts), routed.num_layers, dtype=torch.long)
     last_decisions = routed.driver.last_route
     try:
-        for rows in batches([len(tokens) for tokens in prompts], batch_size):
+        for rows in group_by_length([len(tokens) for tokens in prompts], batch_size):
             run_prompts(routed, policy, [prompts[row] for row in rows])
             routes[rows] = routed.last_route
     finally:

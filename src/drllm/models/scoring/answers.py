@@ -1,8 +1,8 @@
-"""Generate greedy answers for many (prompt, decisions) pairs at once; stop each when it is graded.
+"""Generate greedy answers for many (prompt, decisions) pairs at once, each until it is graded.
 
-The prompts are read as packed rows. So the paths of one prompt share their common prefixes, within
-a call and across calls, and the prompts share their common beginning. Then the answers are decoded
-as an ordinary routed batch with a cache of its own.
+First the prompts are read as packed rows. So the paths of one prompt share their common prefixes,
+within a call and across calls, and the prompts share their common beginning. Then the answers are
+decoded as an ordinary routed batch.
 
 Axes: P prompts, N pairs, V vocabulary.
 """
@@ -21,18 +21,18 @@ from drllm.models.base.devices import on_device
 from drllm.models.routing.generate import end_tokens
 from drllm.models.routing.kv_cache import cache_argument
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.models.scoring.batching import MemoryBatcher, PathSize, prefix_cache
+from drllm.models.scoring.batching import MemoryBatcher, PathSize, make_prefix_cache
 from drllm.models.scoring.kl import KlFromFull
 from drllm.models.scoring.packing import Request, Tokens
-from drllm.models.scoring.prefix_sharing import Pair, PlanPair, packed_rows
+from drllm.models.scoring.prefix_sharing import Pair, PlanPair, pack_rows
 
 Grader: TypeAlias = Callable[[int, str, bool], float | None]
-"""A function of a pair's place, the answer's text so far, and whether the text is complete. It
-returns the grade, or None if the text can't be graded yet."""
+"""A function that grades an answer. Its arguments are the place of the pair, the text so far, and
+whether the text is complete. It returns the grade, or None if it can't grade the text yet."""
 
 MAX_IDLE_STEPS = 0.3
-"""Maximum work on finished rows before a batch drops these rows, in decoding steps of the batch.
-Dropping rows copies the K and V of all other rows."""
+"""Maximum work on finished rows before they are dropped, as a number of decoding steps of a whole
+batch. Rows aren't dropped at once, since this copies the K and V of all other rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class ScoredAnswer:
 
     text: str  # the text up to the token that decided the grade
     tokens: tuple[int, ...]  # the tokens without the end-of-sequence token
-    grade: float
+    grade: float  # the grader's result
     logprob: float  # mean over the generated tokens, with the end-of-sequence token, in nats
     kl: float | None = None  # see `Score.kl`
 
@@ -71,9 +71,9 @@ class AnswerBatch:
     ) -> None:
         self.routed = routed
         self.tokenizer = tokenizer
-        self.states = prefix_cache(state_cache_gb, routed.model.device)
+        self.states = make_prefix_cache(state_cache_gb, routed.model.device)
         requests = [Request(context) for context in contexts]
-        self.rows = packed_rows(routed, requests, self.states, keep_kv=True)
+        self.rows = pack_rows(routed, requests, self.states, keep_kv=True)
         self._kl = KlFromFull(self.rows)
         self._batcher = MemoryBatcher(routed.model, self.states, paths_per_pass)
         self._lengths = torch.tensor([len(context) for context in contexts])
@@ -92,32 +92,34 @@ class AnswerBatch:
         *,
         kl: bool = False,
     ) -> list[ScoredAnswer]:
-        """Generate an answer for every pair of a prompt's place and decisions.
+        """Generate an answer for every pair.
 
         An answer stops as soon as the grader has graded the text so far. The tokens are the same as
-        from the routed model's greedy `generate` without logits processors. So a repetition penalty
-        in a model's generation settings isn't applied (docs/differences.md, D-19).
+        from the routed model's greedy `generate`, but without logits processors: a repetition
+        penalty in the model's generation settings isn't applied (docs/differences.md, D-19).
 
         Args:
             pairs: Pairs of a prompt's place and the decisions to run under.
             max_new_tokens: Maximum number of tokens of each answer, `[N]`.
             grader: The function that grades a text.
-            kl: Whether to measure the KL from the full path too, in the passes that read the
-                prompts.
+            kl: Whether to measure the KL from the full path too, while the prompts are read.
         """
         num_read = self.rows.packed.mask.shape[-1]
-        num_written = max(max_new_tokens, default=0)
-        size = PathSize(num_read + num_written, num_read if kl else 1, keeps_kv=True)
+        num_new = max(max_new_tokens, default=0)
+        num_logits = 1
+        if kl:
+            num_logits = num_read
+        size = PathSize(num_read + num_new, num_logits, keeps_kv=True)
 
         def answer_part(places: Sequence[int]) -> list[ScoredAnswer]:
             drafts = [_Draft(place, pairs[place], max_new_tokens[place]) for place in places]
-            return self._answer(drafts, grader, kl)
+            return self._generate(drafts, grader, kl)
 
         return self._batcher.run(range(len(pairs)), size, answer_part)
 
-    def _answer(self, drafts: list[_Draft], grader: Grader, kl: bool) -> list[ScoredAnswer]:
-        """Generate some answers in one batch: read the prompts, then decode token by token."""
-        batch, logits, kls = self._read(drafts, kl)
+    def _generate(self, drafts: list[_Draft], grader: Grader, kl: bool) -> list[ScoredAnswer]:
+        """Generate answers in one batch: read the prompts, then decode token by token."""
+        batch, logits, kls = self._read_prompts(drafts, kl)
         while True:
             highest, tokens = logits.float().max(dim=-1)  # [rows]
             logprobs = highest - logits.float().logsumexp(dim=-1)
@@ -127,30 +129,34 @@ class AnswerBatch:
                     self._extend(draft, token, logprob, grader)
             if all(draft.grade is not None for draft in batch.drafts):
                 break
-            tokens = batch.drop_answered(tokens)
+            tokens = batch.drop_finished(tokens)
             logits = batch.step(tokens)
         return [draft.finish(kls.get(draft.pair)) for draft in drafts]
 
-    def _read(
+    def _read_prompts(
         self, drafts: list[_Draft], kl: bool
     ) -> tuple[_DecodingBatch, Tensor, dict[PlanPair, float | None]]:
-        """Read the prompts; return the batch to decode, the next token's logits, and each KL."""
+        """Read the prompts.
+
+        Returns:
+            The batch to decode, the logits of the next tokens, `[N, V]`, and the KL of each pair.
+        """
         pairs = [draft.pair for draft in drafts]
         unique: list[PlanPair]
         if kl:
-            unique = self._kl.with_full(pairs)
+            unique = self._kl.add_full_paths(pairs)
             num_kept = [self.rows.packed.num_own[row] for row, _ in unique]
         else:
             unique = list(dict.fromkeys(pairs))
             num_kept = [1] * len(unique)  # only the last token's logits
         kls: dict[PlanPair, float | None] = {}
         with self.rows.run(unique, num_kept) as driver:
-            last = {}
+            last_logits = {}
             for pair, values in zip(unique, driver.logits, strict=True):
-                last[pair] = values[-1]
+                last_logits[pair] = values[-1]
             if kl:
                 kls = self._kl.measure(unique, driver.logits)
-            logits = torch.stack([last[pair] for pair in pairs])  # [N, V]
+            logits = torch.stack([last_logits[pair] for pair in pairs])
             cache = driver.routed_cache(pairs)
         return self._make_batch(drafts, cache, logits.device), logits, kls
 
@@ -158,7 +164,8 @@ class AnswerBatch:
         self, drafts: list[_Draft], cache: Cache, device: torch.device
     ) -> _DecodingBatch:
         """Make the batch that decodes some answers from the cache of their prompts."""
-        lengths = self._lengths[[draft.pair[0] for draft in drafts]][:, None]  # [N, 1]
+        prompts = [draft.pair[0] for draft in drafts]
+        lengths = self._lengths[prompts][:, None]  # [N, 1]
         width = int(lengths.max())
         lengths = on_device(lengths, device)
         return _DecodingBatch(
@@ -186,7 +193,7 @@ class AnswerBatch:
 class _Draft:
     """An answer that is being generated."""
 
-    place: int  # place of the pair among all pairs
+    place: int  # the place of the pair in the call of `answers`
     pair: Pair
     max_new_tokens: int
     tokens: list[int] = field(default_factory=list)  # without the end-of-sequence token
@@ -206,8 +213,7 @@ class _Draft:
 class _DecodingBatch:
     """Answers that are generated together, as an ordinary routed batch with a cache.
 
-    A row stays for some steps after its answer is over, since dropping the row copies the K and V
-    of all other rows (see `MAX_IDLE_STEPS`).
+    A row stays for some steps after its answer is graded (see `MAX_IDLE_STEPS`).
     """
 
     routed: RoutedModel
@@ -216,12 +222,12 @@ class _DecodingBatch:
     cache_argument: str  # the name of the model's argument for the cache
     mask: Tensor  # [rows, T], 1 for real tokens
     positions: Tensor  # [rows, 1], the position of each row's last token
-    idle_steps: float = 0.0  # steps spent on finished rows since the last time rows were dropped
+    idle_steps: float = 0.0  # work on finished rows since rows were last dropped
 
-    def drop_answered(self, tokens: Tensor) -> Tensor:
-        """Drop the rows whose answers are over, after `MAX_IDLE_STEPS` of work on them.
+    def drop_finished(self, tokens: Tensor) -> Tensor:
+        """Drop the rows whose answers are graded, after `MAX_IDLE_STEPS` of work on them.
 
-        `tokens` `[rows]` are the next tokens to read. Returns the tokens of the remaining rows.
+        `tokens` are the next token of each row, `[rows]`. Returns the tokens of the remaining rows.
         """
         active = [row for row, draft in enumerate(self.drafts) if draft.grade is None]
         self.idle_steps += (len(self.drafts) - len(active)) / len(self.drafts)
@@ -240,9 +246,9 @@ class _DecodingBatch:
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.drafts), 1)], dim=1)
         self.positions = self.positions + 1
         finished = [row for row, draft in enumerate(self.drafts) if draft.grade is not None]
-        # Finished rows are read at position 0, so that they neither leave the context nor have the
-        # batch's largest position.
         if finished:
+            # At position 0 a finished row can't leave the context, and doesn't have the batch's
+            # largest position.
             self.positions[on_device(finished, self.positions.device)] = 0
         with torch.no_grad(), self.routed.injection.driven_by(self.routed.driver):
             logits: Tensor = self.routed.model(

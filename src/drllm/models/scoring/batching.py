@@ -21,10 +21,10 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-MAX_PATHS = 256  # paths that keep any device busy; more paths in a pass only take memory
+MAX_PATHS = 256  # enough to keep any device busy; more paths in a pass only take memory
 SHARE_OF_FREE_MEMORY = 0.5
-"""Share of the free memory that a pass may take. The other half is for activations inside a layer,
-fragments and other programs."""
+"""Maximum share of the free memory for the states and logits of a pass. The rest is for activations
+inside a layer, fragments and other programs."""
 FLOAT_BYTES = 4  # bytes of a number in fp32
 MAX_STATE_CACHE_GB = 16  # maximum size of the cache of states by default
 
@@ -37,22 +37,22 @@ class PathSize:
 
     num_tokens: int  # number of tokens of the row, including its past
     num_logits: int  # number of tokens whose logits are computed
-    keeps_kv: bool = False  # whether K/V is kept, and copied into a cache for generation
+    keeps_kv: bool = False  # whether K/V is kept, and then copied into a cache for generation
 
     def num_bytes(self, model: Any) -> int:
         """Return the bytes that the path takes in a model."""
         config = model.config.get_text_config()
-        num_bytes = model.dtype.itemsize
-        state_size = config.hidden_size
+        value_bytes = model.dtype.itemsize
+        state_size = config.hidden_size  # numbers for one token after one execution
         if self.keeps_kv:
             heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
             head_size = getattr(config, "head_dim", None)
             head_size = head_size or config.hidden_size // config.num_attention_heads
             kv_size = 2 * heads * head_size
-            state_size += 2 * kv_size  # K/V is in the state and in the cache
-        states = self.num_tokens * config.num_hidden_layers * state_size * num_bytes
+            state_size += 2 * kv_size  # once in the state, and once in the cache
+        states = self.num_tokens * config.num_hidden_layers * state_size * value_bytes
         # Logits in the model's dtype, a copy in fp32, and log-probabilities in fp32.
-        logits = self.num_logits * config.vocab_size * (num_bytes + 2 * FLOAT_BYTES)
+        logits = self.num_logits * config.vocab_size * (value_bytes + 2 * FLOAT_BYTES)
         return int(states + logits)
 
 
@@ -61,33 +61,33 @@ class MemoryBatcher:
     """Splits work over forward passes that fit into memory."""
 
     model: Any
-    # The cache that the passes fill; it will take some of the memory that is free now.
+    # The cache that the passes fill. Memory for it is set aside.
     states: PrefixCache = field(default_factory=lambda: PrefixCache(0))
-    maximum: int | None = None  # maximum paths in a pass; None decides by the free memory
-    _limit: int = sys.maxsize  # maximum paths in a pass since memory ran out
+    maximum: int | None = None  # maximum paths in a pass; None for as many as fit into memory
+    _limit: int = sys.maxsize  # maximum paths in a pass; lower after memory ran out
 
     def num_paths(self, size: PathSize) -> int:
         """Return the number of paths in the next pass."""
         if self.maximum is not None:
             return min(self.maximum, self._limit)
         free = free_bytes(self.model.device)
-        room_for_states = self.states.max_bytes - self.states.num_bytes
-        available = max(free - room_for_states, free / 2)
-        number = int(available * SHARE_OF_FREE_MEMORY / size.num_bytes(self.model))
-        return min(max(number, 1), MAX_PATHS, self._limit)
+        reserved = self.states.max_bytes - self.states.num_bytes
+        available = max(free - reserved, free / 2)  # at most half is set aside
+        num_fitting = int(available * SHARE_OF_FREE_MEMORY / size.num_bytes(self.model))
+        return min(max(num_fitting, 1), MAX_PATHS, self._limit)
 
     def run(
         self,
         items: Sequence[Item],
         size: PathSize,
-        one_pass: Callable[[Sequence[Item]], list[Result]],
+        run_pass: Callable[[Sequence[Item]], list[Result]],
     ) -> list[Result]:
         """Run all items, in passes that are as large as memory allows.
 
         Args:
             items: One item for each path.
             size: The size of the largest path.
-            one_pass: A function that returns the results of some of the items, in their order.
+            run_pass: A function that runs some of the items, and returns their results in order.
 
         Raises:
             ModelError: A single path doesn't fit.
@@ -97,20 +97,20 @@ class MemoryBatcher:
             start = len(results)
             part = items[start : start + self.num_paths(size)]
             try:
-                results += one_pass(part)
+                results += run_pass(part)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
                 if len(part) == 1:
-                    raise ModelError(self._explain(size)) from error
+                    raise ModelError(self._describe_no_room(size)) from error
             else:
                 continue
-            # Outside of the except block, where the memory of the failed pass is free again.
+            # Not in the except block: there the error still holds the memory of the failed pass.
             self._halve(len(part))
         return results
 
-    def _explain(self, size: PathSize) -> str:
-        """Explain that a single path doesn't fit, and what to do."""
+    def _describe_no_room(self, size: PathSize) -> str:
+        """Say that a single path doesn't fit into memory, and what to do."""
         advice = "load the model with --dtype bfloat16, or use a device with more memory"
         if self.states.max_bytes:
             advice = f"lower --state-cache-gb, {advice}"
@@ -142,7 +142,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def share_memory(num_sharing: int) -> None:
-    """Set how many processes, including this one, share the machine's memory."""
+    """Set how many processes share the machine's memory, including this process."""
     global _num_sharing
     _num_sharing = num_sharing
 
@@ -159,7 +159,7 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available) // _num_sharing
 
 
-def prefix_cache(gigabytes: float | None, device: torch.device) -> PrefixCache:
+def make_prefix_cache(gigabytes: float | None, device: torch.device) -> PrefixCache:
     """Return an empty cache of a maximum size in GB.
 
     None means a quarter of the free memory, at most `MAX_STATE_CACHE_GB`.
@@ -169,18 +169,27 @@ def prefix_cache(gigabytes: float | None, device: torch.device) -> PrefixCache:
     return PrefixCache(gigabytes * GIGABYTE)
 
 
-def batches(lengths: Sequence[int], size: int, max_tokens: int = sys.maxsize) -> list[list[int]]:
-    """Group prompts of similar length into batches; return the places of each batch's prompts.
+def group_by_length(
+    lengths: Sequence[int], size: int, max_tokens: int = sys.maxsize
+) -> list[list[int]]:
+    """Group prompts of similar length into batches, which need little padding.
 
     The longest prompts come first, so a batch that is too large for memory fails at the start.
-    Similar lengths need little padding. A batch has at most `size` prompts and at most `max_tokens`
-    tokens, including padding. A prompt with more tokens is a batch by itself.
+
+    Args:
+        lengths: The number of tokens of each prompt.
+        size: Maximum number of prompts in a batch.
+        max_tokens: Maximum number of tokens in a batch, including padding. A longer prompt is a
+            batch by itself.
+
+    Returns:
+        For each batch, the places of its prompts in `lengths`.
     """
-    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-    parts: list[list[int]] = []
-    while order:
-        longest = max(lengths[order[0]], 1)
-        number = max(1, min(size, max_tokens // longest))
-        parts.append(order[:number])
-        order = order[number:]
-    return parts
+    places = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    batches: list[list[int]] = []
+    while places:
+        longest = max(lengths[places[0]], 1)
+        num_prompts = max(1, min(size, max_tokens // longest))
+        batches.append(places[:num_prompts])
+        places = places[num_prompts:]
+    return batches

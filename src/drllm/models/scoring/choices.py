@@ -1,8 +1,7 @@
 """Score the continuations of many (prompt, plan) pairs at once: log-likelihoods, KL, greedy flags.
 
-`ChoiceBatch` scores the continuations of each prompt. The layers run under decisions, along static
-paths, or under a policy. The paths of one prompt share their common prefixes, within a call and
-across calls, and the prompts share their common beginning.
+The layers run under decisions, along static paths, or under a policy. The paths of one prompt share
+their common prefixes, within a call and across calls. The prompts share their common beginning.
 
 Axes: P prompts, B rows, N pairs, T tokens, C continuations of a row, S scored tokens, V vocabulary.
 """
@@ -20,10 +19,10 @@ from drllm.models.base.devices import on_device
 from drllm.models.base.layers import can_pack
 from drllm.models.routing.policies import PathPolicy, Policy, PromptView
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.models.scoring.batching import MemoryBatcher, PathSize, prefix_cache
+from drllm.models.scoring.batching import MemoryBatcher, PathSize, make_prefix_cache
 from drllm.models.scoring.kl import KlFromFull
-from drllm.models.scoring.packing import Request, pack
-from drllm.models.scoring.prefix_sharing import PackedRows, PlanPair, packed_rows
+from drllm.models.scoring.packing import PackedBatch, Request, pack
+from drllm.models.scoring.prefix_sharing import PackedRows, PlanPair, pack_rows
 from drllm.paths import get_adapter
 
 
@@ -34,7 +33,7 @@ class Score:
     logprobs: tuple[float, ...]  # for each continuation, the sum over its scored tokens
     # Mean KL from the full path over the prompt's tokens; None if not requested or not finite.
     kl: float | None = None
-    # For each continuation, whether all scored tokens are the likeliest; empty if not requested.
+    # For each continuation, whether each scored token is the likeliest; empty if not requested.
     greedy: tuple[bool, ...] = ()
 
 
@@ -50,23 +49,27 @@ def _join_scores(parts: Sequence[Score]) -> Score:
 
 @dataclass(eq=False)
 class _OncePerRequest(Policy):
-    """Gives all rows of a request the decision of its first row: their context is the same."""
+    """Decides for the first row of each request, and gives the decision to its other rows.
+
+    All rows of a request have the same context.
+    """
 
     policy: Policy
-    rows_of: Sequence[range]  # the rows of each request; together they are all rows of the batch
+    request_rows: Sequence[range]  # the rows of each request; together they are all rows
 
     def decide(self, layer: int, prompts: PromptView) -> list[int]:
-        """Decide by the first row of each request, and repeat the decision for its other rows."""
+        """Let the policy decide for the first rows, and repeat its decisions."""
         decisions = self.policy.decide(layer, self._first_rows(prompts))
         if isinstance(decisions, Tensor):
             decisions = decisions.tolist()
         repeated: list[int] = []
-        for decision, rows in zip(decisions, self.rows_of, strict=False):
+        for decision, rows in zip(decisions, self.request_rows, strict=False):
             repeated += [decision] * len(rows)
         return repeated
 
     def _first_rows(self, prompts: PromptView) -> PromptView:
-        first = [rows[0] for rows in self.rows_of]
+        """Return the view of each request's first row."""
+        first = [rows[0] for rows in self.request_rows]
         hidden = prompts.hidden[on_device(first, prompts.hidden.device)]
         readable = prompts.readable[on_device(first, prompts.readable.device)]
         return PromptView(hidden, readable, prompts.spans)
@@ -76,8 +79,8 @@ class _OncePerRequest(Policy):
 class _Targets:
     """The tokens that a row has to predict."""
 
-    columns: Tensor  # for each token, the column of the logits that predicts the token
-    ids: Tensor  # the tokens' ids
+    columns: Tensor  # for each token, the place of the logits that predict it
+    ids: Tensor  # the ids of the tokens
     owners: Tensor  # for each token, the number of its continuation
 
 
@@ -107,10 +110,12 @@ class ChoiceBatch:
         Args:
             routed: The model.
             requests: The prompts and their continuations.
-            state_cache_gb: Maximum size of the cache of shared states in GB (see `prefix_cache`).
-            paths_per_pass: Maximum number of paths in a forward pass; None decides by the memory.
+            state_cache_gb: Maximum size of the cache of shared states in GB; None for a default
+                (see `make_prefix_cache`).
+            paths_per_pass: Maximum number of paths in a forward pass; None for as many as
+                fit into memory.
             contexts: Rows that hold the requests' contexts with the states of their paths. Only
-                the continuations are run after these rows.
+                the continuations are run after these rows. None runs the contexts too.
 
         Raises:
             RoutingError: A prompt or a continuation has no tokens.
@@ -118,23 +123,25 @@ class ChoiceBatch:
         _refuse_empty(requests)
         self.routed = routed
         self.requests = list(requests)
-        device = routed.model.device
-        self.states = contexts.states if contexts else prefix_cache(state_cache_gb, device)
+        if contexts is not None:
+            self.states = contexts.states
+        else:
+            self.states = make_prefix_cache(state_cache_gb, routed.model.device)
 
         packs = can_pack(routed.model, max(request.length for request in self.requests))
-        self._parts: list[Request] = []  # [B], one for each row
-        self._rows_of: list[range] = []  # [P], the rows of each request
+        self._row_requests: list[Request] = []  # [B], what each row holds
+        self._request_rows: list[range] = []  # [P], the rows of each request
         for request in self.requests:
             parts = [request] if packs else request.split()
-            first = len(self._parts)
-            self._rows_of.append(range(first, first + len(parts)))
-            self._parts += parts
-        # `contexts` has one row per request. Without packing there are more rows, without a past.
+            first = len(self._row_requests)
+            self._request_rows.append(range(first, first + len(parts)))
+            self._row_requests += parts
+        # `contexts` has one row for each request, so without packing it doesn't fit these rows.
         past = contexts if packs else None
-        self._rows = packed_rows(routed, self._parts, self.states, contexts=past)
+        self._rows = pack_rows(routed, self._row_requests, self.states, contexts=past)
         self._kl = KlFromFull(self._rows)
         self._batcher = MemoryBatcher(routed.model, self.states, paths_per_pass)
-        self._targets = [self._find_targets(part) for part in self._parts]
+        self._targets = [self._find_targets(request) for request in self._row_requests]
 
     @property
     def shares_beginning(self) -> bool:
@@ -169,14 +176,14 @@ class ChoiceBatch:
             by_adapter.setdefault(get_adapter(plan), []).append((place, plan))
         scores: dict[str, Iterator[Score]] = {}
         for adapter, group in by_adapter.items():
-            scores[adapter] = iter(self._scores_of(group, kl=kl, greedy=greedy))
+            scores[adapter] = iter(self._score_group(group, kl=kl, greedy=greedy))
         return [next(scores[get_adapter(plan)]) for _, plan in pairs]
 
-    def _scores_of(self, pairs: Sequence[PlanPair], *, kl: bool, greedy: bool) -> list[Score]:
-        """Score pairs that all run with the same adapter, or all without one."""
+    def _score_group(self, pairs: Sequence[PlanPair], *, kl: bool, greedy: bool) -> list[Score]:
+        """Score pairs that all run with the same adapter, or all without an adapter."""
         row_pairs: list[PlanPair] = []
         for place, plan in pairs:
-            row_pairs += [(row, plan) for row in self._rows_of[place]]
+            row_pairs += [(row, plan) for row in self._request_rows[place]]
 
         def score_rows(part: Sequence[PlanPair]) -> list[Score]:
             return self._score_rows(part, kl=kl, greedy=greedy)
@@ -184,7 +191,7 @@ class ChoiceBatch:
         row_scores = iter(self._batcher.run(row_pairs, self._path_size(kl), score_rows))
         scores = []
         for place, _ in pairs:
-            parts = list(itertools.islice(row_scores, len(self._rows_of[place])))
+            parts = list(itertools.islice(row_scores, len(self._request_rows[place])))
             scores.append(_join_scores(parts))
         return scores
 
@@ -196,14 +203,35 @@ class ChoiceBatch:
         Returns:
             The score of each request, with its `greedy` flags, and the routes, `[P, L]`.
         """
-        # A `PathPolicy` stays as it is: its path is the same for all rows, and the driver has to
+        # A `PathPolicy` isn't wrapped: its path is the same for all rows, and the driver has to
         # recognise it.
-        if len(self._parts) > len(self.requests) and not isinstance(policy, PathPolicy):
-            policy = _OncePerRequest(policy, self._rows_of)
-        model = self.routed.model
+        if len(self._row_requests) > len(self.requests) and not isinstance(policy, PathPolicy):
+            policy = _OncePerRequest(policy, self._request_rows)
         packed = self._rows.packed
-        if self._rows.past is not None:  # whole rows, without a past
-            packed = pack(self._parts, dtype=model.dtype, device=model.device)
+        if self._rows.past is not None:  # under a policy the rows hold whole prompts
+            model = self.routed.model
+            packed = pack(self._row_requests, dtype=model.dtype, device=model.device)
+        logits = self._compute_logits(packed, policy)
+        row_logits = []
+        for row, num_after in enumerate(packed.num_after):
+            start = logits.shape[1] - num_after - 1
+            row_logits.append((row, logits[row, start:]))
+        row_scores = self._score_logits(row_logits, greedy=True)
+
+        first_rows = [rows[0] for rows in self._request_rows]
+        route = []  # [L], for each layer the decisions of all requests
+        for decisions in self.routed.driver.last_route:
+            first_decisions = tuple([decisions[row] for row in first_rows])
+            route.append(first_decisions)
+        self.routed.driver.set_last_route(route)
+        scores = [_join_scores(row_scores[rows.start : rows.stop]) for rows in self._request_rows]
+        return scores, self.routed.last_route
+
+    def _compute_logits(self, packed: PackedBatch, policy: Policy) -> Tensor:
+        """Run the model under a policy; return the logits `[B, S, V]` of each row's last tokens.
+
+        S is one more than the largest number of tokens that a row has after its prompt.
+        """
         num_tokens = packed.ids.shape[1]
         num_kept = max(packed.num_after) + 1
         # `logits_to_keep` is a list of indices on a CPU, since a slice isn't contiguous and the
@@ -214,23 +242,14 @@ class ChoiceBatch:
             last = torch.arange(num_tokens - num_kept, num_tokens)
         driver = self.routed.driver
         with driver.using(policy), driver.reading(packed.context), torch.no_grad():
-            logits: Tensor = model(
+            logits: Tensor = self.routed.model(
                 input_ids=packed.ids,
                 attention_mask=packed.mask,
                 position_ids=packed.positions,
                 use_cache=False,
                 logits_to_keep=last,
-            ).logits  # [B, S, V]
-        rows = []
-        for row, num_after in enumerate(packed.num_after):
-            start = logits.shape[1] - num_after - 1
-            rows.append((row, logits[row, start:]))
-        row_scores = self._score_logits(rows, greedy=True)
-        first = [rows[0] for rows in self._rows_of]  # one row for each request
-        route = driver.last_route
-        driver.set_last_route([tuple([decisions[row] for row in first]) for decisions in route])
-        scores = [_join_scores([row_scores[row] for row in rows]) for rows in self._rows_of]
-        return scores, self.routed.last_route
+            ).logits
+        return logits
 
     def _path_size(self, kl: bool) -> PathSize:
         """Return the size of the largest path. With `kl` it includes the prompt's logits."""
@@ -247,53 +266,45 @@ class ChoiceBatch:
         """Score each path's row in one pass; KL is measured only on a request's first row."""
         num_own = self._rows.packed.num_own
         num_after = self._rows.packed.num_after
-        kl_rows = {rows[0] for rows in self._rows_of} if kl else set()
-        measured = self._kl.with_full([pair for pair in pairs if pair[0] in kl_rows])
-        unique = list(dict.fromkeys([*measured, *pairs]))  # the measured pairs first
-        num_ahead = []  # for KL, the number of the prompt's tokens before its last token
-        num_kept = []
+        kl_rows: set[int] = set()
+        if kl:
+            kl_rows = {rows[0] for rows in self._request_rows}
+        kl_pairs = self._kl.add_full_paths([pair for pair in pairs if pair[0] in kl_rows])
+        num_kl = len(kl_pairs)
+        unique = list(dict.fromkeys([*kl_pairs, *pairs]))  # begins with `kl_pairs`
+        # The scores need logits from the prompt's last token on. KL needs all the prompt's logits.
+        num_ahead = []  # for each pair, the number of logits ahead of the prompt's last token
+        num_kept = []  # for each pair, the number of logits to compute
         for row, _ in unique:
-            ahead = num_own[row] - 1 if row in kl_rows else 0
+            ahead = 0
+            if row in kl_rows:
+                ahead = num_own[row] - 1
             num_ahead.append(ahead)
             num_kept.append(ahead + 1 + num_after[row])
         kls: dict[PlanPair, float | None] = {}
         with self._rows.run(unique, num_kept) as driver:
-            scored = []
+            row_logits = []
             for (row, _), ahead, logits in zip(unique, num_ahead, driver.logits, strict=True):
-                scored.append((row, logits[ahead:]))
-            scores = dict(zip(unique, self._score_logits(scored, greedy), strict=True))
-            if measured:
-                logits_of_measured = driver.logits[: len(measured)]
-                prompts = [
-                    logits[: ahead + 1]
-                    for ahead, logits in zip(num_ahead, logits_of_measured, strict=False)
-                ]
-                kls = self._kl.measure(measured, prompts)
+                row_logits.append((row, logits[ahead:]))
+            scores = dict(zip(unique, self._score_logits(row_logits, greedy), strict=True))
+            if kl_pairs:
+                prompt_logits = []
+                for ahead, logits in zip(num_ahead[:num_kl], driver.logits[:num_kl], strict=True):
+                    prompt_logits.append(logits[: ahead + 1])
+                kls = self._kl.measure(kl_pairs, prompt_logits)
         return [replace(scores[pair], kl=kls.get(pair)) for pair in pairs]
 
     def _score_logits(self, rows: Sequence[tuple[int, Tensor]], greedy: bool) -> list[Score]:
-        """Return the scores of rows from their scored tokens' logits `[S, V]`."""
-        # For each row, `[1, C]` sums of log-probabilities. With `greedy`, `[2, C]`: the second row
-        # is the number of tokens that aren't the likeliest.
+        """Return the scores of rows. Each row comes with its scored tokens' logits, `[S, V]`."""
         sums = []
         for row, logits in rows:
-            targets = self._targets[row]
-            values = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            # `log_softmax` as in lm-evaluation-harness. `logsumexp` is nearer to float64, but
-            # differs from the harness by 1e-4.
-            summands = [values.log_softmax(dim=1)[targets.columns, targets.ids]]
-            if greedy:
-                is_beaten = values.argmax(dim=1)[targets.columns] != targets.ids
-                summands.append(is_beaten.to(values.dtype))
-            zeros = values.new_zeros(len(self._parts[row].continuations))
-            row_sums = [zeros.index_add(0, targets.owners, summand) for summand in summands]
-            sums.append(torch.stack(row_sums))
+            sums.append(self._sum_by_continuation(row, logits, greedy))
         table = torch.cat(sums, dim=1).tolist()  # one wait for the device
 
         scores: list[Score] = []
         start = 0
         for row, _ in rows:
-            end = start + len(self._parts[row].continuations)
+            end = start + len(self._row_requests[row].continuations)
             flags: tuple[bool, ...] = ()
             if greedy:
                 flags = tuple(num_beaten == 0 for num_beaten in table[1][start:end])
@@ -301,15 +312,34 @@ class ChoiceBatch:
             start = end
         return scores
 
+    def _sum_by_continuation(self, row: int, logits: Tensor, greedy: bool) -> Tensor:
+        """Sum the log-probabilities of a row's scored tokens by continuation, `[1, C]`.
+
+        With `greedy` the result is `[2, C]`. Its second row is the number of tokens of a
+        continuation for which another token is likelier.
+        """
+        targets = self._targets[row]
+        values = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        # `log_softmax` as in lm-evaluation-harness. `logsumexp` is nearer to float64, but differs
+        # from the harness by 1e-4.
+        summands = [values.log_softmax(dim=1)[targets.columns, targets.ids]]
+        if greedy:
+            is_beaten = values.argmax(dim=1)[targets.columns] != targets.ids
+            summands.append(is_beaten.to(values.dtype))
+        zeros = values.new_zeros(len(self._row_requests[row].continuations))
+        return torch.stack([zeros.index_add(0, targets.owners, summand) for summand in summands])
+
     def _find_targets(self, request: Request) -> _Targets:
         """Find the tokens that a request's row has to predict."""
         columns: list[int] = []
         ids: list[int] = []
         owners: list[int] = []
-        start = 1  # column 0 is the context's last token
+        # The logits begin at the context's last token. The read tokens of the continuations follow.
+        start = 1
         continuations = zip(request.continuations, request.scored_from, strict=True)
         for owner, (tokens, first) in enumerate(continuations):
-            # The context predicts a continuation's first token, and each token the next one.
+            # The context predicts the first token, and every token the next one. The last token of
+            # a continuation predicts nothing, so it isn't read.
             predictors = [0, *range(start, start + len(tokens) - 1)]
             columns += predictors[first:]
             ids += tokens[first:]
@@ -320,7 +350,8 @@ class ChoiceBatch:
 
 
 def _refuse_empty(requests: Sequence[Request]) -> None:
+    """Refuse a request without tokens to read or to score."""
     for request in requests:
         continuations = zip(request.continuations, request.scored_from, strict=True)
         if not request.context or any(len(tokens) <= first for tokens, first in continuations):
-            raise RoutingError("a prompt or one of its continuations has no tokens to score")
+            raise RoutingError("a prompt has no tokens, or a continuation has no tokens to score")

@@ -1,4 +1,4 @@
-"""Measure how far a path's next-token distributions are from the full path's: KL divergence.
+"""Measure the KL divergence of a path's next-token distributions from the full path's.
 
 Axes: T tokens of a prompt in one row, V vocabulary.
 """
@@ -14,7 +14,7 @@ from drllm.models.scoring.prefix_sharing import PackedRows, PlanPair
 from drllm.paths import Plan, full_decisions, get_adapter
 
 SHARE_OF_MEMORY = 0.5
-"""Maximum share of the memory for states that the full path's distributions may take."""
+"""Maximum share of the memory for states that all distributions of full paths may take together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,16 +44,18 @@ class KlFromFull:
         self._rows = rows
         self._full = full_decisions(rows.routed.num_layers)
         self._distributions: dict[int, _Distributions] = {}  # by row
+        # Measures the rows' common prefix; None if they have none.
         self._prefix = KlFromFull(rows.past) if rows.past is not None else None
-        self._prefix_sums: dict[Plan, float] = {}
+        self._prefix_sums: dict[Plan, float] = {}  # the KL summed over the common prefix
 
-    def with_full(self, pairs: Sequence[PlanPair]) -> list[PlanPair]:
-        """Return the pairs of a pass, with the full paths for the comparison in front.
+    def add_full_paths(self, pairs: Sequence[PlanPair]) -> list[PlanPair]:
+        """Return the pairs to run in a pass that measures the KL of some pairs.
 
-        A full path runs without an adapter. If the pairs have an adapter, this method runs the full
-        paths in a pass of their own.
+        Full paths come first, since the other paths are compared with them. A full path is added
+        for each row whose distributions aren't kept. It runs without an adapter. So if the pairs
+        have an adapter, this method runs the full paths itself, in a pass of their own.
         """
-        missing: list[PlanPair] = []  # full paths whose distributions aren't known yet
+        missing: list[PlanPair] = []  # full paths whose distributions aren't kept
         full: list[PlanPair] = []  # full paths among the pairs
         for row, plan in pairs:
             if plan == self._full:
@@ -70,8 +72,8 @@ class KlFromFull:
         packed = self._rows.packed
         num_kept = [packed.num_own[row] + packed.num_after[row] for row, _ in pairs]
         with self._rows.run(pairs, num_kept) as driver:
-            for pair, logits in zip(pairs, driver.logits, strict=True):
-                self._sum(pair, logits[: packed.num_own[pair[0]]])
+            for (row, plan), logits in zip(pairs, driver.logits, strict=True):
+                self._sum_kl(row, plan, logits[: packed.num_own[row]])
 
     def measure(
         self, pairs: Sequence[PlanPair], logits: Sequence[Tensor]
@@ -79,44 +81,53 @@ class KlFromFull:
         """Return the mean KL of each pair in nats per token; None for a KL that isn't finite.
 
         Args:
-            pairs: The pairs that `with_full` returned.
-            logits: The logits of each pair's tokens, `[T, V]`.
+            pairs: The pairs that `add_full_paths` returned.
+            logits: The logits of the prompt's tokens in each pair's row, `[T, V]`.
         """
-        scalars = [self._sum(pair, values) for pair, values in zip(pairs, logits, strict=True)]
-        sums: list[float] = torch.stack(scalars).tolist()  # one wait for the device
+        scalars = []
+        for (row, plan), values in zip(pairs, logits, strict=True):
+            scalars.append(self._sum_kl(row, plan, values))
+        row_sums: list[float] = torch.stack(scalars).tolist()  # one wait for the device
         self._limit_memory()
         num_prefix = 0
         if self._prefix is not None:
             num_prefix = self._prefix._rows.packed.num_own[0]
             self._measure_prefix([plan for _, plan in pairs], num_prefix)
         kls: dict[PlanPair, float | None] = {}
-        for (row, plan), row_sum in zip(pairs, sums, strict=True):
+        for (row, plan), row_sum in zip(pairs, row_sums, strict=True):
             total = row_sum + self._prefix_sums.get(plan, 0.0)
             num_tokens = self._rows.packed.num_own[row] + num_prefix
-            kls[row, plan] = max(total / num_tokens, 0.0) if math.isfinite(total) else None
+            kls[row, plan] = None
+            if math.isfinite(total):
+                kls[row, plan] = max(total / num_tokens, 0.0)  # rounding may give less than 0
         return kls
 
     def forget(self) -> None:
         """Drop all shared states, and the full path's distributions."""
         self._rows.states.forget()
         for row in list(self._distributions):
-            self._drop(row)
+            self._drop_distributions(row)
         if self._prefix is not None:
             self._prefix.forget()
 
-    def _sum(self, pair: PlanPair, logits: Tensor) -> Tensor:
-        """Return KL(full path || path) summed over a row's tokens, in nats, as a scalar tensor."""
-        row, plan = pair
+    def _sum_kl(self, row: int, plan: Plan, logits: Tensor) -> Tensor:
+        """Return KL(full path || path) summed over a row's tokens, in nats, as a scalar tensor.
+
+        For the full path itself, its distributions are kept if necessary. The sum is 0, or NaN if
+        the distributions aren't finite.
+        """
         values = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if plan == self._full:
             if row not in self._distributions:
-                self._keep(row, values)
-            return 0 * self._distributions[row].negative_entropy.sum()  # 0, or NaN if not finite
+                self._keep_distributions(row, values)
+            return 0 * self._distributions[row].negative_entropy.sum()
         full = self._distributions[row]
-        cross = (full.probabilities * values).sum(dim=-1) - values.logsumexp(dim=-1)
-        return (full.negative_entropy - cross).sum()
+        negative_cross_entropy = (full.probabilities * values).sum(dim=-1) - values.logsumexp(
+            dim=-1
+        )
+        return (full.negative_entropy - negative_cross_entropy).sum()
 
-    def _keep(self, row: int, logits: Tensor) -> None:
+    def _keep_distributions(self, row: int, logits: Tensor) -> None:
         """Keep the full path's distributions on a row."""
         logprobs = logits.log_softmax(dim=-1)
         probabilities = logprobs.exp()
@@ -130,22 +141,24 @@ class KlFromFull:
         num_bytes = sum(row.num_bytes for row in self._distributions.values())
         while self._distributions and num_bytes > max_bytes:
             newest = next(reversed(self._distributions))
-            num_bytes -= self._drop(newest)
+            num_bytes -= self._drop_distributions(newest)
 
-    def _measure_prefix(self, plans: Sequence[Plan], length: int) -> None:
-        """Measure the KL on the prompts' common beginning, for plans without a measurement."""
+    def _measure_prefix(self, plans: Sequence[Plan], num_tokens: int) -> None:
+        """Measure the KL on the common prefix of `num_tokens`, for plans without a measurement."""
         assert self._prefix is not None
         new = [(0, plan) for plan in dict.fromkeys(plans) if plan not in self._prefix_sums]
         if not new:
             return
-        pairs = self._prefix.with_full(new)
-        with self._prefix._rows.run(pairs, [length] * len(pairs)) as driver:
+        pairs = self._prefix.add_full_paths(new)
+        with self._prefix._rows.run(pairs, [num_tokens] * len(pairs)) as driver:
             kls = self._prefix.measure(pairs, driver.logits)
-        for pair in new:
-            kl = kls[pair]
-            self._prefix_sums[pair[1]] = math.nan if kl is None else kl * length
+        for row, plan in new:
+            kl = kls[row, plan]
+            self._prefix_sums[plan] = math.nan
+            if kl is not None:
+                self._prefix_sums[plan] = kl * num_tokens
 
-    def _drop(self, row: int) -> int:
+    def _drop_distributions(self, row: int) -> int:
         """Drop a row's distributions; return how many bytes they took."""
         num_bytes = self._distributions.pop(row).num_bytes
         self._rows.states.count_other(-num_bytes)

@@ -1,6 +1,6 @@
 """Pack each prompt and its continuations into one row of a batch.
 
-A row may have a *past*: the prompt's first tokens, whose K/V is known. The row doesn't hold them.
+A row may have a *past*: the prompt's first tokens. Their K/V is known, so they aren't in the row.
 
 Axes: P rows, T tokens of a row, F past tokens.
 """
@@ -18,7 +18,7 @@ Tokens: TypeAlias = Sequence[int]
 
 PADDING = -1
 PROMPT = 0
-"""Owners of a column in `pack`: padding, or the prompt. Continuations are numbered from 1."""
+"""The owner of a column of a row says what the column holds. Continuations are numbered from 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,22 +26,21 @@ class Request:
     """A prompt and the continuations to score after it, as tokens."""
 
     context: Tokens  # tokens of the prompt, at least one
-    # Tokens of each continuation, at least one for each; empty for generation.
+    # The tokens of each continuation, at least one token each. Empty if an answer is generated.
     continuations: Sequence[Tokens] = ()
-    # For each continuation, the number of its first tokens that are read but not scored; at least
-    # one token is scored. Empty if all tokens are scored. Unscored tokens differ between the
-    # continuations, so they can't be a part of the prompt: WinoGrande fills a gap with each option,
-    # and scores the text after the gap.
+    # For each continuation, the number of its first tokens that are read but not scored. Empty if
+    # all tokens are scored. Example: WinoGrande fills a gap with each option and scores the text
+    # after the gap. The option isn't scored, but it isn't a part of the prompt either.
     num_unscored: Sequence[int] = ()
 
     @property
     def scored_from(self) -> list[int]:
-        """For each continuation, the place of its first scored token."""
+        """For each continuation, the place of its first scored token; 0 by default."""
         return list(self.num_unscored) or [0] * len(self.continuations)
 
     @property
     def num_after(self) -> int:
-        """Number of tokens to read after the context; a continuation's last token isn't read."""
+        """Number of tokens to read after the context: a continuation's last token isn't read."""
         return sum(len(tokens) - 1 for tokens in self.continuations)
 
     @property
@@ -51,11 +50,11 @@ class Request:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the row is one ordinary text: at most one continuation has tokens to read."""
+        """Whether the row is an ordinary text: at most one continuation has tokens to read."""
         return sum(len(tokens) > 1 for tokens in self.continuations) <= 1
 
     def split(self) -> "list[Request]":
-        """Return equivalent plain requests: this request, or one request for each continuation."""
+        """Return plain requests with the same scores: this one, or one for each continuation."""
         if self.is_plain:
             return [self]
         return [
@@ -68,9 +67,9 @@ class Request:
 class PackedBatch:
     """Requests as rows of one batch, padded on the left.
 
-    The mask is `[P, 1, T, F + T]` and is added to attention scores. Plain requests without a past
-    have an ordinary mask `[P, T]` instead, 1 for real tokens. Every attention takes an ordinary
-    mask, even attention with a window.
+    The mask is `[P, 1, T, F + T]` and is added to attention scores. If all requests are plain and
+    without a past, the mask is `[P, T]` instead, 1 for real tokens. Every model takes such an
+    ordinary mask, even a model with windows.
     """
 
     ids: Tensor  # [P, T]
@@ -91,18 +90,20 @@ def pack(
 ) -> PackedBatch:
     """Lay requests out as rows: one copy of a prompt, then all its continuations.
 
-    The mask keeps continuations from seeing one another. The positions of each continuation go on
-    from the prompt's last position. So every log-probability is the same as if the continuation had
-    a row of its own.
+    The mask hides the continuations from one another. The positions of each continuation follow the
+    prompt's last position. So every log-probability is the same as if the continuation had a row of
+    its own.
 
     Args:
         requests: One request for each row.
         dtype: The dtype of an additive mask.
         device: The device of the batch.
-        num_past: For each request, the number of the prompt's tokens in the past. A past has F
-            columns, and is padded on the left too. None if there is no past.
+        num_past: For each request, the number of the prompt's tokens in the past; None if there is
+            no past. The K/V of the past has F columns, and is padded on the left too.
     """
-    past = [0] * len(requests) if num_past is None else list(num_past)
+    past = [0] * len(requests)
+    if num_past is not None:
+        past = list(num_past)
     num_own = [len(request.context) - num for request, num in zip(requests, past, strict=True)]
     num_after = [request.num_after for request in requests]
     width = max(own + after for own, after in zip(num_own, num_after, strict=True))
@@ -112,13 +113,14 @@ def pack(
     positions = torch.zeros(shape, dtype=torch.long)
     owners = torch.full(shape, PADDING)
     for row, request in enumerate(requests):
-        length = len(request.context)
         parts = [request.context[past[row] :]]
         parts += [tokens[:-1] for tokens in request.continuations]
         column = width - num_own[row] - num_after[row]
         for owner, tokens in enumerate(parts):
             columns = slice(column, column + len(tokens))
-            position = past[row] if owner == PROMPT else length
+            position = len(request.context)
+            if owner == PROMPT:
+                position = past[row]
             ids[row, columns] = torch.tensor(list(tokens), dtype=torch.long)
             positions[row, columns] = torch.arange(position, position + len(tokens))
             owners[row, columns] = owner
@@ -140,16 +142,16 @@ def pack(
 
 
 def _additive_mask(owners: Tensor, num_past: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return the mask `[P, 1, T, F + T]` of rows from the owners `[P, T]` of their columns.
+    """Return the additive mask `[P, 1, T, F + T]` of rows with columns of the owners `[P, T]`.
 
     A token sees the past of its row. It also sees the tokens of the prompt and of its own
-    continuation, up to itself. Padding sees padding, since attention without any key gives NaN.
+    continuation, up to itself. Padding sees padding, since attention that sees nothing gives NaN.
     """
     P, T = owners.shape
     reader = owners[:, :, None]
     key = owners[:, None, :]
     is_allowed = (key == PROMPT) | (key == reader)  # [P, T, T]
-    is_row_seen = is_allowed & torch.ones_like(is_allowed).tril()
+    is_row_seen = is_allowed.tril()
     F = max(num_past)
     is_past = torch.arange(F) >= F - torch.tensor(num_past)[:, None]  # [P, F]
     is_past_seen = is_past[:, None].expand(P, T, F)

@@ -1,6 +1,6 @@
 """Cache prefix states: a row's hidden states and K/V after the first executions of a path.
 
-The cache has a maximum size. A scoring pass continues from the states in the cache.
+A scoring pass continues from the states in the cache, and adds its own. `prefix_sharing` uses it.
 
 Axes: T tokens, D hidden, H heads, E head size.
 """
@@ -26,8 +26,8 @@ class PrefixState:
     """The state of a row of tokens after some executions."""
 
     hidden: Tensor  # [T, D]
-    keys: Tensor | None = None  # [H, T, E], the K of the last execution; None if K/V isn't kept
-    values: Tensor | None = None  # [H, T, E], its V
+    keys: Tensor | None = None  # [H, T, E], K of the last execution; None if K/V isn't kept
+    values: Tensor | None = None  # [H, T, E], V of the last execution; None like `keys`
 
     @property
     def num_bytes(self) -> int:
@@ -38,24 +38,25 @@ class PrefixState:
 
 @dataclass(eq=False)
 class PrefixCache:
-    """Keeps states by row and path, and evicts the least recently used when memory runs out.
+    """Keeps states by row and path, and evicts the least recently used states when it is full.
 
     States that are put together lie in one tensor, so they are evicted together, as a batch. The
-    size counts all states, and the memory that callers report by `count_other`. A state that a
-    pass needs isn't evicted before the pass ends, so the cache may exceed its maximum until then.
+    size of the cache counts all states, and the memory that callers report by `count_other`. A pass
+    protects the states that it needs until it ends. So the cache may exceed its maximum size during
+    a pass.
     """
 
     max_bytes: float  # maximum size in bytes
     num_bytes: int = 0  # size in bytes, including the memory reported by `count_other`
     peak_bytes: int = 0  # the largest value of `num_bytes` so far
-    executions_run: int = 0  # number of states that were computed
-    tokens_run: int = 0  # number of tokens in these states
+    executions_run: int = 0  # number of states that passes have computed, counted by them
+    tokens_run: int = 0  # number of tokens in those states
     # Each state with the number of the newest batch that holds the state.
     _states: dict[Key, tuple[PrefixState, int]] = field(default_factory=dict)
     # Number of a batch → the batch's keys and bytes; the least recently used batch is the first.
     _batches: OrderedDict[int, tuple[list[Key], int]] = field(default_factory=OrderedDict)
     _numbers: Iterator[int] = field(default_factory=itertools.count)  # of new batches
-    _needed: Counter[Key] = field(default_factory=Counter)  # how many passes need each state
+    _protections: Counter[Key] = field(default_factory=Counter)  # how many passes protect a state
 
     def __len__(self) -> int:
         return len(self._states)
@@ -72,24 +73,24 @@ class PrefixCache:
     def put(self, states: Mapping[Key, PrefixState]) -> None:
         """Keep states that lie in one tensor, and evict other states if necessary.
 
-        The new states can't be evicted until `release`.
+        The new states are protected until `release`.
         """
         batch = next(self._numbers)
         num_bytes = sum(state.num_bytes for state in states.values())
         for key, state in states.items():
             self._states[key] = (state, batch)
         self._batches[batch] = (list(states), num_bytes)
-        self._needed.update(states.keys())
+        self._protections.update(states.keys())
         self.count_other(num_bytes)
 
-    def need(self, key: Key) -> None:
-        """Protect a state from eviction until `release`; every call needs its own `release`."""
-        self._needed[key] += 1
+    def protect(self, key: Key) -> None:
+        """Protect a state from eviction. Each call needs a call of `release`."""
+        self._protections[key] += 1
 
     def release(self, keys: Iterable[Key]) -> None:
-        """Allow states to be evicted again."""
-        self._needed.subtract(keys)
-        self._needed = +self._needed  # drops the counts of zero
+        """End one protection of each state, and evict states if necessary."""
+        self._protections.subtract(keys)
+        self._protections = +self._protections  # drops the counts of zero
         self._shrink()
 
     def count_other(self, num_bytes: int) -> None:
@@ -105,13 +106,13 @@ class PrefixCache:
         self._batches.clear()
 
     def _shrink(self) -> None:
-        """Evict batches that no pass needs, least recently used first, until the size fits."""
+        """Evict batches that no pass protects, least recently used first, until the size fits."""
         if self.num_bytes <= self.max_bytes:
             return
         for batch, (keys, num_bytes) in list(self._batches.items()):
             if self.num_bytes <= self.max_bytes:
                 break
-            if not self._needed.keys().isdisjoint(keys):
+            if not self._protections.keys().isdisjoint(keys):
                 continue
             del self._batches[batch]
             for key in keys:

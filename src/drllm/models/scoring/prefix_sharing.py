@@ -1,8 +1,8 @@
 """Run many paths of many prompts in one forward pass, and run each shared prefix only once.
 
-A *state* is the hidden state of a row of tokens after a sequence of executions. Skipping a layer
-keeps the state, and two paths share their states as long as they run the same layers. A state is
-exact: it equals the state of the path run alone, up to the last bits of batched arithmetic.
+A *state* is the hidden state of a row of tokens after some executions of layers. Two paths share
+their states as long as they run the same layers. A state equals the state of the path run alone, up
+to the last bits of batched arithmetic.
 
 Axes: P rows of the batch, N (row, plan) pairs, U states run at once, T tokens, F past tokens,
 D hidden, H heads, E head size, S kept tokens, V vocabulary.
@@ -37,13 +37,13 @@ PlanPair: TypeAlias = tuple[int, Plan]
 """A prompt's row, and the plan to run: decisions or a static path."""
 
 RowPath: TypeAlias = tuple[int, Path]
-"""A row, and the layers that the row has run so far. The two identify a state."""
+"""A row, and the layers that it has run so far. Together they identify a state."""
 
 MAX_CPU_PADDING = 48
-"""Maximum tokens of padding in one run of a layer on a CPU. More padding takes longer than another
+"""Maximum tokens of padding in one run of a layer on a CPU. More padding takes longer than a second
 run of the layer, since every token costs time."""
-MAX_PADDING = 4096  # the same on other devices, where the number of runs costs time
-MIN_PREFIX = 8  # minimum common tokens for a pass of their own
+MAX_PADDING = 4096  # maximum on other devices, where a run costs more time than its tokens
+MIN_PREFIX = 8  # minimum length of a common prefix that is run in a pass of its own
 
 
 @dataclass(eq=False)
@@ -66,48 +66,62 @@ class PackedRows:
 
     @contextmanager
     def run(
-        self, pairs: Sequence[PlanPair], keep_last: Sequence[int]
+        self, pairs: Sequence[PlanPair], num_logits: Sequence[int]
     ) -> Iterator[PrefixSharingDriver]:
         """Compute the states of pairs, and hold these states inside the block.
 
-        Cached states aren't computed again. `keep_last` is, for each pair, the number of last
-        tokens that need logits.
+        Cached states aren't computed again. The driver that the block gets has the logits.
+
+        Args:
+            pairs: Rows and the plans to run.
+            num_logits: For each pair, the number of its last tokens whose logits are needed.
         """
-        can_drop_tokens = self.routed.injection.can_drop_tokens
         with ExitStack() as stack:
             past = None
             if self.past is not None:
                 past_pairs = [(self.past_rows[row], plan) for row, plan in pairs]
                 unique = list(dict.fromkeys(past_pairs))
                 past = stack.enter_context(self.past.run(unique, [0] * len(unique)))
-            driver = PrefixSharingDriver(self, pairs, keep_last if can_drop_tokens else None, past)
+            driver = PrefixSharingDriver(self, pairs, num_logits, past)
             stack.callback(driver.release)
-            if not driver.has_all_states or any(keep_last):
-                self._forward(driver, keep_last)
+            if not driver.has_all_states or any(num_logits):
+                self._forward(driver)
             yield driver
 
-    def _forward(self, driver: PrefixSharingDriver, keep_last: Sequence[int]) -> None:
+    def _forward(self, driver: PrefixSharingDriver) -> None:
         """Run the model once with the driver, and store the logits and the cache in the driver."""
-        drops_tokens = driver.keep_last is not None
+        num_logits = list(driver.num_logits)
+        logits_to_keep = 0  # all tokens
+        if not driver.drops_tokens:
+            logits_to_keep = max(1, *num_logits)
         with torch.no_grad(), self.routed.injection.driven_by(driver):
             output = self.routed.model(
                 input_ids=self.packed.ids,
                 attention_mask=self.packed.mask,
                 position_ids=self.packed.positions,
                 use_cache=driver.uses_cache,
-                logits_to_keep=0 if drops_tokens else max(1, *keep_last),
+                logits_to_keep=logits_to_keep,
             )
         driver.cache = next((value for value in output.values() if isinstance(value, Cache)), None)
-        if drops_tokens:
-            driver.logits = torch.split(output.logits[0], list(keep_last))
+        if driver.drops_tokens:
+            driver.logits = torch.split(output.logits[0], num_logits)
         else:
             driver.logits = [
                 logits[len(logits) - num :]
-                for logits, num in zip(output.logits, keep_last, strict=True)
+                for logits, num in zip(output.logits, num_logits, strict=True)
             ]
 
 
-def packed_rows(
+@dataclass(frozen=True)
+class _Past:
+    """The past of some rows."""
+
+    holder: PackedRows  # the rows that hold the past
+    holder_rows: list[int]  # for each row, the row of `holder` that is its past
+    num_tokens: list[int]  # for each row, the number of tokens in its past
+
+
+def pack_rows(
     routed: RoutedModel,
     requests: Sequence[Request],
     states: PrefixCache,
@@ -122,32 +136,46 @@ def packed_rows(
         requests: One request for each row.
         states: The cache of states to use.
         keep_kv: Whether other rows will continue these rows.
-        contexts: Rows that hold the requests' prompts, one row for each request.
+        contexts: Rows that hold the requests' prompts, one row for each request; None without.
     """
     dtype = routed.model.dtype
     device = routed.model.device
-    prompts = [request.context for request in requests]
-    past: PackedRows | None = None
-    past_rows: list[int] = []
-    num_past: list[int] | None = None
-    if can_split(routed.model):
-        num_shared = count_common_tokens(prompts) if len(prompts) > 1 else 0
-        if contexts is not None:
-            past = contexts
-            past_rows = list(range(len(prompts)))
-            # A context's last token is run again, since it predicts the continuation.
-            num_past = [len(prompt) - 1 for prompt in prompts]
-        elif num_shared >= MIN_PREFIX:
-            prefix = pack([Request(prompts[0][:num_shared])], dtype=dtype, device=device)
-            past = PackedRows(routed, prefix, states, keep_kv=True)
-            past_rows = [0] * len(prompts)
-            num_past = [num_shared] * len(prompts)
-    packed = pack(requests, num_past=num_past, dtype=dtype, device=device)
-    return PackedRows(routed, packed, states, keep_kv, past, past_rows)
+    past = _choose_past(routed, [request.context for request in requests], states, contexts)
+    if past is None:
+        return PackedRows(routed, pack(requests, dtype=dtype, device=device), states, keep_kv)
+    packed = pack(requests, num_past=past.num_tokens, dtype=dtype, device=device)
+    return PackedRows(routed, packed, states, keep_kv, past.holder, past.holder_rows)
+
+
+def _choose_past(
+    routed: RoutedModel,
+    prompts: Sequence[Tokens],
+    states: PrefixCache,
+    contexts: PackedRows | None,
+) -> _Past | None:
+    """Return the past of prompts: `contexts` if given, else a common prefix that is long enough.
+
+    Returns None if there is no past, or if the model can't read a prompt in parts.
+    """
+    if not can_split(routed.model):
+        return None
+    if contexts is not None:
+        # A prompt's last token is run again, since it predicts the continuation.
+        num_tokens = [len(prompt) - 1 for prompt in prompts]
+        return _Past(contexts, list(range(len(prompts))), num_tokens)
+    if len(prompts) < 2:
+        return None
+    num_common = count_common_tokens(prompts)
+    if num_common < MIN_PREFIX:
+        return None
+    prefix = Request(prompts[0][:num_common])
+    packed = pack([prefix], dtype=routed.model.dtype, device=routed.model.device)
+    holder = PackedRows(routed, packed, states, keep_kv=True)
+    return _Past(holder, [0] * len(prompts), [num_common] * len(prompts))
 
 
 def count_common_tokens(prompts: Sequence[Tokens]) -> int:
-    """Count the first tokens that all prompts share; at least one token of each isn't counted."""
+    """Count the first tokens that all prompts share, without the last token of any prompt."""
     num_common = 0
     for tokens in zip(*prompts, strict=False):
         if len(set(tokens)) > 1:
@@ -161,37 +189,38 @@ def count_common_tokens(prompts: Sequence[Tokens]) -> int:
 class PrefixSharingDriver(Driver):
     """Computes the distinct states of all pairs, layer by layer, and returns the final states.
 
-    The model's own loop carries the P rows up to the last layer. There the driver returns the final
-    states in the order of the pairs, and the norm and the head read these states. The driver holds
-    the states of its pass until `release`.
+    The model's own loop only carries the embeddings of the P rows from layer to layer. At each
+    layer the driver computes the states that it can compute. At the last layer it returns the final
+    state of each pair, in the order of the pairs, for the norm and the head. The driver holds the
+    states of its pass until `release`.
     """
 
     rows: PackedRows
     pairs: Sequence[PlanPair]
-    # For each pair, the number of its last tokens that need logits. The driver returns only these
-    # tokens, `[1, sum, D]`, so that the head computes nothing else. With None the driver returns
-    # all tokens, `[N, T, D]`.
-    keep_last: Sequence[int] | None
+    num_logits: Sequence[int]  # for each pair, the number of its last tokens that need logits
     past: PrefixSharingDriver | None  # the driver that holds the rows' past under the same plans
     logits: Sequence[Tensor] = ()  # set after the pass: for each pair's last tokens, [S, V]
     cache: Cache | None = None  # set after the pass: the pass's cache, if it used a cache
 
     def __post_init__(self) -> None:
         packed = self.rows.packed
+        # Whether the last layer returns only the tokens that need logits, `[1, sum, D]`, so that
+        # the head computes nothing else. Otherwise it returns all tokens, `[N, T, D]`.
+        self.drops_tokens = self.rows.routed.injection.can_drop_tokens
         self.uses_cache = self.rows.keep_kv or self.past is not None
         self.states = self.rows.states
         self.lengths = [
             own + after for own, after in zip(packed.num_own, packed.num_after, strict=True)
         ]
         self._paths = {plan: get_layers(plan) for _, plan in self.pairs}
-        self._adapter = common_adapter([plan for _, plan in self.pairs])
-        self._used: dict[RowPath, PrefixState] = {}
-        self._calls: list[LayerCall] = []
-        self._pristine: list[object] = []
-        # For each pair, the number of first executions whose state is known.
-        self._done = [self._num_known(row, self._paths[plan]) for row, plan in self.pairs]
+        self._adapter = find_common_adapter([plan for _, plan in self.pairs])
+        self._held: dict[RowPath, PrefixState] = {}  # the states that the pass holds
+        self._calls: list[LayerCall] = []  # the calls of layers so far
+        self._empty_entries: list[object] = []  # for each call, a copy of the layer's cache entry
+        # For each pair, how many executions at the start of its path have a state already.
+        self._num_done = [self._hold_start(row, self._paths[plan]) for row, plan in self.pairs]
         # Whether every state is cached, so that no layer has to run.
-        self.has_all_states = self._done == [len(self._paths[plan]) for _, plan in self.pairs]
+        self.has_all_states = self._num_done == [len(self._paths[plan]) for _, plan in self.pairs]
 
     def adapter(self, cache: Cache | None) -> str:
         """See `Driver.adapter`."""
@@ -208,49 +237,52 @@ class PrefixSharingDriver(Driver):
         if self.uses_cache:
             if call.cache is None:
                 raise RoutingError("keeping K/V needs a cache: run the forward with use_cache=True")
-            self._pristine.append(copy.deepcopy(find_entry(call.cache, call.index)))
+            self._empty_entries.append(copy.deepcopy(find_entry(call.cache, call.index)))
         self._calls.append(call)
         self._run_ready(call.index, hidden)
-        return self._final_states(hidden) if call.is_last else hidden
+        if not call.is_last:
+            return hidden
+        return self._final_states(hidden)
 
-    def _final_states(self, hidden: Tensor) -> Tensor:
+    def _final_states(self, embeddings: Tensor) -> Tensor:
         """Return the last state of each pair, or only its tokens that need logits."""
         final = []
         for row, plan in self.pairs:
-            state = self._used[row, self._paths[plan]]
-            final.append(state.hidden.to(hidden.device))
-        if self.keep_last is None:
-            return left_padded_stack(final, hidden.shape[1])
+            state = self._held[row, self._paths[plan]]
+            final.append(state.hidden.to(embeddings.device))
+        if not self.drops_tokens:
+            return stack_left_padded(final, embeddings.shape[1])
         last_tokens = [
-            state[len(state) - num :] for state, num in zip(final, self.keep_last, strict=True)
+            state[len(state) - num :] for state, num in zip(final, self.num_logits, strict=True)
         ]
         return torch.cat(last_tokens)[None]
 
-    def _run_ready(self, index: int, prompts: Tensor) -> None:
+    def _run_ready(self, index: int, embeddings: Tensor) -> None:
         """Compute all states that can be computed once the model's loop has called a layer."""
-        ready = self._ready_states(index)
+        ready = self._find_ready(index)
         while ready:
             for layer, states in ready.items():
-                for group in self._groups(list(states), prompts.device):
-                    self._run(layer, prompts, group)
-            ready = self._ready_states(index)
+                for group in self._group_by_length(list(states), embeddings.device):
+                    self._run_layer(layer, embeddings, group)
+            ready = self._find_ready(index)
 
-    def _ready_states(self, index: int) -> dict[int, dict[RowPath, None]]:
+    def _find_ready(self, index: int) -> dict[int, dict[RowPath, None]]:
         """Return the states to compute next, by the layer that computes them.
 
-        A layer can be run once the model's loop has called it.
+        Layers up to `index` can be run, since the model's loop has called them. For each pair this
+        is at most one state, since the following states are computed from it.
         """
         ready: dict[int, dict[RowPath, None]] = {}  # the inner dict is an ordered set
         for number, (row, plan) in enumerate(self.pairs):
             path = self._paths[plan]
-            done = self._done[number]
+            done = self._num_done[number]
             while done < len(path) and path[done] <= index:
                 state = (row, path[: done + 1])
-                if state not in self._used:
+                if state not in self._held:
                     ready.setdefault(path[done], {})[state] = None
                     break
                 done += 1
-            self._done[number] = done
+            self._num_done[number] = done
         return ready
 
     def release(self) -> None:
@@ -259,14 +291,14 @@ class PrefixSharingDriver(Driver):
         The layer calls refer back to the driver. So without `release`, logits and caches would stay
         in memory until the garbage collector runs.
         """
-        self.states.release(self._key(*used) for used in self._used)
-        self._used.clear()
+        self.states.release(self._key(row, path) for row, path in self._held)
+        self._held.clear()
         self._calls.clear()
         self.logits = ()
 
     def kv(self, row: int, path: Path) -> tuple[Tensor, Tensor]:
         """Return K and V of a path's last execution after the past K and V, `[H, F + T, E]`."""
-        state = self._used[row, path]
+        state = self._held[row, path]
         assert state.keys is not None
         assert state.values is not None
         if self.past is None:
@@ -282,10 +314,10 @@ class PrefixSharingDriver(Driver):
         assert self.cache is not None
         num_past = self.rows.packed.num_past
         num_tokens = max(num_past[row] + self.lengths[row] for row, _ in pairs)
-        like = next(iter(self._used.values())).hidden
+        like = next(iter(self._held.values())).hidden
         positions = {"cache_position": torch.arange(num_tokens, device=like.device)}
-        for index, pristine in enumerate(self._pristine):
-            entry = RoutedCacheLayer(pristine)
+        for index, empty_entry in enumerate(self._empty_entries):
+            entry = RoutedCacheLayer(empty_entry)
             entry.pin(tuple(decisions[index] for _, decisions in pairs))
             if entry.shadow is not None:
                 entry.lengthen_shadow(num_tokens, like)
@@ -299,15 +331,22 @@ class PrefixSharingDriver(Driver):
     def _stack_kv(
         self, pairs: Sequence[Pair], index: int, repeat: int, num_tokens: int
     ) -> tuple[Tensor, Tensor]:
-        """Return K and V of one execution of a layer by some pairs, `[N, H, T, E]`."""
+        """Return K and V of one execution of a layer by some pairs, `[N, H, T, E]`.
+
+        Args:
+            pairs: The pairs.
+            index: The layer.
+            repeat: 0 for the first execution of the layer, 1 for the second.
+            num_tokens: The number of tokens T, with padding on the left.
+        """
         keys = []
         values = []
         for row, decisions in pairs:
             num_executions = sum(decisions[:index]) + repeat + 1  # up to and including this one
-            k, v = self.kv(row, self._paths[decisions][:num_executions])
-            keys.append(k)
-            values.append(v)
-        return left_padded_stack(keys, num_tokens), left_padded_stack(values, num_tokens)
+            row_keys, row_values = self.kv(row, self._paths[decisions][:num_executions])
+            keys.append(row_keys)
+            values.append(row_values)
+        return stack_left_padded(keys, num_tokens), stack_left_padded(values, num_tokens)
 
     def _past_kv(self, row: int, path: Path) -> tuple[Tensor, Tensor]:
         """Return the past K and V of a row for a path's last execution, `[H, F, E]`."""
@@ -316,35 +355,39 @@ class PrefixSharingDriver(Driver):
         num_past = self.rows.packed.num_past[row]
         return keys[:, :num_past], values[:, :num_past]
 
-    def _num_known(self, row: int, path: Path) -> int:
-        """Count the first executions of a path that needn't be run, and hold their states."""
-        num_known = 0
+    def _hold_start(self, row: int, path: Path) -> int:
+        """Hold the cached states from which a path continues; return how many executions they save.
+
+        The longest cached prefix suffices. With `keep_kv` the K/V of every execution is needed, so
+        a path continues from its first execution without a cached state.
+        """
+        num_saved = 0
         for length in range(len(path), 0, -1):
             if self._hold(row, path[:length]):
-                num_known = length
+                num_saved = length
                 break
-        if self.rows.keep_kv:  # every execution's K/V is needed: run again from the first gap
-            for length in range(1, num_known):
+        if self.rows.keep_kv:
+            for length in range(1, num_saved):
                 if not self._hold(row, path[:length]):
                     return length - 1
-        return num_known
+        return num_saved
 
     def _hold(self, row: int, path: Path) -> bool:
         """Hold a cached state until `release`; return whether the cache has it."""
-        if (row, path) in self._used:
+        if (row, path) in self._held:
             return True
         state = self.states.get(self._key(row, path))
         if state is None:
             return False
-        self._used[row, path] = state
-        self.states.need(self._key(row, path))
+        self._held[row, path] = state
+        self.states.protect(self._key(row, path))
         return True
 
     def _key(self, row: int, path: Path) -> tuple[int, str, int, Path]:
         """Return the key of a state in the cache; each adapter has states of its own."""
         return self.rows.number, self._adapter, row, path
 
-    def _groups(self, states: list[RowPath], device: torch.device) -> list[list[RowPath]]:
+    def _group_by_length(self, states: list[RowPath], device: torch.device) -> list[list[RowPath]]:
         """Divide states that one layer computes into groups of similar length.
 
         Each group is one run of the layer. A new group starts where padding would cost more time
@@ -364,10 +407,10 @@ class PrefixSharingDriver(Driver):
             groups[-1].append(state)
         return groups
 
-    def _run(self, layer: int, prompts: Tensor, states: list[RowPath]) -> None:
+    def _run_layer(self, layer: int, embeddings: Tensor, states: list[RowPath]) -> None:
         """Compute some states by running a layer on the states before them, and keep them."""
         call = self._calls[layer]
-        inputs = self._stack_inputs(prompts, states)  # [U, T, D]
+        inputs = self._stack_inputs(embeddings, states)  # [U, T, D]
         rows = tuple(row for row, _ in states)
         num_past = 0
         entry = None
@@ -387,39 +430,43 @@ class PrefixSharingDriver(Driver):
         self._keep(states, tensors)
         if entry is not None:
             assert call.cache is not None
-            call.cache.layers[call.index] = self._pristine[call.index]
+            call.cache.layers[call.index] = self._empty_entries[call.index]
 
-    def _stack_inputs(self, prompts: Tensor, states: Sequence[RowPath]) -> Tensor:
-        """Return the states from which these are computed, `[U, T, D]`, padded on the left."""
-        before = []
+    def _stack_inputs(self, embeddings: Tensor, states: Sequence[RowPath]) -> Tensor:
+        """Return what a layer reads to compute some states, `[U, T, D]`, padded on the left.
+
+        A path's first execution reads the row's embeddings, and every other the state before it.
+        """
+        inputs = []
         for row, path in states:
             if len(path) > 1:
-                before.append(self._used[row, path[:-1]].hidden)
+                inputs.append(self._held[row, path[:-1]].hidden)
             else:
-                before.append(prompts[row, -self.lengths[row] :])
-        device = before[0].device  # states lie on two devices where the model changes its device
-        return left_padded_stack([part.to(device) for part in before])
+                inputs.append(embeddings[row, -self.lengths[row] :])
+        device = inputs[0].device  # states lie on two devices where the model changes its device
+        return stack_left_padded([part.to(device) for part in inputs])
 
     def _put_past(self, entry: DynamicLayer, states: Sequence[RowPath]) -> int:
         """Put the past K and V of some states into a cache entry; return the number of tokens."""
         kv = [self._past_kv(row, path) for row, path in states]
-        keys = left_padded_stack([keys for keys, _ in kv])
-        values = left_padded_stack([values for _, values in kv])
+        keys = stack_left_padded([keys for keys, _ in kv])
+        values = stack_left_padded([values for _, values in kv])
         entry.update(keys, values)
         return keys.shape[2]
 
     def _keep(self, states: Sequence[RowPath], tensors: Sequence[Tensor]) -> None:
-        """Cache the hidden states of a run, and its K and V if kept, without padding."""
+        """Cache the results of a run without padding: hidden states, and K and V if kept."""
         lengths = [self.lengths[row] for row, _ in states]
-        parts = [without_padding(tensor, lengths) for tensor in tensors]
-        new = {}
-        for state, *values in zip(states, *parts, strict=True):
-            self._used[state] = PrefixState(*values)
-            new[self._key(*state)] = self._used[state]
-        self.states.put(new)
+        parts = [remove_padding(tensor, lengths) for tensor in tensors]
+        new_states = {}
+        for (row, path), *values in zip(states, *parts, strict=True):
+            state = PrefixState(*values)
+            self._held[row, path] = state
+            new_states[self._key(row, path)] = state
+        self.states.put(new_states)
 
 
-def common_adapter(plans: Sequence[Plan]) -> str:
+def find_common_adapter(plans: Sequence[Plan]) -> str:
     """Return the adapter of all plans; empty for none. Raises RoutingError if adapters differ."""
     names = {get_adapter(plan) for plan in plans}
     if len(names) > 1:
@@ -430,23 +477,24 @@ def common_adapter(plans: Sequence[Plan]) -> str:
     return names.pop() if names else ""
 
 
-def left_padded_stack(parts: Sequence[Tensor], num_tokens: int = 0) -> Tensor:
+def stack_left_padded(parts: Sequence[Tensor], num_tokens: int = 0) -> Tensor:
     """Stack tensors `[..., T_i, D]`, padded on the left to the longest or to `num_tokens`."""
     lengths = [part.shape[-2] for part in parts]
     shortest = min(lengths)
     T = max(num_tokens, *lengths)
     if shortest == T:
         return torch.stack([*parts])
-    # A single `cat`: a GPU takes as long to launch a small operation as a large one.
+    # All paddings and parts are joined by a single `cat`, which is then cut into the parts. A GPU
+    # takes as long to launch a small operation as a large one.
     zeros = parts[0].new_zeros(*parts[0].shape[:-2], T - shortest, parts[0].shape[-1])
-    padded = []
+    pieces = []
     for part, length in zip(parts, lengths, strict=True):
-        padded += [zeros[..., : T - length, :], part]
-    whole = torch.cat(padded, dim=-2)  # [..., U * T, D]
+        pieces += [zeros[..., : T - length, :], part]
+    whole = torch.cat(pieces, dim=-2)  # [..., U * T, D]
     return whole.view(*whole.shape[:-2], len(parts), T, -1).movedim(-3, 0)
 
 
-def without_padding(values: Tensor, lengths: Sequence[int]) -> Sequence[Tensor]:
+def remove_padding(values: Tensor, lengths: Sequence[int]) -> Sequence[Tensor]:
     """Return the last tokens of each row of `[U, ..., T, D]`, as parts of one new tensor."""
     parts = [row[..., -length:, :] for row, length in zip(values, lengths, strict=True)]
     return torch.split(torch.cat(parts, dim=-2), list(lengths), dim=-2)

@@ -55,7 +55,7 @@ def test_what_a_pass_needs_stays_until_it_is_released():
 def test_a_state_that_two_passes_need_stays_for_the_second():
     cache = PrefixCache(160)
     cache.put({key(0): state()})
-    cache.need(key(0))
+    cache.protect(key(0))
     cache.put({key(1): state()})
     cache.release([key(0)])
     assert held(cache, 2) == [0, 1]
