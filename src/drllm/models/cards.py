@@ -10,16 +10,16 @@ from huggingface_hub import ModelCard, ModelCardData
 
 CARD_FILE = "README.md"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-"""The form of a hub id, OWNER/NAME. Cards name only base models whose name has this form."""
+"""The form of a hub id, OWNER/NAME."""
 
 
 def render_card(template: Path, metadata: ModelCardData, **values: Any) -> str:
-    """Return the text of a model card.
+    """Render the text of a model card: metadata for the hub, then the body.
 
     Args:
-        template: The body, a Jinja template of Markdown. The filter `line` writes a value as text
-            that stays within one line and one code span. The filter `number` writes a number in
-            four digits.
+        template: The body, a Jinja template of Markdown. Its filter `line` writes a value
+            without line breaks and backticks, which would end a code span. Its filter `number`
+            writes a number in four digits.
         metadata: What the hub reads: library, base model, tags. It is written as front matter.
         values: The template's variables.
     """
@@ -40,8 +40,12 @@ def _load_template(path: Path) -> jinja2.Template:
 
 
 def _write_line(value: object) -> str:
+    """Write a value without line breaks and backticks."""
     return " ".join(str(value).split()).replace("`", "'")
 
 
 def _write_number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
+    """Write a number in four digits; a dash for None."""
+    if value is None:
+        return "–"
+    return f"{value:.4g}"

@@ -1,9 +1,9 @@
 """Check that routing a model gives exact results, for `drllm ls architectures --try`.
 
-The routed model generates for a padded batch, with a cache and a different plan for each row. The
-plain model runs each row alone, without padding or cache, and its list of layers is replaced by the
-layers of the row's path. Then all logits are compared. The model may be a tiny random model of a
-family in `families.yaml`, or any other model.
+The model runs in two ways. In the first it is routed, and generates for a padded batch, with a
+cache and another plan for each row. In the second it isn't routed, and runs each row alone, without
+padding or cache, with a list of layers that is the row's path. All logits are compared. The model
+may be a tiny random model of a family in `families.yaml`, or any other model.
 
 Axes: B rows, L layers, T tokens, V vocabulary.
 """
@@ -26,8 +26,8 @@ from drllm.errors import ArchitectureError, RoutingError, unknown_name
 from drllm.models.base.hub import quiet
 from drllm.models.base.layers import find_layers
 from drllm.models.base.prompts import pad_left
-from drllm.models.export import lists_along
 from drllm.models.families import COMMON, FAMILIES
+from drllm.models.path_config import reorder_lists
 from drllm.models.routing.generate import end_tokens
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import to_path
@@ -39,7 +39,7 @@ logits. In float32, rounding made differences of at most 1e-4 in all families an
 0.3."""
 
 PROMPT_LENGTHS = (5, 2, 12, 3)
-NUM_NEW = 8  # tokens generated after each prompt
+NUM_NEW = 8  # number of tokens generated after each prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,8 +59,10 @@ class Finding:
     class_name: str = ""  # empty if no model was made
     status: str
     reason: str = ""  # why the status isn't `exact`
-    prefill: float | None = None  # largest difference at the prompts' ends; None: not compared
-    decode: float | None = None  # largest difference at the tokens decoded with the cache
+    # The largest difference of the logits at the ends of the prompts; None if not compared.
+    prefill: float | None = None
+    # The largest difference of the logits at the tokens decoded with the cache.
+    decode: float | None = None
 
     @property
     def greatest_difference(self) -> float | None:
@@ -71,7 +73,17 @@ class Finding:
 
 
 def make_tiny(family: str, seed: int = 0, attention: str | None = None, **overrides: Any) -> Any:
-    """Make a tiny frozen model of a family: 6 layers of width 32, float32, random weights."""
+    """Make a tiny frozen model of a family: 6 layers of width 32, float32, random weights.
+
+    Args:
+        family: The `model_type` of transformers.
+        seed: The seed of the weights.
+        attention: An attention implementation of transformers; None for the default.
+        overrides: Settings of the config that differ from the table of families.
+
+    Raises:
+        ArchitectureError: The table or the installed transformers doesn't have the family.
+    """
     if family not in FAMILIES:
         raise ArchitectureError(unknown_name("family", family, FAMILIES))
     if family not in CONFIG_MAPPING:
@@ -103,7 +115,7 @@ def check_family(family: str) -> Finding:
 
 
 def check_model(model: Any) -> Finding:
-    """Check a model in float32 that isn't routed, and leave it unchanged."""
+    """Check a model in float32. The model must not be routed, and stays unchanged."""
     finding = Finding(
         family=model.config.model_type, class_name=type(model).__name__, status="exact"
     )
@@ -128,9 +140,9 @@ def check_model(model: Any) -> Finding:
 
 
 def make_plans(num_layers: int) -> list[list[int]]:
-    """Return four plans for L layers: skip the first, repeat all, mix, and run only the middle.
+    """Return four plans: skip the first layer, repeat all, mix all decisions, run only the middle.
 
-    If the model has only one layer, the first plan executes it.
+    A plan must run a layer, so for a model of one layer the first plan runs it.
     """
     skip_first = [1] * num_layers
     if num_layers > 1:
@@ -146,16 +158,17 @@ def make_plans(num_layers: int) -> list[list[int]]:
 def replace_layers(model: Any, decisions: Sequence[int]) -> Iterator[None]:
     """Replace a model's list of layers by the layers of a path, inside the block.
 
-    The model must not be routed. Routing must give the same results. Settings for each layer (kinds
-    of attention, rotary or not) follow the path too. Use the model without a cache: a layer that is
-    listed twice would write to one cache entry twice.
+    Inside the block the model must give the same results as if it were routed along the path. The
+    settings that its config has for single layers, such as the kind of attention, follow the path
+    too. The model must not be routed, and must run without a cache: a layer that is listed twice
+    would write to the same cache entry twice.
     """
     decoder, layers = find_layers(model)
     name = next(name for name, child in decoder.named_children() if child is layers)
     config = decoder.config
     path = to_path(decisions)
-    settings = {"num_hidden_layers": len(path), **lists_along(vars(config), path, len(layers))}
-    before = {key: getattr(config, key) for key in settings}
+    settings = {"num_hidden_layers": len(path), **reorder_lists(vars(config), path, len(layers))}
+    original_settings = {key: getattr(config, key) for key in settings}
     try:
         setattr(decoder, name, nn.ModuleList([layers[index] for index in path]))
         for key, value in settings.items():
@@ -163,7 +176,7 @@ def replace_layers(model: Any, decisions: Sequence[int]) -> Iterator[None]:
         yield
     finally:
         setattr(decoder, name, layers)
-        for key, value in before.items():
+        for key, value in original_settings.items():
             setattr(config, key, value)
 
 
@@ -201,9 +214,9 @@ def _compare_routed(model: Any, plans: Sequence[Sequence[int]]) -> tuple[float, 
 
 
 def _compare_plain(model: Any) -> tuple[float, float]:
-    """Compare a batch of the plain model, with padding and a cache, with each prompt alone.
+    """Compare a padded batch, decoded with a cache, with each prompt alone, all without routing.
 
-    Return the same two differences as `_compare_routed`.
+    Returns the same two differences as `_compare_routed`.
     """
     examples = _make_examples(model)
     expected = [_read_alone(model, example) for example in examples]
@@ -211,11 +224,11 @@ def _compare_plain(model: Any) -> tuple[float, float]:
 
 
 def _make_examples(model: Any) -> list[_Example]:
-    """Draw random prompts and answers, the same in every call, without end tokens."""
+    """Draw random prompts and answers without special tokens, the same in every call."""
     rng = random.Random(0)
-    ends = {0, 1, 2, *end_tokens(model.generation_config.eos_token_id)}
+    special_tokens = {0, 1, 2, *end_tokens(model.generation_config.eos_token_id)}
     vocab_size = model.config.get_text_config().vocab_size
-    tokens = [token for token in range(vocab_size) if token not in ends]
+    tokens = [token for token in range(vocab_size) if token not in special_tokens]
     prompts = [rng.choices(tokens, k=length) for length in PROMPT_LENGTHS]
     return [_Example(prompt, rng.choices(tokens, k=NUM_NEW)) for prompt in prompts]
 
@@ -241,7 +254,7 @@ def _generate_batch(model: Any, examples: Sequence[_Example]) -> Tensor:
         attention_mask=mask,
         generation_config=GenerationConfig(do_sample=False, pad_token_id=0),
         max_new_tokens=NUM_NEW,
-        use_cache=True,  # off by default in some models
+        use_cache=True,  # in some models the default is False
         prefix_allowed_tokens_fn=force_answer,  # so that both models read the same tokens
         output_logits=True,
         return_dict_in_generate=True,
@@ -250,6 +263,6 @@ def _generate_batch(model: Any, examples: Sequence[_Example]) -> Tensor:
 
 
 def _largest_differences(logits: Tensor, expected: Tensor) -> tuple[float, float]:
-    """Return the largest difference at the first new token, and at all later ones."""
+    """Return the largest difference at the first new token, and at all later new tokens."""
     difference = ((logits - expected).abs() / expected.std()).amax(dim=(0, 2))  # [T_new]
     return float(difference[0]), float(difference[1:].max())

@@ -10,8 +10,8 @@ COMMON: dict[str, Any] = _TABLE["common"]  # settings that the tiny models of al
 FAMILIES: dict[str, dict[str, Any]] = _TABLE["families"]
 """`model_type` of transformers → further settings of the family's tiny model."""
 IN_SUITE: list[str] = _TABLE["in_suite"]
-"""Families with which the tests try every way of generating, and export."""
+"""Families on which the tests try the export and every way of generating."""
 REFUSED: dict[str, list[str]] = _TABLE["refused"]
-"""Reason → families that can't be routed, or only with the same decisions for a whole batch."""
+"""Reason → families that can't be routed, or whose rows must all have the same decisions."""
 NO_SUBLAYERS: dict[str, list[str]] = _TABLE["no_sublayers"]
 """Reason → families whose layers don't have a separate attention and MLP."""

@@ -1,9 +1,13 @@
-"""Write and load the folder of a healed path: `path.json`, and the adapter in PEFT's files."""
+"""Write and load the folder of a healed path: `path.json`, and an adapter in PEFT's files.
+
+The adapter holds two matrices for each linear map, A and B. While a layer runs with the adapter,
+their product is added to the map's weight.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,9 +42,9 @@ def save_healed(folder: Path, record: HealedPath, routed: RoutedModel, adapter: 
     `path.json` is written last, so an incomplete folder is refused.
 
     Args:
-        folder: The folder.
-        record: The record, without the adapter's hash.
-        routed: The model, with the adapter in it.
+        folder: The folder to write.
+        record: The content of `path.json`, without the adapter's hash.
+        routed: The model, which has the adapter.
         adapter: The adapter's name in the model.
     """
     lora = routed.injection.lora
@@ -49,7 +53,7 @@ def save_healed(folder: Path, record: HealedPath, routed: RoutedModel, adapter: 
     for name, (a, b) in lora.weights(adapter).maps.items():
         tensors[f"{prefix}.{name}.lora_A.weight"] = a.float().cpu().contiguous()
         tensors[f"{prefix}.{name}.lora_B.weight"] = b.float().cpu().contiguous()
-    config = _config_to_write(lora.config(adapter), record)
+    config = _list_config_values(lora.config(adapter), record)
     write_atomically(folder / ADAPTER_FILE, save(tensors, {"format": "pt"}))
     write_atomically(folder / ADAPTER_CONFIG_FILE, json.dumps(config, indent=2) + "\n")
     record = msgspec.structs.replace(record, adapter_sha256=sha256(folder / ADAPTER_FILE))
@@ -67,7 +71,7 @@ def _describe_for_hub(record: HealedPath) -> ModelCardData:
     return metadata
 
 
-def load_path(routed: RoutedModel, plan: PathFile) -> StaticPath:
+def load_path(routed: RoutedModel, path_file: PathFile) -> StaticPath:
     """Return the path of a file, and put the adapter of a healed path into the model.
 
     An adapter that is in the model already isn't loaded again.
@@ -79,16 +83,17 @@ def load_path(routed: RoutedModel, plan: PathFile) -> StaticPath:
         ConfigError: PEFT isn't installed.
     """
     name = getattr(base_of(routed.model), "name_or_path", "")
-    path = plan.path_for({"id": name, **describe(routed.model)})
-    record = plan.record
+    path = path_file.path_for({"id": name, **describe(routed.model)})
+    record = path_file.record
     if isinstance(record, HealedPath) and record.adapter not in routed.injection.lora.names:
-        weights = _read_weights(routed, plan.file.with_name(ADAPTER_FILE), record)
+        adapter_file = path_file.file.with_name(ADAPTER_FILE)
+        weights = _read_weights(routed, adapter_file, record)
         routed.injection.add_adapter(record.adapter, weights)
     return path
 
 
-def _config_to_write(config: Any, record: HealedPath) -> dict[str, Any]:
-    """Return PEFT's values for `adapter_config.json`, always in the same order."""
+def _list_config_values(config: Any, record: HealedPath) -> dict[str, Any]:
+    """Return the values of `adapter_config.json`, always in the same order."""
     values = config.to_dict()
     for name, value in values.items():
         if isinstance(value, set):
@@ -99,37 +104,51 @@ def _config_to_write(config: Any, record: HealedPath) -> dict[str, Any]:
 
 
 def _read_weights(routed: RoutedModel, file: Path, record: HealedPath) -> LoraWeights:
-    """Read the adapter of a healed path."""
+    """Read the adapter of a healed path, and check that it fits the path and the model."""
     try:
         tensors = load_file(file)
     except (SafetensorError, OSError) as error:
         raise RecordError(f"{file} can't be read: {error}") from error
-    halves = _by_map(file, tensors, _peft_prefix(routed.model) + ".")
-    for name, half in halves.items():
-        if half.keys() != {"A", "B"} or half["A"].shape[0] != record.rank:
+    matrices_by_map = _group_by_map(file, tensors, _peft_prefix(routed.model) + ".")
+    maps: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, matrices in matrices_by_map.items():
+        if matrices.keys() != {"A", "B"} or matrices["A"].shape[0] != record.rank:
             raise RecordError(f"{file}: {name} has no A and B of rank {record.rank}; heal again")
-    layers = sorted({layer_of_map(name) for name in halves})
+        maps[name] = (matrices["A"], matrices["B"])
+    _check_maps(file, maps, record, routed)
+    return LoraWeights(record.rank, record.alpha, maps)
+
+
+def _check_maps(file: Path, maps: Collection[str], record: HealedPath, routed: RoutedModel) -> None:
+    """Refuse an adapter that isn't for every linear map of exactly the record's layers."""
+    layers = sorted({layer_of_map(name) for name in maps})
     if layers != record.adapted_layers:
         raise RecordError(
             f"{file} is for the layers {layers}, the path runs {record.adapted_layers} with it"
         )
-    maps = routed.injection.linear_maps
-    missing = [key for key in maps if layer_of_map(key) in layers and key not in halves]
-    if missing:
-        raise RecordError(
-            f"{file} has no weights for {missing[0]}, which the path runs; heal again"
-        )
-    pairs = {name: (half["A"], half["B"]) for name, half in halves.items()}
-    return LoraWeights(record.rank, record.alpha, pairs)
+    for name in routed.injection.linear_maps:
+        if layer_of_map(name) in layers and name not in maps:
+            raise RecordError(f"{file} has no weights for {name}, which the path runs; heal again")
 
 
-def _by_map(file: Path, tensors: Mapping[str, Tensor], prefix: str) -> dict[str, dict[str, Tensor]]:
-    """Return the A and B of each linear map, from the tensors of a file."""
-    halves: dict[str, dict[str, Tensor]] = {}
+def _group_by_map(
+    file: Path, tensors: Mapping[str, Tensor], prefix: str
+) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of an adapter's file by linear map, then by matrix: `A` or `B`.
+
+    `prefix` is the part of the tensors' names before the name of a map.
+
+    Raises:
+        RecordError: A tensor has another name, isn't a matrix of one of `DTYPES`, or has a number
+            that isn't finite.
+    """
+    matrices_by_map: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        name, _, part = key.removeprefix(prefix).rpartition(".lora_")
-        is_named = key.startswith(prefix) and part in ("A.weight", "B.weight")
-        if not is_named or not name.partition(".")[0].isdecimal():
+        name, _, end = key.removeprefix(prefix).rpartition(".lora_")
+        has_prefix = key.startswith(prefix)
+        has_matrix = end in ("A.weight", "B.weight")
+        has_layer = name.partition(".")[0].isdecimal()
+        if not (has_prefix and has_matrix and has_layer):
             raise RecordError(
                 f"{file} holds {key!r}, expected names such as {prefix}0.….lora_A.weight"
             )
@@ -141,8 +160,8 @@ def _by_map(file: Path, tensors: Mapping[str, Tensor], prefix: str) -> dict[str,
             )
         if not torch.isfinite(tensor).all():
             raise RecordError(f"{file}: {key} holds NaN or infinity; heal again")
-        halves.setdefault(name, {})[part[0]] = tensor
-    return halves
+        matrices_by_map.setdefault(name, {})[end[0]] = tensor
+    return matrices_by_map
 
 
 def _peft_prefix(model: Any) -> str:

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Moe
 
 from drllm.errors import ArchitectureError
 from drllm.models.base.layers import find_layers
-from drllm.models.export import check_layers, config_along
+from drllm.models.path_config import check_layers, reorder_config
 
 
 def test_lists_of_one_value_per_layer_follow_the_path_in_a_copy(tiny_model):
@@ -16,7 +16,7 @@ def test_lists_of_one_value_per_layer_follow_the_path_in_a_copy(tiny_model):
     before = copy.deepcopy(config.to_dict())
     sliding, full = "sliding_attention", "full_attention"
     assert [sliding, sliding, full] * 2 == config.layer_types
-    listed = config_along(config, [2, 0, 5, 5])
+    listed = reorder_config(config, [2, 0, 5, 5])
     assert listed.layer_types == [full, sliding, full, full]
     assert listed.num_hidden_layers == 4
     assert before == config.to_dict()
@@ -38,13 +38,13 @@ SWITCHES = LlamaConfig(num_hidden_layers=3, no_rope_layers=[1, 1, 0], eos_token_
     ],
 )
 def test_what_a_config_says_of_layers_follows_the_path_and_nothing_else(config, path, name, value):
-    assert getattr(config_along(config, path), name) == value
+    assert getattr(reorder_config(config, path), name) == value
 
 
 def built(model, path):
     """Return the layers that the model's class makes of the config for a path."""
     with torch.device("meta"):
-        listed = AutoModelForCausalLM.from_config(config_along(model.config, path))
+        listed = AutoModelForCausalLM.from_config(reorder_config(model.config, path))
     return find_layers(listed)[1]
 
 

@@ -187,7 +187,7 @@ def test_the_base_model_stays_as_it_is(base_of, tmp_path):
 
 # Newer transformers keep the scale as an attribute, older compute it as they go.
 SCALED = {"attention": "eager", "scale_attn_by_inverse_layer_idx": True}
-DENSE_FIRST = "layer 1, executed as number 0.*the class of mlp"
+DENSE_FIRST = "layer 1 at place 0.*the class of mlp"
 PLACES = {
     "dense first": ("deepseek_v3", {}, [1, 2], DENSE_FIRST, [0, 2, 2, 5]),
     "every other": ("qwen2_moe", {"decoder_sparse_step": 2}, [0, 2, 3], "of mlp", [0, 1, 4, 5]),
