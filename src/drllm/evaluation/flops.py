@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from drllm.errors import ArchitectureError
-from drllm.models.base.layers import base_of, find_layers
+from drllm.models.base.layers import find_layers, unwrap_peft
 from drllm.models.routing.lora import LoraWeights
 from drllm.paths import Plan, get_adapter, get_layers
 from drllm.records.results import Flops
@@ -53,7 +53,7 @@ class ModelShape:
             ArchitectureError: The cost doesn't follow from these numbers (experts, latent K/V).
         """
         _, layers = find_layers(model)
-        model = base_of(model)
+        model = unwrap_peft(model)
         name = type(model).__name__
         config = model.config.get_text_config()
         for reason in NOT_DERIVED:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from drllm.errors import RecordError
 from drllm.models.base.identity import describe
-from drllm.models.base.layers import base_of, find_layers
+from drllm.models.base.layers import find_layers, unwrap_peft
 from drllm.models.cards import CARD_FILE, render_card
 from drllm.models.routing.lora import LoraWeights, layer_of_map, name_of_layers
 from drllm.paths import StaticPath
@@ -82,7 +82,7 @@ def load_path(routed: RoutedModel, path_file: PathFile) -> StaticPath:
         RoutingError: The adapter is for other linear maps, or the model can't have an adapter.
         ConfigError: PEFT isn't installed.
     """
-    name = getattr(base_of(routed.model), "name_or_path", "")
+    name = getattr(unwrap_peft(routed.model), "name_or_path", "")
     path = path_file.path_for({"id": name, **describe(routed.model)})
     record = path_file.record
     if isinstance(record, HealedPath) and record.adapter not in routed.injection.lora.names:
@@ -166,6 +166,6 @@ def _group_by_map(
 
 def _peft_prefix(model: Any) -> str:
     """Return the part of PEFT's tensor names before the index of a layer."""
-    base = base_of(model)
+    base = unwrap_peft(model)
     _, layers = find_layers(base)
     return f"base_model.model.{name_of_layers(base, layers)}"

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from drllm.errors import ModelError
-from drllm.models.base.layers import base_of, find_layers
+from drllm.models.base.layers import find_layers, unwrap_peft
 from drllm.records.identity import QUANTISED
 
 FINGERPRINT_VALUES = 2**20  # values to read from each tensor, enough to tell fine-tunes apart
@@ -27,7 +27,7 @@ PEFT_NAMES = ("base_layer", "original_module")
 
 def describe(model: Any) -> dict[str, Any]:
     """Describe a base model: its `class`, `num_layers`, `hidden_size` and `fingerprint`."""
-    base = base_of(model)
+    base = unwrap_peft(model)
     text = base.config.get_text_config()
     return {
         "class": type(base).__name__,
@@ -55,7 +55,7 @@ def fingerprint(model: nn.Module) -> str:
         ArchitectureError: See `find_layers`.
         ModelError: A weight is on the meta device, and accelerate doesn't know its values.
     """
-    base = base_of(model)
+    base = unwrap_peft(model)
     _, layers = find_layers(base)
     embedding = _read_signs("embedding", base.get_input_embeddings())
     middle = len(layers) // 2

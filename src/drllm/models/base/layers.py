@@ -41,9 +41,11 @@ MAP_TOKENS = 5
 """The shape of the batch that `find_linear_maps` runs, `[MAP_ROWS, MAP_TOKENS]`."""
 
 
-def base_of(model: Any) -> Any:
+def unwrap_peft(model: Any) -> Any:
     """Return the transformers model inside a PEFT model, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    if hasattr(model, "get_base_model"):
+        return model.get_base_model()
+    return model
 
 
 def find_layers(model: Any) -> tuple[nn.Module, nn.ModuleList]:
@@ -59,7 +61,7 @@ def find_layers(model: Any) -> tuple[nn.Module, nn.ModuleList]:
         ArchitectureError: The model doesn't have exactly one such list, shares K/V between layers,
             or has layers with a state other than K/V.
     """
-    model = base_of(model)
+    model = unwrap_peft(model)
     _refuse_by_config(model)
     num_layers = model.config.get_text_config().num_hidden_layers
     decoder = model.get_decoder()
@@ -135,7 +137,7 @@ def probe(model: Any, decoder: nn.Module, layers: nn.ModuleList) -> bool:
         ArchitectureError: The loop doesn't call each layer once, the loop uses more of a layer's
             output than the hidden state, or a layer keeps a state other than K/V.
     """
-    name = type(base_of(model)).__name__
+    name = type(unwrap_peft(model)).__name__
     token = one_token(model)
     outputs: list[Any] = []
 
@@ -174,7 +176,7 @@ def probe(model: Any, decoder: nn.Module, layers: nn.ModuleList) -> bool:
 
 def one_token(model: Any) -> torch.Tensor:
     """Return a prompt of one token, `[1, 1]`, on the model's device."""
-    device = base_of(model).device
+    device = unwrap_peft(model).device
     if device.type == "meta":  # offloaded: accelerate's hooks move the input to the right device
         device = torch.device("cpu")
     return torch.zeros(1, 1, dtype=torch.long, device=device)

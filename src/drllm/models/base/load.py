@@ -24,7 +24,7 @@ from drllm.errors import ConfigError, ModelError, unknown_name
 from drllm.listener import logger
 from drllm.models.base import hub, smollm2
 from drllm.models.base.identity import describe
-from drllm.models.base.layers import base_of
+from drllm.models.base.layers import unwrap_peft
 
 ALIASES = (smollm2.ALIAS,)
 """The names that drllm itself gives to models."""
@@ -136,7 +136,7 @@ def load(model: ModelConfig | str, **options: Any) -> BaseModel:
 
 def load_tokenizer(model: Any) -> Any:
     """Load a model's tokenizer by the model's name; None if the model has no name."""
-    base = base_of(model)
+    base = unwrap_peft(model)
     name = getattr(base, "name_or_path", "")
     if not name:
         return None

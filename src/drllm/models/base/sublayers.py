@@ -11,11 +11,11 @@ from transformers.cache_utils import Cache
 
 from drllm.errors import ArchitectureError
 from drllm.models.base.layers import (
-    base_of,
     evaluation_mode,
     find_layers,
     one_token,
     temporary_hooks,
+    unwrap_peft,
 )
 
 MIN_MATRICES = 2
@@ -43,7 +43,7 @@ def find_sublayers(model: Any) -> list[Sublayers]:
             add them.
     """
     decoder, layers = find_layers(model)
-    name = type(base_of(model)).__name__
+    name = type(unwrap_peft(model)).__name__
     watches = [_ChildWatch(name, index, layer) for index, layer in enumerate(layers)]
     hooks: list[RemovableHandle] = []
     for watch in watches:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from drllm.errors import CheckpointError, unknown_name
 from drllm.models.base.identity import describe
-from drllm.models.base.layers import base_of
+from drllm.models.base.layers import unwrap_peft
 from drllm.models.cards import CARD_FILE
 from drllm.models.routers.card import FOLDER, MARK, write_card
 from drllm.models.routers.config import FORMAT_VERSION, RouterConfig, read_config
@@ -252,7 +252,7 @@ def check_routers(model: Any, routers: RouterStack) -> None:
             f"{', and with '.join(differences)}; load the model they belong to, or train routers "
             f"for this one"
         )
-    name = getattr(base_of(model), "name_or_path", "")
+    name = getattr(unwrap_peft(model), "name_or_path", "")
     if config.base_model and name and config.base_model != name:
         same = "the weights are the same" if config.base_fingerprint else "they have no fingerprint"
         warnings.warn(
@@ -276,7 +276,7 @@ def complete_config(config: RouterConfig, model: Any) -> RouterConfig:
     """Return a config in which the missing facts about the base model are filled in."""
     identity = describe(model)
     if not config.base_model:
-        base = base_of(model)
+        base = unwrap_peft(model)
         config = dataclasses.replace(
             config,
             base_model=getattr(base, "name_or_path", ""),

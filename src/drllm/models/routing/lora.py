@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from drllm.errors import ArchitectureError, RoutingError, nearest_name
 from drllm.extras import need
-from drllm.models.base.layers import base_of, find_layers
+from drllm.models.base.layers import find_layers, unwrap_peft
 
 _switching = threading.Lock()
 
@@ -70,7 +70,7 @@ class LoraAdapters:
     """
 
     def __init__(self, model: Any) -> None:
-        self._base = base_of(model)
+        self._base = unwrap_peft(model)
         self._configs: dict[str, Any] = {}  # by adapter
         self._places: dict[str, LoraPlace] = {}  # by linear map
         self._running = ""  # the adapter of the passes that run now; empty for none

@@ -22,7 +22,7 @@ from drllm.errors import CheckpointError, ConfigError, RoutingError
 from drllm.listener import Listener
 from drllm.models.base import hub as base_hub
 from drllm.models.base import load as loading
-from drllm.models.base.layers import base_of
+from drllm.models.base.layers import unwrap_peft
 from drllm.models.base.load import BaseModel
 from drllm.models.healed import load_path
 from drllm.models.routers.checkpoint import (
@@ -128,7 +128,7 @@ def _take_off(model: Any) -> Callable[[], None]:
     injection = Injection.find(model)
     if injection is None:
         return lambda: None
-    base = base_of(model)
+    base = unwrap_peft(model)
     injection.remove()
     overrides = take_off_overrides(base)
 
@@ -229,7 +229,7 @@ class RoutedModel:
             self.tokenizer = tokenizer
         self.driver = RoutingDriver(policy)
         self.injection = Injection(model, self.driver)
-        GenerateHandle(base_of(model), self.driver).put_on()
+        GenerateHandle(unwrap_peft(model), self.driver).put_on()
 
     if not TYPE_CHECKING:
 
@@ -239,7 +239,7 @@ class RoutedModel:
             return getattr(self.model, name)
 
     def __repr__(self) -> str:
-        base = base_of(self.model)
+        base = unwrap_peft(self.model)
         name = getattr(base, "name_or_path", "")
         parts = [type(base).__name__ + (f" {name!r}" if name else "")]
         parts.append(f"{self.num_layers} layers")

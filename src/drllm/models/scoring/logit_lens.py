@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from drllm.errors import ArchitectureError
-from drllm.models.base.layers import base_of, temporary_hooks
+from drllm.models.base.layers import temporary_hooks, unwrap_peft
 from drllm.models.routing.injection import Driver
 from drllm.models.routing.routed_model import RoutedModel
 
@@ -37,7 +37,7 @@ class LogitLens:
     """
 
     def __init__(self, routed: RoutedModel) -> None:
-        model = base_of(routed.model)
+        model = unwrap_peft(routed.model)
         name = type(model).__name__
         self.head: nn.Module = model.get_output_embeddings()
         if self.head is None:
