@@ -331,7 +331,7 @@ def test_inputs_of_one_name_are_told_apart_by_their_folders(tmp_path):
     [
         ("{", "search.manifest.json: cut off"),
         ("[]", "search.manifest.json: .*object"),
-        ('{"schema": "drllm.supervision"}', "says 'drllm.supervision'; expected 'drllm.search'"),
+        ('{"schema": "drllm.supervision"}', "schema 'drllm.supervision'; expected 'drllm.search'"),
         ('{"schema": "drllm.search", "model": {}}', "`schema_version`"),
         ('{"schema": "drllm.search", "schema_version": "1", "model": {}}', "`schema_version`"),
         ('{"schema": "drllm.search", "schema_version": 1}', "`model`"),

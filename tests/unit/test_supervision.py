@@ -445,7 +445,7 @@ def test_files_of_different_depths_are_refused_even_without_manifests(tmp_path):
 @pytest.mark.parametrize(
     ("kinds", "changes", "message"),
     [
-        ((SAVING, "111+"), {}, r"line 2: .* 3 layers, that of line 1 on 4"),
+        ((SAVING, "111+"), {}, r"line 2: .* 3 layers, but .* line 1 on 4"),
         ((SAVING,), {"num_layers": 30}, r"paths of 4 layers, but its manifest names .* of 30"),
     ],
 )

@@ -1,7 +1,7 @@
 """Reads and writes JSON and JSON lines, for all files that stages exchange.
 
 Values are typed: msgspec structs, or plain `dict` and `list`. Files are written atomically. A file
-that can't be trusted is refused with a `RecordError` that names the file, the line and the place.
+that can't be trusted is refused with a `RecordError` that names the file, the line and the field.
 """
 
 import contextlib
@@ -29,9 +29,9 @@ SCHEMA_VERSION = 2
 """The schema version that we write, and the newest version that we read."""
 
 _ENCODER = msgspec.json.Encoder()
-_decoder = functools.lru_cache(maxsize=256)(msgspec.json.Decoder)
+_decoder = functools.lru_cache(maxsize=256)(msgspec.json.Decoder)  # a decoder for each type
 _NOT_FINITE = re.compile(rb"\xcb[\x7f\xff][\xf0-\xff]")
-"""The first bytes of NaN and infinity in MessagePack: a float whose exponent bits are all set."""
+"""The first bytes of NaN and infinity in MessagePack: floats whose exponent bits are all set."""
 _MESSAGE_PARTS = (
     (re.compile(r"Object missing required field (`.*?`)", re.DOTALL), r"the field \1 is missing"),
     (re.compile(r"Object contains unknown field (`.*?`)", re.DOTALL), r"unknown field \1"),
@@ -39,13 +39,13 @@ _MESSAGE_PARTS = (
     (re.compile(r" - at (`key` in )?`\$\.?(.*)`$", re.DOTALL), r" (at \1`\2`)"),
     (re.compile(r" \(at ``\)$"), ""),
 )
-"""Parts of msgspec's messages, and what we write instead."""
+"""Parts of msgspec's messages, and what we write instead: "field `a` is missing (at `b[0]`)"."""
 _FILE_KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}
 _READ_SIZE = 1 << 20  # bytes
 
 
 class Version(msgspec.Struct):
-    """The schema and the versions that each of our files names."""
+    """The fields at the beginning of our files that name their schema and their versions."""
 
     schema: str = ""
     schema_version: int = 0
@@ -53,12 +53,12 @@ class Version(msgspec.Struct):
 
 
 def decode(data: bytes | str, kind: type[T], where: str) -> T:
-    """Read one JSON value as a struct or as `dict[str, Any]`; a struct's `__post_init__` runs.
+    """Read one JSON value, and check its type; the `__post_init__` of a struct runs too.
 
     Args:
         data: The JSON text.
-        kind: The type of the value.
-        where: The file, and the line of a JSON lines file; error messages begin with it.
+        kind: The type of the value: a struct, or `dict[str, Any]`.
+        where: The file and, in a JSON lines file, the line; error messages begin with it.
 
     Raises:
         RecordError: The text isn't JSON, has another type, or is of a newer version.
@@ -97,7 +97,9 @@ def encode(value: Any) -> bytes:
         raise RecordError(f"text that isn't UTF-8 can't be written: {error.object!r}") from error
     # msgspec writes null for None, but also for NaN and infinity.
     if b"null" in data and _may_hold_infinity(value):
-        for place, number in _find_infinities(msgspec.to_builtins(value), ""):
+        infinity = next(_find_infinities(msgspec.to_builtins(value), ""), None)
+        if infinity is not None:
+            place, number = infinity
             raise RecordError(f"`{place}` is {number}, which JSON can't hold")
     return data
 
@@ -142,7 +144,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """
     refuse_special_file(path, "write")
     clear_half_written(path.parent)
-    # tempfile.mkstemp isn't used: only the owner may read its files.
+    # tempfile.mkstemp isn't used, since only the owner could read the file.
     temporary = path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -173,18 +175,26 @@ def clear_half_written(folder: Path) -> None:
     with contextlib.suppress(OSError):  # a leftover file does no harm
         # os.listdir is fast: a folder may hold thousands of chunks, and each write calls this.
         for name in os.listdir(folder):  # noqa: PTH208
-            match = pattern.fullmatch(name) if name.startswith(".") else None
+            if not name.startswith("."):  # quicker than the pattern
+                continue
+            match = pattern.fullmatch(name)
             if match is not None and not psutil.pid_exists(int(match[1])):
                 (folder / name).unlink(missing_ok=True)
 
 
-def refuse_special_file(path: Path, verb: str) -> bool:
-    """Refuse a folder, a FIFO, and any other path that isn't a regular file.
+def refuse_special_file(path: Path, verb: str) -> None:
+    """Raise RecordError if a path is a folder, a FIFO or another special file; see `file_exists`.
 
-    `verb` ("read" or "write") is for messages.
+    A file that doesn't exist is fine.
+    """
+    file_exists(path, verb)
 
-    Returns:
-        Whether the file exists.
+
+def file_exists(path: Path, verb: str) -> bool:
+    """Tell whether a regular file exists.
+
+    Raises RecordError if the path is something else, such as a folder or a link to a missing file.
+    `verb` says in the message what is to be done with the file: "read" or "write".
     """
     try:
         mode = path.stat().st_mode
@@ -201,7 +211,7 @@ def refuse_special_file(path: Path, verb: str) -> bool:
 
 
 def describe_invalid(error: msgspec.ValidationError) -> str:
-    """Return msgspec's message in our words: what is wrong, then the place in brackets."""
+    """Return msgspec's message in our words: what is wrong, then the field in brackets."""
     message = str(error)
     for pattern, replacement in _MESSAGE_PARTS:
         message = pattern.sub(replacement, message)
@@ -231,7 +241,7 @@ def _host() -> str:
 @contextlib.contextmanager
 def _open_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file to read its bytes; raise RecordError if the file can't be read."""
-    if not refuse_special_file(path, "read"):
+    if not file_exists(path, "read"):
         raise RecordError(f"{path} doesn't exist; give a file that a stage has written")
     try:
         with path.open("rb") as file:
@@ -247,25 +257,31 @@ def _describe_error(error: Exception) -> str:
 
 
 def _describe_malformed(data: bytes | str, message: str) -> str:
-    """Say why a text isn't JSON, given msgspec's message."""
+    """Say why a text isn't JSON, given msgspec's message.
+
+    Python's parser accepts NaN, infinity and half a surrogate pair, which aren't JSON. A text that
+    it accepts has one of these faults.
+    """
     constants: list[str] = []
     try:
         text = data.decode() if isinstance(data, bytes) else data
-        json.loads(text, parse_constant=constants.append)  # Python accepts more than JSON allows
+        json.loads(text, parse_constant=constants.append)
         if constants:
             return f"{constants[0]} isn't a number in JSON; expected a finite number"
         return r"half a surrogate pair (\ud800 to \udfff), which isn't text"
     except UnicodeDecodeError as error:
         return f"not UTF-8 text ({error.reason})"
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError):  # msgspec's message describes other faults
         pass
+    if not data:
+        return "nothing, expected JSON"
     if message == "Input data was truncated":
-        return "cut off in the middle; make the file again" if data else "nothing, expected JSON"
+        return "cut off in the middle; make the file again"
     return f"not JSON ({message.removeprefix('JSON is malformed: ')})"
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the pairs of a JSON object; raise ValueError if a key is there twice."""
+    """Return a JSON object from its pairs; raise ValueError if a key is there twice."""
     values = dict(pairs)
     if len(values) != len(pairs):
         names = [name for name, _ in pairs]
@@ -283,12 +299,12 @@ def _refuse_newer(data: bytes) -> None:
     if version.schema_version > SCHEMA_VERSION:
         raise ValueError(
             f"written by drllm {version.drllm_version} (schema version {version.schema_version}); "
-            f"this one reads up to {SCHEMA_VERSION}; install a newer drllm"
+            f"this drllm reads versions up to {SCHEMA_VERSION}; install a newer drllm"
         )
 
 
 def _may_hold_infinity(value: Any) -> bool:
-    """Check quickly for NaN and infinity; True may be a false alarm, but False is certain."""
+    """Check quickly for NaN and infinity. True may be a false alarm; False is certain."""
     try:
         return _NOT_FINITE.search(msgspec.msgpack.encode(value)) is not None
     except OverflowError:  # a whole number beyond 64 bits
@@ -296,7 +312,7 @@ def _may_hold_infinity(value: Any) -> bool:
 
 
 def _find_infinities(value: Any, place: str) -> Iterator[tuple[str, float]]:
-    """Yield each NaN and infinity in a value of plain types, with its place."""
+    """Yield each NaN and infinity in a value of plain types, with its place: `("a.b[0]", nan)`."""
     if isinstance(value, float) and not math.isfinite(value):
         yield place, value
     elif isinstance(value, dict):

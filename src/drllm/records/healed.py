@@ -19,9 +19,10 @@ ADAPTER_CONFIG_FILE = "adapter_config.json"
 
 
 class HealPoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A measurement during the training.
+    """A measurement during the training of an adapter.
 
-    Both KL divergences are from the full path, in nats per token.
+    Both KL divergences are from the full path, in nats per token: the mean over recent training
+    texts (None before the first step), and the mean over held-out texts.
     """
 
     step: int
@@ -44,11 +45,19 @@ class Losses(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class HealedPath(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A path and its adapter. The adapter changes all layers of the path from `first_layer` on.
+    """A path and its LoRA adapter, as `drllm heal` writes them.
 
-    `tasks` and `texts` name the sources that the adapter was trained on, and `divided` names the
-    tasks whose own splits weren't used. `questions_sha256` is the digest of all sources. `held_out`
-    has the losses by source.
+    Attributes:
+        first_layer: The adapter changes the layers of the path from this layer on.
+        rank: The rank of the adapter.
+        alpha: LoRA's alpha.
+        adapter_sha256: The hash of the adapter's weights.
+        tasks: The tasks that the adapter was trained on.
+        texts: The names of other sources of texts that the adapter was trained on, such as files.
+        divided: The tasks whose own splits weren't used. Their questions were divided again.
+        questions_sha256: The hash of all questions and texts.
+        curve: The measurements during the training, in order.
+        held_out: The losses, by the name of the task or of the source of texts.
     """
 
     name: str
@@ -59,7 +68,7 @@ class HealedPath(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
     rank: Annotated[int, msgspec.Meta(ge=1)]
     alpha: Annotated[float, msgspec.Meta(gt=0, le=1e6)]
     adapter_sha256: str
-    # Other routes that the adapter was trained for; only older files have them.
+    # Only in older files: further routes that the adapter was trained for.
     others: tuple[tuple[StepRecord, ...], ...] = ()
     tasks: tuple[str, ...] = ()
     texts: tuple[str, ...] = ()
@@ -100,12 +109,12 @@ def read_healed(file: Path) -> HealedPath:
     adapter = file.with_name(ADAPTER_FILE)
     if not adapter.is_file():
         raise RecordError(
-            f"{adapter}, which {file.name} was written with, is missing; put it back, or heal again"
+            f"{adapter} is missing, the adapter of {file.name}; put it back, or heal again"
         )
     if sha256(adapter) != record.adapter_sha256:
         raise RecordError(
-            f"{adapter} isn't the adapter that {file.name} was written with; put that one back, or "
-            f"heal again"
+            f"{adapter} isn't the adapter that {file.name} was written with; put the right adapter "
+            f"back, or heal again"
         )
     return record
 

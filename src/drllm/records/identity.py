@@ -9,13 +9,15 @@ QUANTISED = "quantised"
 def have_same_weights(first: str, second: str, where: str) -> bool:
     """Tell whether two fingerprints belong to the same base model, in any precision.
 
-    A fingerprint has up to three parts with `-` between them. The first is the hash of the weights,
-    or `QUANTISED`. The second is the hash of the embedding, which most quantisations don't change.
-    The third is the hash of the way in which the model is quantised.
+    A fingerprint has up to three parts with `-` between them:
 
-    If a model is quantised, its weights can't be compared. Then the hashes of the embeddings are
-    compared, provided that both fingerprints have one. If the fingerprints aren't equal, a warning
-    says that precisions differ.
+    1. the hash of the weights, or `QUANTISED`;
+    2. the hash of the embedding, which most quantisations don't change (older files lack it);
+    3. for a quantised model, the hash of the way in which it is quantised.
+
+    The weights of a quantised model can't be compared with other weights. If either model is
+    quantised, the hashes of the embeddings are compared instead; without two of these hashes the
+    result is True. A warning says so, unless the fingerprints are equal.
 
     Args:
         first: A fingerprint.
@@ -38,13 +40,22 @@ def have_same_weights(first: str, second: str, where: str) -> bool:
 
 
 def _split_fingerprint(fingerprint: str) -> tuple[str, str]:
-    """Return the hashes of the weights and of the embedding; older files have no second hash."""
-    weights, _, rest = fingerprint.partition("-")
-    return weights, rest.partition("-")[0]
+    """Return the hashes of the weights and of the embedding; the second may be empty."""
+    parts = fingerprint.split("-")
+    embedding = parts[1] if len(parts) > 1 else ""
+    return parts[0], embedding
 
 
 def differ(key: str, first: object, second: object, where: str) -> bool:
-    """Tell whether two values of a key differ; fingerprints may differ in precision."""
+    """Tell whether two models differ in one value of their identities.
+
+    Args:
+        key: The name of the value. Two `fingerprint`s of the same weights in different precisions
+            count as equal; see `have_same_weights`.
+        first: The value of a model.
+        second: The value of another model.
+        where: The file or setting of the second value, for a warning.
+    """
     if key == "fingerprint":
         return not have_same_weights(str(first), str(second), where)
     return first != second

@@ -43,11 +43,14 @@ class Layers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def parts(self) -> Mapping[str, Mapping[str, Counts]]:
-        """The counts of routers and baselines, by part and then by name."""
-        labels = self.train.labels
-        parts = {TRAIN: add_baselines(self.train, labels)}
+        """The counts of routers and baselines, by part and then by name.
+
+        In both parts the baselines are made from the labels of the training targets.
+        """
+        trained_labels = self.train.labels
+        parts = {TRAIN: add_baselines(self.train, trained_labels)}
         if self.validation is not None:
-            parts[VALIDATION] = add_baselines(self.validation, labels)
+            parts[VALIDATION] = add_baselines(self.validation, trained_labels)
         return parts
 
     @property
@@ -76,12 +79,13 @@ def _check_counts(counts: Counts) -> None:
     has_counts = counts.examples > 0 and len(counts.confusion) > 0
     if not has_counts or not all(_adds_up(layer, counts.examples) for layer in counts.confusion):
         raise ValueError(
-            f"`confusion` isn't {SIZE} x {SIZE} counts a layer that add up to the "
-            f"{counts.examples} examples"
+            f"`confusion` needs {SIZE} x {SIZE} counts for every layer, which add up to the number "
+            f"of examples ({counts.examples})"
         )
 
 
 def _adds_up(layer: Confusion, num_examples: int) -> bool:
+    """Tell whether a layer has C x C whole numbers that add up to the number of examples."""
     cells = list(itertools.chain.from_iterable(layer))
     has_shape = [len(row) for row in layer] == [SIZE] * SIZE
     are_counts = all(cell >= 0 and cell == int(cell) for cell in cells)

@@ -1,6 +1,6 @@
 """Reads and writes records files, and the manifest beside each file.
 
-A manifest says how the file was made, and holds the hash of the file.
+A manifest says how the records were made, and holds the hash of the records file.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ T = TypeVar("T", bound=Any)
 
 
 class _Manifest(msgspec.Struct):
-    """The types of the keys that all stages write; a stage may add more keys."""
+    """The types of a manifest's keys, to check them; a manifest may have further keys."""
 
     schema: str
     schema_version: int
@@ -53,15 +53,15 @@ def new_manifest(
     inputs: Sequence[Path] = (),
     extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Make a manifest: what a reader needs to trust and reproduce a file.
+    """Make a manifest from what a reader needs to trust and reproduce a file.
 
     Args:
         schema: The kind of file (`search`, …).
         model: The model's identity: id, revision, class, num_layers and fingerprint.
         config: The settings.
-        inputs: Files that were read. Their hashes are stored by name, or by path if two of them
+        inputs: Files that the stage read. Their hashes are stored by name, or by path if two files
             have the same name.
-        extra: Further keys.
+        extra: Further keys of the manifest.
     """
     has_distinct_names = len({file.name for file in inputs}) == len(inputs)
     hashes: dict[str, str] = {}
@@ -84,19 +84,26 @@ def new_manifest(
     }
 
 
-def read_manifest(path: Path, kind: str) -> dict[str, Any] | None:
+def read_manifest(path: Path, schema: str) -> dict[str, Any] | None:
     """Read the manifest of a records file; return None if there is none.
 
     Files that users write themselves need no manifest.
+
+    Args:
+        path: The records file.
+        schema: The kind of records that the file should hold (`search`, …).
+
+    Raises:
+        RecordError: The manifest can't be read, or names another schema.
     """
     file = manifest_path(path)
-    if not codec.refuse_special_file(file, "read"):
+    if not codec.file_exists(file, "read"):
         return None
     manifest = codec.read_json(file, dict[str, Any])
-    if manifest.get("schema") != f"drllm.{kind}":
+    if manifest.get("schema") != f"drllm.{schema}":
         raise RecordError(
-            f"{file} says {manifest.get('schema')!r}; expected 'drllm.{kind}'. Is it the right "
-            f"file?"
+            f"{file} has the schema {manifest.get('schema')!r}; expected 'drllm.{schema}'; give "
+            f"another file"
         )
     try:
         msgspec.convert(manifest, _Manifest)
@@ -108,22 +115,33 @@ def read_manifest(path: Path, kind: str) -> dict[str, Any] | None:
 
 
 def read_records(path: Path, kind: type[T], schema: str) -> list[T]:
-    """Read and check a whole records file; its manifest must name the schema (`search`, …)."""
+    """Read and check a whole records file.
+
+    Args:
+        path: The file.
+        kind: The class of the records.
+        schema: The schema that the manifest must name, if there is a manifest.
+
+    Raises:
+        RecordError: A line can't be read, a question is there twice, or the file isn't the file
+            that its manifest was written for.
+    """
     manifest = read_manifest(path, schema)
     records: list[T] = []
-    seen: dict[tuple[str, str], int] = {}
+    lines: dict[tuple[str, str], int] = {}  # (task, id) → first line with this question
     for line, record in codec.read_json_lines(path, kind):
-        earlier = seen.setdefault((record.task, record.id), line)
-        if earlier != line:
+        first_line = lines.setdefault((record.task, record.id), line)
+        if first_line != line:
             raise RecordError(
                 f"{path}, line {line}: question {record.id!r} of task {record.task!r} is in line "
-                f"{earlier} already; keep one of them"
+                f"{first_line} already; keep one of the two lines"
             )
         records.append(record)
     if manifest is not None and manifest.get("sha256") != codec.sha256(path):
         raise RecordError(
             f"{path} was changed or cut off after it was written (its manifest has another hash); "
-            f"make it again, or delete {manifest_path(path).name} to use it as a file of your own"
+            f"make it again, or delete {manifest_path(path).name} to use {path.name} as a file of "
+            f"your own"
         )
     return records
 
@@ -134,7 +152,7 @@ def to_lines(records: Iterable[Any]) -> str:
 
 
 def write_or_remove(path: Path, records: Sequence[Any]) -> None:
-    """Write records as a JSON lines file without a manifest; remove the file if there are none."""
+    """Write records as a JSON lines file without a manifest; without records, remove the file."""
     if records:
         codec.write_atomically(path, to_lines(records))
     elif path.is_file():
@@ -144,14 +162,15 @@ def write_or_remove(path: Path, records: Sequence[Any]) -> None:
 def write_records(path: Path, records: Iterable[Any], manifest: Mapping[str, Any]) -> None:
     """Write a records file and its manifest.
 
-    The number of records and the hash of the file are added to the manifest.
+    The number of records and the hash of the file are added to the manifest. An old manifest is
+    deleted first, so that a kill never leaves it beside a new file.
     """
     text = to_lines(records)
     manifest_file = manifest_path(path)
     codec.refuse_special_file(path, "write")
-    if codec.refuse_special_file(manifest_file, "write"):
+    if codec.file_exists(manifest_file, "write"):
         try:
-            manifest_file.unlink()  # a new file must never have an old manifest
+            manifest_file.unlink()
         except OSError as error:
             raise RecordError(f"can't write {manifest_file}: {error.strerror}") from error
     codec.write_atomically(path, text)

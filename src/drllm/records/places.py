@@ -11,22 +11,31 @@ from filelock import FileLock, Timeout
 
 from drllm.errors import ConfigError, RecordError
 from drllm.processes import is_first
-from drllm.records.codec import read_json, refuse_special_file
+from drllm.records.codec import file_exists, read_json
 from drllm.records.manifest import manifest_path
 
 _NAMES = ("run.yaml", "router_config.json", "routers.safetensors", "metrics.jsonl", "report.html")
 _ENDINGS = (".manifest.json", ".failed.jsonl", ".rejected.jsonl")
-"""Names and endings of files that `check_file` never lets a stage replace."""
+"""Files with these names or endings are never replaced by another stage; see `check_file`."""
 
 
 def check_folder(folder: Path, flag: str) -> None:
-    """Refuse a folder that can't be written, without making it."""
+    """Refuse a folder that can't be written, without creating it.
+
+    If the folder doesn't exist, its nearest existing parent is checked. `flag` names the folder in
+    the message.
+    """
+    if not is_first():  # only the first process writes
+        return
     place = folder
     while not place.exists() and place != place.parent:
         place = place.parent
-    if not is_first() or (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
-        return
-    reason = f": no permission in {place}" if place.is_dir() else f", since {place} is a file"
+    if place.is_dir():
+        if os.access(place, os.W_OK | os.X_OK):
+            return
+        reason = f": no permission in {place}"
+    else:
+        reason = f", since {place} is a file"
     raise ConfigError(
         f"{flag}: can't write to {folder}{reason}; give a folder that you may write to"
     )
@@ -38,11 +47,12 @@ def check_file(file: Path, flag: str, schema: str = "") -> None:
     Args:
         file: The file to write.
         flag: The flag that names the file.
-        schema: Records of this kind ("supervision") may be replaced.
+        schema: The kind of records that the stage writes ("supervision"). A file of these records
+            may be replaced. Empty if the stage writes no records.
     """
     check_folder(file.parent, flag)
     try:
-        exists = refuse_special_file(file, "write")
+        exists = file_exists(file, "write")
     except RecordError as error:
         raise ConfigError(f"{flag}: {error}") from error
     if exists and _is_of_another_stage(file, schema):
@@ -52,7 +62,7 @@ def check_file(file: Path, flag: str, schema: str = "") -> None:
 def _is_of_another_stage(file: Path, schema: str) -> bool:
     """Tell whether a file is a manifest, or was written by another stage.
 
-    A records file whose manifest names the schema may be replaced.
+    The manifest of a records file says which stage wrote it; a `.json` file says so itself.
     """
     if file.name in _NAMES or file.name.endswith(_ENDINGS):
         return True
@@ -65,9 +75,10 @@ def _is_of_another_stage(file: Path, schema: str) -> bool:
 
 
 def stage_folder(output: Path | str | None, stack: ExitStack) -> Path:
-    """Return the folder that a stage writes to; without an output, make a temporary folder.
+    """Return the folder that a stage writes to: the output, or a new temporary folder.
 
-    If several processes run the stage, all but the first get temporary folders.
+    The folder is temporary if there is no output, and in all processes but the first. The stack
+    deletes it when the stack is closed.
     """
     if output and is_first():
         return Path(output)
@@ -76,10 +87,13 @@ def stage_folder(output: Path | str | None, stack: ExitStack) -> Path:
 
 @contextmanager
 def only_writer(folder: Path, stage: str, flag: str) -> Iterator[None]:
-    """Lock a folder against other runs of a stage while the block runs; create the folder.
+    """Lock a folder against other runs of a stage while the block runs.
 
-    The lock ends with the process, so a killed run blocks nobody. A new folder that is still empty
-    at the end is deleted.
+    The folder is created if it doesn't exist; if it is still empty at the end, it is deleted again.
+    The lock ends with the process, so a killed run blocks nobody.
+
+    Raises RecordError if another run has the lock, or if the folder can't be written. The message
+    has the name of the stage ("search") and the flag that names the folder.
     """
     path = folder / f".{stage}.lock"
     lock = FileLock(path, timeout=0)

@@ -1,4 +1,7 @@
-"""Refuses files of earlier versions whose content this version no longer reads."""
+"""Answers for what earlier versions wrote and this version no longer reads.
+
+Menus of paths and other removed files are refused. Certificates are ignored, and a note says so.
+"""
 
 from pathlib import Path
 from typing import NoReturn
@@ -17,8 +20,8 @@ def refuse_removed(file: Path, content: str, remedy: str) -> NoReturn:
 
     Args:
         file: The file.
-        content: What the file holds, with an article ("a menu of paths").
-        remedy: What to do instead ("give …").
+        content: What the file is, with an article ("a menu of paths").
+        remedy: What to do instead, as an imperative ("heal one path again").
     """
     raise RecordError(
         f"{file} is {content}, which only drllm up to {OLD_VERSION} reads; {remedy}, or use that "
@@ -27,15 +30,15 @@ def refuse_removed(file: Path, content: str, remedy: str) -> NoReturn:
 
 
 def refuse_menu(place: Path) -> None:
-    """Refuse a `menu.json`, or a folder that holds a menu; let everything else pass."""
+    """Refuse a file `menu.json`, or a folder with this file; every other place is accepted."""
     file = place / MENU_FILE if place.is_dir() else place
     if file.name == MENU_FILE and file.is_file():
         refuse_removed(file, "a menu of paths", "give the file of one of its paths")
 
 
-def certificate_ignored(version: str) -> str:
-    """Return a note that the certificate of an earlier version is ignored."""
+def note_ignored_certificate(version: str) -> str:
+    """Return a note that the certificate in a file of an earlier version is ignored."""
     return (
-        f"The certificate in this file, of drllm {version}, is ignored; ask 'drllm evaluate "
-        f"--max-drop' what loss the test questions exclude."
+        f"This file has a certificate of drllm {version}, which is ignored; 'drllm evaluate "
+        f"--max-drop' tests whether a loss is excluded."
     )

@@ -1,7 +1,7 @@
 """The results of an evaluation: `eval/TASK.json`, `samples.jsonl` and `latency.json`.
 
 Evaluation writes these structs; reports and `drllm show` read them. `docs/formats.md` explains each
-field. Values that follow from other values aren't in the files: they are properties.
+field. Values that can be computed from other values are properties, and aren't in the files.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from drllm.errors import RecordError
 from drllm.paths import Decisions, check_decisions
 from drllm.records.codec import Version, read_json
 from drllm.records.manifest import read_records
-from drllm.records.removed import certificate_ignored
+from drllm.records.removed import note_ignored_certificate
 from drllm.statistics.exclusion import DropTest
 from drllm.statistics.verdicts import Differences, judge_times
 
@@ -216,15 +216,15 @@ class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def compared_system(self) -> System | None:
-        """The system of the first finding: the routed model, or without it the best path."""
+        """The system of the first finding: the routed model if there is one, else the best path."""
         return self.routed or self.best_path
 
     @property
     def best_path(self) -> System | None:
-        """The static path that `--max-drop` chose.
+        """The static path to compare first; None if there are no paths.
 
-        Without `--max-drop` it is the path whose executions are nearest to the routed model's. If
-        there is no routed model either, it is the most accurate path.
+        This is the path that `--max-drop` chose. If it chose none, it is the path whose executions
+        are nearest to the routed model's or, without a routed model, the most accurate path.
         """
         paths = [system for system in self.systems if system.name in self.paths]
         if not paths:
@@ -240,15 +240,19 @@ class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def verdict(self) -> tuple[str, ...]:
-        """The main findings, on `compared_system` and on the best path if it is another system."""
-        return self.findings[: 2 if self.routed and self.paths else 1]
+        """The main findings: on `compared_system`, and on the best path if that is another system.
+
+        The findings on these systems come first.
+        """
+        num_systems = 2 if self.routed and self.paths else 1
+        return self.findings[:num_systems]
 
     @property
     def notes(self) -> list[str]:
-        """What a reader must know about the file besides its findings, one sentence each."""
+        """Further sentences that a reader of the file should know; they aren't findings."""
         if self.choice is msgspec.UNSET or self.choice is None:
             return []
-        return [certificate_ignored(self.drllm_version)]
+        return [note_ignored_certificate(self.drllm_version)]
 
     def is_healed(self, name: str) -> bool:
         """Tell whether a system is a static path that runs with an adapter."""
@@ -269,7 +273,10 @@ class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def is_graded(self) -> bool:
-        """Whether answers have grades between right and wrong."""
+        """Whether answers have grades between right and wrong.
+
+        Then the verdict on accuracies doesn't count won questions.
+        """
         compared = self.compared_system
         if compared is None or compared.against_base is None or compared.draws > 1:
             return False
@@ -283,9 +290,10 @@ class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class SampleOutcome(
     msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
 ):
-    """One system's outcome on one question; `decisions` is None for a mean over draws.
+    """One system's outcome on one question.
 
-    `answer` is the number of the chosen option, from 0, or the generated text. Only base and the
+    `correct` is the grade of the answer, from 0 to 1. `decisions` is None for a mean over draws.
+    `answer` is the number of the chosen option, from 0, or the generated text; only base and the
     routed model have an answer.
     """
 
@@ -300,7 +308,10 @@ class SampleOutcome(
 
 
 class Sample(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One test question, with the outcome of every system by its name and setting."""
+    """One test question, with the outcomes by `System.name` or `Point.name`.
+
+    `gold` is the number of the right option, from 0; None if answers are generated.
+    """
 
     id: str
     task: str
@@ -311,11 +322,13 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     def __post_init__(self) -> None:
         if self.gold is not None and not 0 <= self.gold < len(self.choices):
-            raise ValueError(f"`gold` is {self.gold}, the question has {len(self.choices)} choices")
+            raise ValueError(
+                f"`gold` is {self.gold}, but the question has {len(self.choices)} choices"
+            )
         for name, outcome in self.systems.items():
             if isinstance(outcome.answer, int) and not 0 <= outcome.answer < len(self.choices):
                 raise ValueError(
-                    f"{name!r} answered with option {outcome.answer}, the question has "
+                    f"{name!r} answered with option {outcome.answer}, but the question has "
                     f"{len(self.choices)} choices"
                 )
 
@@ -361,10 +374,12 @@ def read_evaluation(path: Path) -> Evaluation:
 
 
 def read_result_file(path: Path, kind: type[T], schema: str) -> T:
-    """Read a file of results; raise RecordError for another schema or a too old version."""
+    """Read a file of results; raise RecordError for another schema or a version that is too old."""
     version = read_json(path, Version)
     if version.schema != schema:
-        raise RecordError(f"{path} says {version.schema!r}; expected {schema!r}; give another file")
+        raise RecordError(
+            f"{path} has the schema {version.schema!r}; expected {schema!r}; give another file"
+        )
     if version.schema_version < OLDEST_VERSION:
         raise RecordError(
             f"{path} was written by drllm {version.drllm_version} in an older form (schema version "
@@ -391,7 +406,7 @@ def read_results(folder: Path) -> list[Result]:
         if evaluation.task in results:
             raise RecordError(
                 f"{path} holds task {evaluation.task!r}, and so does another file of {folder}; "
-                f"keep one result a task"
+                f"keep one of the two"
             )
         samples = tuple(samples_by_task.get(evaluation.task, ()))
         _check_samples(path, evaluation, samples)
@@ -413,21 +428,21 @@ def _check_samples(path: Path, evaluation: Evaluation, samples: Sequence[Sample]
     """Refuse samples that the result wasn't computed from."""
     if samples and len(samples) != evaluation.num_questions:
         raise RecordError(
-            f"{path} counts {evaluation.num_questions} questions, {SAMPLES_FILE} has "
+            f"{path} counts {evaluation.num_questions} questions, but {SAMPLES_FILE} has "
             f"{len(samples)} of task {evaluation.task!r}; they are of different evaluations"
         )
     for sample in samples:
-        _check_depth(path, evaluation, sample)
+        _check_num_layers(path, evaluation, sample)
     _check_accuracies(path, evaluation, samples)
 
 
-def _check_depth(path: Path, evaluation: Evaluation, sample: Sample) -> None:
+def _check_num_layers(path: Path, evaluation: Evaluation, sample: Sample) -> None:
     """Refuse a sample whose decisions are for another number of layers."""
     for name, outcome in sample.systems.items():
         if outcome.decisions and len(outcome.decisions) != evaluation.num_layers:
             raise RecordError(
                 f"{path.with_name(SAMPLES_FILE)}, question {sample.id!r}: {name!r} has "
-                f"{len(outcome.decisions)} decisions, {path.name} says "
+                f"{len(outcome.decisions)} decisions, but {path.name} is of "
                 f"{evaluation.num_layers} layers"
             )
 
@@ -444,8 +459,8 @@ def _check_accuracies(path: Path, evaluation: Evaluation, samples: Sequence[Samp
         mean = statistics.fmean(grades.get(name, [accuracy]))
         if abs(mean - accuracy) > ACCURACY_TOLERANCE:
             raise RecordError(
-                f"{path} gives {name!r} accuracy {accuracy}, {SAMPLES_FILE} gives {mean}; they are "
-                f"of different evaluations"
+                f"{path} gives {name!r} accuracy {accuracy}, but {SAMPLES_FILE} gives {mean}; they "
+                f"are of different evaluations"
             )
 
 
@@ -457,10 +472,11 @@ def refuse_duplicates(what: str, names: Sequence[str]) -> None:
 
 
 class Timing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The times of one system in one phase, with one time for each round.
+    """The times of one system in one phase at one batch size: one time for each round.
 
-    The system reads a batch (`prefill`) or decodes it. `num_tokens` counts all rows of the batch in
-    one round, and `executions` is the mean over forward passes.
+    In the phase `prefill` the system reads a batch of prompts, in `decode` it generates tokens.
+    `num_tokens` counts the tokens of all rows of the batch in one round, and `executions` is the
+    mean over forward passes.
     """
 
     system: str
@@ -495,7 +511,7 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         names = [f"{timing.system}, {timing.phase}, {timing.batch_size}" for timing in self.timings]
         refuse_duplicates("timing", names)
         if len({len(timing.seconds) for timing in self.timings}) > 1:
-            raise ValueError("`timings` don't hold as many rounds of every system")
+            raise ValueError("`timings` have different numbers of rounds; expected the same number")
 
     @property
     def num_rounds(self) -> int:
@@ -510,10 +526,11 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         raise KeyError((system, phase, batch_size))
 
     def compute_ratios(self, above: str, below: str, phase: str, batch_size: int) -> list[float]:
-        """Divide the time of one system by the time of another system, round by round."""
+        """Return the time of the system `above` divided by the time of `below`, round by round."""
         numerators = self.find_timing(above, phase, batch_size).seconds
         denominators = self.find_timing(below, phase, batch_size).seconds
-        return [a / b for a, b in zip(numerators, denominators, strict=True)]
+        pairs = zip(numerators, denominators, strict=True)
+        return [numerator / denominator for numerator, denominator in pairs]
 
     def judge(self) -> dict[tuple[str, int], str]:
         """Return the verdict on the routed model's time, for each phase and batch size."""
@@ -540,7 +557,7 @@ class Latency(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
         for name in (BASE, ROUTED):
             measured = {timing.place for timing in timings if timing.system == name}
             if not measured or measured != places:
-                raise ValueError(f"no times of {name!r} in some phase or batch size")
+                raise ValueError(f"the times of {name!r} at some phase or batch size are missing")
 
 
 def read_latency(folder: Path) -> Latency | None:

@@ -36,14 +36,18 @@ MARKER_FILE = "drllm.resume.json"
 _OURS = re.compile(r"(?:[a-z0-9-]*[0-9a-f]{12}\.)+json(?:\.broken)?|" + re.escape(MARKER_FILE))
 # The names of temporary files that a killed `codec.write_atomically` leaves.
 _HALF_WRITTEN = re.compile(r"\.(.+)\.[0-9a-f]{8}-\d+-[0-9a-f]{8}")
-_SECTIONS = ("settings", "config")  # parts of an identity that messages don't name
-_ABSENT: Any = object()  # stands for a missing value
+# Groups of values in an identity. Messages name the values alone: "limit", not "settings limit".
+_SECTIONS = ("settings", "config")
+_ABSENT: Any = object()  # stands for a value that an identity doesn't have
 _VERSION = importlib.metadata.version("drllm")
-MAX_SHOWN = 60  # characters of a value that a message shows
+MAX_SHOWN = 60  # maximum characters of a value in a message
 
 
 class _Marker(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The marker of a folder: the identity of the run that the chunks belong to."""
+    """The marker of a folder: the identity of the run that the chunks belong to.
+
+    `later` has the values that `Chunks.expect` added, by name.
+    """
 
     schema_version: int = codec.SCHEMA_VERSION
     drllm_version: str = _VERSION
@@ -54,15 +58,18 @@ class _Marker(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 class Chunks:
     """The finished chunks of one run, by key.
 
-    Use it inside `only_writer` of the output folder. The folder is created with the first chunk, so
-    a failed start doesn't block the next run. Instances can be pickled: processes that the run
-    starts may each `put` chunks of their own. If several processes run one stage, all of them make
-    the same calls, and only the first one reads and writes.
+    Use an instance inside `only_writer` of the output folder. The folder of the chunks is created
+    with the first chunk, so a failed start doesn't block the next run.
+
+    Instances can be pickled. Processes that the run starts may each `put` chunks of their own. If a
+    launcher has started several processes for one stage (see `processes`), all of them must make
+    the same calls, and only the first process reads and writes.
 
     Args:
         folder: The folder of the chunks; it holds nothing else.
-        identity: Values that two starts of the same run have in common, as plain JSON. Messages
-            name differences in this order; for a value named `*_sha256` they say "other *".
+        identity: The values that must be equal for a start to resume the run, as plain JSON.
+            Messages list the values that differ in this order. They don't show hashes: for
+            `questions_sha256` they say "other questions".
         stage: The name of the stage, for messages ("search").
     """
 
@@ -71,8 +78,8 @@ class Chunks:
         self.stage = stage
         self._identity = _to_plain(identity)
         self._later: dict[str, Any] = {}  # parts of the identity that `expect` added
-        self._is_marked = False
-        self._stem = ""  # beginning of the names of parts' files; `within` sets it
+        self._is_marked = False  # whether the marker on disk is up to date
+        self._stem = ""  # the beginning of the file names of parts; `within` sets it
 
     def open(self) -> bool:
         """Check the folder; return whether an earlier start left chunks there.
@@ -92,9 +99,9 @@ class Chunks:
         return marker is not None
 
     def expect(self, name: str, identity: Mapping[str, Any]) -> None:
-        """Add values that become known only during the run to the identity.
+        """Add to the identity values that become known only during the run.
 
-        Raises ConfigError if an earlier start of the run added other values.
+        Raises ConfigError if an earlier start of the run added other values under this name.
         """
         plain = _to_plain(identity)
         if name in self._later:
@@ -104,11 +111,11 @@ class Chunks:
             self._is_marked = False
 
     def has(self, key: str) -> bool:
-        """Tell whether a chunk is there."""
+        """Tell whether a chunk is finished."""
         return from_first(self._file(key).is_file)
 
     def get(self, key: str, kind: type[T]) -> T | None:
-        """Return a chunk, or None if it isn't done or can't be read."""
+        """Return a chunk, or None if it isn't finished or can't be read."""
         return from_first(lambda: _read_chunk(self._file(key), kind))
 
     def put(self, key: str, value: Any) -> None:
@@ -126,33 +133,36 @@ class Chunks:
                 (self.folder / name).unlink(missing_ok=True)
 
     def get_or_make(self, key: str, kind: type[T], make: Callable[[], Any]) -> T:
-        """Return a chunk; if the chunk isn't there, make and keep it.
+        """Return a chunk; if it isn't finished, make and keep it.
 
-        A new chunk is encoded and decoded, so that it equals what a later start reads.
+        All processes make the chunk, and use the chunk of the first process.
         """
         chunk = self.get(key, kind)
         if chunk is not None:
             return chunk
-        made = make()
-        return self._put_and_decode(key, kind, from_first(lambda: made))
+        value = make()
+        return self._put_and_decode(key, kind, from_first(lambda: value))
 
     def get_or_make_all(self, makes: Mapping[str, Callable[[], Any]], kind: type[T]) -> Iterator[T]:
-        """Yield the chunks of several keys in order; several processes share the missing chunks."""
+        """Yield the chunks of several keys in order, and make the missing chunks.
+
+        Several processes share the work: at a time, each of them makes one missing chunk.
+        """
         chunks: dict[str, T | None] = {key: self.get(key, kind) for key in makes}
         missing = [key for key, chunk in chunks.items() if chunk is None]
         for key in makes:
             if chunks[key] is None:
-                keys = missing[: count()]
+                next_keys = missing[: count()]  # `key`, and a further key for each further process
                 missing = missing[count() :]
-                made = share([makes[missing_key] for missing_key in keys])
-                for missing_key, value in zip(keys, made, strict=True):
-                    chunks[missing_key] = self._put_and_decode(missing_key, kind, value)
+                values = share([makes[next_key] for next_key in next_keys])
+                for next_key, value in zip(next_keys, values, strict=True):
+                    chunks[next_key] = self._put_and_decode(next_key, kind, value)
             chunk = chunks[key]
             assert chunk is not None
             yield chunk
 
     def within(self, key: str) -> "Chunks":
-        """Return an object that keeps the parts of one chunk.
+        """Return a `Chunks` for the parts of one chunk.
 
         Parts are kept like chunks, until the chunk itself is put.
         """
@@ -161,9 +171,9 @@ class Chunks:
         return parts
 
     def remove(self) -> None:
-        """Delete the chunks after the results are written; another run's chunks stay.
+        """Delete the chunks, once the results are written; chunks of another run stay.
 
-        The marker goes last, so that after a kill the remaining files can still be recognised.
+        The marker is deleted last, so that after a kill the remaining files still have it.
         """
         try:
             marker = _read_marker(self.folder, self.stage) if is_first() else None
@@ -178,20 +188,23 @@ class Chunks:
             self.folder.rmdir()
 
     def _put_and_decode(self, key: str, kind: type[T], value: Any) -> T:
+        """Keep a new chunk, and return it as a later start will read it."""
         self.put(key, value)
         return codec.decode(codec.encode(value), kind, key)
 
     def _file(self, key: str) -> Path:
+        """Return the file of a chunk; its name has the words of the key, and the key's hash."""
         words = re.sub(r"[^a-z0-9]+", "-", key.lower())[:60].strip("-")
         digest = hashlib.sha256(key.encode()).hexdigest()[:12]
         return self.folder / f"{self._stem}{words}-{digest}.json"
 
     def _refuse_other(self, stored: Mapping[str, Any], current: Mapping[str, Any]) -> None:
         refuse_other_run(
-            f"what {self.folder} keeps of an interrupted {self.stage}",
+            f"the interrupted {self.stage} in {self.folder}",
             stored,
             current,
-            f"give the same to resume it, choose another --output-dir, or delete {self.folder}",
+            f"give the same settings to resume it, choose another --output-dir, or delete "
+            f"{self.folder}",
         )
 
 
@@ -199,10 +212,10 @@ def _read_marker(folder: Path, stage: str) -> _Marker | None:
     """Read the marker of a folder; return None if there is none."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise RecordError(
-            f"{folder} is a link or a file; what a {stage} keeps lies in a folder of its own: "
-            f"delete it, or choose another --output-dir"
+            f"{folder} is a link or a file, but the {stage} needs a folder there; delete it, or "
+            f"choose another --output-dir"
         )
-    if not codec.refuse_special_file(folder / MARKER_FILE, "read"):
+    if not codec.file_exists(folder / MARKER_FILE, "read"):
         return None
     try:
         return codec.read_json(folder / MARKER_FILE, _Marker)
@@ -240,7 +253,7 @@ def _delete_ours(folder: Path) -> None:
     with _named_errors(folder):
         for name in sorted(names, key=lambda name: name == MARKER_FILE):
             path = folder / name
-            if path.is_symlink() or not path.is_dir():
+            if path.is_symlink() or not path.is_dir():  # drllm writes no folder with such a name
                 path.unlink(missing_ok=True)
 
 
@@ -250,6 +263,7 @@ def _names_in(folder: Path) -> list[str]:
 
 
 def _is_ours(name: str) -> bool:
+    """Tell whether a file's name is a name that drllm gives to files in a folder of chunks."""
     half_written = _HALF_WRITTEN.fullmatch(name)
     if half_written:
         name = half_written[1]
@@ -271,40 +285,52 @@ def refuse_other_run(
     """Refuse to resume or to replace the work of another run.
 
     Args:
-        what: What the other run made, as the subject of a sentence ("the search in OUT").
-        stored: The identity of that run.
+        what: The work of the other run, as the subject of a sentence ("the search in OUT").
+        stored: The identity of the other run.
         current: The identity of this run.
         remedy: What to do, as an imperative.
     """
-    different = differences(stored, current)
-    if different:
-        raise ConfigError(f"{what} was made with {'; '.join(different)}; {remedy}")
+    changes = differences(stored, current)
+    if changes:
+        raise ConfigError(f"{what} was made with {'; '.join(changes)}; {remedy}")
 
 
 def differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """Say in words where two identities differ, in the order of the current identity."""
-    return list(_differences("", _to_plain(stored), _to_plain(current)))
+    return list(_find_changes("", _to_plain(stored), _to_plain(current)))
 
 
-def _differences(name: str, old: Any, new: Any) -> Iterator[str]:
+def _find_changes(name: str, old: Any, new: Any) -> Iterator[str]:
+    """Yield a text for each value that differs inside two values of an identity."""
     if isinstance(old, dict) and isinstance(new, dict):
-        for key in {**new, **old}:
-            inner = name if key in _SECTIONS else f"{name} {key}".strip()
-            yield from _differences(inner, old.get(key, _ABSENT), new.get(key, _ABSENT))
-    elif old == new:
+        for key in {**new, **old}:  # the keys of both; the order of `new` counts
+            inner_name = name if key in _SECTIONS else f"{name} {key}".strip()
+            yield from _find_changes(inner_name, old.get(key, _ABSENT), new.get(key, _ABSENT))
         return
-    elif old is _ABSENT:
-        if new is not None:  # None is a new setting that isn't used
-            yield f"no {name}, now {_shorten(new)}"
-    elif old is None and new is _ABSENT:
-        return  # a setting that wasn't used, and was removed since
-    elif name.endswith("_sha256"):
-        yield f"other {name.removesuffix('_sha256').replace('_', ' ')}"
-    else:
-        yield f"{name} {_shorten(old)}, now {_shorten(new)}"
+    change = _describe_change(name, old, new)
+    if change:
+        yield change
+
+
+def _describe_change(name: str, old: Any, new: Any) -> str:
+    """Describe how a value differs; return an empty text if it doesn't.
+
+    The identities may be of different versions. So a setting that is missing counts as None, which
+    stands for a setting that isn't used.
+    """
+    old_setting = None if old is _ABSENT else old
+    new_setting = None if new is _ABSENT else new
+    if old_setting == new_setting:
+        return ""
+    if old is _ABSENT:
+        return f"no {name}, now {_shorten(new)}"
+    if name.endswith("_sha256"):
+        return f"other {name.removesuffix('_sha256').replace('_', ' ')}"
+    return f"{name} {_shorten(old)}, now {_shorten(new)}"
 
 
 def _to_plain(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an identity as it is after writing and reading: tuples are lists."""
     return codec.decode(codec.encode(identity), dict[str, Any], "the identity of a run")
 
 

@@ -17,10 +17,11 @@ _DECISIONS = frozenset((0, 1, 2))
 
 
 class Retest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The result of a path on variants of its question; `margin` is the mean over the variants.
+    """The result of a path on variants of its question's prompt.
 
-    A path survives if it is right on most variants and its margin is close enough to the full
-    path's. It also survives if there are no variants.
+    `passed` of the `asked` variants were answered right, and `margin` is the mean over the
+    variants. A path survives if it is right on most variants and its margin is close enough to the
+    full path's margin. It also survives if there are no variants.
     """
 
     passed: int
@@ -30,7 +31,7 @@ class Retest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     def __post_init__(self) -> None:
         if not 0 <= self.passed <= self.asked:
-            raise ValueError(f"'passed' is {self.passed} of {self.asked} 'asked'")
+            raise ValueError(f"'passed' is {self.passed}; expected 0 to 'asked', {self.asked}")
         if self.survived and self.asked and self.passed * 2 <= self.asked:
             raise ValueError(f"'survived' is true, but {self.passed} of {self.asked} were passed")
 
@@ -39,7 +40,8 @@ class TriedPath(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """One path that was tried on one question; simulation 0 is the full path.
 
     `executions` are in layer equivalents, `margin` and `kl` in nats. `kl` is the mean KL divergence
-    from the full path over the prompt's tokens. Undefined and uncomputed values are None.
+    from the full path over the prompt's tokens. A value that isn't defined, or that the search
+    didn't compute, is None.
     """
 
     decisions: Decisions
@@ -107,13 +109,16 @@ class FailedQuestion(Question, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class SearchRecords(tuple[SearchRecord, ...]):
-    """What `search_paths` returns and `supervise` takes: one record per question, in order.
+    """The records of a search, one for each question, in order.
+
+    `search_paths` returns them, and `supervise` makes targets from them.
 
     Attributes:
-        model: The known part of the base model's identity.
+        model: The base model's identity. Records from a file without a manifest have only its
+            `num_layers`, and without records there isn't even that.
         file: The `search.jsonl` that holds the records; None if they were never written.
         failed: The questions that failed.
-        is_new: Whether anything was searched just now; False if all records come from a file.
+        is_new: Whether any question was searched just now; False if all records come from a file.
     """
 
     model: dict[str, Any]
@@ -144,20 +149,24 @@ class SearchRecords(tuple[SearchRecord, ...]):
 
 
 def read_search(file: Path) -> SearchRecords:
-    """Read a `search.jsonl`; its paths must have the number of layers in its manifest."""
+    """Read a `search.jsonl`.
+
+    Raises RecordError if the file can't be trusted, or if the numbers of layers in its records and
+    in its manifest differ.
+    """
     records = read_records(file, SearchRecord, "search")
     num_layers = records[0].num_layers
     for line, record in enumerate(records, start=1):
         if record.num_layers != num_layers:
             raise RecordError(
-                f"{file}, line {line}: the question was searched on {record.num_layers} "
-                f"layers, that of line 1 on {num_layers}; a file holds the paths of one model"
+                f"{file}, line {line}: the question was searched on {record.num_layers} layers, "
+                f"but the question of line 1 on {num_layers}; give a file with paths of one model"
             )
     manifest = read_manifest(file, "search") or {}
-    searched = SearchRecords.of(records, manifest.get("model"), file=file, is_new=False)
-    if searched.model["num_layers"] != num_layers:
+    search_records = SearchRecords.of(records, manifest.get("model"), file=file, is_new=False)
+    if search_records.model["num_layers"] != num_layers:
         raise RecordError(
             f"{file} holds paths of {num_layers} layers, but its manifest names a model of "
-            f"{searched.model['num_layers']}; make it again"
+            f"{search_records.model['num_layers']} layers; search again"
         )
-    return searched
+    return search_records

@@ -9,10 +9,15 @@ BOUNDS = {
     "single": {"select": 0.5, "test": 1.0},
     "own": {"search": 0.5, "fit": 0.6, "select": 0.75, "test": 1.0},
 }
-"""The bound at which the share of each split ends, by the origin of a question.
+"""How the questions of each origin are divided into splits.
 
-The origins are: the training questions of a set (`train`), its validation questions (`validation`),
-a set that is only evaluated (`single`), and a set that serves every stage (`own`).
+Each split goes from the bound of the split before it to its own bound. So 60 % of training
+questions are in `search`, the next 20 % in `fit` and the last 20 % in `select`. The origins are:
+
+- `train`: the training questions of a set;
+- `validation`: the validation questions of a set;
+- `single`: a set that is only evaluated;
+- `own`: a set that serves every stage.
 """
 
 
@@ -32,12 +37,15 @@ def find_split(question: str, origin: str) -> str:
 
 
 def part_by_hash(text: str, bounds: Mapping[str, float]) -> str:
-    """Return the part that a text falls into; the share of each part ends at its bound."""
+    """Return the part that a text falls into by its hash.
+
+    `bounds` maps each part to the share of all texts at which it ends, like an entry of `BOUNDS`.
+    """
     share = hash_text(text) / 2**64
     for part, bound in bounds.items():
         if share < bound or bound == 1:  # a share may round to 1
             return part
-    raise ValueError(f"the last share ends at {bounds}; expected 1")
+    raise ValueError(f"the bounds are {dict(bounds)}; expected the last bound to be 1")
 
 
 def hash_text(text: str) -> int:
@@ -46,5 +54,8 @@ def hash_text(text: str) -> int:
 
 
 def question_key(question: str) -> str:
-    """Return a question with white space and case normalised, so that copies are equal."""
+    """Return the key of a question: its text with white space and case normalised.
+
+    Questions with equal keys count as copies of one question.
+    """
     return " ".join(question.split()).casefold()

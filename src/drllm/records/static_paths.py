@@ -1,11 +1,11 @@
-"""Reads and writes `paths.json`, the static paths of `drllm tune`; reads all other files of paths.
+"""The file `paths.json` of `drllm tune`, and readers for every kind of file with static paths.
 
-Axes: L layers.
+`FORMS` lists the kinds. Axes: L layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,7 +25,7 @@ from drllm.records.healed import (
 from drllm.records.identity import differ
 from drllm.records.removed import (
     MENU_SCHEMA,
-    certificate_ignored,
+    note_ignored_certificate,
     refuse_menu,
     refuse_removed,
 )
@@ -41,12 +41,12 @@ PARTS = (FIT, SELECT, TEST)
 """The parts of a task's questions: paths are fitted on the first, chosen on the second, and tested
 on the third."""
 IDENTITY = ("class", "num_layers", "hidden_size", "fingerprint", "id")
-"""The fields by which two models' identities are compared."""
+"""The fields in which the identities of two models are compared; see `check_model`."""
 FORMS = (
     '{"decisions": [1, 0, 2, …]}, {"path": [0, 2, 3, …]}, a paths.json of \'drllm tune\', or a '
     "folder of 'drllm heal'"
 )
-"""The forms of a file with a path, for messages."""
+"""The kinds of files with a path, for messages."""
 
 
 class PathScore(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -95,9 +95,9 @@ class StaticPaths(Header, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """The result of `drllm tune`: paths from the most executions to the fewest, the full one first.
 
     Attributes:
-        tasks: The tasks that the paths are for.
+        tasks: The tasks that the paths were tuned on.
         divided: The tasks whose own splits weren't used. Their questions were divided again.
-        objective: The objective of each task.
+        objective: Task → the name of its objective.
         num_layers: L of the model.
         runtime: Device and precision of the scores.
         questions_sha256: The digest of all questions of all parts.
@@ -127,7 +127,7 @@ class StaticPaths(Header, frozen=True, kw_only=True, forbid_unknown_fields=True)
                 f"split."
             )
         if self.choice is not msgspec.UNSET and self.choice is not None:
-            sentences.append(certificate_ignored(self.drllm_version))
+            sentences.append(note_ignored_certificate(self.drllm_version))
         return sentences
 
     def find(self, name: str | None, file: Path) -> NamedPath:
@@ -145,21 +145,27 @@ class StaticPaths(Header, frozen=True, kw_only=True, forbid_unknown_fields=True)
 def check_model(record: StaticPaths | HealedPath, model: Mapping[str, Any], file: Path) -> None:
     """Raise a PathError if the paths of a record weren't made for this model.
 
-    `model` is the model's identity. Models with equal fingerprints are the same, whatever their
-    names; if one of them has no fingerprint, the names are compared.
+    Models with equal fingerprints are the same, whatever their names. The names are compared only
+    if a model has no fingerprint.
+
+    Args:
+        record: The content of the file.
+        model: The model's identity.
+        file: The file, for messages.
     """
     expected = {**record.model, "num_layers": record.num_layers}
     comparable = [key for key in IDENTITY if expected.get(key) and model.get(key)]
-    differences = []
-    for key in comparable:
-        if key == "id" and "fingerprint" in comparable:
-            continue
-        if differ(key, expected[key], model[key], str(file)):
-            differences.append(f"{key} {expected[key]} (this model has {model[key]})")
+    if "fingerprint" in comparable and "id" in comparable:
+        comparable.remove("id")
+    differences = [
+        f"{key} {expected[key]} (this model has {model[key]})"
+        for key in comparable
+        if differ(key, expected[key], model[key], str(file))
+    ]
     if differences:
         raise PathError(
             f"{file} has paths of {record.model.get('id') or 'another model'} with "
-            f"{', '.join(differences)}; give that model as --model, or tune this one"
+            f"{', '.join(differences)}; give that model as --model, or tune this model"
         )
 
 
@@ -176,8 +182,8 @@ def read_paths(file: Path) -> StaticPaths:
     return record
 
 
-class _PlanFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A path in a file that was written by hand."""
+class _HandwrittenPath(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The content of a file that was written by hand: the decisions or the path, not both."""
 
     decisions: Annotated[tuple[int, ...], msgspec.Meta(min_length=1)] | None = None
     path: Annotated[tuple[int | StepRecord, ...], msgspec.Meta(min_length=1)] | None = None
@@ -189,14 +195,15 @@ class _PlanFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 @dataclass(frozen=True, slots=True)
 class PathFile:
-    """The path in a file. The number of the model's layers isn't known yet.
+    """One path that was read from a file, before the number of the model's layers is known.
 
     Attributes:
         file: The file.
-        decisions: The file's decisions, if it has decisions.
-        static: The file's path, if it has a path.
-        named: The path in a `paths.json`.
-        record: The whole `paths.json`, or the record of a healed path.
+        decisions: The decisions, if the file gives decisions; then `static` is None.
+        static: The path, if the file gives its layers; then `decisions` is None.
+        named: The path with its scores, if the file is a `paths.json`.
+        record: The whole `paths.json`, or the record of a healed path; None for a file that was
+            written by hand.
     """
 
     file: Path
@@ -213,9 +220,8 @@ class PathFile:
     def path_for(self, model: Mapping[str, Any]) -> StaticPath:
         """Return the path for a model with this identity.
 
-        Raises:
-            PathError: The model can't run the path, or the file names another model. Only a
-                `paths.json` and a healed path name their model.
+        Raises PathError if the model can't run the path, or if the file names another model. A file
+        that was written by hand names no model.
         """
         if self.record is not None:
             check_model(self.record, model, self.file)
@@ -235,13 +241,15 @@ class PathFile:
 
 
 def read_path(place: str) -> PathFile:
-    """Read the path in `FILE` or `FILE:NAME`, in any of `FORMS`. NAME is a path of a `paths.json`.
+    """Read the path in `FILE` or `FILE:NAME`.
+
+    FILE is any of `FORMS`. NAME is the name of a path in a `paths.json`.
 
     Raises:
-        RecordError: The file doesn't exist, or has another form.
+        RecordError: The file doesn't exist, or is of another kind.
         PathError: The name is unknown, or is missing for a `paths.json`.
     """
-    content = _read(place)
+    content = _read_content(place)
     if content.paths is None:
         assert content.path is not None
         return content.path
@@ -253,27 +261,38 @@ def read_path(place: str) -> PathFile:
 def read_path_list(places: str, *, needs_names: bool = False) -> dict[str, PathFile]:
     """Read the paths in `FILE[:NAME],...`, by name.
 
-    A path without a name of its own gets the stem of its file. A `paths.json` without NAME gives
-    all its paths except the full one and dominated ones. If `needs_names` is set, a `paths.json`
-    without NAME is refused, and the message lists the names. A name that occurs in more than one
-    file gets a prefix: the folder, or the file if it isn't called `paths.json`. If the same path is
-    given plain and healed, only the healed path gets a prefix.
+    A `paths.json` without NAME gives all its paths, except the full path and dominated paths. A
+    path in a file that was written by hand gets the stem of the file as its name. `_make_distinct`
+    adds a prefix to names that occur in more than one file.
+
+    Args:
+        places: A comma list of `FILE` or `FILE:NAME`; see `read_path`.
+        needs_names: Whether to refuse a `paths.json` without NAME; the message lists the names.
 
     Raises:
         RecordError: As for `read_path`.
         PathError: As for `read_path`; or a path is given twice.
     """
     paths: list[tuple[str, PathFile]] = []
-    for word in places.split(","):
-        if word.strip():
-            paths += _list_paths(_read(word.strip()), needs_names)
+    for place in places.split(","):
+        if place.strip():
+            paths += _list_paths(_read_content(place.strip()), needs_names)
+    return _make_distinct(paths)
+
+
+def _make_distinct(paths: Sequence[tuple[str, PathFile]]) -> dict[str, PathFile]:
+    """Return the paths by name; names that occur more than once get a prefix.
+
+    If the same name stands for a plain path and a healed path, only the healed path gets a prefix.
+    Raises PathError if two paths have the same name and the same prefix.
+    """
     names = [name for name, _ in paths]
     plain_names = [name for name, path in paths if not path.is_healed]
     by_name: dict[str, PathFile] = {}
     for name, path in paths:
-        same_kind = names if path.is_healed else plain_names
+        compared_names = names if path.is_healed else plain_names
         full_name = name
-        if same_kind.count(name) > 1:
+        if compared_names.count(name) > 1:
             full_name = f"{_choose_prefix(path, name)}:{name}"
         if full_name in by_name:
             raise PathError(
@@ -285,20 +304,25 @@ def read_path_list(places: str, *, needs_names: bool = False) -> dict[str, PathF
 
 
 def _choose_prefix(path: PathFile, name: str) -> str:
-    """Return the prefix that tells a path from others with its name: its folder, or its file."""
+    """Return what tells a path from other paths with its name: the file's folder, or the file.
+
+    The file's stem is used if it says more than the usual file names or the path's name.
+    """
     if path.file.name in (PATHS_FILE, HEALED_FILE) or name == path.file.stem:
         return path.file.resolve().parent.name
     return path.file.stem
 
 
 def _list_paths(content: _Content, needs_names: bool) -> list[tuple[str, PathFile]]:
-    """Return the paths of a file with their names, as `read_path_list` chooses them."""
+    """Return the paths of a file with their names; see `read_path_list`."""
     if content.paths is None:
         assert content.path is not None
-        return [(getattr(content.path.record, "name", content.file.stem), content.path)]
+        healed = content.path.record
+        name = healed.name if isinstance(healed, HealedPath) else content.file.stem
+        return [(name, content.path)]
     record = content.paths
     if needs_names or content.name is not None:
-        paths = [record.find(content.name, content.file)]
+        paths = [record.find(content.name, content.file)]  # refuses a missing name
     else:
         full = StaticPath(range(record.num_layers))
         paths = [path for path in record.paths if not path.dominated and path.path != full]
@@ -309,18 +333,20 @@ def _list_paths(content: _Content, needs_names: bool) -> list[tuple[str, PathFil
 
 @dataclass(frozen=True, slots=True)
 class _Content:
-    """The content of the file in `FILE[:NAME]`: a `paths.json`, or one path."""
+    """The content of the file in `FILE[:NAME]`: either `paths` or `path` is set."""
 
     file: Path
-    name: str | None
-    paths: StaticPaths | None = None
-    path: PathFile | None = None
+    name: str | None  # NAME
+    paths: StaticPaths | None = None  # the content of a `paths.json`
+    path: PathFile | None = None  # the only path of another file
 
 
-def _read(place: str) -> _Content:
-    """Read `FILE` or `FILE:NAME`."""
+def _read_content(place: str) -> _Content:
+    """Read the file in `FILE` or `FILE:NAME`."""
     if place.lstrip().startswith(("{", "[")):
-        raise RecordError(f"a path is {place}; write that into a .json file, and give the file")
+        raise RecordError(
+            f"{place} is given as the file of a path; write it into a .json file, and give the file"
+        )
     file = Path(place)
     name = None
     if not file.exists() and ":" in place:
@@ -332,7 +358,8 @@ def _read(place: str) -> _Content:
     text = read_text(file).strip()
     if f'"{MENU_SCHEMA}"' in text:  # a menu in a file of another name
         refuse_removed(file, "a menu of paths", "give the file of one of its paths")
-    if f'"{PATHS_SCHEMA}"' in text:  # a broken or newer paths.json is no plan either
+    # The text is searched for its schema, so that a broken file is refused as what it is.
+    if f'"{PATHS_SCHEMA}"' in text:
         return _Content(file, name, paths=read_paths(file))
     if name is not None:
         raise RecordError(f"{file} isn't a paths.json, so it has no path called {name!r}")
@@ -340,18 +367,22 @@ def _read(place: str) -> _Content:
         record = read_healed(file)
         path = PathFile(file, static=record.path, record=record)
         return _Content(file, name, path=path)
-    return _Content(file, name, path=_read_plan(file, text))
+    return _Content(file, name, path=_read_handwritten(file, text))
 
 
-def _read_plan(file: Path, text: str) -> PathFile:
+def _read_handwritten(file: Path, text: str) -> PathFile:
     """Read a path that was written by hand."""
     try:
-        plan = decode(text, _PlanFile, str(file))
+        content = decode(text, _HandwrittenPath, str(file))
     except RecordError as error:
         raise RecordError(f"{error}; give {FORMS}") from error
-    if plan.path is None:
-        return PathFile(file, decisions=plan.decisions)
-    steps = [StepRecord(layer=step) if isinstance(step, int) else step for step in plan.path]
+    if content.path is None:
+        return PathFile(file, decisions=content.decisions)
+    steps: list[StepRecord] = []
+    for step in content.path:
+        if isinstance(step, int):
+            step = StepRecord(layer=step)
+        steps.append(step)
     refuse_parts_of_layers(steps, file)
     try:
         return PathFile(file, static=StaticPath(step.layer for step in steps))

@@ -24,7 +24,7 @@ from drllm.records.splits import question_key
 _FROM_QUESTION = "\ud800"
 """The default of fields that are made from the question. No file can hold this text."""
 _TARGET_FIELDS = ("question", "prompt", "optimal_layer_config")
-"""Fields that must be equal if two files hold one target. Margins may differ in the last bits."""
+"""Fields that must be equal in copies of a target. Margins may differ in the last bits."""
 
 
 class SupervisionRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,12 +86,12 @@ def rejected_path(supervision: Path) -> Path:
 
 
 def read_supervision(path: Path | str) -> list[SupervisionRecord]:
-    """Read and check a whole `supervision.jsonl`; see `join_supervision`."""
+    """Read and check a whole `supervision.jsonl`; `join_supervision` says what is refused."""
     return join_supervision([Path(path)])
 
 
 def join_supervision(paths: Sequence[Path]) -> list[SupervisionRecord]:
-    """Read several `supervision.jsonl` files as one; a target in two files counts once.
+    """Read the targets of several `supervision.jsonl` files; a target in two files counts once.
 
     Raises:
         RecordError: A file is given twice or can't be trusted, a question has two targets, two
@@ -137,17 +137,18 @@ class _Merger:
         """Add a target, unless another file has it already."""
         self._check_layers(target)
         record = target.record
-        same_id = self._by_id.setdefault((record.task, record.id), target)
-        _refuse_different_questions(target, same_id)
-        if same_id.file != target.file:
+        # `setdefault` returns the earlier target with this id, or this target if it is the first.
+        first_with_id = self._by_id.setdefault((record.task, record.id), target)
+        _refuse_different_fields(target, first_with_id)
+        if first_with_id.file != target.file:
             return  # a copy
-        question = (record.task, question_key(record.question))
-        same_question = self._by_question.setdefault(question, target)
-        if same_question.decisions != target.decisions:
+        key = (record.task, question_key(record.question))
+        first_with_question = self._by_question.setdefault(key, target)
+        if first_with_question.decisions != target.decisions:
             raise RecordError(
-                f"{target}: {same_question} has the same question with another target (ids "
-                f"{record.id!r} and {same_question.record.id!r} of task {record.task!r}); leave "
-                f"one of them out"
+                f"{target}: {first_with_question} has the same question with another target (ids "
+                f"{record.id!r} and {first_with_question.record.id!r} of task {record.task!r}); "
+                f"leave one of them out"
             )
         self.targets.append(target)
 
@@ -157,26 +158,33 @@ class _Merger:
         first = self.targets[0]
         if len(target.decisions) != len(first.decisions):
             raise RecordError(
-                f"{target}: 'optimal_layer_config' has {len(target.decisions)} layers, that of "
-                f"{first} has {len(first.decisions)}; give targets of one base model"
+                f"{target}: the target is for {len(target.decisions)} layers, but the target of "
+                f"{first} is for {len(first.decisions)}; give targets of one base model"
             )
 
 
-def _refuse_different_questions(target: _Target, same_id: _Target) -> None:
-    """Refuse two different targets with the same id."""
+def _refuse_different_fields(target: _Target, first: _Target) -> None:
+    """Refuse a target that isn't a copy of the first target with its id."""
     record = target.record
     for name in _TARGET_FIELDS:
-        if getattr(same_id.record, name) != getattr(record, name):
+        if getattr(first.record, name) != getattr(record, name):
             raise RecordError(
-                f"{target.file} and {same_id.file} differ in {name!r} of question {record.id!r} "
+                f"{target.file} and {first.file} differ in {name!r} of question {record.id!r} "
                 f"of task {record.task!r}; leave one of them out"
             )
 
 
 def check_targets(files: Sequence[Path], identity: Mapping[str, Any]) -> list[str]:
-    """Refuse targets of another base model; return the rewards that their prompts were made for.
+    """Refuse targets of another base model.
 
-    The model's id may differ. A file without a manifest isn't checked.
+    Files without a manifest aren't checked. Two names of a model with the same weights are fine.
+
+    Args:
+        files: The `supervision.jsonl` files.
+        identity: The identity of the base model.
+
+    Returns:
+        The rewards that the prompts of the targets were made for, each of them once.
     """
     rewards: list[str] = []
     for file in files:
@@ -187,8 +195,8 @@ def check_targets(files: Sequence[Path], identity: Mapping[str, Any]) -> list[st
             if name in model and differ(name, model[name], identity[name], str(file)):
                 raise RecordError(
                     f"{file} holds targets of {model.get('id', 'another model')!r} ({name} "
-                    f"{model[name]}), the base model {identity['id']!r} has {name} "
-                    f"{identity[name]}; give the model that they were searched with, or search "
-                    f"with this one"
+                    f"{model[name]}), but the base model {identity['id']!r} has {name} "
+                    f"{identity[name]}; give the model that the targets were searched with, or "
+                    f"search with this model"
                 )
     return list(dict.fromkeys(rewards))

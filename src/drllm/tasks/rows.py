@@ -13,7 +13,7 @@ from typing import Any
 from drllm.errors import RecordError, TaskError
 from drllm.extras import need
 from drllm.listener import quiet
-from drllm.records.codec import decode, refuse_special_file
+from drllm.records.codec import decode, file_exists
 
 HUB_SET = re.compile(r"([\w.-]+/[\w.-]+(?<!\.yaml))(?::([\w.-]*))?(?::([\w.-]+))?")
 """The name of a data set on the hub: OWNER/NAME[:CONFIG[:SPLIT]].
@@ -33,8 +33,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     found_row = False
     opener = gzip.open if path.name.endswith(".gz") else open
     try:
-        exists = refuse_special_file(path, "read")
-        if not exists:
+        if not file_exists(path, "read"):
             raise TaskError(f"{path} doesn't exist; give a .jsonl or .jsonl.gz file of questions")
         with opener(path, "rb") as file:
             for number, line in enumerate(file, start=1):

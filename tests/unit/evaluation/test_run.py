@@ -588,7 +588,7 @@ def test_an_interrupted_evaluation_is_not_continued_as_another(
         monkeypatch.setattr(type(task), "examples", lambda *args: [*reversed(examples(*args)[:30])])
     else:
         few["model"] = dataclasses.replace(base, model=copy.deepcopy(base.model).bfloat16())
-    with pytest.raises(ConfigError, match=f"interrupted evaluation was made with .*{said}"):
+    with pytest.raises(ConfigError, match=f"interrupted evaluation in .* was made with .*{said}"):
         run(tmp_path, **few)
 
 

@@ -142,7 +142,7 @@ def routed(**fields: Any) -> Callable[[Any], Any]:
 CHANGED_SAMPLES = {"schema": "drllm.samples", "schema_version": 1, "model": {}, "config": {}}
 CHANGED_SAMPLES["sha256"] = "0" * 64
 REFUSED: list[tuple[str, Any, str]] = [
-    (RESULT, lambda v: v.update(schema="x"), "arc_easy.json says 'x'"),
+    (RESULT, lambda v: v.update(schema="x"), "arc_easy.json has the schema 'x'"),
     (RESULT, lambda v: v.update(schema_version=99), "schema version 99"),
     (RESULT, lambda v: v.update(schema_version=1), "drllm 0.0.0 in an older form"),
     (RESULT, lambda v: v.pop("systems"), "`systems`"),
@@ -151,30 +151,30 @@ REFUSED: list[tuple[str, Any, str]] = [
     (RESULT, lambda v: v["systems"][0].update(interval=[0.9, 0.95]), "low <= accuracy"),
     (RESULT, lambda v: v["systems"][2].update(name="routed"), "'routed' is there twice"),
     (RESULT, lambda v: v["systems"][0].update(name="bass"), "no system 'base'"),
-    (RESULT, lambda v: v.update(num_questions=61), "61 questions, samples.jsonl"),
+    (RESULT, lambda v: v.update(num_questions=61), "61 questions, but samples.jsonl"),
     (RESULT, lambda v: v["systems"][1].update(AWAY), "they are of different evaluations"),
     (RESULT, "half", "arc_easy.json"),
-    ("eval/other.json", {"a": 1}, "other.json says ''"),
+    ("eval/other.json", {"a": 1}, "other.json has the schema ''"),
     (RESULT, lambda v: v["systems"][1]["against_base"]["accuracy"].update(shown="a"), "'a'"),
     (RESULT, lambda v: v["curve"].append(v["curve"][1]), "'routed, 10 % saved' is there twice"),
-    (RESULT, lambda v: v["curve"][2].update(AWAY), "'routed, 20 % saved' accuracy 0.9, samples"),
+    (RESULT, lambda v: v["curve"][2].update(AWAY), "'routed, 20 % saved' accuracy 0.9, but"),
     (SAMPLES, "half", "samples.jsonl, line"),
     (SAMPLES, routed(decisions=[1, 3, 1, 1]), "samples.jsonl, line 3"),
-    (SAMPLES, routed(decisions=[1] * 5), "has 5 decisions, arc_easy.json says 4 layers"),
+    (SAMPLES, routed(decisions=[1] * 5), "has 5 decisions, but arc_easy.json is of 4 layers"),
     (SAMPLES, routed(answer=4), "line 3: 'routed' answered with option 4"),
     (SAMPLES, lambda v: v.update(gold=4), "line 3: `gold` is 4"),
     ("eval/samples.manifest.json", CHANGED_SAMPLES, "was changed or cut off after it was written"),
-    (TIMES, lambda v: v.update(schema="drllm.x"), "says 'drllm.x'; expected 'drllm.latency'"),
+    (TIMES, lambda v: v.update(schema="drllm.x"), "schema 'drllm.x'; expected 'drllm.latency'"),
     (TIMES, lambda v: v.update(schema_version=1), "older form"),
     (TIMES, times(lambda v: v[0].update(seconds=[0.1, 0.0, 0.1])), ".seconds[1]`"),
-    (TIMES, times(lambda v: v[2].update(seconds=[0.1])), "as many rou"),
-    (TIMES, times(lambda v: v.pop(0)), "no times of 'base'"),
-    (TIMES, times(lambda v: v.clear()), "no times of 'base' in"),
+    (TIMES, times(lambda v: v[2].update(seconds=[0.1])), "same number"),
+    (TIMES, times(lambda v: v.pop(0)), "times of 'base' at"),
+    (TIMES, times(lambda v: v.clear()), "times of 'base' at"),
     (TIMES, lambda v: v["model"].update(fingerprint="f" * 16), "base models with different wei"),
     ("search.jsonl", "half", "search.jsonl, line"),
     (LAYERS, lambda v: v.update(schema_version=99), "version 99"),
     (LAYERS, lambda v: v.pop("train"), "`train`"),
-    (LAYERS, lambda v: v["validation"].update(examples=13), "add up to the 13 examples"),
+    (LAYERS, lambda v: v["validation"].update(examples=13), "number of examples (13)"),
     (LAYERS, lambda v: v["train"]["confusion"].pop(), "different numbers of layers"),
     (METRICS, lambda v: v.update(split="test"), "metrics.jsonl, line 3"),
     (METRICS, lambda v: v.update(macro_f1="good"), "metrics.jsonl, line 3"),
@@ -269,4 +269,4 @@ def test_menus_and_certificates_in_results_of_an_earlier_version_are_ignored(cop
     assert evaluation.systems == expected.systems
     text = report_text(copied.path)
     assert "pooled" not in text
-    assert "The certificate in this file, of drllm 0.0.0, is ignored" in text
+    assert "a certificate of drllm 0.0.0, which is ignored" in text
