@@ -244,7 +244,7 @@ def _load_examples(
         groups.append(TaskExamples(get_task(name), examples))
     if rows:
         task = FileTask(Path("examples"), (), enumerate(rows, start=1))
-        groups.append(TaskExamples(task, task.all))
+        groups.append(TaskExamples(task, task.all_examples))
     if not groups:
         raise TaskError("there are no questions; give tasks or examples")
     return groups

@@ -23,7 +23,7 @@ class NoSplitError(TaskError):
 
 
 class Function(str):
-    """A function's name, `module.name`, which a task file of the harness has after `!function`."""
+    """The name of a function, `module.name`, for a task file of the harness (`!function NAME`)."""
 
     __slots__ = ()
 
@@ -32,13 +32,14 @@ class Function(str):
 class Harness:
     """How lm-evaluation-harness ("the harness") evaluates a task."""
 
-    # The columns that the harness' task file reads: names of columns of the row; or column → field
-    # of the question; or a function that makes the columns from a question and its row.
+    # The columns that the harness' task file reads. Either names of columns of the row; or a
+    # mapping column → field of `Example`; or a function that makes the columns from a question and
+    # its row.
     columns: tuple[str, ...] | Mapping[str, str] | Callable[[Example, Row], dict[str, Any]]
-    # The task file in the harness' folder `tasks`, with `{part}` if each part of the set has a file
-    # of its own; empty if `settings` are the whole task.
+    # The task file in the harness' folder `tasks`, with `{part}` if each part of the set has its
+    # own file; empty if there is no file.
     file: str = ""
-    # Changes to the harness' file; without a file, the whole task.
+    # Changes to the settings in the task file; without a file, all settings of the task.
     settings: Mapping[str, Any] = field(default_factory=dict)
     generated: bool = False  # whether answers are generated; else options are scored
     metric: str = "acc"  # the harness' metric that we report
@@ -46,14 +47,14 @@ class Harness:
     shots: int = 0  # default number of worked examples before a question
     max_new_tokens: int = 0  # maximum tokens of an answer; 0 if options are scored
     part_of: str = ""  # the column that names a row's part of the set; empty for sets of one part
-    notes: tuple[str, ...] = ()  # for readers of the results
+    notes: tuple[str, ...] = ()  # sentences for readers of the results
 
     def make_row(self, example: Example, row: Row) -> dict[str, Any]:
         """Return the columns of one question. Raises TaskError if the row lacks a column."""
         if callable(self.columns):
             return self.columns(example, row)
         if isinstance(self.columns, Mapping):
-            return {name: getattr(example, field) for name, field in self.columns.items()}
+            return {column: getattr(example, name) for column, name in self.columns.items()}
         for name in self.columns:
             if name not in row:
                 raise TaskError(f"{name!r} is missing")
@@ -61,7 +62,7 @@ class Harness:
 
 
 def name_for_harness(name: str) -> str:
-    """Replace the characters of a name that have a meaning on the harness' command line."""
+    """Replace the characters of a name that have a special meaning for the harness by `_`."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", name)
 
 
@@ -71,9 +72,10 @@ class Task(ABC):
     Attributes:
         name: The name that users write.
         description: One line for `drllm ls tasks`.
-        prompt_format: The prompts of a search; None if the task is only evaluated.
-        harness: How the harness evaluates the task; None if it evaluates the prompts of a search.
-        group: A name that stands for this task and others; empty for most tasks.
+        prompt_format: Makes the prompts of a search; None if the task is only evaluated.
+        harness: How the harness evaluates the task; None if an evaluation uses the prompts of a
+            search.
+        group: A name that stands for this task and other tasks; empty for most tasks.
         aliases: Other names of the task, accepted wherever the name is accepted.
     """
 
@@ -88,9 +90,13 @@ class Task(ABC):
     def examples(self, split: str, data_dir: Path | str | None = None) -> list[Example]:
         """Return the questions of one split, in a fixed order; no question is in two splits.
 
-        A split that is only reported is returned as published, with its copies. A split to search
-        or train on has each text once. Files are read from the data folder; without a data folder,
-        from the hub. A task that comes with its own questions reads neither.
+        Splits to search or train on have each text once. Splits that are only reported are returned
+        as published, even if texts are repeated.
+
+        Args:
+            split: `search`, `fit`, `select` or `test`.
+            data_dir: The data folder with the task's files; None reads them from the hub. Tasks
+                with their own questions ignore it.
 
         Raises:
             NoSplitError: The task doesn't have the split, or the data folder lacks its file.
@@ -98,7 +104,7 @@ class Task(ABC):
         """
 
     def rows(self, split: str, data_dir: Path | str | None = None) -> list[QuestionRow]:
-        """Return the questions of one split, each with its row, which is {} if there is no row."""
+        """Return the questions of one split, each with its row; {} for a question without a row."""
         return [(example, {}) for example in self.examples(split, data_dir)]
 
     def shots(self, split: str, data_dir: Path | str | None = None) -> list[QuestionRow]:
@@ -109,7 +115,7 @@ class Task(ABC):
         return self.rows(choose_shots_split(check_split(split)), data_dir)
 
     def skipped(self, split: str, data_dir: Path | str | None = None) -> dict[str, str]:
-        """Return the unusable rows of a split's file: id of the row → reason."""
+        """Return the unusable rows of a split's file: the row's id → why it is unusable."""
         return {}
 
     def describe_splits(self) -> str:
@@ -130,7 +136,7 @@ class Task(ABC):
 
     @property
     def has_answers(self) -> bool:
-        """Whether the questions have answers; questions without answers are prompts alone."""
+        """Whether the questions have answers; questions without answers are only prompts."""
         return KL_REWARD not in self.rewards
 
     def check_answers(self) -> None:
@@ -172,8 +178,8 @@ class Task(ABC):
             if name in self.rewards:
                 return name
         raise TaskError(
-            f"reward {reward!r} doesn't fit task {self.name!r}; "
-            f"it takes {', '.join(self.rewards)} (without --reward each task has its own)"
+            f"reward {reward!r} doesn't fit task {self.name!r}; give {' or '.join(self.rewards)}, "
+            f"or leave out --reward for each task's own reward"
         )
 
 
@@ -210,8 +216,8 @@ def check_split(split: str) -> str:
 def choose_shots_split(split: str, splits: Sequence[str] = SPLITS) -> str:
     """Return the split from which worked examples for the questions of a split are drawn.
 
-    Usually this is `fit`, on which nothing is chosen or reported. For the questions of `fit`
-    itself, and for a task without `fit`, it is the first other split.
+    Usually this is `fit`, since nothing is chosen or reported on `fit`. For questions of `fit`
+    itself, and for tasks without `fit`, it is the first other split of `splits`.
 
     Example:
         >>> choose_shots_split("test"), choose_shots_split("fit")

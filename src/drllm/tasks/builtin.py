@@ -18,16 +18,17 @@ DATA = Path(__file__).parent / "data"
 
 @functools.cache
 def load_rows(name: str) -> tuple[Row, ...]:
-    """Return the rows of a file in `data/`, for all splits."""
+    """Return all rows of a file in `data/`, of every split."""
     return tuple(row for _, row in read_rows(DATA / name))
 
 
 @register
 class BuiltinFacts(Task):
-    """Questions on general knowledge with four options; wrong options are answers of the same kind.
+    """Questions on general knowledge with four options.
 
-    An id names the kind, the subject, and whether the question asks for the subject or the answer.
-    Both questions of a fact are in the same split. The right option is equally often in each place.
+    The wrong options are right answers to other questions of the same kind. Each fact has two
+    questions, one for its subject and one for its answer. Both are in the same split, and the
+    question's id says which of the two it is. The right option is equally often in each place.
     """
 
     name = "builtin_facts"
@@ -48,9 +49,9 @@ class BuiltinFacts(Task):
 
 @register
 class BuiltinArithmetic(Task):
-    """Short arithmetic problems, made by rules; a test solves each problem.
+    """Short arithmetic problems that rules have made; a test solves every problem.
 
-    Rows have the fields of DART-Math. Levels go from 1 (one step) to 5 (discounts, linear
+    The rows have the fields of DART-Math. Levels go from 1 (one step) to 5 (discounts, linear
     equations, remainders of powers). Problems of one kind with the same numbers are in the same
     split, even if their words differ.
     """

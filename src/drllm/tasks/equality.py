@@ -1,9 +1,9 @@
-"""Compare two short LaTeX answers: do they mean the same number or expression?
+"""Decides whether two short LaTeX answers mean the same number or expression.
 
-math-verify stops comparisons that never finish (`9^{9^{9^9}}`) with an alarm signal. The signal
-works only in the main thread, and replaces an alarm of the caller. Here math-verify runs in a
-process of its own, which is killed when a comparison takes too long. So any thread can compare.
-This module doesn't import torch.
+math-verify compares the answers. It stops comparisons that never finish (`9^{9^{9^9}}`) with an
+alarm signal. The signal works only in the main thread, and replaces an alarm of the caller. So
+here math-verify runs in a process of its own, which is killed when a comparison takes too long,
+and any thread can compare. This module doesn't import torch.
 """
 
 import atexit
@@ -48,10 +48,10 @@ def plain_number(text: str) -> Decimal | None:
 
 @functools.lru_cache(maxsize=65536)
 def same_value(gold: str, answer: str) -> bool:
-    r"""Tell whether an answer means the same as the gold answer, by math-verify.
+    r"""Tell whether an answer means the same as the gold answer.
 
-    Both are LaTeX or plain text, without `\boxed`. The result is False if the comparison takes more
-    than `LIMIT_S` seconds.
+    Both are LaTeX or plain text, without `\boxed`. Plain numbers are compared here, and everything
+    else by math-verify. The result is False if math-verify takes more than `LIMIT_S` seconds.
     """
     gold_number = plain_number(gold)
     answer_number = plain_number(answer)
@@ -61,14 +61,18 @@ def same_value(gold: str, answer: str) -> bool:
 
 
 class _Comparer:
-    """Compares in a process of its own, which starts on first use and after a time-out or fork."""
+    """Compares answers in a process of its own, the worker.
+
+    The worker is started on first use, and again after a time-out or a fork.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # the worker makes one comparison at a time
         self._process: subprocess.Popen[str] | None = None
-        self._owner = 0  # id of the process that started it
+        self._owner = 0  # id of the process that started the worker
 
     def compare(self, gold: str, answer: str) -> bool:
+        """Tell whether two answers are equal; a comparison without a result counts as unequal."""
         with self._lock:
             result = self._ask(json.dumps([gold, answer]))
         if not result:
@@ -77,7 +81,7 @@ class _Comparer:
         return bool(json.loads(result))
 
     def _ask(self, line: str) -> str:
-        """Send a line to the process and return its answer; empty if the answer takes too long."""
+        """Send a line to the worker and return its answer; empty if the answer takes too long."""
         process = self._start()
         assert process.stdin is not None
         assert process.stdout is not None
@@ -102,8 +106,9 @@ class _Comparer:
         return result
 
     def _start(self) -> subprocess.Popen[str]:
-        """Return the process; start it if it isn't running."""
-        if self._process is None or self._owner != os.getpid():  # after a fork
+        """Return the worker; start it if it isn't running."""
+        # After a fork, the worker still belongs to the parent process.
+        if self._process is None or self._owner != os.getpid():
             need("math", "comparing LaTeX answers")
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _WORKER],
@@ -121,6 +126,7 @@ class _Comparer:
         return self._process
 
     def end(self) -> None:
+        """End the worker, unless another process has started it."""
         if self._process is not None and self._owner == os.getpid():
             self._process.kill()
             self._process.communicate()

@@ -1,6 +1,6 @@
-"""Questions and prompts: the texts that a task returns.
+"""Questions and prompts, which tasks return.
 
-A task never sees a model or a tokenizer. This module doesn't import torch.
+They are plain texts: a task never sees a model or a tokenizer. This module doesn't import torch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,15 +11,15 @@ from typing import Any, TypeAlias, TypeVar
 Item = TypeVar("Item")
 
 Row: TypeAlias = Mapping[str, Any]
-"""One object of a task's file, with the columns of the hub's data set or of the user's file."""
+"""A row of a data set on the hub or of a question file: column → value."""
 
-QuestionRow: TypeAlias = tuple["Example", Row]  # a question, and the row that has the question
+QuestionRow: TypeAlias = tuple["Example", Row]  # a question, and the row that it was read from
 
-FILE_NAMES = (".jsonl", ".jsonl.gz")  # endings of the names of question files
+FILE_ENDINGS = (".jsonl", ".jsonl.gz")  # endings of the names of question files
 
 OPTIONS_REWARD = "loglikelihood"
-"""The default reward of every task with options; evaluations of these tasks use no other."""
-KL_REWARD = "kl"  # the reward of prompts without answers: the KL from the full path
+"""The default reward of every task with options, and the only reward in their evaluations."""
+KL_REWARD = "kl"  # the reward of prompts without answers: it compares a path with the full path
 
 Messages: TypeAlias = tuple[tuple[str, str], ...]
 """A conversation that ends with the user: the role and the content of each message."""
@@ -40,8 +40,9 @@ class Example:
         solution: The steps that lead to the answer, and the answer at the end; empty for most
             questions.
         context: The text before the question: a passage, or a line on the subject. Empty for most
-            questions. Two questions with the same text and different contexts count as equal.
-        messages: The conversation, if the prompt is a conversation; `question` is then its text.
+            questions. Questions with the same text count as copies, even if their contexts differ.
+        messages: The conversation, if the user gave one; `question` is then the whole conversation
+            as a text.
     """
 
     id: str = ""
@@ -70,8 +71,10 @@ class Prompt:
     """One prompt for an example: what the model reads, and what counts as right."""
 
     text: str  # what the model reads; routers see nothing else
-    reward: str  # `loglikelihood` (score `continuations`), or how a generated answer is graded
-    answer: str  # the right answer, for `letter` its letter
+    # `loglikelihood` if `continuations` are scored; else the name of a reward that grades a
+    # generated answer.
+    reward: str
+    answer: str  # the right answer; for `letter` its letter
     other_answers: tuple[str, ...] = ()  # for `exact`, other right answers
     # For `loglikelihood`, the texts that follow `text` directly, each with its leading space; else
     # empty.
@@ -80,15 +83,15 @@ class Prompt:
     # Whether `text` is the user's turn of the chat template, if the tokenizer has a chat template.
     chat: bool = False
     max_new_tokens: int = 16  # maximum tokens of a generated answer
-    # Whether the score of a continuation is its log-probability per character (as in `acc_norm` of
-    # lm-evaluation-harness) and not the sum. True only in re-tests.
+    # Whether the score of a continuation is its log-probability divided by its characters, as in
+    # `acc_norm` of lm-evaluation-harness. True only in re-tests.
     normalised: bool = False
     letters: str = "ABCDE"  # for `letter`, the letters that name an option
-    # For each continuation, the beginning that is read but not scored, such as the text that fills
-    # a gap; empty for none. This field and the fields below stay out of the repr, since the repr
-    # identifies searches of earlier versions.
+    # This field and the fields below stay out of the repr, since the repr identifies searches of
+    # earlier versions. For each continuation, the beginning that is read but not scored, such as
+    # the text that fills a gap; empty if all of every continuation is scored.
     unscored: tuple[str, ...] = field(default=(), repr=False)
-    # The question alone, if a function grades the answer; else empty.
+    # The question alone, if a function in a user's file grades the answer; else empty.
     question: str = field(default="", repr=False)
     # The conversation that the chat template renders instead of `text`.
     messages: Messages = field(default=(), repr=False)
@@ -104,7 +107,7 @@ class Prompt:
 def choose(items: Sequence[Item], limit: int | None, seed: int) -> list[Item]:
     """Draw at most `limit` items at random, and return them in their order.
 
-    The drawn places depend only on the seed, the limit and the number of items.
+    The choice depends only on the seed, the limit and the number of items.
     """
     if limit is None or limit >= len(items):
         return list(items)

@@ -1,8 +1,7 @@
 """Tasks from a `.jsonl` file of the user's own, or from any data set on the hub.
 
-A row has `question`, `choices` and `answer`; or `question`, `answer` and `grader`; or `prompt` or
-`messages` alone. If the columns have other names, the task's name lists them after a `?`:
-`FILE.jsonl?question=query&answer=target`.
+`FileTask` says what is in the rows. If the columns have other names than the fields there, the
+task's name lists them after a `?`: `FILE.jsonl?question=query&answer=target`.
 """
 
 import functools
@@ -17,7 +16,7 @@ from drllm.errors import ConfigError, TaskError, unknown_name
 from drllm.listener import logger
 from drllm.records.splits import find_split, question_key
 from drllm.tasks.base import Task, check_split
-from drllm.tasks.examples import FILE_NAMES, KL_REWARD, Example, Messages, Row, with_options
+from drllm.tasks.examples import FILE_ENDINGS, KL_REWARD, Example, Messages, Row, with_options
 from drllm.tasks.prompt_formats import BOXED, LETTER_TOKENS, LETTERS, OPTIONS, PromptFormat
 from drllm.tasks.rewards import REWARDS, normalise
 from drllm.tasks.rows import (
@@ -52,12 +51,13 @@ GRADER_FORMATS = {
     ),
     "boxed": replace(BOXED, max_new_tokens=None),
 }
-"""Grader → its prompts. Graders that aren't listed use the prompts of `exact`."""
+"""Grader → its prompts. Other graders use the prompts of `exact`."""
 PROMPTS_ALONE = PromptFormat(rewards=(KL_REWARD,), templates=("{question}",), max_new_tokens=1)
 
 FIELDS = ("question", "choices", "answer", "grader", "prompt", "messages")
-WITH_CHOICES = "'choices'"  # the kind of rows with options, as messages name it
-WITHOUT_ANSWER = "a prompt alone"  # the kind of rows without an answer
+# Kinds of rows, as messages name them. The kind of a row with a grader is "grader 'NAME'".
+WITH_CHOICES = "'choices'"
+WITHOUT_ANSWER = "a prompt alone"
 
 OTHER_FORMATS = {
     ".csv": "a CSV file",
@@ -67,13 +67,13 @@ OTHER_FORMATS = {
     ".parquet": "a Parquet file",
     ".xlsx": "an Excel file",
 }
-"""Ending → kind of file. Users may have questions in these formats, but they can't be read."""
+"""The formats of question files that can't be read, for a helpful message: ending → format."""
 
 
 def is_source(name: str) -> bool:
     """Tell whether a name stands for a question file or a data set on the hub."""
     source = name.partition("?")[0]
-    if source.endswith(FILE_NAMES):
+    if source.endswith(FILE_ENDINGS):
         return True
     if _other_format(source) is not None:
         return False
@@ -92,12 +92,16 @@ def refuse_other_formats(name: str) -> None:
 
 
 def _other_format(source: str) -> str | None:
-    """Return the kind of a file in a format that can't be read; None for other names."""
+    """Return the format of a file if it is one of `OTHER_FORMATS`, else None."""
     return OTHER_FORMATS.get(Path(source.removesuffix(".gz")).suffix.lower())
 
 
 def with_columns(names: str, columns: str) -> str:
-    """Append `?` and the columns to each file and hub set in a comma list of tasks.
+    """Return a comma list of tasks with the columns appended to each file and hub set.
+
+    Example:
+        >>> with_columns("arc,mine.jsonl", "question=query,answer=target")
+        'arc,mine.jsonl?question=query&answer=target'
 
     Args:
         names: The tasks.
@@ -129,10 +133,13 @@ def with_columns(names: str, columns: str) -> str:
 def load_source(name: str, reserved_names: tuple[str, ...] = ()) -> "FileTask":
     """Load the task of a file or of a hub set; a file that hasn't changed is read only once.
 
-    A hub set is `OWNER/NAME[:CONFIG[:SPLIT]]`. Its questions are the first `HUB_ROWS` rows of the
-    split, by default `train`. After a `?` come pairs `FIELD=COLUMN` for the fields in `FIELDS`; a
-    `.` separates a column from a field inside it. For `grader` the pair names the grader itself,
-    not a column. Answers without choices have the grader `exact` by default. See `FileTask`.
+    Args:
+        name: `FILE.jsonl[.gz]`, or `OWNER/NAME[:CONFIG[:SPLIT]]` for the first `HUB_ROWS` rows of a
+            split on the hub, by default `train`. After a `?` may come pairs `FIELD=COLUMN` with `&`
+            between them, for the fields in `FIELDS`. `COLUMN.FIELD` is a field inside a column. For
+            `grader` the pair names the grader itself, not a column; if columns are named and there
+            are no choices, the default grader is `exact`.
+        reserved_names: Names of other tasks; see `FileTask`.
     """
     file = Path(name.partition("?")[0])
     state = None
@@ -149,7 +156,7 @@ def _read_source(
     """Read a file or a hub set. A changed file has another `_state`, so it is read again."""
     source, _, query = name.partition("?")
     columns = _parse_columns(source, query)
-    if source.endswith(FILE_NAMES):
+    if source.endswith(FILE_ENDINGS):
         return FileTask(Path(source), reserved_names, read_rows(Path(source)), columns)
     first_rows = itertools.islice(read_hub_set(source, "task"), HUB_ROWS)
     rows = enumerate(first_rows, start=1)
@@ -179,8 +186,8 @@ def _parse_columns(source: str, query: str) -> dict[str, str]:
 class FileTask(Task):
     """The questions of one file or hub set; the rewards that fit depend on the rows.
 
-    A question's text decides its split, one of the four. So one file serves search, training and
-    evaluation, and no question is both trained on and reported.
+    A question's text decides in which of the four splits it is. So one file serves search, training
+    and evaluation, and no question is both trained on and reported.
 
     All rows are of one kind:
 
@@ -189,11 +196,12 @@ class FileTask(Task):
     - `question`, `answer` and `grader`; the grader is a reward that grades text, the same in all
       rows;
     - `prompt` (or `question`) without an answer;
-    - `messages`, a conversation; its last answer is left out.
+    - `messages`, a conversation. If it ends with an answer, the answer is left out.
 
     Args:
         path: The file, or the name of the hub set.
-        reserved_names: Names of other tasks. If NAME is one of them, the task is `NAME_file`.
+        reserved_names: Names of other tasks. If `NAME.jsonl` has one of these names, its task is
+            called `NAME_file`.
         rows: The rows with their line numbers.
         columns: Field → column, for fields that have another name in the rows.
         skips: Whether to leave out unusable rows with a warning; otherwise they raise a TaskError.
@@ -213,9 +221,9 @@ class FileTask(Task):
         self.description = f"the questions of {path}"
         reader = QuestionReader(path, self.name, columns or {}, skips)
         reader.read(rows)
-        self.all = reader.examples
+        self.all_examples = reader.examples
         self.num_rows = reader.num_rows  # number of usable rows, including repeated rows
-        self.prompt_format = _prompt_format(reader)
+        self.prompt_format = _choose_prompt_format(reader)
 
     def examples(self, split: str, data_dir: Path | str | None = None) -> list[Example]:
         """Return the questions of one split, in the file's order.
@@ -225,14 +233,17 @@ class FileTask(Task):
         """
         check_split(split)
         examples: dict[str, Example] = {}
-        for example in self.all:
+        for example in self.all_examples:
             if find_split(example.question, "own") == split:
                 key = example.id if split == "test" else question_key(example.question)
                 examples.setdefault(key, example)
         return list(examples.values())
 
     def describe_splits(self) -> str:
-        """Return one line: how many questions each split has, and how many rows repeat a text."""
+        """Return one line: how many questions each split has, and how many rows repeat a text.
+
+        The line begins with the file's path instead of the task's name.
+        """
         description = f"{self.path}{super().describe_splits().removeprefix(self.name)}"
         num_questions = sum(len(self.examples(split)) for split in SPLITS)
         num_repeated = self.num_rows - num_questions
@@ -246,8 +257,8 @@ def _task_name(path: Path, reserved_names: Collection[str]) -> str:
     return f"{stem}_file" if stem in reserved_names else stem
 
 
-def _prompt_format(reader: "QuestionReader") -> PromptFormat:
-    """Return the prompts for the questions of a file."""
+def _choose_prompt_format(reader: "QuestionReader") -> PromptFormat:
+    """Return the prompt format for the questions of a file."""
     if reader.kind == WITH_CHOICES:
         return OPTIONS
     if reader.kind == WITHOUT_ANSWER:
@@ -261,26 +272,25 @@ def _prompt_format(reader: "QuestionReader") -> PromptFormat:
 
 @dataclass
 class QuestionReader:
-    """Makes questions from rows of one kind; a repeated question counts once."""
+    """Makes questions from rows of one kind; rows that repeat a question are left out."""
 
     path: Path  # the file, or the name of the hub set
     task: str  # the task's name
     columns: Mapping[str, str]  # field → column
-    skips: bool  # whether unusable rows are left out
+    skips: bool  # whether unusable rows are left out; otherwise they raise a TaskError
     examples: list[Example] = field(default_factory=list)
     kind: str = ""  # the kind of the first row; see `_find_kind`
     grader: str = ""  # the grader's name; empty for rows with choices or without an answer
     num_rows: int = 0  # number of usable rows, including repeated rows
     num_skipped: int = 0  # number of rows that were left out
     first_reason: str = ""  # why the first of these rows was left out
-    # (key of the question, choices) → line number and question
-    _seen: dict[tuple[str, tuple[str, ...]], tuple[int, Example]] = field(default_factory=dict)
+    # (key of the question, choices) → line number and question of the first row that has them
+    _first: dict[tuple[str, tuple[str, ...]], tuple[int, Example]] = field(default_factory=dict)
 
     def read(self, rows: Iterable[tuple[int, Row]]) -> None:
         """Read all rows.
 
-        Raises TaskError for an unusable row. With `skips`, raises TaskError only if all rows are
-        unusable.
+        Raises TaskError if a row is unusable or, with `skips`, if no row is usable.
         """
         for line, row in rows:
             try:
@@ -294,12 +304,11 @@ class QuestionReader:
         if not self.examples:
             raise TaskError(f"{self.path} has no usable row; {self.first_reason}")
         if self.num_skipped:
-            logger.warning(
-                "%d rows of %s are left out, first %s",
-                *(self.num_skipped, self.path, self.first_reason),
-            )
+            message = "%d rows of %s are left out, for example %s"
+            logger.warning(message, self.num_skipped, self.path, self.first_reason)
 
     def _add(self, line: int, row: Row) -> None:
+        """Add the question of a row. Raises TaskError if the row is unusable."""
         if self.columns:
             row = _rename_columns(row, self.columns)
         kind = _find_kind(row)
@@ -307,24 +316,27 @@ class QuestionReader:
             self.kind = kind
         if kind != self.kind:
             raise TaskError(
-                f"a row with {kind}, but the first has {self.kind}; put them into files of their "
-                f"own"
+                f"a row with {kind}, but the first row has {self.kind}; put them into files of "
+                f"their own"
             )
         example = replace(_read_example(row), id=f"line-{line}", task=self.task)
         key = question_key(example.question), example.choices
-        first_line, first = self._seen.setdefault(key, (line, example))
+        first_line, first = self._first.setdefault(key, (line, example))
         if first.answer != example.answer:
             raise TaskError(
-                f"line {first_line} has the same question with another answer; keep one of them"
+                f"line {first_line} has the same question with another answer; keep one of the two"
             )
         self.grader = str(row.get("grader", ""))
         self.num_rows += 1
-        if first is example:
+        if first is example:  # else the row repeats a question
             self.examples.append(example)
 
 
 def _rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
-    """Return the fields of a row; fields in `columns` are read from the columns given there."""
+    """Return the fields of a row. `columns` maps a field to the column that has its value.
+
+    For the field `grader`, `columns` has the grader itself.
+    """
     fields = {name: row[name] for name in FIELDS if name in row}
     for name, column in columns.items():
         fields[name] = column if name == "grader" else _column_value(row, column)
@@ -353,7 +365,10 @@ def _column_value(row: Row, column: str) -> Any:
 def _find_kind(row: Row) -> str:
     """Return the kind of a row, as messages name it."""
     if "choices" in row and "grader" in row:
-        raise TaskError("'choices' take no 'grader'; leave it out and choose by --reward")
+        raise TaskError(
+            "the row has 'choices' and 'grader'; leave out 'grader', and choose by --reward how "
+            "options are graded"
+        )
     if "choices" in row:
         return WITH_CHOICES
     if "grader" in row:
@@ -367,7 +382,7 @@ def _find_kind(row: Row) -> str:
         return WITHOUT_ANSWER
     raise TaskError(
         f"'choices' or 'grader' is missing (the line has: {', '.join(row) or 'nothing'}); give "
-        f"question, choices, answer, or question, answer, grader, or prompt or messages alone"
+        f"question, choices and answer; or question, answer and grader; or prompt or messages alone"
     )
 
 

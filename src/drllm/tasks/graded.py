@@ -1,8 +1,8 @@
 """Rewards from a user's file: `FILE.py:FUNCTION` grades generated answers.
 
 The function is `def reward(example, text) -> float`. It returns the grade of a generated text, from
-0 to 1; 1 is right. The file's hash becomes a part of the reward's name, so records say which
-version of the function graded. This module doesn't import torch.
+0 to 1; 1 is right. In records the reward has the name `FILE.py:FUNCTION@HASH`. The hash is the
+file's, so the name says which version of the function graded. This module doesn't import torch.
 """
 
 import functools
@@ -25,9 +25,14 @@ MAX_NEW_TOKENS = 256  # default of the maximum tokens of an answer
 
 
 class GradedTask(Task):
-    """A task whose answers a function grades. A question's text is its prompt.
+    """A task whose answers are graded by a function; the prompt is the question's text.
 
     The questions need no answers. Raises ConfigError if the file or the function doesn't exist.
+
+    Args:
+        task: The task that is wrapped.
+        reward: `FILE.py:FUNCTION`, with or without `@HASH`.
+        max_new_tokens: Maximum tokens of an answer; None for `MAX_NEW_TOKENS`.
     """
 
     def __init__(self, task: Task, reward: str, max_new_tokens: int | None = None) -> None:
@@ -70,9 +75,9 @@ class GradedTask(Task):
 
 
 def pin_reward(reward: str) -> str:
-    """Return `FILE.py:FUNCTION@HASH` with the file's hash.
+    """Return the reward's name with the file's hash; a name that has the hash stays as it is.
 
-    Raises ConfigError if the file or the function doesn't exist.
+    Raises ConfigError if the file or the function doesn't exist, or if the hash isn't the file's.
     """
     if _HASH.search(reward):
         load_function(reward)
@@ -80,7 +85,7 @@ def pin_reward(reward: str) -> str:
     file = Path(reward.rpartition(":")[0])
     if not file.is_file():
         raise ConfigError(
-            f"--reward {reward}: no file {str(file)!r} is there; give FILE.py:FUNCTION"
+            f"--reward {reward}: the file {str(file)!r} doesn't exist; give FILE.py:FUNCTION"
         )
     name = f"{reward}@{sha256(file)[:16]}"
     load_function(name)
@@ -89,10 +94,10 @@ def pin_reward(reward: str) -> str:
 
 @functools.cache
 def load_function(name: str) -> Callable[[Example, str], Any]:
-    """Load the function that a reward names.
+    """Load the function of a reward `FILE.py:FUNCTION@HASH`.
 
-    Raises ConfigError if the file has another hash or lacks the function, or if the file raises or
-    exits when it runs.
+    Raises ConfigError if the file has another hash or lacks the function, or if running the file
+    raises an error or ends the program.
     """
     reward, _, digest = name.rpartition("@")
     file, _, function_name = reward.rpartition(":")
@@ -113,7 +118,8 @@ def load_function(name: str) -> Callable[[Example, str], Any]:
 def grade_by_function(prompt: Prompt, text: str) -> float:
     """Return the grade that the function gives an answer.
 
-    Raises TaskError if the grade isn't a number from 0 to 1, or if the function raises or exits.
+    Raises TaskError if the grade isn't a number from 0 to 1, or if the function raises an error or
+    ends the program.
     """
     example = Example(
         question=prompt.question, answer=prompt.answer, other_answers=prompt.other_answers
@@ -121,6 +127,7 @@ def grade_by_function(prompt: Prompt, text: str) -> float:
     function = load_function(prompt.reward)
     try:
         value = function(example, text)
+        # float() would read a text too.
         is_text_or_none = isinstance(value, str) or value is None
         grade = math.nan if is_text_or_none else float(value)
     except (Exception, SystemExit) as error:  # the user's function may raise anything

@@ -1,6 +1,8 @@
 """Tasks of lm-evaluation-harness ("the harness"), by their names or by a task file.
 
-The harness is imported only when a user names one of its tasks.
+A name may stand for several of the harness' tasks. These tasks are called leaves here, and a row of
+a leaf is called a doc, as in the harness. The harness is imported only when a user names one of its
+tasks.
 """
 
 import functools
@@ -19,15 +21,15 @@ from drllm.tasks.examples import OPTIONS_REWARD, Example, Prompt, with_options
 
 FEWSHOT_SEED = 1234  # the harness' default, so that its command line draws the same examples
 KINDS = {"multiple_choice": "choices", "generate_until": "generated"}
-"""The supported kinds of the harness' requests → our names of these kinds."""
+"""The supported kinds of the harness' tasks → our names of these kinds."""
 UNSUPPORTED = ("UNSAFE_CODE", "MULTIMODAL")
-"""Attributes that are true for tasks that run code or show images."""
+"""Attributes of the harness' tasks that are true if a task runs code or shows images."""
 PREFERRED_METRICS = ("acc", "exact_match")
 """Metrics to report if a task has them; else the task's first metric is reported."""
-MAX_DRAWS = 10  # attempts to draw worked examples without the question itself
+MAX_DRAWS = 10  # maximum attempts to draw worked examples without the question itself
 GENERATED_REWARDS = ("exact", "boxed")
 MAX_NEW_TOKENS = 256
-"""Limit of a generated answer if the task has none; the harness' default."""
+"""Maximum tokens of a generated answer if the task has no limit; the harness' default."""
 
 
 class LmEvalTask(Task):
@@ -58,24 +60,26 @@ class LmEvalTask(Task):
         self.tasks = load_harness_tasks(name, known_names)
         self.name = name_for_harness(name.removesuffix(".yaml").split("/")[-1])
         self.description = f"{name} of lm-evaluation-harness"
-        self.shots_of = {leaf: task.config.num_fewshot or 0 for leaf, task in self.tasks.items()}
-        self.kind, self.metric = _kind_and_metric(name, self.tasks)
+        # Leaf → number of worked examples.
+        self.num_shots = {leaf: task.config.num_fewshot or 0 for leaf, task in self.tasks.items()}
+        self.kind, self.metric = _choose_kind_and_metric(name, self.tasks)
         self._unclear: set[str] = set()  # ids of questions without exactly one right answer
-        self._docs: dict[str, tuple[str, Mapping[str, Any]]] = {}  # id → task, row
-        self.reported: list[tuple[str, int, Example]] = []  # task, place, question
+        self._docs: dict[str, tuple[str, Mapping[str, Any]]] = {}  # id → leaf and doc
+        # The leaf of each reported question, the place of its doc in `eval_docs`, and the question.
+        self.reported: list[tuple[str, int, Example]] = []
         for leaf, task in self.tasks.items():
             for place, doc in enumerate(task.eval_docs):
-                example = self._example(leaf, f"{leaf}-{place}", doc)
+                example = self._make_example(leaf, f"{leaf}-{place}", doc)
                 self.reported.append((leaf, place, example))
 
     @functools.cached_property
     def unreported(self) -> list[Example]:
-        """The questions that the harness doesn't report, each text once; maybe none."""
+        """The questions that the harness doesn't report, each text once; it may be empty."""
         reported = {question_key(example.question) for *_, example in self.reported}
         examples: dict[str, Example] = {}
         for leaf, task in self.tasks.items():
-            for place, doc in enumerate(_unreported_docs(task)):
-                example = self._example(leaf, f"{leaf}-train-{place}", doc)
+            for place, doc in enumerate(_read_unreported_docs(task)):
+                example = self._make_example(leaf, f"{leaf}-train-{place}", doc)
                 key = question_key(example.question)
                 if key in reported or key in examples:
                     continue
@@ -89,7 +93,7 @@ class LmEvalTask(Task):
         return bool(self.unreported)
 
     def examples(self, split: str, data_dir: Path | str | None = None) -> list[Example]:
-        """Return the questions of one split; see the class."""
+        """Return the questions of one split; the class says what is in each split."""
         check_split(split)
         reported = [example for *_, example in self.reported]
         if self.reports_test_alone:
@@ -103,11 +107,11 @@ class LmEvalTask(Task):
         examples = [example for example in pool if find_split(example.question, origin) == split]
         if split == "test":
             return examples
-        by_text: dict[str, Example] = {}
+        by_key: dict[str, Example] = {}  # keeps each text once
         for example in examples:
             if example.id not in self._unclear:
-                by_text[question_key(example.question)] = example
-        return list(by_text.values())
+                by_key[question_key(example.question)] = example
+        return list(by_key.values())
 
     @property
     def rewards(self) -> tuple[str, ...]:
@@ -122,16 +126,17 @@ class LmEvalTask(Task):
         The worked examples depend only on the question's text, and never include the question.
         """
         self.check_reward(reward)
-        leaf, doc = self._doc_of(example)
+        leaf, doc = self._find_doc(example)
         task = self.tasks[leaf]
         if task.multiple_input:
             raise TaskError(
-                f"task {self.name!r} asks a question in as many ways as it has options, which can "
-                f"be evaluated, but not searched or tuned on"
+                f"task {self.name!r} has a prompt for each option, so it can be evaluated, but not "
+                f"searched or tuned on"
             )
-        context = self._context(leaf, doc, example)
+        context = self._render_context(leaf, doc, example)
         if self.kind == "choices":
             requests = task.construct_requests(doc=doc, ctx=context, metadata=(leaf, 0, 1))
+            # Further requests score the options without the question, for other metrics.
             requests = requests[: len(example.choices)]
             prompt = Prompt(
                 text=context,
@@ -152,15 +157,15 @@ class LmEvalTask(Task):
         )
         return (prompt,)
 
-    def _doc_of(self, example: Example) -> tuple[str, Mapping[str, Any]]:
-        """Return the name of the harness' task of a question, and its row."""
+    def _find_doc(self, example: Example) -> tuple[str, Mapping[str, Any]]:
+        """Return the leaf and the doc of a question."""
         if example.id not in self._docs:
             for leaf, place, reported in self.reported:
                 self._docs[reported.id] = (leaf, self.tasks[leaf].eval_docs[place])
         return self._docs[example.id]
 
-    def _context(self, leaf: str, doc: Mapping[str, Any], example: Example) -> str:
-        """Render a question after worked examples; the question itself isn't one of them."""
+    def _render_context(self, leaf: str, doc: Mapping[str, Any], example: Example) -> str:
+        """Render a question after worked examples, none of which is the question itself."""
         task = self.tasks[leaf]
         text = str(task.doc_to_text(doc))
         prefix = task.doc_to_prefix(doc)
@@ -168,17 +173,17 @@ class LmEvalTask(Task):
         context = ""
         for draw in range(1, MAX_DRAWS + 1):
             task.set_fewshot_seed(seed=seed + draw)
-            num_shots = self.shots_of[leaf]
+            num_shots = self.num_shots[leaf]
             context = task.fewshot_context(doc, num_fewshot=num_shots, gen_prefix=prefix)
-            if context.count(text) == 1:
+            if context.count(text) == 1:  # only at the end
                 return str(context)
         # Every draw has the question as a worked example, so use no worked examples.
         return str(task.fewshot_context(doc, num_fewshot=0, gen_prefix=prefix))
 
-    def _example(self, leaf: str, example_id: str, doc: Mapping[str, Any]) -> Example:
-        """Return the question of a row, with the fields that results show."""
+    def _make_example(self, leaf: str, example_id: str, doc: Mapping[str, Any]) -> Example:
+        """Make the question of a doc, with the fields that results show."""
         if self.kind == "generated":
-            return self._generated_example(leaf, example_id, doc)
+            return self._make_generated_example(leaf, example_id, doc)
         task = self.tasks[leaf]
         choices = tuple(str(choice) for choice in task.doc_to_choice(doc))
         golds = find_gold_indices(task, doc)
@@ -189,16 +194,19 @@ class LmEvalTask(Task):
         text = task.doc_to_target(doc) if task.multiple_input else task.doc_to_text(doc)
         return with_options(str(text), choices, gold, example_id, self.name)
 
-    def _generated_example(self, leaf: str, example_id: str, doc: Mapping[str, Any]) -> Example:
+    def _make_generated_example(
+        self, leaf: str, example_id: str, doc: Mapping[str, Any]
+    ) -> Example:
+        """Make a question whose answer is generated; all targets of its doc are right answers."""
         task = self.tasks[leaf]
-        names = () if task.config.doc_to_choice is None else task.doc_to_choice(doc)
+        choices = () if task.config.doc_to_choice is None else task.doc_to_choice(doc)
         target = task.doc_to_target(doc)
         targets = target if isinstance(target, list) else [target]
         answers: list[str] = []
-        for item in targets:
-            if names and isinstance(item, int):
-                item = names[item]
-            answers.append(str(item))
+        for answer in targets:
+            if choices and isinstance(answer, int):
+                answer = choices[answer]
+            answers.append(str(answer))
         first_answer = answers[0] if answers else ""
         if not first_answer:
             self._unclear.add(example_id)
@@ -217,22 +225,24 @@ def warn_of_code(file: Path) -> None:
         return
     for neighbour in [file, *sorted(file.parent.glob("*.y*ml"))]:
         if "!function" in neighbour.read_text(encoding="utf-8", errors="replace"):
-            logger.warning(
-                "%s: lm-evaluation-harness runs Python code from that folder, which %s names by "
-                "!function; use task files of people you trust",
-                *(file, neighbour.name),
+            message = (
+                "%s: lm-evaluation-harness runs Python code from this folder, since %s has "
+                "!function; use task files only of people you trust"
             )
+            logger.warning(message, file, neighbour.name)
             return
 
 
-def _kind_and_metric(name: str, tasks: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the kind of the tasks, `choices` or `generated`, and the metric that we report.
-
-    Raises TaskError unless the tasks have the same kind and share a metric.
+def _choose_kind_and_metric(name: str, tasks: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the kind of the leaves, `choices` or `generated`, and the metric that we report.
 
     Args:
         name: The name that the user wrote.
-        tasks: The harness' tasks that the name stands for.
+        tasks: The leaves of the name.
+
+    Raises:
+        TaskError: The kind of a leaf isn't supported, or the leaves differ in kind or share no
+            metric.
     """
     kinds = {task.OUTPUT_TYPE for task in tasks.values()}
     metrics = [list(task.aggregation()) for task in tasks.values()]
@@ -243,13 +253,13 @@ def _kind_and_metric(name: str, tasks: Mapping[str, Any]) -> tuple[str, str]:
         if usable and len(tasks) > 1:
             remedy = f"; name one of {', '.join(usable)}"
         raise TaskError(
-            f"task {name!r} asks for {' and '.join(sorted(map(str, kinds)))}; drllm takes tasks "
-            f"with multiple_choice (options) or generate_until (answers) with a metric in common"
-            f"{remedy}; 'drllm lm-eval run --model drllm' has the rest"
+            f"task {name!r} is of kind {' and '.join(sorted(map(str, kinds)))}; drllm takes tasks "
+            f"of kind multiple_choice (options) or generate_until (answers) that have a metric in "
+            f"common{remedy}; 'drllm lm-eval run --model drllm' takes every task"
         )
     for task in tasks.values():
         if any(getattr(task, attribute, False) for attribute in UNSUPPORTED):
-            raise TaskError(f"task {name!r} runs code or shows images, which isn't done here")
+            raise TaskError(f"task {name!r} runs code or shows images, which drllm doesn't do")
     preferred = [metric for metric in PREFERRED_METRICS if metric in shared]
     metric = preferred[0] if preferred else shared[0]
     return KINDS[kinds.pop()], metric
@@ -259,8 +269,11 @@ def _is_in_all(metric: str, lists: Sequence[Sequence[str]]) -> bool:
     return all(metric in metrics for metrics in lists)
 
 
-def _unreported_docs(task: Any) -> Iterable[Mapping[str, Any]]:
-    """Return the rows that the harness doesn't report: training rows, else validation rows."""
+def _read_unreported_docs(task: Any) -> Iterable[Mapping[str, Any]]:
+    """Return the docs that the harness doesn't report: training docs, else validation docs.
+
+    The harness reports the validation docs of a task without test docs.
+    """
     docs: Iterable[Mapping[str, Any]] = ()
     if task.has_training_docs():
         docs = task.training_docs()
@@ -270,13 +283,18 @@ def _unreported_docs(task: Any) -> Iterable[Mapping[str, Any]]:
 
 
 def find_gold_indices(task: Any, doc: Mapping[str, Any]) -> list[int]:
-    """Return the indices of the options that the harness counts as right; maybe none."""
+    """Return the indices of the options that the harness counts as right; there may be none.
+
+    A task of the harness gives the index or the text of an option, or a list of them. In a task
+    with several inputs, `doc_to_text` returns the index and `doc_to_target` the question's text.
+    """
     choices = task.doc_to_choice(doc)
     gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
     golds = gold if isinstance(gold, list) else [gold]
     indices: list[int] = []
-    for item in golds:
-        index = choices.index(item) if item in choices else item
+    for index in golds:
+        if index in choices:
+            index = choices.index(index)
         if isinstance(index, int) and 0 <= index < len(choices):
             indices.append(index)
     return indices
@@ -284,18 +302,21 @@ def find_gold_indices(task: Any, doc: Mapping[str, Any]) -> list[int]:
 
 @functools.cache
 def _own_tasks() -> Any:
-    """Return the manager of the harness' own tasks. It takes seconds to read thousands of files."""
+    """Return the manager of the harness' own tasks; it reads thousands of files, for seconds."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
 
 
 def load_harness_tasks(name: str, known_names: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Load the harness' tasks that a name stands for, with their questions.
+    """Load the leaves of a name, with their docs.
 
     Args:
         name: A task, a group, or a `.yaml` file.
         known_names: Names of our own tasks, for the suggestion in an error.
+
+    Raises:
+        TaskError: The name is unknown, or the docs can't be fetched.
     """
     import datasets
 
@@ -321,19 +342,19 @@ def _find_task(name: str, known_names: tuple[str, ...]) -> tuple[Any, str]:
         file = Path(name)
         if not file.is_file():
             raise TaskError(f"there is no task file {name}; give one, or the name of a task")
-        # The whole folder is included, since a group names other files in the folder. The task is
-        # loaded by its name: the harness would name a group that is loaded by its path after its
-        # list of tasks.
+        # The whole folder is included, since the file of a group names other files of the folder.
+        # The task is loaded by its name: if a group were loaded by its path, the harness would name
+        # it after its list of tasks.
         manager = TaskManager(include_path=file.parent, include_defaults=False)
-        names = {
+        names_by_file = {
             str(entry.yaml_path): entry_name for entry_name, entry in manager.task_index.items()
         }
-        return manager, names.get(str(file), name)
+        return manager, names_by_file.get(str(file), name)
     manager = _own_tasks()
     if name not in manager.task_index:
         raise TaskError(
             f"{nearest_name('task', name, {*known_names, *manager.task_index})}; 'drllm ls "
-            f"tasks' and 'drllm lm-eval ls tasks' list all; of others, give a .jsonl file, or "
-            f"OWNER/NAME of the hub"
+            f"tasks' and 'drllm lm-eval ls tasks' list all tasks; for other questions, give a "
+            f".jsonl file, or OWNER/NAME of a data set on the hub"
         )
     return manager, name

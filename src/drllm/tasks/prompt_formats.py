@@ -17,8 +17,8 @@ LETTER_TOKENS = 10
 """Maximum tokens of a letter answer (Dr.LLM section 4; docs/differences.md, D-34)."""
 BOXED_TOKENS = 15
 """Maximum tokens of a boxed answer, without room for a chain of thought (Dr.LLM section 4)."""
-ANSWER_TOKENS = 16  # maximum tokens of other answers; a long right answer raises this limit
-SPARE_TOKENS = 8  # tokens that the raised limit leaves beyond the right answer
+ANSWER_TOKENS = 16  # maximum tokens of other answers, unless the right answer may need more
+SPARE_TOKENS = 8  # tokens that an answer may have beyond the bytes of the longest right answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +44,9 @@ class PromptFormat:
     def prompts(self, example: Example, reward: str) -> tuple[Prompt, ...]:
         """Return the prompt of a question for a reward, then the prompts of the re-test.
 
-        The re-test uses other templates. For scored options it also has the first prompt, with
-        scores by character. For letters it has a prompt for every rotation of the options, so the
-        right letter changes.
+        The re-test uses the other templates. For scored options its last prompt is the first one
+        again, with scores by character. For letters it has a prompt for every rotation of the
+        options, so the right letter changes.
         """
         if reward == OPTIONS_REWARD:
             prompts = [_scored_prompt(example, template) for template in self.templates]
@@ -79,7 +79,7 @@ class GapFormat(PromptFormat):
     """
 
     def prompts(self, example: Example, reward: str) -> tuple[Prompt, ...]:
-        """Return the prompt of a question, then its prompts for the re-test, by other templates."""
+        """Return the prompt of a question, then its prompts for the re-test; see `PromptFormat`."""
         return tuple(_gap_prompt(example, template) for template in self.templates)
 
 
@@ -132,7 +132,11 @@ def _tokens_needed(example: Example) -> int:
 
 
 def _gap_prompt(example: Example, template: str) -> Prompt:
-    """Return a prompt that ends before the gap; white space before the gap goes to the options."""
+    """Return a prompt that ends before the gap.
+
+    For "Ann thanked _ for the cake." the prompt is "Ann thanked", and the continuation with option
+    "Bo" is " Bo for the cake."; " Bo" isn't scored.
+    """
     before, _, after = template.format(question=example.question).partition("_")
     text = before.rstrip()
     space = before[len(text) :]
@@ -143,7 +147,10 @@ def _gap_prompt(example: Example, template: str) -> Prompt:
 
 
 def _letter_prompt(example: Example, rotation: int) -> Prompt:
-    """Return a prompt that lists the options by letter; the first `rotation` options come last."""
+    """Return a prompt that lists the options by letter.
+
+    The first `rotation` options are moved to the end of the list.
+    """
     assert example.gold is not None
     choices = example.choices[rotation:] + example.choices[:rotation]
     letters = LETTERS[: len(choices)]

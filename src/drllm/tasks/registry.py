@@ -1,4 +1,7 @@
-"""Look up tasks by name: our own tasks, groups of them, files of users, and the harness' tasks."""
+"""Looks up tasks by name: our own tasks and their groups, question files, and the harness' tasks.
+
+"The harness" is lm-evaluation-harness.
+"""
 
 import functools
 from collections import Counter
@@ -29,7 +32,7 @@ def register(task: TaskOrClass) -> TaskOrClass:
 
 
 def groups() -> dict[str, tuple[str, ...]]:
-    """Return the groups: each name that stands for several tasks, with these tasks' names."""
+    """Return the groups: the name of a group → the names of the tasks that it stands for."""
     members: dict[str, tuple[str, ...]] = {}
     for name in TASKS:
         group = TASKS.get(name).group
@@ -78,7 +81,8 @@ def get_tasks(names: str) -> list[Task]:
     for part in names.split(","):
         name = _resolve_alias(part.strip())
         if name:
-            counts.update(groups().get(name, (name,)))
+            members = groups().get(name, (name,))
+            counts.update(members)
     if not counts:
         raise TaskError(f"no task is named in {names!r}. Valid: {', '.join(task_names())}")
     for name, count in counts.items():
@@ -87,7 +91,7 @@ def get_tasks(names: str) -> list[Task]:
     tasks = [get_task(name) for name in counts]
     for name, count in Counter(task.name for task in tasks).items():
         if count > 1:
-            raise TaskError(f"two tasks of {names!r} are named {name!r}; rename a file")
+            raise TaskError(f"two tasks in {names!r} have the name {name!r}; rename a file")
     return tasks
 
 
@@ -104,7 +108,7 @@ def describe_tasks() -> list[tuple[str, str, str]]:
 
 
 def _resolve_alias(name: str) -> str:
-    """Return a task's own name for an alias; other names stay as they are."""
+    """Return the name of the task that an alias stands for; return another name unchanged."""
     for task_name in TASKS:
         if name in TASKS.get(task_name).aliases:
             return task_name

@@ -1,8 +1,7 @@
-"""Rewards: decide which answers are right.
+"""Rewards, which decide whether an answer is right.
 
-A reward grades generated answers, or scores the options of a question. A reward is a class with
-`@REWARDS.register("name")`. `equality` compares mathematical expressions. This module doesn't
-import torch.
+A reward grades generated answers, or scores the options of a question. It is a class that is
+decorated with `@REWARDS.register("name")`. This module doesn't import torch.
 """
 
 import re
@@ -27,7 +26,7 @@ class Reward:
 
     Attributes:
         scores_options: Whether the prompt's continuations are scored; else an answer is generated.
-        needs: The extra of this package that installs what the reward needs; empty for none.
+        needs: The extra of this package that must be installed; empty if the reward needs none.
     """
 
     scores_options: ClassVar[bool] = False
@@ -165,19 +164,25 @@ class Exact(Reward):
 
     def verdict(self, prompt: Prompt, text: str, finished: bool) -> float | None:
         """See `Reward.verdict`."""
-        first_line, *rest = re.split(r"[\r\n]", text.lstrip(), maxsplit=1)
+        first_line, *further_text = re.split(r"[\r\n]", text.lstrip(), maxsplit=1)
         golds = {normalise(answer) for answer in (prompt.answer, *prompt.other_answers)}
-        if finished or rest:
+        if finished or further_text:
             return float(normalise(first_line) in golds)
         # White space at the end may separate this word from the next: keep one space.
         beginning = re.sub(r"\s+", " ", first_line).casefold().lstrip(_OPENING_MARKS)
-        for gold in golds:
-            if gold.startswith(beginning):
-                return None
-            remainder = beginning.removeprefix(gold)
-            if beginning.startswith(gold) and not remainder.strip(_CLOSING_MARKS):
-                return None
+        if any(_may_become(beginning, gold) for gold in golds):
+            return None
         return 0.0
+
+
+def _may_become(beginning: str, gold: str) -> bool:
+    """Tell whether a line that begins like this may still equal a gold answer at its end.
+
+    It may if it is a beginning of the answer, or the whole answer with nothing but marks behind it.
+    """
+    if gold.startswith(beginning):
+        return True
+    return beginning.startswith(gold) and not beginning.removeprefix(gold).strip(_CLOSING_MARKS)
 
 
 def first_boxed(text: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Read rows from question files and from sets on the hub, and check the fields of a row.
+"""Reads rows from question files and from data sets on the hub, and checks the fields of a row.
 
 Question files are JSON lines, plain or gzipped.
 """
@@ -48,7 +48,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 yield number, decode(line, dict[str, Any], f"{path}, line {number}")
     except RecordError as error:
         raise TaskError(
-            f"{error}; give a .jsonl or .jsonl.gz file, a JSON object a line"
+            f"{error}; give a .jsonl or .jsonl.gz file with a JSON object on each line"
         ) from error
     except (EOFError, zlib.error, OSError) as error:
         raise TaskError(f"{path} can't be read ({error}); fetch or write it again") from error
@@ -72,16 +72,19 @@ def hub_rows(
         repository: The id of the data set.
         config: The configuration; None if there is only one.
         split: The split.
-        what: The name of what is fetched, for error messages.
-        instead: What the user can give instead, for error messages.
+        what: What is fetched, as the subject of an error message ("task 'piqa'").
+        instead: What the user can give instead, for the error message.
         columns: The columns to read; empty for all columns.
         stream: Whether to fetch only the rows that the caller reads.
+
+    Raises:
+        TaskError: The rows can't be fetched.
     """
     need("eval", f"fetching {what} from the hub", "datasets")
     import datasets
 
     try:
-        with quiet("huggingface_hub", "datasets"):  # the error says it in one line
+        with quiet("huggingface_hub", "datasets"):  # our error says it in one line
             rows = datasets.load_dataset(repository, config, split=split, streaming=stream)
         if columns:
             rows = rows.select_columns([name for name in columns if name in rows.column_names])
@@ -97,7 +100,10 @@ def hub_rows(
 
 
 def read_hub_set(name: str, kind: str) -> Iterator[Mapping[str, Any]]:
-    """Yield the rows of `OWNER/NAME[:CONFIG[:SPLIT]]`; the default split is `train`."""
+    """Yield the rows of `OWNER/NAME[:CONFIG[:SPLIT]]`; the default split is `train`.
+
+    `kind` says in an error message what is fetched, such as "task".
+    """
     match = HUB_SET.fullmatch(name)
     assert match
     repository, config, split = match.groups()
@@ -125,7 +131,10 @@ def read_text(row: Mapping[str, Any], key: str) -> str:
 
 
 def read_texts(row: Mapping[str, Any], key: str, minimum: int) -> tuple[str, ...]:
-    """Return a field of a row: a list of at least `minimum` texts, none of them blank."""
+    """Return a field of a row that is a list of texts.
+
+    Raises TaskError if there are fewer than `minimum` texts, or if a text is blank.
+    """
     value = _field(row, key)
     if not isinstance(value, list):
         raise TaskError(f"{key!r} is {value!r}; expected a list of texts")
@@ -164,9 +173,9 @@ def read_messages(row: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def read_index(value: Any, count: int, key: str) -> int:
-    """Return a value of the field `key` if it is the index of one of `count` options, from 0.
+    """Return the value of the field `key`, which must be the index of an option, from 0.
 
-    Raises TaskError if it isn't.
+    Raises TaskError if the value isn't the index of one of `count` options.
     """
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < count:
         raise TaskError(f"{key!r} is {value!r}; expected an index from 0 to {count - 1}")

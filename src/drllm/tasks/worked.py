@@ -22,9 +22,9 @@ class WorkedTask(Task):
     template, this text is the user's turn.
 
     Args:
-        task: The task.
-        shots: The worked examples, with their answers.
-        max_new_tokens: Maximum tokens of a generated answer. With this limit a prompt for a boxed
+        task: The task that is wrapped.
+        shots: The questions to show as worked examples.
+        max_new_tokens: Maximum tokens of a generated answer. If it is set, a prompt for a boxed
             answer asks for the steps too. None keeps the task's limit.
     """
 
@@ -58,8 +58,8 @@ class WorkedTask(Task):
                 f"--num-fewshot has no effect on {self.name}, which asks no questions"
             )
         prompts: list[Prompt] = []
-        for way, prompt in enumerate(self._prompts_alone(example, reward)):
-            texts = [self._render_example(shot, reward, way) for shot in self.worked_examples]
+        for index, prompt in enumerate(self._prompts_alone(example, reward)):
+            texts = [self._render_example(shot, reward, index) for shot in self.worked_examples]
             prompts.append(replace(prompt, text="".join([*texts, prompt.text])))
         return tuple(prompts)
 
@@ -78,14 +78,14 @@ class WorkedTask(Task):
             )
         return tuple(replace(prompt, max_new_tokens=self.max_new_tokens) for prompt in prompts)
 
-    def _render_example_once(self, shot: Example, reward: str, way: int) -> str:
-        """Render a worked example with its answer; `way` is the number of the prompt to use."""
+    def _render_example_once(self, shot: Example, reward: str, index: int) -> str:
+        """Render a worked example with its answer, for the prompt with this index."""
         prompts = self._prompts_alone(shot, reward)
-        prompt = prompts[way % len(prompts)]  # an example with fewer options has fewer rotations
+        prompt = prompts[index % len(prompts)]  # an example with fewer options has fewer prompts
         if prompt.continuations:
             return f"{prompt.text}{prompt.continuations[prompt.gold or 0]}\n\n"
         answer = get_reward(prompt).gold_text(prompt)
         if self.max_new_tokens and reward == "boxed" and shot.solution:
             answer = f"{shot.solution}\n{answer}"
-        space = " " if prompt.text.endswith(":") else "\n"
-        return f"{prompt.text}{space}{answer}\n\n"
+        separator = " " if prompt.text.endswith(":") else "\n"
+        return f"{prompt.text}{separator}{answer}\n\n"

@@ -21,14 +21,14 @@ from drllm.errors import ConfigError, TaskError
 from drllm.records.codec import hash_values, read_text
 from drllm.records.static_paths import FIT
 from drllm.tasks.base import Task
-from drllm.tasks.examples import FILE_NAMES, Prompt, choose
+from drllm.tasks.examples import FILE_ENDINGS, Prompt, choose
 from drllm.tasks.rows import HUB_ROWS, HUB_SET, read_hub_set, read_rows
 from drllm.tuning.data_splits import TaskSplits, split_tasks
 from drllm.tuning.objectives import choose_objective, make_prompt
 
 Tokens: TypeAlias = tuple[int, ...]
 
-TEXT_FILE_NAMES = (*FILE_NAMES, ".txt")  # how the names of files of texts end
+TEXT_FILE_NAMES = (*FILE_ENDINGS, ".txt")  # how the names of files of texts end
 LEAST_PER_HELD_OUT = 5
 """A source has at least this many texts for each text that is held out. But one text of each source
 is always held out."""
@@ -171,7 +171,7 @@ def _read_file(file: Path) -> list[str]:
     if file.suffix == ".txt":
         paragraphs = re.split(r"\n\s*\n", read_text(file))
         return [paragraph for paragraph in paragraphs if paragraph.strip()]
-    if not file.name.endswith(FILE_NAMES):
+    if not file.name.endswith(FILE_ENDINGS):
         raise ConfigError(
             f"--text: the name of {file} doesn't end in .jsonl, .jsonl.gz or .txt; give a file of "
             f"this kind, or a data set of the hub as OWNER/NAME[:CONFIG[:SPLIT]]"

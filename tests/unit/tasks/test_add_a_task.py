@@ -9,7 +9,7 @@ import pytest
 
 import drllm.tasks.published
 from drllm.evaluation.lm_eval.folders import make_task_folder
-from drllm.tasks.published.task import tasks_in
+from drllm.tasks.published.task import read_tasks
 from drllm.tasks.registry import TASKS, describe_tasks, get_tasks, register
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "add-a-task.md"
@@ -32,7 +32,7 @@ def _added(tmp_path, monkeypatch):
     before = {name: TASKS.get(name) for name in TASKS if name not in DATA}
     sys.modules.pop("drllm.tasks.published.headqa", None)  # whoever has added it for good
     monkeypatch.setattr(TASKS, "_entries", before)
-    [task] = tasks_in(ROW)
+    [task] = read_tasks(ROW)
     register(task)
     place, text = MODULE.split("\n", 1)
     assert place == "# src/drllm/tasks/published/headqa.py"

@@ -70,7 +70,7 @@ def test_prompts_alone_have_no_answers_and_are_refused_where_these_are_needed(tm
     assert [(each.question, each.answer) for each in examples] == [("Say something.", "")]
     assert not task.has_answers
     assert task.rewards == ("kl",)
-    with pytest.raises(TaskError, match="'exact' doesn't fit task 'mine'; it takes kl"):
+    with pytest.raises(TaskError, match="'exact' doesn't fit task 'mine'; give kl"):
         task.prompts(examples[0], "exact")
     with pytest.raises(TaskError, match="without answers, which can be searched and tuned on"):
         select_tasks(EvaluateConfig(), [task])
@@ -150,7 +150,7 @@ def test_a_hub_set_is_read_by_its_columns_and_rows_that_cannot_be_asked_are_left
     task, examples = read("owner/name:small:validation?question=q&answer=a")
     assert (task.name, len(examples)) == ("name_small_validation", 40)
     assert (
-        "1 rows of owner/name:small:validation are left out, first row 1: 'question' is empty"
+        "1 rows of owner/name:small:validation are left out, for example row 1: 'question' is"
         in caplog.text
     )
 
@@ -266,7 +266,7 @@ BROKEN: list[tuple[list[dict[str, Any]], str]] = [
     ([choices(choices="ice")], "line 1: 'choices' is 'ice'; expected a list"),
     ([choices(choices=["ice", "ice"])], "line 1: 'choices' holds 'ice' twice"),
     ([choices(choices=[*map(str, range(27))])], "'choices' has 27 entries; give at most"),
-    ([choices(grader="letter")], "take no 'grader'"),
+    ([choices(grader="letter")], "leave out 'grader'"),
     ([CHOICES, {"choices": ["a", "b"], "answer": 0}], "line 2: 'question' is missing"),
     ([{"question": "Why?", "choices": ["a", "b"]}], "line 1: 'answer' is missing"),
     ([{"question": "Why?", "answer": "so"}], "line 1: 'choices' or 'grader' is missing"),
@@ -275,13 +275,13 @@ BROKEN: list[tuple[list[dict[str, Any]], str]] = [
     ([{"messages": []}], "line 1: 'messages' is []; expected a list of objects"),
     ([{"messages": [{"role": "user"}]}], "'content' is missing"),
     ([{"messages": [ASSISTANT]}], "no message of the user to answer"),
-    ([CHOICES, {"prompt": "Why?"}], "line 2: a row with a prompt alone, but the first has"),
+    ([CHOICES, {"prompt": "Why?"}], "line 2: a row with a prompt alone, but the first row has"),
     ([graded(grader="exakt")], "unknown grader 'exakt'; did you mean 'exact'?"),
     ([graded(grader=["exact"])], "unknown grader"),
     ([graded(grader="letter")], "the grader 'letter' expects one of A to Z"),
     ([graded(grader="exact", answer="**")], "expects one line of words"),
     ([graded(grader="exact", answer="a\nb")], "expects one line of words"),
-    ([CHOICES, GRADED], "line 2: a row with grader 'boxed', but the first has 'choices'"),
+    ([CHOICES, GRADED], "line 2: a row with grader 'boxed', but the first row has 'choices'"),
     ([GRADED, graded(grader="exact")], "line 2: a row with grader 'exact', but the first"),
     ([CHOICES, choices(answer=0)], "line 2: line 1 has the same question with another"),
     ([GRADED, graded(answer="8")], "line 2: line 1 has the same question with another"),

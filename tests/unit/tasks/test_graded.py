@@ -90,7 +90,7 @@ def test_whatever_is_a_number_counts(value, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"reward": "nowhere.py:reward"}, r"no file 'nowhere.py' is there; give FILE.py:FUNCTION"),
+        ({"reward": "nowhere.py:reward"}, "file 'nowhere.py' doesn't exist; give FILE.py:FUNCTION"),
         ({"reward": "mine.py:other"}, "has no function 'other'; give it one"),
         ({"reward": "broken.py:reward"}, "broken.py can't be run: SyntaxError: "),
         ({"reward": "exits.py:reward"}, "exits.py can't be run: it ends the program"),

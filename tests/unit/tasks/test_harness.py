@@ -49,7 +49,7 @@ def test_a_task_file_that_runs_code_from_its_folder_is_warned_about(tmp_path, ca
     task = LmEvalTask(file)
     assert task.examples("test")[0].question.startswith("Is ")
     [message] = caplog.messages
-    assert message.startswith(f"{file}: lm-evaluation-harness runs Python code from that folder")
+    assert message.startswith(f"{file}: lm-evaluation-harness runs Python code from this folder")
 
 
 def test_a_question_is_asked_as_the_harness_has_it_behind_others_than_itself(tmp_path):
@@ -119,5 +119,5 @@ def test_a_generated_answer_is_graded_against_the_target(tmp_path):
 def test_a_question_that_is_asked_once_an_option_is_evaluated_alone(tmp_path):
     changes = {"doc_to_text": "{{yes}}", "doc_to_target": "{{q}}", "doc_to_choice": ["so", "no"]}
     task = LmEvalTask(written_task(tmp_path, OPTIONS, **changes, num_fewshot=0))
-    with pytest.raises(TaskError, match="in as many ways as it has options"):
+    with pytest.raises(TaskError, match="has a prompt for each option"):
         task.prompts(task.examples("test")[0], "loglikelihood")

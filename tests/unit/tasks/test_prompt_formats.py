@@ -92,9 +92,9 @@ def test_an_answer_has_the_tokens_that_its_longest_right_text_needs():
 
 @pytest.mark.parametrize(
     ("name", "fitting"),
-    [("arc_easy", "loglikelihood, letter"), ("hellaswag", "loglikelihood"), ("gsm8k", "boxed")],
+    [("arc_easy", "loglikelihood or letter"), ("hellaswag", "loglikelihood"), ("gsm8k", "boxed")],
 )
 def test_a_reward_that_does_not_fit_is_refused_with_those_that_do(name, fitting):
     task = get_task(name)
-    with pytest.raises(TaskError, match=f"'{name}'; it takes {fitting}"):
+    with pytest.raises(TaskError, match=f"'{name}'; give {fitting}"):
         task.prompt(example("a", "b"), "exact")

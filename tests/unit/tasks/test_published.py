@@ -69,7 +69,7 @@ def test_rows_with_an_empty_text_are_skipped_and_named_unless_none_is_left(arc, 
     assert list(ARC_EASY.skipped("test", arc)) == ["validation-2", "validation-4"]
     [message] = [record.getMessage() for record in caplog.records]
     assert message.startswith(f"{path}, line 2: 'text' holds ''")
-    assert message.endswith("such rows are skipped: 2 of 4")
+    assert message.endswith("rows like this are skipped: 2 of 4")
     write_rows("arc_easy/validation", [empty, empty])
     with pytest.raises(TaskError, match=r"line 1: 'text' holds ''.* no other row is usable"):
         ARC_EASY.examples("test", arc)

@@ -147,7 +147,7 @@ BROKEN: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("dart-1", DART, {"level": 6}, "'level' is 6; expected a whole number from 1 to 5"),
     ("dart-2", DART, {"level": None, "query_metadata": {}}, "'level' is None"),
     ("squad_v2", SQUAD, {"answers": {"text": "mill"}}, "expected a list of texts"),
-    ("squad_v2", SQUAD, {"answers": {"text": ["."]}}, "the answers are nothing but marks"),
+    ("squad_v2", SQUAD, {"answers": {"text": ["."]}}, "the answers are nothing but punctuation"),
     ("hellaswag", RAW_HELLASWAG, {"endings": ["a", "[step]", "c"]}, "leaves nothing of an ending"),
 ]
 

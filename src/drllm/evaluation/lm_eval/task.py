@@ -246,7 +246,7 @@ def draw_stock_task(
     places: dict[str, list[int]] = {}  # of the questions, by the harness' task
     for leaf, place, _ in questions:
         places.setdefault(leaf, []).append(place)
-    num_shots = dict(task.shots_of)
+    num_shots = dict(task.num_shots)
     if num_fewshot is not None:
         num_shots = dict.fromkeys(places, num_fewshot)
     for leaf in places:

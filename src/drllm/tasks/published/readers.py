@@ -1,10 +1,11 @@
 """Readers: functions that make questions from rows of published sets.
 
-A reader returns the question of a row, or None if the row doesn't belong to the task. The question
-lacks the task's name, and it lacks an id if the row has no id. A reader raises a TaskError for a
-row that can't be used; the message lacks the file and the line. A function `*_columns` returns the
-columns that the harness' task file reads. `sets.yaml` uses the names of these functions. This
-module doesn't import torch.
+A reader returns the question of a row, or None if the row doesn't belong to the task. It raises a
+TaskError for a row that can't be used. `task.PublishedTask` adds what a reader doesn't know: the
+task's name, an id if the row has none, and the file and the line to the error.
+
+A function `*_columns` returns the columns that the harness' task file reads. `sets.yaml` names
+these functions. This module doesn't import torch.
 """
 
 import functools
@@ -22,7 +23,8 @@ from drllm.tasks.rewards import normalise
 from drllm.tasks.rows import EmptyTextError, read_index, read_object, read_text, read_texts
 
 UNANSWERABLE = "unanswerable"  # the right answer in SQuAD if the passage holds no answer
-DART_LEVELS = (1, 2, 3, 4, 5)  # the levels of MATH, 1 is the easiest; a task each (Dr.LLM, Table 2)
+DART_LEVELS = (1, 2, 3, 4, 5)
+"""The levels of MATH; 1 is the easiest. Every level is a task of its own (Dr.LLM, Table 2)."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,10 @@ class Columns:
 
 
 def labelled(row: Row) -> Example:
-    """Read a row with `id`, `question`, `choices` (`text` and `label` of each) and `answerKey`.
+    """Read a row of ARC or CommonsenseQA: `id`, `question`, `choices` and `answerKey`.
 
-    There are at least 2 labels, letters or numbers, and the answer key is one of the labels. ARC
-    and CommonsenseQA have these columns.
+    `choices` has two lists, `text` and `label`, with at least 2 entries. Labels are letters or
+    numbers, and the answer key is one of the labels.
     """
     options = read_object(row, "choices", "text", "label")
     choices = read_texts(options, "text", minimum=2)
@@ -159,17 +161,22 @@ dart_5 = functools.partial(dart, level=5)
 
 
 def first_of_each_problem(rows: Iterable[Row], source: str) -> list[Row]:
-    """Keep one row of each problem in DART's pool; leave out problems without a level."""
+    """Keep the first row of each problem in DART's pool; leave out problems without a level.
+
+    Args:
+        rows: The rows of the pool, several for each problem.
+        source: The name of the pool, for a warning.
+    """
     first: dict[str, Row] = {}
     for row in rows:
         first.setdefault(str(row.get("query")), row)
     levelled = [row for row in first.values() if _level(row) in DART_LEVELS]
-    if not levelled:  # levels must have another format now: the reader refuses the first row
+    if not levelled:  # the levels must have a new format, so let the reader refuse the first row
         return list(first.values())
     num_without = len(first) - len(levelled)
     if num_without > 0:
         logger.warning(
-            "%s: problems without a level from 1 to 5, which are left out: %d", source, num_without
+            "%s: problems without a level from 1 to 5 are left out: %d", source, num_without
         )
     return levelled
 
@@ -183,9 +190,10 @@ def _level(row: Row) -> Any:
 
 
 def squad(row: Row) -> Example:
-    """Read `id`, `context`, `question` and `answers` (`text`, a list; empty without an answer).
+    """Read `id`, `context`, `question` and `answers`, whose `text` is the list of right answers.
 
-    Every answer in the list is right. An answer of nothing but punctuation can't be graded.
+    The list is empty if the passage has no answer. Answers that are only punctuation are left out,
+    since they can't be graded.
     """
     texts = read_texts(read_object(row, "answers", "text"), "text", minimum=0) or (UNANSWERABLE,)
     answers: dict[str, str] = {}  # normalised text → text, so that each answer counts once
@@ -193,7 +201,7 @@ def squad(row: Row) -> Example:
         answers.setdefault(normalise(text), text.strip())
     answers.pop("", None)
     if not answers:
-        raise EmptyTextError("the answers are nothing but marks")
+        raise EmptyTextError("the answers are nothing but punctuation")
     answer, *other_answers = answers.values()
     return Example(
         id=read_text(row, "id"),
@@ -205,7 +213,10 @@ def squad(row: Row) -> Example:
 
 
 def squad_columns(_example: Example, row: Row) -> dict[str, Any]:
-    """Return the columns, with all answers as one text: datasets would infer a type from a list."""
+    """Return the columns, with all answers in one JSON text.
+
+    The `datasets` library would infer a type from the first list, which may be empty.
+    """
     texts = {name: read_text(row, name) for name in ("title", "context", "question")}
     answers = read_texts(row["answers"], "text", minimum=0)
     return {**texts, "grading": json.dumps(answers, ensure_ascii=False)}

@@ -24,15 +24,15 @@ from drllm.tasks.base import (
     check_split,
     choose_shots_split,
 )
-from drllm.tasks.examples import FILE_NAMES, Example, QuestionRow, Row
+from drllm.tasks.examples import FILE_ENDINGS, Example, QuestionRow, Row
 from drllm.tasks.prompt_formats import BOXED, GAP, OPTIONS, PromptFormat
 from drllm.tasks.published import readers
 from drllm.tasks.registry import TASKS, register
 from drllm.tasks.rows import EmptyTextError, hub_rows, read_rows
 
 SETS = Path(__file__).with_name("sets.yaml")
-FILES_KEPT = 8
-"""Number of question files that are kept in memory, since every stage reads the same files."""
+MAX_FILES_KEPT = 8
+"""Maximum question files that are kept in memory, since every stage reads the same files."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,17 +43,18 @@ class PublishedTask(Task):
         name, description, prompt_format, harness, group, aliases: See `Task`.
         repository: The set's repository on the hub.
         config: The set's configuration on the hub; None if there is only one.
-        files: The question files: name → origin. On the hub the name is that of a split. The origin
-            is a key of `records.splits.BOUNDS`, which explains the four origins; it decides how
-            `find_split` divides the file. Only these files and `shots_file` are read.
+        files: The question files: name → origin. On the hub, a file is a split with this name. The
+            origin decides into which splits `find_split` divides the file;
+            `records.splits.BOUNDS` explains the four origins. Only these files and `shots_file` are
+            read.
         read: A function that makes a question from a row; see `readers`.
         shots_file: A file of worked examples, which are never asked as questions.
         folder: The task's folder in a data folder; by default the task's name.
         columns: The columns to read; empty for all columns.
-        related: Other tasks whose reported questions mustn't be trained on. Reported are the
-            questions of files with the origin `validation`.
-        thin_out: A function that returns the few rows to keep from a long file on the hub; its
-            second argument is the file's name for messages.
+        related: Other tasks whose reported questions mustn't be trained on. A question is reported
+            if its file has the origin `validation`.
+        thin_out: A function that returns the rows to keep from a long file on the hub. Its second
+            argument is the file's name for messages. None keeps all rows.
     """
 
     name: str
@@ -79,17 +80,21 @@ class PublishedTask(Task):
     def rows(self, split: str, data_dir: Path | str | None = None) -> list[QuestionRow]:
         """Return the questions of one split with their rows, in the file's order.
 
-        From files with the origin `train` or `own` only the first question of each text is
-        returned. A question of origin `train` is left out if it is also in a file with the origin
-        `validation` of this task or of a related task. Files are `TASK/FILE.jsonl[.gz]` in the data
-        folder, or files on the hub. A row with an empty text, such as an empty option, is skipped
-        with a warning. `Task.examples` lists the errors.
+        Files are `TASK/FILE.jsonl[.gz]` in the data folder, or files on the hub. `Task.examples`
+        lists the errors. Some questions are left out:
+
+        - of a file with the origin `train` or `own`, questions that repeat the text of an earlier
+          question;
+        - of a file with the origin `train`, questions that this task or a related task reports;
+        - with a warning, rows with an empty text, such as an empty option.
         """
-        file = self._file(split)
+        file = self._find_split_file(split)
         origin = self.files[file]
-        excluded_keys = self._reported(data_dir) if origin == "train" else set()
+        excluded_keys: set[str] = set()
+        if origin == "train":
+            excluded_keys |= self._find_reported_keys(data_dir)
         questions: list[QuestionRow] = []
-        for example, row in self._questions(file, data_dir).questions:
+        for example, row in self._read_questions(file, data_dir).questions:
             key = question_key(example.question)
             if key not in excluded_keys and find_split(example.question, origin) == split:
                 questions.append((example, row))
@@ -99,9 +104,9 @@ class PublishedTask(Task):
 
     def skipped(self, split: str, data_dir: Path | str | None = None) -> dict[str, str]:
         """Return the unusable rows; a row's id is the file's name and the row's number."""
-        return self._questions(self._file(split), data_dir).skipped
+        return self._read_questions(self._find_split_file(split), data_dir).skipped
 
-    def _file(self, split: str) -> str:
+    def _find_split_file(self, split: str) -> str:
         """Return the name of the file that has the questions of a split."""
         check_split(split)
         for file, origin in self.files.items():
@@ -113,13 +118,15 @@ class PublishedTask(Task):
         )
 
     def shots(self, split: str, data_dir: Path | str | None = None) -> list[QuestionRow]:
-        """Return the questions of the `shots_file`; without one, of the split for worked examples.
+        """Return the questions from which worked examples for a split are drawn.
 
-        `choose_shots_split` names that split.
+        These are the questions of `shots_file` or, without this file, of the split that
+        `choose_shots_split` names.
         """
         if self.shots_file:
-            return list(self._questions(self.shots_file, data_dir).questions)
-        return self.rows(choose_shots_split(check_split(split), self._splits()), data_dir)
+            return list(self._read_questions(self.shots_file, data_dir).questions)
+        shots_split = choose_shots_split(check_split(split), self._splits())
+        return self.rows(shots_split, data_dir)
 
     def _splits(self) -> list[str]:
         """Return the splits that have questions in the files."""
@@ -128,11 +135,10 @@ class PublishedTask(Task):
             splits += BOUNDS[origin]
         return splits
 
-    def _reported(self, data_dir: Path | str | None) -> set[str]:
+    def _find_reported_keys(self, data_dir: Path | str | None) -> set[str]:
         """Return the keys of all reported questions of this task and of related tasks.
 
-        These are the questions of files with the origin `validation`. Files that the data folder
-        lacks are left out.
+        Files that the data folder lacks are left out.
         """
         tasks: list[Task] = [self]
         tasks += [TASKS.get(name) for name in self.related if name != self.name]
@@ -140,52 +146,52 @@ class PublishedTask(Task):
         for task in tasks:
             assert isinstance(task, PublishedTask)
             for file, origin in task.files.items():
-                is_there = data_dir is None or task._find(file, data_dir) is not None
-                if origin == "validation" and is_there:
-                    reported = task._questions(file, data_dir).questions
+                has_file = data_dir is None or task._find_path(file, data_dir) is not None
+                if origin == "validation" and has_file:
+                    reported = task._read_questions(file, data_dir).questions
                     keys.update(question_key(example.question) for example, _ in reported)
         return keys
 
-    def _questions(self, file: str, data_dir: Path | str | None) -> "Questions":
+    def _read_questions(self, file: str, data_dir: Path | str | None) -> "Questions":
         """Return the questions of a file; see `Task.examples` for the errors."""
         if data_dir is None:
-            return _read(self, file, None, 0, 0)
+            return _read_file(self, file, None, 0, 0)
         check_data_dir(str(data_dir))
-        path = self._find(file, data_dir)
+        path = self._find_path(file, data_dir)
         if path is None:
-            raise self._no_file(file, data_dir)
+            raise self._missing_file_error(file, data_dir)
         is_part = not path.name.startswith(f"{file}.")  # it is FILE_subsetN.jsonl[.gz]
         if is_part:
             _warn_of_part(path)
         state = path.stat()
-        return _read(self, file, path, state.st_mtime_ns, state.st_size)
+        return _read_file(self, file, path, state.st_mtime_ns, state.st_size)
 
-    def _no_file(self, file: str, data_dir: Path | str) -> NoSplitError:
+    def _missing_file_error(self, file: str, data_dir: Path | str) -> NoSplitError:
         """Return the error for a missing file; it lists the files that the data folder has."""
         present = ""
         for name in self.files:
-            if self._find(name, data_dir):
-                present += f" (there is {name}: its {self._purpose(name)})"
+            if self._find_path(name, data_dir):
+                present += f" (there is {name}: its {self._describe_purpose(name)})"
         return NoSplitError(
-            f"task {self.name!r} found no {self._place(data_dir) / file}.jsonl or .jsonl.gz "
-            f"(its {self._purpose(file)}); put the file there, or leave out --data-dir to "
+            f"task {self.name!r} found no {self._folder(data_dir) / file}.jsonl or .jsonl.gz "
+            f"(its {self._describe_purpose(file)}); put the file there, or leave out --data-dir to "
             f"fetch {self.repository} from the hub{present}"
         )
 
-    def _purpose(self, file: str) -> str:
+    def _describe_purpose(self, file: str) -> str:
         """Describe what a file is for."""
         if file == self.shots_file:
             return "worked examples, to be shown before its questions"
         return f"questions for {', '.join(BOUNDS[self.files[file]])}"
 
-    def _hub_rows(self, file: str) -> Iterable[Row]:
+    def _read_hub_rows(self, file: str) -> Iterable[Row]:
         """Return the rows of a file on the hub that `thin_out` keeps."""
         rows = hub_rows(
             self.repository,
             self.config,
             file,
             what=f"task {self.name!r}",
-            instead=f"--data-dir with {self._place('')}/{file}.jsonl",
+            instead=f"--data-dir with {self._folder('')}/{file}.jsonl",
             columns=self.columns,
         )
         if self.thin_out is None:
@@ -195,11 +201,13 @@ class PublishedTask(Task):
             _thinned[key] = self.thin_out(rows, f"{self.repository} {file}")
         return _thinned[key]
 
-    def _place(self, data_dir: Path | str) -> Path:
+    def _folder(self, data_dir: Path | str) -> Path:
+        """Return the folder of the task in a data folder."""
         return Path(data_dir) / (self.folder or self.name)
 
-    def _find(self, file: str, data_dir: Path | str) -> Path | None:
-        return find_file(self._place(data_dir), file)
+    def _find_path(self, file: str, data_dir: Path | str) -> Path | None:
+        """Return the path of a file in a data folder; None if the folder lacks the file."""
+        return find_file(self._folder(data_dir), file)
 
 
 class Questions(NamedTuple):
@@ -209,17 +217,17 @@ class Questions(NamedTuple):
     skipped: dict[str, str]
 
 
-@functools.lru_cache(maxsize=FILES_KEPT)
-def _read(
+@functools.lru_cache(maxsize=MAX_FILES_KEPT)
+def _read_file(
     task: PublishedTask, file: str, path: Path | None, _mtime_ns: int, _size: int
 ) -> Questions:
     """Read a file in a data folder or, without a path, on the hub.
 
-    The time and the size are only part of the cache's key, so that a changed file is read again.
+    The file's time and size are only part of the cache's key, so that a changed file is read again.
     """
     rows: Iterable[tuple[int, Row]]
     if path is None:
-        rows = enumerate(task._hub_rows(file), start=1)
+        rows = enumerate(task._read_hub_rows(file), start=1)
         names = [task.repository, task.config, file]
         source = " ".join(name for name in names if name) + ", row"
     else:
@@ -257,7 +265,7 @@ def _warn_of_skipped(first_line: str, skipped: Mapping[str, str], num_questions:
         raise TaskError(f"{first_line}: {reason}, and no other row is usable")
     num_rows = len(skipped) + num_questions
     logger.warning(
-        "%s: %s; such rows are skipped: %d of %d", first_line, reason, len(skipped), num_rows
+        "%s: %s; rows like this are skipped: %d of %d", first_line, reason, len(skipped), num_rows
     )
 
 
@@ -287,7 +295,7 @@ def find_file(folder: Path, stem: str) -> Path | None:
 def _files_named(folder: Path, pattern: str) -> list[Path]:
     """Return the question files in a folder whose names, without the endings, match a pattern."""
     files: list[Path] = []
-    for ending in FILE_NAMES:
+    for ending in FILE_ENDINGS:
         files += sorted(folder.glob(pattern + ending))
     return files
 
@@ -316,16 +324,17 @@ _CLASSES: dict[str, type] = {
 }
 
 
-def tasks_in(table: str) -> list[PublishedTask]:
-    """Return the tasks of a table in the format of `sets.yaml`."""
+def read_tasks(table: str) -> list[PublishedTask]:
+    """Make the tasks of a table in the format of `sets.yaml`."""
     rows = yaml.load(table, Loader=Loader).items()
-    return [PublishedTask(name=name, **_fields(row)) for name, row in rows]
+    return [PublishedTask(name=name, **_make_arguments(row)) for name, row in rows]
 
 
-def _fields(row: Mapping[str, Any]) -> dict[str, Any]:
+def _make_arguments(row: Mapping[str, Any]) -> dict[str, Any]:
     """Turn a row of the table, or a mapping in it, into keyword arguments.
 
-    Lists become tuples, names become the objects, and mappings become objects of their classes.
+    Lists become tuples, names become the objects that they name, and mappings become objects of the
+    classes in `_CLASSES`.
     """
     fields = dict(row)
     for key, value in row.items():
@@ -334,9 +343,9 @@ def _fields(row: Mapping[str, Any]) -> dict[str, Any]:
         elif isinstance(value, str) and key in _OBJECT_FIELDS:
             fields[key] = _OBJECTS[value]
         elif isinstance(value, dict) and key in _CLASSES:
-            fields[key] = _CLASSES[key](**_fields(value))
+            fields[key] = _CLASSES[key](**_make_arguments(value))
     return fields
 
 
-for _task in tasks_in(SETS.read_text(encoding="utf-8")):
+for _task in read_tasks(SETS.read_text(encoding="utf-8")):
     register(_task)

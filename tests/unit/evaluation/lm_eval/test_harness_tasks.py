@@ -86,7 +86,7 @@ def test_a_limit_draws_questions_and_any_of_several_right_options_counts(base, t
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"output_type": "loglikelihood_rolling"}, "asks for loglikelihood_rolling"),
+        ({"output_type": "loglikelihood_rolling"}, "is of kind loglikelihood_rolling"),
         ({"unsafe_code": True}, "runs code"),
     ],
 )
