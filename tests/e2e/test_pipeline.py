@@ -64,7 +64,7 @@ def quick_report(monkeypatch: pytest.MonkeyPatch) -> None:
         return pages
 
     monkeypatch.setattr(reporting, "report", report)
-    monkeypatch.setattr(reporting, "figures_of", lambda page: [])
+    monkeypatch.setattr(reporting, "list_pictures", lambda page: [])
 
 
 @pytest.fixture

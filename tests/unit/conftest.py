@@ -59,11 +59,11 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
         warnings.simplefilter("ignore")
         import datasets
     monkeypatch.setattr(published, "_thinned", {})
-    published._read.cache_clear()
+    published._read_file.cache_clear()
     fake = FakeHub(datasets.load_dataset)
     monkeypatch.setattr(datasets, "load_dataset", fake.load_dataset)
     yield fake
-    published._read.cache_clear()
+    published._read_file.cache_clear()
 
 
 @pytest.fixture(scope="session")

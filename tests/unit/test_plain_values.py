@@ -107,5 +107,5 @@ def test_targets_in_a_file_train_the_same_routers_and_fit_one_model_only(
 
 
 def test_results_that_were_not_written_have_no_report():
-    with pytest.raises(ConfigError, match="weren't written; give evaluate"):
+    with pytest.raises(ConfigError, match="weren't written to a folder; call evaluate"):
         drllm.report(Results())

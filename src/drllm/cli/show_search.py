@@ -17,7 +17,7 @@ from drllm.records.codec import read_json_lines
 from drllm.records.manifest import read_manifest
 from drllm.records.search import FailedQuestion, SearchRecord, TriedPath, read_search
 from drllm.records.supervision import RejectedQuestion, read_supervision, rejected_path
-from drllm.reporting.numbers import count, of_total, percent, plain
+from drllm.reporting.numbers import count, count_with_share, percent, plain
 from drllm.search import count_kept_batches
 from drllm.supervision.rules import survived
 from drllm.supervision.summary import KINDS, summarise
@@ -48,7 +48,7 @@ def _print_retest(paths: Sequence[TriedPath], terminal: Terminal) -> None:
     """Print how many paths were tested again, and how many of them survived."""
     num_retested = sum(1 for path in paths if path.retest is not None)
     num_survived = sum(1 for path in paths if survived(path))
-    survivors = of_total(num_survived, num_retested)
+    survivors = count_with_share(num_survived, num_retested)
     terminal.fact("re-test", f"{count(num_retested)} paths tested again, {survivors} survived")
 
 
@@ -60,7 +60,7 @@ def _print_executions(
     num_distinct = 0
     for record in records:
         num_distinct += distinct_executions([path.decisions for path in record.paths])
-    distinct = of_total(num_distinct, total)
+    distinct = count_with_share(num_distinct, total)
     terminal.fact("executions", f"{count(total)} in all paths, {distinct} distinct in a question")
 
 
@@ -96,7 +96,7 @@ def _print_counts(summary: Mapping[str, Any], terminal: Terminal) -> None:
     columns = ["task", "questions", "base right", *KINDS, *target_columns]
     rows = []
     for task, counts in _list_counts(summary).items():
-        base_right = of_total(counts["base_correct"], counts["questions"])
+        base_right = count_with_share(counts["base_correct"], counts["questions"])
         cells = [task, count(counts["questions"]), base_right]
         for kind in KINDS:
             before = count(counts[f"{kind}_before_retest"])
@@ -154,7 +154,7 @@ def print_targets_file(output: Path, summary: Mapping[str, Any], terminal: Termi
 def print_supervision(summary: Mapping[str, Any], terminal: Terminal) -> None:
     """Print the summary in the manifest of targets; older manifests lack some of its values."""
     _print_counts(summary, terminal)
-    targets = of_total(summary["targets"], summary["questions"])
+    targets = count_with_share(summary["targets"], summary["questions"])
     executions = summary.get("executions")
     if executions is not None:
         targets += f", {plain(executions, 2)} executions on average"

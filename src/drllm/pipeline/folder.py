@@ -438,7 +438,7 @@ class RunFolder:
         return Stage(made_from, self._run_report)
 
     def _run_report(self) -> list[Path]:
-        from drllm.reporting.stage import figures_of, report
+        from drllm.reporting.stage import list_pictures, report
 
         page, text = report(self.folder, listener=self.listener)
-        return [page, text, *figures_of(page)]
+        return [page, text, *list_pictures(page)]

@@ -31,7 +31,7 @@ class Retest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     def __post_init__(self) -> None:
         if not 0 <= self.passed <= self.asked:
-            raise ValueError(f"'passed' is {self.passed}; expected 0 to 'asked', {self.asked}")
+            raise ValueError(f"'passed' is {self.passed} of {self.asked} 'asked' variants")
         if self.survived and self.asked and self.passed * 2 <= self.asked:
             raise ValueError(f"'survived' is true, but {self.passed} of {self.asked} were passed")
 

@@ -14,7 +14,7 @@ from drllm.reporting.numbers import NONE
 
 
 class Listing(msgspec.Struct, frozen=True):
-    """A list of lines. It is numbered if `codes` has a command for each line."""
+    """A list of lines. If there are `codes`, it has numbers, and each line has a command."""
 
     lines: Sequence[str]
     codes: Sequence[str] = ()
@@ -50,9 +50,15 @@ class Tiles(msgspec.Struct, frozen=True):
 class Table(msgspec.Struct, frozen=True, kw_only=True):
     """A table of texts; the first cell of each row is the row's name.
 
-    The columns whose numbers are in `word_columns` hold words and are left-aligned; all others hold
-    numbers. The row with the name `bold` stands out. `same` lists the columns that were left out
-    because every row has the same value there.
+    Attributes:
+        caption: What the table shows.
+        header: The names of the columns.
+        rows: The cells of each row.
+        word_columns: The indices of the columns that hold words, which are left-aligned. All other
+            columns hold numbers, which are right-aligned.
+        bold: The name of the row that stands out; empty if none does.
+        same: The columns that were left out because every row has the same value there, with this
+            value; empty if there are none.
     """
 
     caption: str
@@ -84,7 +90,7 @@ class Table(msgspec.Struct, frozen=True, kw_only=True):
             bold: Name of the row that stands out.
         """
         names = header.split("|")
-        shown = [0]
+        shown_columns = [0]
         same: list[str] = []
         for column in range(1, len(names)):
             values = {row[column] for row in rows}
@@ -93,19 +99,18 @@ class Table(msgspec.Struct, frozen=True, kw_only=True):
             if len(values) == 1 and len(rows) > 1:
                 same.append(f"{names[column]} {rows[0][column]}")
             else:
-                shown.append(column)
-        word_names = {names[0], *word_columns.split("|")}
+                shown_columns.append(column)
+        shown_names = [names[column] for column in shown_columns]
         shown_rows: list[list[str]] = []
         for row in rows:
-            cells = [row[column] for column in shown]
+            cells = [row[column] for column in shown_columns]
             shown_rows.append(cells)
+        word_names = {names[0], *word_columns.split("|")}
         return cls(
             caption=caption,
-            header=[names[column] for column in shown],
+            header=shown_names,
             rows=shown_rows,
-            word_columns=[
-                place for place, column in enumerate(shown) if names[column] in word_names
-            ],
+            word_columns=[index for index, name in enumerate(shown_names) if name in word_names],
             bold=bold,
             same="; ".join(same),
         )
@@ -148,7 +153,14 @@ class Section(msgspec.Struct, frozen=True):
 
 
 class Document(msgspec.Struct, frozen=True):
-    """A whole report: a title, a line about the report, the blocks at the top, and the sections."""
+    """A whole report.
+
+    Attributes:
+        title: The title.
+        about: A line below the title, with the date and the questions; it may be empty.
+        first: The blocks at the top, before the sections.
+        sections: The sections in order.
+    """
 
     title: str
     about: str

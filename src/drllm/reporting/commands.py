@@ -1,4 +1,4 @@
-"""Writes commands that the reader can paste, from the settings in the files of a run."""
+"""Writes commands that a report's reader can paste, from the settings in the files of a run."""
 
 import json
 import shlex
@@ -12,15 +12,15 @@ from drllm.config.fields import Settings, to_flag
 RUNTIME = ("dtype", "device", "attn_implementation")
 """The settings of `ModelConfig` that say how a base model ran."""
 SETTINGS_FILE = "drllm-settings.yaml"
-"""The file for settings by task, which have no flags."""
+"""The file that a command writes for settings by task, since these settings have no flags."""
 ALWAYS_WRITTEN = ("tasks", "dataset")
 """Settings that are written into a command even if they have their default value."""
 
 
 def find_runtime(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the settings with which the model ran.
+    """Return the device, the precision and similar settings with which the model ran.
 
-    The manifest of a search has them in its plan.
+    Most manifests have them as `runtime`; the manifest of a search has them in its plan.
     """
     plan = manifest.get("plan") or {}
     runtime = manifest.get("runtime") or plan.get("runtime")
@@ -32,23 +32,23 @@ def evaluate_command(manifest: Mapping[str, Any], **changes: Any) -> str:
 
     Args:
         manifest: The result, as plain values.
-        changes: Other values for settings of `EvaluateConfig` or for flags (`output_dir`).
+        changes: Values to use instead, for settings of `EvaluateConfig` or flags (`output_dir`).
     """
     values = _model_values(manifest)
     values["routers"] = manifest.get("routers")
-    values |= _changed_settings(EvaluateConfig, manifest.get("config") or {})
+    values |= _list_changed_settings(EvaluateConfig, manifest.get("config") or {})
     return write_command("evaluate", values | changes)
 
 
 def search_command(manifest: Mapping[str, Any], **changes: Any) -> str:
     """Write the command that searches with the settings in a search's manifest."""
-    settings = _changed_settings(SearchConfig, manifest.get("config") or {})
+    settings = _list_changed_settings(SearchConfig, manifest.get("config") or {})
     return write_command("search", _model_values(manifest) | settings | changes)
 
 
 def supervise_command(manifest: Mapping[str, Any], **changes: Any) -> str:
     """Write the command that makes targets with the settings in the manifest of targets."""
-    settings = _changed_settings(SuperviseConfig, manifest.get("config") or {})
+    settings = _list_changed_settings(SuperviseConfig, manifest.get("config") or {})
     return write_command("supervise", settings | changes)
 
 
@@ -56,7 +56,7 @@ def train_command(router_config: Mapping[str, Any], **changes: Any) -> str:
     """Write the command that trains with the settings in the config of routers."""
     values = {"model": router_config.get("base_model") or None}
     training = router_config.get("training") or {}
-    settings = _changed_settings(TrainConfig, training.get("settings") or {})
+    settings = _list_changed_settings(TrainConfig, training.get("settings") or {})
     return write_command("train", values | settings | changes)
 
 
@@ -66,8 +66,13 @@ def _model_values(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {"model": model.get("id") or None, **{name: runtime.get(name) for name in RUNTIME}}
 
 
-def _changed_settings(group: type[Settings], config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that differ from their default; ignore names of earlier versions."""
+def _list_changed_settings(group: type[Settings], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that a command must name, since they differ from their default.
+
+    Args:
+        group: The class of the settings.
+        config: The settings that were used. Settings that only earlier versions had are left out.
+    """
     values: dict[str, Any] = {}
     for setting in fields(group):
         value = config.get(setting.name, setting.default)
@@ -91,9 +96,14 @@ def _has_effect(group: type[Settings], name: str, values: Mapping[str, Any]) -> 
 
 
 def write_command(verb: str, values: Mapping[str, Any]) -> str:
-    """Write the command line of a verb from the values of its flags; leave out None.
+    """Write the command line of a verb.
 
-    Settings by task have no flags, so the command first writes them to a file.
+    Settings by task are mappings and have no flags. If there are any, the command first writes them
+    to `SETTINGS_FILE`.
+
+    Args:
+        verb: The verb, such as "evaluate".
+        values: Flag or setting → value. Flags with the value None are left out.
     """
     words = ["drllm", verb]
     by_task: dict[str, Any] = {}

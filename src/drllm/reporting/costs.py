@@ -17,8 +17,8 @@ COST_HEADER = (
     "K/V bytes a token"
 )
 COST_CAPTION = (
-    "Layers run a forward pass, counted; FLOPs of reading a prompt and bytes of K/V a token, "
-    "derived from the model's shape and the routes, not measured."
+    "The layers run in a forward pass are counted. The FLOPs of reading a prompt and the bytes of "
+    "K/V a token are derived from the model's shape and the routes, not measured."
 )
 
 
@@ -26,20 +26,21 @@ def costs_section(evaluations: Sequence[Evaluation], latency: Latency | None) ->
     """Build the section on the costs of all tasks' systems."""
     blocks: list[Block] = []
     if latency is None:
-        blocks.append("No time was measured; drllm evaluate --latency measures a routed model's.")
+        blocks.append("No time was measured; drllm evaluate --latency times a routed model.")
     else:
         blocks.append(_time_table(latency))
     rows: list[list[str]] = []
-    several = len(evaluations) > 1
+    has_several_tasks = len(evaluations) > 1
     for evaluation in evaluations:
         for system in evaluation.systems:
-            name = f"{evaluation.task}: {system.name}" if several else system.name
+            name = f"{evaluation.task}: {system.name}" if has_several_tasks else system.name
             rows.append([name, *_cost_cells(system, evaluation.num_layers)])
     blocks.append(Table.from_rows(COST_CAPTION, COST_HEADER, rows, bold=ROUTED))
     return Section("Cost", blocks, folded=True)
 
 
 def _time_table(latency: Latency) -> Table:
+    """Build the table of measured times: a row for each phase and batch size."""
     runtime = latency.runtime
     timings = latency.measured
     threads = ""
@@ -71,6 +72,7 @@ def _time_table(latency: Latency) -> Table:
 
 
 def _cost_cells(system: System, num_layers: int) -> list[str]:
+    """Return the cells of a system for `COST_HEADER`, without the first."""
     flops = system.prompt_flops
     kv_bytes = None
     if system.kv_bytes_per_token is not None:

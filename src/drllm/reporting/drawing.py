@@ -1,4 +1,4 @@
-"""The style of a report's drawings, functions that help to draw them, and output as SVG and PNG.
+"""The style of a report's drawings, helpers to draw them, and their output as SVG and PNG.
 
 matplotlib draws without pyplot, so nothing global changes. In an `<svg>` element, colours are CSS
 variables that follow the page's light or dark scheme, and texts have the page's font. A PNG has the
@@ -32,7 +32,7 @@ _STYLE = (Path(__file__).parent / "templates" / "style.css").read_text(encoding=
 LIGHT: Colours = {name: re.findall(rf"--{name}: (#\w{{6}});", _STYLE)[0] for name in NAMES}
 """Name of a colour → its value in the page's light scheme, for PNGs."""
 VARIABLES: Colours = {name: "#" + 3 * f"{number:02x}" for number, name in enumerate(NAMES, start=1)}
-"""Name of a CSS variable → the colour that stands for it while matplotlib draws."""
+"""Name of a CSS variable → the colour that stands for it while matplotlib draws: #010101, …"""
 _INK = (
     "text.color",
     "axes.labelcolor",
@@ -55,11 +55,11 @@ def draw_svg(draw: Draw, name: str, width: float = NARROW) -> str:
     with matplotlib.rc_context(_style(VARIABLES) | {"svg.hashsalt": name}):
         figure = _lay_out(draw(VARIABLES, width))
         figure.savefig(file, format="svg", metadata={"Date": None})
-    return _without_foreign_parts(file.getvalue())
+    return _remove_foreign_parts(file.getvalue())
 
 
-def _without_foreign_parts(text: str) -> str:
-    """Remove the parts of matplotlib's SVG that disturb a page; make its colours CSS variables.
+def _remove_foreign_parts(text: str) -> str:
+    """Remove the parts of an SVG of matplotlib that disturb a page; use CSS variables as colours.
 
     The removed parts are the file header, the metadata with addresses, a style for the whole page,
     the fixed size, duplicate ids, and fonts.
@@ -87,13 +87,14 @@ def draw_png(draw: Draw, width: float = NARROW) -> bytes:
 
 
 def _lay_out(figure: Figure) -> Figure:
-    """Place the panels now; otherwise saving would draw everything twice."""
+    """Give the panels their final places, so that saving the figure draws everything only once."""
     engine = figure.get_layout_engine()
     assert engine is not None
     engine.execute(figure)
     figure.set_layout_engine("none")
     for axes in figure.axes:
-        # The last bits of bounds depend on memory addresses, and names in the file on these bits.
+        # Without rounding, two drawings of the same figure would differ: the last bits of the
+        # bounds depend on memory addresses, and ids in the file depend on these bits.
         bounds = axes.get_position(original=True).bounds
         left, bottom, width, height = (round(value, 6) for value in bounds)
         axes.set_position((left, bottom, width, height))
@@ -119,7 +120,10 @@ def _style(colours: Colours) -> dict[Any, Any]:
 def make_panels(
     rows: int, columns: int, width: float, height: float, **options: Any
 ) -> tuple[Figure, list[Axes]]:
-    """Make a figure with this size in inches; return the figure and its panels row by row."""
+    """Make a figure with this size in inches; return the figure and its panels row by row.
+
+    The options are passed to `Figure.subplots`.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -144,12 +148,16 @@ def use_whole_numbers(axes: Axes) -> None:
 
 
 def spread_apart(places: Sequence[float], least: float) -> list[float]:
-    """Move places up and down until neighbours are `least` apart, up to rounding."""
+    """Return the places, moved up and down until neighbours are `least` apart, up to rounding.
+
+    Each step pushes two neighbours that are too close away from each other.
+    """
     order = sorted(range(len(places)), key=places.__getitem__)
     moved = list(places)
     for _ in range(20 * len(places) ** 2):
         for below, above in itertools.pairwise(order):
-            push = max(0.0, least - (moved[above] - moved[below])) / 2
+            distance = moved[above] - moved[below]
+            push = max(0.0, least - distance) / 2
             moved[below] -= push
             moved[above] += push
     return moved

@@ -1,7 +1,8 @@
 """The sections of a report on an evaluation: key figures, plot, systems, routes and questions.
 
-Every claim is a finding of the evaluation or the label of a verdict. Nothing is judged here, and
-nothing derived is called measured. `describe_times` is for `drllm show`. Axes: L layers.
+Every claim is a finding of the evaluation or the label of a verdict; nothing is judged here. Values
+that are derived, not measured, aren't called measured. `describe_times` is for `drllm show`. Axes:
+L layers.
 """
 
 from collections.abc import Sequence
@@ -29,7 +30,10 @@ from drllm.supervision.summary import class_counts
 
 LONGEST = 120  # characters; longer questions and answers are cut off
 ROWS = 5
-"""Number of questions shown of each kind. They are the first ones, so that nobody picks them."""
+"""Maximum number of won and of lost questions that are shown.
+
+They are the first in the file, so that nobody chooses them.
+"""
 
 
 def build_tiles(evaluation: results.Evaluation, latency: results.Latency | None) -> Tiles:
@@ -39,19 +43,20 @@ def build_tiles(evaluation: results.Evaluation, latency: results.Latency | None)
         return Tiles([build_time_tile(latency)])
     name = evaluation.name_in_sentence(compared)
     score = evaluation.score if evaluation.is_graded else "Accuracy"
-    before = f"base {percent(evaluation.base.accuracy)}, {name} {percent(compared.accuracy)}"
-    accuracy = compared.against_base.accuracy
+    title = f"{score}, {name} minus base"
+    note = f"base {percent(evaluation.base.accuracy)}, {name} {percent(compared.accuracy)}"
     tiles = [
-        _saved_tile(evaluation, compared),
-        _difference_tile(f"{score}, {name} minus base", accuracy, "points", before),
+        _build_saved_tile(evaluation, compared),
+        _build_difference_tile(title, compared.against_base.accuracy, "points", note),
     ]
     loss = compared.against_base.text_loss
     if loss is not None:
+        title = f"Next-token loss, {name} minus base"
         note = "nats a token; less is better"
-        tiles.append(_difference_tile(f"Next-token loss, {name} minus base", loss, "nats", note))
+        tiles.append(_build_difference_tile(title, loss, "nats", note))
     best = find_most_accurate(evaluation)
     if best is not None and best is not compared:
-        tiles.append(_most_accurate_tile(evaluation, best))
+        tiles.append(_build_most_accurate_tile(evaluation, best))
     tiles.append(build_time_tile(latency))
     return Tiles(tiles)
 
@@ -69,20 +74,22 @@ def find_most_accurate(evaluation: results.Evaluation) -> results.System | None:
     return max(cheaper, key=lambda system: (system.accuracy, -system.executions), default=None)
 
 
-def _saved_tile(evaluation: results.Evaluation, system: results.System) -> Tile:
+def _build_saved_tile(evaluation: results.Evaluation, system: results.System) -> Tile:
     saved = share_saved(system.executions, evaluation.num_layers)
     title = "Layers saved" if saved >= 0 else "More layers run"
-    run = f"{plain(system.executions, 2)} of {evaluation.num_layers} run a forward pass"
-    return Tile(title, percent(abs(saved)), run)
+    note = f"{plain(system.executions, 2)} of {evaluation.num_layers} run a forward pass"
+    return Tile(title, percent(abs(saved)), note)
 
 
-def _most_accurate_tile(evaluation: results.Evaluation, system: results.System) -> Tile:
+def _build_most_accurate_tile(evaluation: results.Evaluation, system: results.System) -> Tile:
     title = f"Most accurate that saves layers: {evaluation.name_in_sentence(system)}"
-    run = f"{plain(system.executions, 2)} of {evaluation.num_layers} run"
-    return Tile(title, percent(system.accuracy), f"{run}; base {percent(evaluation.base.accuracy)}")
+    layers = f"{plain(system.executions, 2)} of {evaluation.num_layers} run"
+    note = f"{layers}; base {percent(evaluation.base.accuracy)}"
+    return Tile(title, percent(system.accuracy), note)
 
 
-def _difference_tile(title: str, verdict: Verdict, unit: str, note: str) -> Tile:
+def _build_difference_tile(title: str, verdict: Verdict, unit: str, note: str) -> Tile:
+    """Build the tile of a difference, with its verdict and interval; the note comes last."""
     low, high = (verdict.write(end) for end in verdict.interval)
     value = f"{verdict.write(verdict.mean)} {unit}"
     return Tile(title, value, f"95 % interval {low} to {high}; {note}", verdict.label)
@@ -91,43 +98,48 @@ def _difference_tile(title: str, verdict: Verdict, unit: str, note: str) -> Tile
 def build_sections(run: Run, evaluation: results.Result) -> list[Section]:
     """Build the sections with the plot, the systems, limits on the loss, routes and answers."""
     parts = [
-        Section("Accuracy over layers run", [_plot(evaluation)]),
-        Section("Systems", _systems(evaluation)),
+        Section("Accuracy over layers run", [_build_accuracy_figure(evaluation)]),
+        Section("Systems", _build_systems_blocks(evaluation)),
     ]
     if evaluation.drop_test is not None:
-        parts.append(Section("Limits on the loss", _drop_test(evaluation.drop_test)))
+        parts.append(Section("Limits on the loss", _build_drop_test_blocks(evaluation.drop_test)))
     routes = evaluation.routes()
     if routes:
-        parts.append(Section("Routes by layer", [_routes(run, routes)]))
+        parts.append(Section("Routes by layer", [_build_routes_figure(run, routes)]))
     both = {results.BASE, results.ROUTED}
     samples = [sample for sample in evaluation.samples if both <= sample.systems.keys()]
     if samples:
-        parts.append(Section("Questions won and lost", _changed(evaluation, samples)))
+        parts.append(
+            Section("Questions won and lost", _build_won_and_lost_blocks(evaluation, samples))
+        )
     return parts
 
 
-def _systems(evaluation: results.Evaluation) -> list[Block]:
-    """Return the table of systems, and all findings that aren't in another section."""
+def _build_systems_blocks(evaluation: results.Evaluation) -> list[Block]:
+    """Build the table of systems, and a list of all findings that aren't elsewhere in the report.
+
+    The main findings are at the top, and the sentence on the limits has its own section.
+    """
     blocks: list[Block] = [results_table(evaluation)]
     drop_test = evaluation.drop_test
     drop_sentence = drop_test.sentence() if drop_test else None
-    further = evaluation.findings[len(evaluation.verdict) :]
-    lines = [finding for finding in further if finding != drop_sentence]
+    num_main = len(evaluation.verdict)
+    lines = [finding for finding in evaluation.findings[num_main:] if finding != drop_sentence]
     lines += evaluation.notes
     if lines:
         blocks.append(Listing(lines))
     return blocks
 
 
-def _drop_test(drop_test: DropTest) -> list[Block]:
-    """Return a sentence on whether a loss is excluded, and a list of all trials."""
-    trials = [f"{trial.name}: {trial.reason() or 'passes'}." for trial in drop_test.trials]
+def _build_drop_test_blocks(drop_test: DropTest) -> list[Block]:
+    """Build a sentence on whether a loss is excluded, and a list of all trials."""
+    lines = [f"{trial.name}: {trial.reason() or 'passes'}." for trial in drop_test.trials]
     if drop_test.untested:
-        trials.append(f"Not tested after a failure: {', '.join(drop_test.untested)}.")
-    return [drop_test.sentence(), Listing(trials)]
+        lines.append(f"Not tested after a failure: {', '.join(drop_test.untested)}.")
+    return [drop_test.sentence(), Listing(lines)]
 
 
-def _plot(evaluation: results.Evaluation) -> Figure:
+def _build_accuracy_figure(evaluation: results.Evaluation) -> Figure:
     points = ", ".join(
         f"{system.name} {percent(system.accuracy)} at {plain(system.executions, 2)}"
         for system in evaluation.systems
@@ -179,8 +191,8 @@ def compare_side_by_side(
     return Section(f"{what.capitalize()}s compared", [compared_table(what, rows, caption)])
 
 
-def _shares(rows: Sequence[Decisions]) -> list[list[float]]:
-    """Return how often each layer is skipped, executed and repeated, as shares `[L][3]`."""
+def _compute_shares(rows: Sequence[Decisions]) -> list[list[float]]:
+    """Return the share of rows that skip, execute and repeat each layer: `[L][3]`."""
     shares: list[list[float]] = []
     for layer_counts in class_counts(rows):
         layer_shares = [number / len(rows) for number in layer_counts]
@@ -188,19 +200,20 @@ def _shares(rows: Sequence[Decisions]) -> list[list[float]]:
     return shares
 
 
-def _routes(run: Run, routes: Sequence[Decisions]) -> Figure:
-    shares = _shares(routes)
+def _build_routes_figure(run: Run, routes: Sequence[Decisions]) -> Figure:
+    """Build the figure of the routed model's decisions by layer, beside the targets' decisions."""
+    shares = _compute_shares(routes)
     targets = [record.optimal_layer_config for record in run.supervision]
-    target_shares = _shares(targets) if targets else None
-    skips = {layer: share[Decision.SKIP] for layer, share in enumerate(shares)}
-    most_skipped = sorted(skips, key=lambda layer: -skips[layer])[:3]
+    target_shares = _compute_shares(targets) if targets else None
+    skips = [layer_shares[Decision.SKIP] for layer_shares in shares]
+    most_skipped = sorted(range(len(skips)), key=lambda layer: -skips[layer])[:3]
     skipped = ", ".join(f"{layer} ({percent(skips[layer], 0)})" for layer in most_skipped)
     num_distinct = len(set(routes))
     noun = "route" if num_distinct == 1 else "routes"
     mean = sum(num_executions(route) for route in routes) / len(routes)
     caption = (
-        f"{count(num_distinct)} distinct {noun} on "
-        f"{count(len(routes))} questions, {plain(mean, 2)} layers run on average."
+        f"{count(num_distinct)} distinct {noun} on {count(len(routes))} questions, "
+        f"{plain(mean, 2)} layers run on average."
     )
     if targets:
         caption += " Strokes are what the routers were trained for."
@@ -213,16 +226,18 @@ def _routes(run: Run, routes: Sequence[Decisions]) -> Figure:
     )
 
 
-def _change(sample: results.Sample) -> float:
-    """Return how routing changes a question's grade: above 0 it is won, below 0 it is lost."""
+def _grade_change(sample: results.Sample) -> float:
+    """Return how routing changes the grade of a question: above 0 it is won, below 0 it is lost."""
     return sample.systems[results.ROUTED].correct - sample.systems[results.BASE].correct
 
 
-def _changed(evaluation: results.Result, samples: Sequence[results.Sample]) -> list[Block]:
+def _build_won_and_lost_blocks(
+    evaluation: results.Result, samples: Sequence[results.Sample]
+) -> list[Block]:
     """Say how many questions change with routing, and list the first of them in a table."""
-    won = [sample for sample in samples if _change(sample) > 0]
-    lost = [sample for sample in samples if _change(sample) < 0]
-    same = [sample for sample in samples if _change(sample) == 0]
+    won = [sample for sample in samples if _grade_change(sample) > 0]
+    lost = [sample for sample in samples if _grade_change(sample) < 0]
+    same = [sample for sample in samples if _grade_change(sample) == 0]
     if evaluation.is_graded:
         unchanged = f"{count(len(same))} keep their grade"
     else:
@@ -235,41 +250,49 @@ def _changed(evaluation: results.Result, samples: Sequence[results.Sample]) -> l
     first_samples = [*won[:ROWS], *lost[:ROWS]]
     if not first_samples:
         return [summary]
-    caption = f"The first {ROWS} of each at most."
+    caption = f"The first questions won and lost, at most {ROWS} of each."
     num_others = len(won) + len(lost) - len(first_samples)
     if num_others:
         caption += f" The others ({count(num_others)}) are in eval/samples.jsonl."
-    header = "question|with routing|right answer|base|routed"
     words = "with routing|right answer|base|routed"
-    rows = [_changed_row(sample) for sample in first_samples]
+    header = f"question|{words}"
+    rows = [_build_changed_row(sample) for sample in first_samples]
     return [summary, Table.from_rows(caption, header, rows, words)]
 
 
-def _changed_row(sample: results.Sample) -> list[str]:
+def _build_changed_row(sample: results.Sample) -> list[str]:
     return [
         _shorten(sample.question),
-        "won" if _change(sample) > 0 else "lost",
+        "won" if _grade_change(sample) > 0 else "lost",
         NONE if sample.gold is None else _shorten(sample.choices[sample.gold]),
-        _answer(sample, results.BASE),
-        _answer(sample, results.ROUTED),
+        _describe_answer(sample, results.BASE),
+        _describe_answer(sample, results.ROUTED),
     ]
 
 
-def _answer(sample: results.Sample, system: str) -> str:
-    """Return the answer of a system, with its grade if it is neither right nor wrong."""
+def _describe_answer(sample: results.Sample, system: str) -> str:
+    """Write the answer of a system; if the answer isn't known, write its grade.
+
+    An answer that is neither right nor wrong has its grade in brackets.
+    """
     outcome = sample.systems[system]
-    grade = ""
-    if 0 < outcome.correct < 1:
-        grade = f"graded {plain(outcome.correct, 2)}"
+    grade = _write_grade(outcome.correct)
     if outcome.answer is None:
-        if grade:
-            return grade
-        return "right" if outcome.correct >= 1 else "wrong"
+        return grade
     text = outcome.answer
     if isinstance(text, int):
         text = sample.choices[text]
     answer = _shorten(text) or "nothing"
-    return f"{answer} ({grade})" if grade else answer
+    is_between = 0 < outcome.correct < 1
+    return f"{answer} ({grade})" if is_between else answer
+
+
+def _write_grade(grade: float) -> str:
+    if grade >= 1:
+        return "right"
+    if grade <= 0:
+        return "wrong"
+    return f"graded {plain(grade, 2)}"
 
 
 def _shorten(text: str) -> str:
@@ -285,14 +308,15 @@ def build_time_tile(latency: results.Latency | None) -> Tile:
     if latency is None:
         return Tile("Measured time", "not measured", "evaluate --latency measures it")
     timings = latency.measured
-    by_place = timings.judge()
-    labels = list(by_place.values())
-    value = max(labels, key=labels.count)
+    verdicts = timings.judge()
+    labels = list(verdicts.values())
+    value = max(labels, key=labels.count)  # the most frequent verdict
     if labels.count(value) < len(labels):
         value = f"{value} in {labels.count(value)} of {len(labels)}"
-    ratios = [
-        median(timings.compute_ratios(results.ROUTED, results.BASE, *place)) for place in by_place
-    ]
+    ratios: list[float] = []
+    for phase, size in verdicts:
+        round_ratios = timings.compute_ratios(results.ROUTED, results.BASE, phase, size)
+        ratios.append(median(round_ratios))
     note = f"{plain(min(ratios), 2)} to {plain(max(ratios), 2)} times base's, by phase and batch"
     return Tile("Measured time", value, note)
 

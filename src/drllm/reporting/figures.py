@@ -33,12 +33,14 @@ LINE = 0.15  # inches; height of a label's line
 MARGIN = 0.6  # inches; room for the labels of an axis
 STATIC = "static paths"
 LOOKS = {BASE: ("s0", "o"), ROUTED: ("s1", "o"), PERMUTED: ("s2", "s"), STATIC: ("s3", "^")}
-"""The colour and marker of the systems that stand out."""
+"""The colour and marker of the curves that stand out."""
 OTHER_LOOK = ("faint", "D")
 
 Curves: TypeAlias = Mapping[str, Sequence[System | Point]]
-Scores: TypeAlias = Mapping[str, float | None]
+"""The name of a system, or `STATIC` → its points, from the fewest executions to the most."""
+Scores: TypeAlias = Mapping[str, float | None]  # metric → value
 Shares: TypeAlias = Sequence[Sequence[float]]
+"""`[L][3]`: how often each layer is skipped, executed and repeated."""
 
 
 def group_curves(evaluation: Evaluation) -> dict[str, list[System | Point]]:
@@ -64,29 +66,29 @@ def group_curves(evaluation: Evaluation) -> dict[str, list[System | Point]]:
 def draw_accuracy(evaluation: Evaluation, colours: Colours, width: float) -> Figure:
     """Draw the accuracy of every system over the layers it runs.
 
-    A line joins the name of a system to its first point. Base and the main system have intervals. A
-    system at several depths is a line. The static paths are a line too, and have their own names
-    where there is room.
+    A system at several depths is a curve, and the static paths are a curve too. The labels of the
+    curves are left of all points, and a line joins each label to the curve's first point. Base and
+    the main curve have intervals. Static paths have their own names where there is room.
     """
     curves = group_curves(evaluation)
     main = STATIC if evaluation.paths and evaluation.routed is None else ROUTED
-    named = {name: points for name, points in curves.items() if name != BASE}
-    height = max(0.42 * width, 1.2 + LINE * 1.25 * len(named), 3.0)
+    styles = {name: _choose_style(name, main, colours) for name in curves}
+    labelled = {name: points for name, points in curves.items() if name != BASE}
+    height = max(0.42 * width, 1.2 + LINE * 1.25 * len(labelled), 3.0)
     figure, (axes,) = make_panels(1, 1, width, height)
-    layout = _lay_out(evaluation, curves, width, height)
+    layout = _compute_layout(evaluation, curves, width, height)
     axes.set_xlim(layout.left - layout.room, layout.right + 0.03 * layout.span)
     axes.set_ylim(layout.low, layout.high)
-    looks = {**LOOKS, main: LOOKS[ROUTED]}
     _draw_levels(axes, evaluation, layout, colours)
-    for name, points in named.items():
-        colour, marker = looks.get(name, OTHER_LOOK)
-        _draw_curve(axes, points, marker, colours[colour], name == main, name in looks)
-        ink = colours[colour if name in looks else "ink"]
-        _draw_label(axes, name, points[0], layout, ink, colours["grid"], name == main)
-    axes.plot(*_position(evaluation.base), "o", color=colours["s0"], ms=7, zorder=4)
+    for name, points in labelled.items():
+        _draw_curve(axes, points, styles[name])
+        _draw_label(axes, name, points[0], layout, styles[name], colours["grid"])
+    axes.plot(*_find_position(evaluation.base), "o", color=colours["s0"], ms=7, zorder=4)
     for name in (main, BASE):
-        _draw_intervals(axes, curves.get(name, ()), colours[looks[name][0]])
-    _name_static_paths(axes, evaluation, curves, layout, colours[looks[STATIC][0]])
+        if name in curves:
+            _draw_intervals(axes, curves[name], styles[name].colour)
+    if STATIC in curves:
+        _name_static_paths(axes, evaluation, curves[STATIC], layout, styles[STATIC].colour)
     _name_base(axes, evaluation, colours["s0"])
     ticks = [tick for tick in axes.get_xticks() if layout.has_tick(tick)]
     axes.set_xticks(ticks or [evaluation.num_layers])
@@ -97,17 +99,46 @@ def draw_accuracy(evaluation: Evaluation, colours: Colours, width: float) -> Fig
 
 
 @dataclass(frozen=True, slots=True)
-class _Layout:
-    """The places of points and labels: executions from left to right, percent from low to high."""
+class _Style:
+    """The look of a curve and its label."""
 
-    left: float  # fewest executions of any point
-    right: float
-    room: float  # width of the column of labels, left of all points
-    low: float
-    high: float
-    inches: float  # width of one execution
-    labels: Mapping[str, str]
-    label_heights: Mapping[str, float]
+    colour: str
+    marker: str
+    label_colour: str
+    stands_out: bool  # whether the curve has a colour of its own
+    is_main: bool  # whether it is the most important curve; at most one is
+
+
+def _choose_style(name: str, main: str, colours: Colours) -> _Style:
+    """Choose the style of a curve; `main` is the name of the main curve."""
+    colour, marker = LOOKS.get(name, OTHER_LOOK)
+    if name == main:
+        colour, marker = LOOKS[ROUTED]
+    stands_out = name in LOOKS
+    return _Style(
+        colour=colours[colour],
+        marker=marker,
+        label_colour=colours[colour] if stands_out else colours["ink"],
+        stands_out=stands_out,
+        is_main=name == main,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """The ranges of the axes and the places of the labels.
+
+    The horizontal axis has executions, and the vertical axis has percent.
+    """
+
+    left: float  # fewest executions of any point, or half an execution below the full path
+    right: float  # most executions of any point
+    room: float  # width of the column of labels, left of all points, in executions
+    low: float  # lowest percent of the panel
+    high: float  # highest percent of the panel
+    inches: float  # width of one execution in inches
+    labels: Mapping[str, str]  # name of a curve → its label
+    label_heights: Mapping[str, float]  # name of a curve → height of its label, in percent
 
     @property
     def span(self) -> float:
@@ -115,26 +146,29 @@ class _Layout:
         return self.right - self.left + self.room
 
     def has_tick(self, value: float) -> bool:
-        """Tell whether a tick is below the points instead of the labels."""
+        """Tell whether a tick is below the points; there are no ticks below the labels."""
         return self.left - 0.06 * (self.right - self.left) <= value <= self.right
 
 
-def _lay_out(evaluation: Evaluation, curves: Curves, width: float, height: float) -> _Layout:
+def _compute_layout(evaluation: Evaluation, curves: Curves, width: float, height: float) -> _Layout:
     """Find the ranges of both axes, and places for the labels."""
     points = list(itertools.chain.from_iterable(curves.values()))
     executions = [point.executions for point in points]
     left = min(evaluation.num_layers - 0.5, *executions)
     right = max(executions)
-    firsts = {name: curve[0] for name, curve in curves.items() if name != BASE}
-    labels = {name: _label(name, curves[name]) for name in firsts}
-    widest = max((len(label) for label in labels.values()), default=0)
-    share = min(0.6, (LETTER * widest + 0.3) / (width - MARGIN))
+    first_points = {name: curve[0] for name, curve in curves.items() if name != BASE}
+    labels = {name: _write_label(name, curves[name]) for name in first_points}
+    num_letters = max((len(label) for label in labels.values()), default=0)
+    # The labels take this share of the panel's width, and the points take what is left.
+    share = min(0.6, (LETTER * num_letters + 0.3) / (width - MARGIN))
     room = (right - left) * share / (1 - share)
     low, high = _find_accuracy_range(points, evaluation.chance)
+    accuracies = [100 * point.accuracy for point in first_points.values()]
     heights: list[float] = []
-    for _ in range(3):  # a line's height depends on the range, and the range on the lines
+    # The height of a line in percent depends on the range, and the range must hold all lines.
+    for _ in range(3):
         line = LINE * (high - low) / (height - MARGIN)
-        heights = spread_apart([100 * point.accuracy for point in firsts.values()], line)
+        heights = spread_apart(accuracies, line)
         low = min([low, *(place - line for place in heights)])
         high = max([high, *(place + line / 2 for place in heights)])
     return _Layout(
@@ -145,7 +179,7 @@ def _lay_out(evaluation: Evaluation, curves: Curves, width: float, height: float
         high=high,
         inches=(width - MARGIN) / (right - left + room),
         labels=labels,
-        label_heights=dict(zip(firsts, heights, strict=True)),
+        label_heights=dict(zip(first_points, heights, strict=True)),
     )
 
 
@@ -156,16 +190,21 @@ def _find_accuracy_range(points: Sequence[System | Point], chance: float) -> tup
         ends += [100 * end for end in point.interval]
     if chance > 0:
         ends.append(100 * chance)
-    space = 0.06 * (max(ends) - min(ends)) or 1.0
+    space = 0.06 * (max(ends) - min(ends))
+    if space == 0:
+        space = 1.0
     return max(min(ends) - space, -3.0), min(max(ends) + space, 103.0)
 
 
-def _label(name: str, points: Sequence[System | Point]) -> str:
-    """Return the label of a system; a system with a single point has its accuracy there."""
-    return f"{name}  {100 * points[0].accuracy:.1f} %" if len(points) == 1 else name
+def _write_label(name: str, points: Sequence[System | Point]) -> str:
+    """Write the label of a curve: its name and, if it has a single point, the accuracy."""
+    if len(points) > 1:
+        return name
+    return f"{name}  {100 * points[0].accuracy:.1f} %"
 
 
-def _position(point: System | Point) -> tuple[float, float]:
+def _find_position(point: System | Point) -> tuple[float, float]:
+    """Return the executions and the percent of a point."""
     return point.executions, 100 * point.accuracy
 
 
@@ -180,18 +219,17 @@ def _draw_levels(axes: Axes, evaluation: Evaluation, layout: _Layout, colours: C
         axes.annotate("chance", (layout.right, chance), (0, 2), color=colours["faint"], **offset)
 
 
-def _draw_curve(
-    axes: Axes,
-    points: Sequence[System | Point],
-    marker: str,
-    colour: str,
-    is_main: bool,
-    stands_out: bool,
-) -> None:
-    executions, accuracies = zip(*map(_position, points), strict=True)
-    size = 7 if is_main else 4.5
-    order = 2 + stands_out + is_main
-    axes.plot(executions, accuracies, f"{marker}-", color=colour, markersize=size, zorder=order)
+def _draw_curve(axes: Axes, points: Sequence[System | Point], style: _Style) -> None:
+    executions, accuracies = zip(*map(_find_position, points), strict=True)
+    order = 2  # curves with a higher number are drawn over the other curves
+    size = 4.5
+    if style.stands_out:
+        order = 3
+    if style.is_main:
+        order = 4
+        size = 7
+    look: dict[str, Any] = {"color": style.colour, "markersize": size, "zorder": order}
+    axes.plot(executions, accuracies, f"{style.marker}-", **look)
 
 
 def _draw_label(
@@ -199,18 +237,18 @@ def _draw_label(
     name: str,
     first: System | Point,
     layout: _Layout,
-    ink: str,
-    line: str,
-    is_main: bool,
+    style: _Style,
+    line_colour: str,
 ) -> None:
-    """Write the label of a system left of all points, with a line to the system's first point."""
-    place = layout.label_heights[name]
+    """Write the label of a curve left of all points, with a line to the curve's first point."""
+    height = layout.label_heights[name]
     edge = layout.left - 0.09 * layout.room
-    executions, accuracy = _position(first)
-    axes.plot([edge, executions], [place, accuracy], color=line, linewidth=0.8, zorder=1)
-    look: dict[str, Any] = {"fontweight": "bold" if is_main else "normal", "ha": "right"}
+    executions, accuracy = _find_position(first)
+    axes.plot([edge, executions], [height, accuracy], color=line_colour, linewidth=0.8, zorder=1)
+    weight = "bold" if style.is_main else "normal"
+    look: dict[str, Any] = {"fontweight": weight, "ha": "right", "va": "center"}
     text = layout.labels[name]
-    axes.text(edge - 0.015 * layout.room, place, text, color=ink, va="center", **look)
+    axes.text(edge - 0.015 * layout.room, height, text, color=style.label_colour, **look)
 
 
 def _draw_intervals(axes: Axes, points: Sequence[System | Point], colour: str) -> None:
@@ -220,22 +258,28 @@ def _draw_intervals(axes: Axes, points: Sequence[System | Point], colour: str) -
 
 
 def _name_static_paths(
-    axes: Axes, evaluation: Evaluation, curves: Curves, layout: _Layout, colour: str
+    axes: Axes,
+    evaluation: Evaluation,
+    points: Sequence[System | Point],
+    layout: _Layout,
+    colour: str,
 ) -> None:
-    """Name the static paths that are far enough from the next path."""
-    for point, next_point in itertools.pairwise(curves.get(STATIC, ())):
-        least = 1.2 if next_point is evaluation.base else 0.6
-        if (next_point.executions - point.executions) * layout.inches > least:
-            # The labels are left of the first point.
+    """Write the names of the static paths that are far enough from the next path."""
+    for point, next_point in itertools.pairwise(points):
+        # In inches; the name of base is left of its point and needs room too.
+        least_distance = 1.2 if next_point is evaluation.base else 0.6
+        distance = (next_point.executions - point.executions) * layout.inches
+        if distance > least_distance:
+            # The labels of the curves are left of the first point.
             align = "left" if point.executions == layout.left else "center"
             look: dict[str, Any] = {"color": colour, "ha": align, "textcoords": "offset points"}
-            axes.annotate(point.name, _position(point), (3, 5), **look)
+            axes.annotate(point.name, _find_position(point), (3, 5), **look)
 
 
 def _name_base(axes: Axes, evaluation: Evaluation, colour: str) -> None:
     label = f"base  {100 * evaluation.base.accuracy:.1f} %"
     look: dict[str, Any] = {"textcoords": "offset points", "ha": "right", "fontweight": "bold"}
-    axes.annotate(label, _position(evaluation.base), (-7, 5), color=colour, **look)
+    axes.annotate(label, _find_position(evaluation.base), (-7, 5), color=colour, **look)
 
 
 def draw_routes(routes: Shares, targets: Shares | None, colours: Colours, width: float) -> Figure:
@@ -296,9 +340,8 @@ def draw_kl(curve: Sequence[HealPoint], colours: Colours, width: float) -> Figur
     """Draw the KL on training texts and on held-out texts by the number of training tokens."""
     figure, (axes,) = make_panels(1, 1, width, 2.6)
     tokens = [point.tokens / 1000 for point in curve]
-    trained: list[Any] = [
-        point.train_kl for point in curve
-    ]  # None leaves a gap before the first step
+    # Before the first step, the KL on training texts is None, which leaves a gap.
+    trained: list[Any] = [point.train_kl for point in curve]
     held_out = [point.held_out_kl for point in curve]
     axes.plot(tokens, trained, "o:", label="training", color=colours["faint"], markersize=4)
     axes.plot(tokens, held_out, "o-", label="held out", color=colours["s1"], markersize=4)

@@ -26,7 +26,8 @@ from drllm.supervision.rules import MIN_SAVING
 Step: TypeAlias = tuple[str, str]  # (what to do, the command)
 
 MAX_STEPS = 5
-SIMILAR = 0.01  # share of the layers; a smaller difference of executions doesn't count
+SIMILAR = 0.01  # maximum difference of executions that counts as equal, as a share of the layers
+# Values that the commands use as examples.
 PROMPT = "Why is the sky blue?"
 DEPTHS = "0.02,0.05,0.1"
 ALLOWED_DROP = 2  # points of accuracy
@@ -66,7 +67,7 @@ def _step_before_evaluation(run: Run) -> Step:
 
 def _searched_tasks(run: Run) -> str | None:
     """Return the tasks of the targets as the value of a flag; None if no file names them."""
-    config = run.manifest_of(SEARCH_FILE).get("config") or {}
+    config = run.find_manifest(SEARCH_FILE).get("config") or {}
     if config.get("dataset"):
         return str(config["dataset"])
     training = run.router_config.get("training") or {}
@@ -75,6 +76,7 @@ def _searched_tasks(run: Run) -> str | None:
 
 
 def _suggest_for_task(run: Run, evaluation: Result) -> Iterator[Step]:
+    """Yield the steps for one task, the most urgent first."""
     system = evaluation.compared_system
     if system is None or system.against_base is None:
         yield _compare_step(run, evaluation)
@@ -82,19 +84,20 @@ def _suggest_for_task(run: Run, evaluation: Result) -> Iterator[Step]:
     accuracy = system.against_base.accuracy
     verdicts = (accuracy, system.against_base.text_loss)
     is_worse = any(verdict is not None and verdict.is_better is False for verdict in verdicts)
-    saves = share_saved(system.executions, evaluation.num_layers) > 0
+    saves_layers = share_saved(system.executions, evaluation.num_layers) > 0
+    has_depths = any(point.setting for point in evaluation.curve)
     yield from _suggest_other_questions(run, evaluation, accuracy)
-    if is_worse and saves and evaluation.routed:
+    if is_worse and saves_layers and evaluation.routed:
         yield from _suggest_better_targets(run)
-    if evaluation.routed and not any(point.setting for point in evaluation.curve):
-        what = "See what is kept where fewer or more layers are saved:"
+    if evaluation.routed and not has_depths:
+        what = "See what is kept if fewer or more layers are saved:"
         yield what, _evaluate_command(run, evaluation, "depths", curve=DEPTHS)
-    elif evaluation.drop_test is None and saves:
+    elif evaluation.drop_test is None and saves_layers:
         yield _drop_step(run, evaluation, system)
     rival = _find_unbeaten_path(evaluation)
     if rival is not None:
         yield _use_rival_step(run, evaluation, rival)
-    if saves and not is_worse:
+    if saves_layers and not is_worse:
         yield _use_step(run, evaluation, system)
     if evaluation.routed and not evaluation.seeds and run.supervision:
         yield _more_seeds_step(run)
@@ -151,9 +154,13 @@ def _evaluate_command(run: Run, evaluation: Result, folder: str, **changes: obje
 
 
 def _name_paths(paths: str | None, system: System) -> str | None:
-    """Return the paths of an evaluation; add a system's name to a `paths.json` without a name.
+    """Return the value of `--paths` with the name of a path for each file `paths.json`.
 
-    `--max-drop` tests paths in a fixed order, so the flag needs the names of the paths.
+    `--max-drop` tests paths in a fixed order, so it needs the names of the paths.
+
+    Args:
+        paths: The value of `--paths` in the evaluation; None if there was none.
+        system: The path to name where the evaluation used all paths of a file.
     """
     if paths is None:
         return None
@@ -175,15 +182,17 @@ def _suggest_better_targets(run: Run) -> Iterator[Step]:
     if run.search:
         limit = 4 * len(run.search)
         output = run.folder.with_name(f"{run.folder.name}-more")
-        manifest = run.manifest_of(SEARCH_FILE)
+        manifest = run.find_manifest(SEARCH_FILE)
         what = f"Search more questions than these {count(len(run.search))}, and train again:"
         yield what, search_command(manifest, limit=limit, output_dir=output)
-    config = run.manifest_of(SUPERVISION_FILE).get("config") or {}
+    config = run.find_manifest(SUPERVISION_FILE).get("config") or {}
     if config.get("target") == "least_kl":
-        saving = config.get("min_saving")
-        saving = MIN_SAVING if saving is None else saving
-        if saving:
-            yield "Take targets that save less:", _supervise_command(run, min_saving=saving / 2)
+        min_saving = config.get("min_saving")
+        if min_saving is None:
+            min_saving = MIN_SAVING
+        if min_saving:
+            command = _supervise_command(run, min_saving=min_saving / 2)
+            yield "Take targets that save less:", command
     elif run.supervision:
         what = "Take other targets, the paths that change the model's answers least:"
         yield what, _supervise_command(run, target="least_kl")
@@ -194,7 +203,7 @@ def _supervise_command(run: Run, **changes: object) -> str:
         "search": run.folder / SEARCH_FILE,
         "output": run.folder / "supervision-again.jsonl",
     }
-    return supervise_command(run.manifest_of(SUPERVISION_FILE), **changes, **files)
+    return supervise_command(run.find_manifest(SUPERVISION_FILE), **changes, **files)
 
 
 def _more_seeds_step(run: Run) -> Step:
@@ -216,6 +225,7 @@ def _use_step(run: Run, evaluation: Evaluation, system: System) -> Step:
 
 
 def _use_rival_step(run: Run, evaluation: Evaluation, rival: System) -> Step:
+    """Suggest to use a static path that the routed model doesn't beat."""
     verdict = verdict_on_routed(rival)
     how, command = _use_path(run, evaluation, rival)
     what = (
@@ -226,7 +236,7 @@ def _use_rival_step(run: Run, evaluation: Evaluation, rival: System) -> Step:
 
 
 def _use_path(run: Run, evaluation: Evaluation, system: System) -> Step:
-    """Suggest how to use a path."""
+    """Return how to use a path, as the end of a sentence, and the command."""
     path = _find_path_file(run, evaluation, system)
     if path is None:
         return "look for one that does as well:", _tune_command(run, evaluation)
@@ -236,25 +246,31 @@ def _use_path(run: Run, evaluation: Evaluation, system: System) -> Step:
 
 
 def _find_path_file(run: Run, evaluation: Evaluation, system: System) -> str | None:
-    """Return the value of `--path` for an evaluated path; None if no file has the path."""
+    """Return the value of `--path` for an evaluated path; None if no file has the path.
+
+    The path is in the run's own `paths.json`, or in a file that the evaluation was given. Its name
+    in the evaluation may have a prefix, as in `FOLDER:NAME`.
+    """
     if system.name not in evaluation.paths:
         return None
     if run.paths and system.name in [path.name for path in run.paths.paths]:
-        files = [source.name for source in run.sources if source.name.endswith("paths.json")]
+        files = [source.name for source in run.sources if source.name.endswith(PATHS_FILE)]
         return f"{run.folder / files[0]}:{system.name}"
     name = system.name.rpartition(":")[2]
     places = str(evaluation.config.get("paths") or "").split(",")
     for place in places:
         if place.endswith(f":{name}") or Path(place).stem == name:
             return place
-    return f"{places[0]}:{name}" if places[0].endswith("paths.json") else places[0]
+    if places[0].endswith(PATHS_FILE):
+        return f"{places[0]}:{name}"
+    return places[0]
 
 
 def _find_unbeaten_path(evaluation: Evaluation) -> System | None:
-    """Return a static path that the routed model doesn't beat, and that runs as few layers.
+    """Return a static path that the routed model doesn't beat, though it runs no more layers.
 
-    This is the best path if the routed model doesn't beat it. Otherwise it is the most accurate of
-    the unbeaten baselines.
+    This is `Evaluation.best_path` if the routed model doesn't beat it. Otherwise it is the most
+    accurate unbeaten baseline that runs about as many layers.
     """
     routed = evaluation.routed
     if routed is None:
@@ -265,10 +281,10 @@ def _find_unbeaten_path(evaluation: Evaluation) -> System | None:
         is_path = system.reads_question is False and system.draws == 1
         if not is_path or system.name == PERMUTED or verdict is None or verdict.is_better:
             continue
-        more = system.executions - routed.executions
-        if system is not evaluation.best_path:
-            more = abs(more)
-        if more <= SIMILAR * evaluation.num_layers:
+        extra_executions = system.executions - routed.executions
+        if system is not evaluation.best_path:  # a baseline must not run fewer layers either
+            extra_executions = abs(extra_executions)
+        if extra_executions <= SIMILAR * evaluation.num_layers:
             unbeaten.append(system)
     if evaluation.best_path in unbeaten:
         return evaluation.best_path

@@ -9,7 +9,7 @@ NBSP = "\u00a0"
 
 
 def percent(share: float | None, digits: int = 1) -> str:
-    """Write a share in percent: 0.25 is 25 %."""
+    """Write a share in percent: 0.25 becomes 25.0 %."""
     return NONE if share is None else f"{plain(100 * share, digits)}{NBSP}%"
 
 
@@ -19,7 +19,7 @@ def plain(value: float | None, digits: int = 1) -> str:
 
 
 def signed(value: float | None, digits: int = 3) -> str:
-    """Write a change with its sign, as verdicts do; a change that rounds to zero has no sign."""
+    """Write a change with its sign; a change that rounds to zero has no sign."""
     return NONE if value is None else verdicts.signed(value, digits)
 
 
@@ -30,21 +30,21 @@ def count(number: int | None) -> str:
 
 def milliseconds(seconds: float) -> str:
     """Write a time in milliseconds with about three significant digits."""
-    milliseconds = 1e3 * seconds
-    if milliseconds >= 100:
-        return count(round(milliseconds))
-    digits = 1 if abs(milliseconds) >= 10 else 2
-    return plain(milliseconds, digits)
+    value = 1e3 * seconds
+    if value >= 100:
+        return count(round(value))
+    digits = 1 if abs(value) >= 10 else 2
+    return plain(value, digits)
 
 
-def of_total(number: int, total: int) -> str:
+def count_with_share(number: int, total: int) -> str:
     """Write a count and its share of a total: 3 000 (75.0 %)."""
     share = number / total if total else None
     return f"{count(number)} ({percent(share)})"
 
 
 def label(verdict: Verdict | None) -> str:
-    """Return the label of a verdict for the cell of a table."""
+    """Return the label of a verdict, such as "better"."""
     return NONE if verdict is None else verdict.label
 
 
@@ -57,7 +57,7 @@ def difference(verdict: Verdict | None) -> str:
 
 
 def excluded(verdict: Verdict | None) -> str:
-    """Write the loss above which every loss is excluded, in points of accuracy or in nats."""
+    """Write the smallest loss above which every loss is excluded, in points of accuracy or nats."""
     return NONE if verdict is None else verdict.write_excluded()
 
 

@@ -45,7 +45,7 @@ def _test_cells(tested: PathScore | None) -> list[str]:
 
 
 def advice(record: StaticPaths) -> Iterator[str]:
-    """Yield advice on each path that no shorter path beats, based on its results on `test`."""
+    """Yield a sentence of advice on each path that isn't dominated, from its results on `test`."""
     for task in record.tasks:
         for path in record.paths:
             tested = path.on(task, TEST)
@@ -75,7 +75,10 @@ def describe_path(record: StaticPaths, path: NamedPath) -> str:
 
 
 def compare_test_with_fit(record: StaticPaths, task: str) -> str:
-    """Say how much lower paths score on `test` than on `fit`; return "" if that isn't known."""
+    """Say how much lower or higher the paths' changes from full are on `test` than on `fit`.
+
+    Returns an empty text if no path was scored on both parts.
+    """
     changes: list[float] = []
     for path in record.paths:
         fitted = path.on(task, FIT)
@@ -113,10 +116,10 @@ def _path_table(record: StaticPaths, task: str) -> Table:
     for path, row in zip(record.paths, path_rows(record, task), strict=True):
         rows.append([*row[:2], describe_path(record, path), *row[2:]])
     caption = (
-        f"{task}, objective {record.objective[task]}, in nats: of full its value, of the others "
-        f"the change from it, with 95 % intervals. Paths were fitted on fit and chosen on select, "
-        f"so their numbers there flatter them. Accuracy, its difference from full and the excluded "
-        f"loss are those of test, next-token loss is that of texts drawn from test. Rows are not "
+        f"{task}, objective {record.objective[task]}, in nats: the value of full, and the change "
+        f"from it for other paths, with 95 % intervals. Paths were fitted on fit and chosen on "
+        f"select, so they look too good there. Accuracy, its difference from full and the excluded "
+        f"loss are measured on test, and next-token loss on texts drawn from test. Rows are not "
         f"corrected for their number."
     )
     header = COLUMNS.replace("layers|", "layers|what it does|")
@@ -124,6 +127,7 @@ def _path_table(record: StaticPaths, task: str) -> Table:
 
 
 def _change_figures(record: StaticPaths) -> list[Block]:
+    """Draw the objective's change from full, for each task with scores on `test` and `fit`."""
     curves: list[Block] = []
     for task in record.tasks:
         sentence = compare_test_with_fit(record, task)
@@ -164,7 +168,8 @@ def describe_healing(record: HealedPath) -> str:
 def healed_section(record: HealedPath, *, folded: bool) -> Section:
     """Build the section on a healed path.
 
-    If the section isn't folded, the sentence on the path is already at the top of the report.
+    A folded section begins with a sentence on the path. If the section isn't folded, the sentence
+    is at the top of the report instead.
     """
     sentence = describe_healing(record)
     curve = Figure(

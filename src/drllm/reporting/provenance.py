@@ -1,4 +1,4 @@
-"""The section of a report on its origins: model, files, libraries and commands."""
+"""The section of a report on where its numbers come from: model, files, libraries and commands."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,13 +16,13 @@ def provenance_section(run: Run) -> Section:
     """Build the section on the files behind a report, and on how to repeat the evaluation."""
     blocks: list[Block] = []
     if run.model:
-        about = [f"{key} {value}" for key, value in run.model.items() if value is not None]
-        blocks.append(f"Base model: {', '.join(about)}.")
+        identity = [f"{key} {value}" for key, value in run.model.items() if value is not None]
+        blocks.append(f"Base model: {', '.join(identity)}.")
     blocks.append(_source_table(run))
-    libraries = _libraries(run)
+    libraries = _list_libraries(run)
     if libraries:
         blocks.append(f"Libraries: {', '.join(libraries)}.")
-    commands = _commands(run)
+    commands = _list_commands(run)
     if commands:
         blocks.append(Code("Command that repeats the evaluation", "\n".join(commands)))
     for evaluation in run.evaluations:
@@ -50,14 +50,14 @@ def _source_row(source: ReportSource) -> list[str]:
         created,
         manifest.get("drllm_version") or NONE,
         str(config.get("seed", NONE)),
-        _ran_on(manifest) or NONE,
+        _describe_runtime(manifest) or NONE,
         source.sha256,
         ", ".join(inputs) or NONE,
     ]
 
 
-def _ran_on(manifest: Mapping[str, Any]) -> str:
-    """Say how and where the model ran, if the manifest says so."""
+def _describe_runtime(manifest: Mapping[str, Any]) -> str:
+    """Return how and where the model ran; empty if the manifest doesn't say it."""
     runtime = find_runtime(manifest)
     values = [runtime.get(name) for name in RUNTIME]
     if runtime.get("num_threads"):
@@ -66,7 +66,7 @@ def _ran_on(manifest: Mapping[str, Any]) -> str:
     return ", ".join(value for value in values if value)
 
 
-def _libraries(run: Run) -> list[str]:
+def _list_libraries(run: Run) -> list[str]:
     """List the libraries and versions that the files were made with, without duplicates."""
     versions: set[str] = set()
     for source in run.sources:
@@ -75,7 +75,7 @@ def _libraries(run: Run) -> list[str]:
     return sorted(versions, key=str.casefold)
 
 
-def _commands(run: Run) -> list[str]:
+def _list_commands(run: Run) -> list[str]:
     """Write the commands that repeat the evaluations, without duplicates."""
     commands: list[str] = []
     for source in run.sources:

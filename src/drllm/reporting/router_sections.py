@@ -18,11 +18,11 @@ from drllm.records.search import SearchRecord
 from drllm.records.supervision import SupervisionRecord
 from drllm.reporting import figures
 from drllm.reporting.blocks import Block, Figure, Section, Table
-from drllm.reporting.numbers import NONE, count, of_total, plain, signed
+from drllm.reporting.numbers import NONE, count, count_with_share, plain, signed
 from drllm.reporting.run import Run
 from drllm.supervision.summary import class_counts, edit_effects, summarise
 
-MIN_QUESTIONS = 5  # fewest questions of an edit that is named best or worst
+MIN_QUESTIONS = 5  # minimum questions on which an edit was tried, to be called best or worst
 PATH_KINDS = {
     "valid": "valid (answers right)",
     "saving": "saving (right, and shorter than the full path)",
@@ -42,7 +42,8 @@ METRICS = {
 def search_section(run: Run) -> Section:
     """Build the section on the searched questions and their targets."""
     counts = summarise(run.search, (), {})
-    # A user's own supervision file has no summary. The search has all but the rejected questions.
+    # A user's own supervision file has no summary. The counts of the search have all its numbers,
+    # except those of rejected questions.
     summary = run.summary or counts
     blocks: list[Block] = []
     if run.search:
@@ -62,7 +63,7 @@ def _describe_search(records: Sequence[SearchRecord], counts: Mapping[str, Any])
     num_paths = sum(len(record.paths) for record in records)
     seconds = sum(record.seconds for record in records)
     copies = f" and {counts['copies']} copies of them" if counts["copies"] else ""
-    right = of_total(counts["base_correct"], counts["questions"])
+    right = count_with_share(counts["base_correct"], counts["questions"])
     return (
         f"{count(counts['questions'])} questions{copies} were searched, "
         f"{plain(num_paths / len(records))} distinct paths each on average, in {plain(seconds)} "
@@ -71,7 +72,7 @@ def _describe_search(records: Sequence[SearchRecord], counts: Mapping[str, Any])
 
 
 def _describe_edits(records: Sequence[SearchRecord]) -> list[str]:
-    """Say which layer is best and which is worst to skip, and the same for repeating."""
+    """Say which single layer is best and worst to skip, and which to repeat."""
     sentences: list[str] = []
     for name, decision in (("Skipping", Decision.SKIP), ("Repeating", Decision.REPEAT)):
         effects = edit_effects(records, decision, MIN_QUESTIONS)
@@ -92,7 +93,7 @@ def _path_table(summary: Mapping[str, Any]) -> Table:
         row = [description]
         for moment in ("before", "after"):
             number = summary.get(f"{kind}_{moment}_retest")
-            cell = NONE if number is None else of_total(number, total)
+            cell = NONE if number is None else count_with_share(number, total)
             row.append(cell)
         rows.append(row)
     caption = f"Of {count(total)} questions, how many have such a path."
@@ -109,15 +110,16 @@ def _describe_targets(
         layers = f"{lengths[0]} to {lengths[-1]}"
     skips, executes, repeats = (sum(numbers) for numbers in zip(*class_counts(paths), strict=True))
     labels = skips + executes + repeats
-    improving = sum(target.improving for target in targets)
-    wrong = summary.get("wrong_targets")
-    wrong_targets = f"{count(wrong)} don't answer right, " if wrong else ""
+    num_improving = sum(target.improving for target in targets)
+    improving = count_with_share(num_improving, len(targets))
+    num_wrong = summary.get("wrong_targets")
+    wrong_targets = f"{count(num_wrong)} don't answer right, " if num_wrong else ""
     return (
-        f"{count(len(targets))} targets, {of_total(improving, len(targets))} of them improving, "
+        f"{count(len(targets))} targets, {improving} of them improving, "
         f"{wrong_targets}run {layers} of {num_layers} layers, "
         f"{plain(sum(lengths) / len(lengths), 2)} on average. Their labels: skip "
-        f"{of_total(skips, labels)}, execute {of_total(executes, labels)}, repeat "
-        f"{of_total(repeats, labels)}."
+        f"{count_with_share(skips, labels)}, execute {count_with_share(executes, labels)}, repeat "
+        f"{count_with_share(repeats, labels)}."
     )
 
 
@@ -138,11 +140,11 @@ def router_section(run: Run) -> Section:
 
 
 def _metric_curves(run: Run, baselines: Mapping[str, Mapping[str, float | None]]) -> Figure:
-    last = {epoch.split: epoch for epoch in run.epochs}
+    last_epochs = {epoch.split: epoch for epoch in run.epochs}
     results = [
-        f"{split}, last epoch: macro-F1 {plain(last[split].macro_f1, 3)}"
+        f"{split}, last epoch: macro-F1 {plain(last_epochs[split].macro_f1, 3)}"
         for split in (TRAIN, VALIDATION)
-        if split in last
+        if split in last_epochs
     ]
     return Figure(
         draw=partial(figures.draw_router_metrics, run.epochs, baselines),
@@ -154,6 +156,7 @@ def _metric_curves(run: Run, baselines: Mapping[str, Mapping[str, float | None]]
 
 
 def _metric_table(layers: Layers, scores: Mapping[str, Mapping[str, float | None]]) -> Table:
+    """Build the table of metrics: a row for each metric, a column for routers and each baseline."""
     rows: list[list[str]] = []
     for metric, title in METRICS.items():
         values = [plain(values.get(metric), 3) for values in scores.values()]

@@ -29,7 +29,10 @@ SUPERVISION_FILE = "supervision.jsonl"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportSource:
-    """A file that a report is made from. The report lists all of these files in a table."""
+    """A file that a report is made from; the report lists all these files in a table.
+
+    `manifest` says how the file was made. It is empty if the file has no manifest.
+    """
 
     name: str
     sha256: str
@@ -37,7 +40,10 @@ class ReportSource:
 
 
 class Epoch(msgspec.Struct, frozen=True, kw_only=True):
-    """One line of `routers/metrics.jsonl`: the metrics of one split after one epoch."""
+    """One line of `routers/metrics.jsonl`: the metrics of one split after one epoch.
+
+    Metrics that the report doesn't draw aren't read.
+    """
 
     epoch: int
     split: Literal["train", "validation"]
@@ -87,12 +93,12 @@ class Run:
     @property
     def summary(self) -> Mapping[str, Any]:
         """The counts in the manifest of the targets."""
-        return self.manifest_of(SUPERVISION_FILE).get("summary") or {}
+        return self.find_manifest(SUPERVISION_FILE).get("summary") or {}
 
     @property
     def notes(self) -> list[str]:
         """Sentences that a reader should know before trusting the numbers."""
-        inputs = self.manifest_of(SUPERVISION_FILE).get("inputs") or {}
+        inputs = self.find_manifest(SUPERVISION_FILE).get("inputs") or {}
         digests = [source.sha256 for source in self.sources if source.name == SEARCH_FILE]
         if SEARCH_FILE not in inputs or not digests or digests == [inputs[SEARCH_FILE]]:
             return []
@@ -101,8 +107,8 @@ class Run:
             "this folder, so the numbers of the search and of the targets don't belong together."
         ]
 
-    def manifest_of(self, name: str) -> Mapping[str, Any]:
-        """Return the manifest of a file that was read; it is empty if the file has none."""
+    def find_manifest(self, name: str) -> Mapping[str, Any]:
+        """Return the manifest of a source by its name; empty if there is no source or manifest."""
         for source in self.sources:
             if source.name == name:
                 return source.manifest
@@ -128,12 +134,12 @@ def read_run(folder: Path) -> Run:
     _read_recipe(run)
     _refuse_empty(run)
     _refuse_other_routers(run)
-    run.num_layers = _find_depth(run)
+    run.num_layers = _find_num_layers(run)
     run.model = _find_model(run)
     return run
 
 
-def _exists(run: Run, name: str, content: str) -> bool:
+def _has_file(run: Run, name: str, content: str) -> bool:
     """Tell whether a file of the run exists; list a missing file as absent."""
     if (run.folder / name).exists():
         return True
@@ -142,7 +148,11 @@ def _exists(run: Run, name: str, content: str) -> bool:
 
 
 def _add_source(run: Run, name: str, record: msgspec.Struct | None = None) -> None:
-    """List a file as a source; a record is its own manifest."""
+    """List a file as a source.
+
+    The manifest of a records file lies beside it. A file of results is its own manifest; then
+    `record` is the content of the file.
+    """
     path = run.folder / name
     manifest: Mapping[str, Any] = {}
     if record is not None:
@@ -153,23 +163,23 @@ def _add_source(run: Run, name: str, record: msgspec.Struct | None = None) -> No
 
 
 def _read_records(run: Run) -> None:
-    if _exists(run, SEARCH_FILE, "what the search found"):
+    if _has_file(run, SEARCH_FILE, "what the search found"):
         run.search = list(read_search(run.folder / SEARCH_FILE))
         _add_source(run, SEARCH_FILE)
-    if _exists(run, SUPERVISION_FILE, "the targets"):
+    if _has_file(run, SUPERVISION_FILE, "the targets"):
         run.supervision = read_supervision(run.folder / SUPERVISION_FILE)
         _add_source(run, SUPERVISION_FILE)
 
 
 def _read_routers(run: Run) -> None:
     folder = run.folder / "routers"
-    if _exists(run, "routers/router_config.json", "the routers"):
+    if _has_file(run, "routers/router_config.json", "the routers"):
         path = folder / "router_config.json"
         run.router_config = read_json(path, dict[str, Any])
         if not isinstance(run.router_config.get("num_layers"), int):
             raise RecordError(f"{path}: 'num_layers' is missing, or no whole number")
         _add_source(run, "routers/router_config.json")
-    if _exists(run, "routers/metrics.jsonl", "their metrics"):
+    if _has_file(run, "routers/metrics.jsonl", "their metrics"):
         epochs = [epoch for _, epoch in read_json_lines(folder / "metrics.jsonl", Epoch)]
         run.epochs = sorted(epochs, key=lambda epoch: epoch.epoch)
         _add_source(run, "routers/metrics.jsonl")
@@ -191,12 +201,12 @@ def _read_results(run: Run) -> None:
     run.evaluations = results.read_results(folder)
     run.latency = results.read_latency(folder)
     samples = f"{prefix}{results.SAMPLES_FILE}"
-    if _exists(run, samples, "routes and questions"):
+    if _has_file(run, samples, "routes and questions"):
         _add_source(run, samples)
     for path, evaluation in zip(paths, run.evaluations, strict=True):
         _add_source(run, f"{prefix}{path.name}", evaluation)
     latency = f"{prefix}{results.LATENCY_FILE}"
-    if _exists(run, latency, "measured time"):
+    if _has_file(run, latency, "measured time"):
         _add_source(run, latency, run.latency)
 
 
@@ -238,7 +248,7 @@ def _refuse_empty(run: Run) -> None:
     if run.has_training or run.evaluations or run.paths or run.healed:
         return
     for path in results.list_results(run.folder):
-        read_json(path, Version)  # for a damaged result, the error names its file
+        read_json(path, Version)  # a damaged result raises an error that names the file
     raise RecordError(
         f"{run.folder} holds no search.jsonl, supervision.jsonl, routers/, paths.json, healed path "
         f"or eval/; give a folder that 'drllm run' has written"
@@ -246,7 +256,7 @@ def _refuse_empty(run: Run) -> None:
 
 
 def _refuse_other_routers(run: Run) -> None:
-    """Refuse results of routers that aren't the folder's routers, such as older routers."""
+    """Refuse results of other routers than the folder's, such as older routers."""
     weights = run.folder / "routers" / "routers.safetensors"
     if not weights.is_file():
         return
@@ -260,26 +270,26 @@ def _refuse_other_routers(run: Run) -> None:
             )
 
 
-def _find_depth(run: Run) -> int | None:
-    """Find the number of layers; it must be the same in all files."""
-    depths: list[tuple[str, int]] = []
+def _find_num_layers(run: Run) -> int | None:
+    """Find the number of layers, which must be the same in all files; None if no file has it."""
+    numbers: list[tuple[str, int]] = []  # the name of each file, and its number of layers
     if run.search:
-        depths.append((SEARCH_FILE, run.search[0].num_layers))
+        numbers.append((SEARCH_FILE, run.search[0].num_layers))
     if run.supervision:
-        depths.append((SUPERVISION_FILE, len(run.supervision[0].optimal_layer_config)))
+        numbers.append((SUPERVISION_FILE, len(run.supervision[0].optimal_layer_config)))
     if run.router_config:
-        depths.append(("router_config.json", run.router_config["num_layers"]))
+        numbers.append(("router_config.json", run.router_config["num_layers"]))
     if run.layers:
-        depths.append((LAYERS_FILE, len(run.layers.train.confusion)))
+        numbers.append((LAYERS_FILE, len(run.layers.train.confusion)))
     if run.paths:
-        depths.append((PATHS_FILE, run.paths.num_layers))
+        numbers.append((PATHS_FILE, run.paths.num_layers))
     if run.healed:
-        depths.append((HEALED_FILE, run.healed.num_layers))
+        numbers.append((HEALED_FILE, run.healed.num_layers))
     for evaluation in run.evaluations:
         name = f"the evaluation of {evaluation.task!r}"
-        depths.append((name, evaluation.num_layers))
-    _refuse_different(run, "models of different depth, by layers", depths)
-    return depths[0][1] if depths else None
+        numbers.append((name, evaluation.num_layers))
+    _refuse_different(run, "models of different depth, by layers", numbers)
+    return numbers[0][1] if numbers else None
 
 
 def _find_model(run: Run) -> Mapping[str, Any]:
@@ -295,15 +305,23 @@ def _find_model(run: Run) -> Mapping[str, Any]:
             continue
         fingerprint = str(model["fingerprint"])
         # The same weights in another precision count as the same model.
-        if fingerprints and have_same_weights(fingerprints[0][1], fingerprint, name):
-            fingerprint = fingerprints[0][1]
+        if fingerprints:
+            _, first_fingerprint = fingerprints[0]
+            if have_same_weights(first_fingerprint, fingerprint, name):
+                fingerprint = first_fingerprint
         fingerprints.append((name, fingerprint))
     _refuse_different(run, "base models with different weights, by fingerprint", fingerprints)
     return models[0][1] if models else {}
 
 
 def _refuse_different(run: Run, what: str, values: Sequence[tuple[str, Any]]) -> None:
-    """Refuse files that disagree about the model."""
+    """Refuse files with different values.
+
+    Args:
+        run: The run.
+        what: What the values belong to, for the message.
+        values: The name of each file, and its value.
+    """
     if len({value for _, value in values}) > 1:
         listed = ", ".join(f"{name}: {value}" for name, value in values)
         raise RecordError(

@@ -1,4 +1,4 @@
-"""Lays out a report: the title, the verdicts, and the sections in order."""
+"""Builds a whole report from run folders: the title, the verdicts, and the sections in order."""
 
 from collections.abc import Sequence
 
@@ -21,10 +21,15 @@ BASE_IS = "Base is the same model with every layer executed once."
 
 
 def build_document(runs: Sequence[Run]) -> blocks.Document:
-    """Lay out the report of one run, or of several runs after a comparison of them."""
+    """Build the report of one run, or of several runs: a comparison, then the parts of each run."""
     if len(runs) == 1:
         [run] = runs
-        return blocks.Document(_title(run), _about(run), _first_blocks(run), _sections(run))
+        return blocks.Document(
+            title=_write_title(run),
+            about=_write_about(run),
+            first=_build_first_blocks(run),
+            sections=_build_sections(run),
+        )
     names = [f"{number}: {run.name}" for number, run in enumerate(runs, start=1)]
     evaluations: list[tuple[str, Evaluation]] = []
     for name, run in zip(names, runs, strict=True):
@@ -37,13 +42,13 @@ def build_document(runs: Sequence[Run]) -> blocks.Document:
     )
     sections = [compared]
     for name, run in zip(names, runs, strict=True):
-        first = [f"{_title(run)}. {_about(run)}", *_first_blocks(run)]
+        first = [f"{_write_title(run)}. {_write_about(run)}", *_build_first_blocks(run)]
         sections.append(blocks.Section(f"Run {name}", first))
-        sections += blocks.lower_sections(_sections(run))
+        sections += blocks.lower_sections(_build_sections(run))
     return blocks.Document(f"Layer routing: {len(runs)} runs", "", [], sections)
 
 
-def _title(run: Run) -> str:
+def _write_title(run: Run) -> str:
     model = str(run.model.get("id") or "a base model that no file names")
     if _is_routed(run):
         what = "Layer routing"
@@ -51,11 +56,11 @@ def _title(run: Run) -> str:
         what = "Static paths"
     else:
         what = "Healed path"
-    tasks = _tasks(run)
+    tasks = _list_tasks(run)
     return f"{what} of {model} on {', '.join(tasks)}" if tasks else f"{what} of {model}"
 
 
-def _tasks(run: Run) -> list[str]:
+def _list_tasks(run: Run) -> list[str]:
     """Return the tasks of the evaluations; without evaluations, the tasks of the first stage."""
     if run.evaluations:
         return [evaluation.task for evaluation in run.evaluations]
@@ -72,7 +77,7 @@ def _is_routed(run: Run) -> bool:
     return run.has_training or not (run.paths or run.healed)
 
 
-def _about(run: Run) -> str:
+def _write_about(run: Run) -> str:
     """Write a line with the date, the number of layers, and the evaluated questions."""
     parts: list[str] = []
     manifests = [source.manifest for source in run.sources]
@@ -98,9 +103,10 @@ def _describe_questions(evaluation: Evaluation) -> str:
     return text
 
 
-def _first_blocks(run: Run) -> list[blocks.Block]:
+def _build_first_blocks(run: Run) -> list[blocks.Block]:
     """Build the blocks at the top: introduction, verdicts, notes and tiles."""
-    first: list[blocks.Block] = [_introduction(run), blocks.Verdicts(_verdicts(run)), *run.notes]
+    verdicts = blocks.Verdicts(_list_verdicts(run))
+    first: list[blocks.Block] = [_write_introduction(run), verdicts, *run.notes]
     if len(run.evaluations) == 1:
         first.append(evaluation_sections.build_tiles(run.evaluations[0], run.latency))
     elif run.evaluations:
@@ -108,7 +114,7 @@ def _first_blocks(run: Run) -> list[blocks.Block]:
     return first
 
 
-def _introduction(run: Run) -> str:
+def _write_introduction(run: Run) -> str:
     sentences: list[str] = []
     is_routed = _is_routed(run)
     if is_routed:
@@ -121,12 +127,15 @@ def _introduction(run: Run) -> str:
     return " ".join(sentences)
 
 
-def _verdicts(run: Run) -> list[tuple[str, str]]:
-    """Return the main findings, each with its task if there are several tasks."""
-    several = len(run.evaluations) > 1
+def _list_verdicts(run: Run) -> list[tuple[str, str]]:
+    """Return the main findings, each with its task if there are several tasks.
+
+    Without evaluations, return what is known of static paths and healed paths.
+    """
+    has_several_tasks = len(run.evaluations) > 1
     verdicts: list[tuple[str, str]] = []
     for evaluation in run.evaluations:
-        task = evaluation.task if several else ""
+        task = evaluation.task if has_several_tasks else ""
         verdicts += [(task, line) for line in evaluation.verdict]
     if verdicts:
         return verdicts
@@ -135,24 +144,26 @@ def _verdicts(run: Run) -> list[tuple[str, str]]:
         lines += path_sections.advice(run.paths)
     if run.healed:
         lines.append(path_sections.describe_healing(run.healed))
-    return [("", line) for line in lines or ["Nothing was evaluated yet."]]
+    if not lines:
+        lines.append("Nothing was evaluated yet.")
+    return [("", line) for line in lines]
 
 
-def _sections(run: Run) -> list[blocks.Section]:
+def _build_sections(run: Run) -> list[blocks.Section]:
     shown: list[blocks.Section] = []
     folded: list[blocks.Section] = []
     if len(run.evaluations) == 1:
         shown += evaluation_sections.build_sections(run, run.evaluations[0])
         folded += evaluation_sections.build_details(run.evaluations[0])
     elif run.evaluations:
-        shown += _sections_by_task(run)
-    shown.append(_next_section(run))
+        shown += _build_sections_by_task(run)
+    shown.append(_build_next_section(run))
     if run.evaluations:
         folded.append(costs_section(run.evaluations, run.latency))
-    return [*shown, *folded, *learning_sections(run), provenance_section(run)]
+    return [*shown, *folded, *build_stage_sections(run), provenance_section(run)]
 
 
-def _sections_by_task(run: Run) -> list[blocks.Section]:
+def _build_sections_by_task(run: Run) -> list[blocks.Section]:
     """Build the comparison of the tasks, then the sections of each task."""
     named = [(evaluation.task, evaluation) for evaluation in run.evaluations]
     caption = "Verdicts on accuracy are corrected for several tasks (Holm)."
@@ -167,7 +178,7 @@ def _sections_by_task(run: Run) -> list[blocks.Section]:
     return sections
 
 
-def _next_section(run: Run) -> blocks.Section:
+def _build_next_section(run: Run) -> blocks.Section:
     steps = suggest_steps(run)
     texts = [text for text, _ in steps]
     commands = [command for _, command in steps]
@@ -177,8 +188,11 @@ def _next_section(run: Run) -> blocks.Section:
     return blocks.Section("What to do next", content)
 
 
-def learning_sections(run: Run) -> list[blocks.Section]:
-    """Build the sections on paths, search and routers, if the run has files of them."""
+def build_stage_sections(run: Run) -> list[blocks.Section]:
+    """Build the sections on the stages before the evaluation: paths, search and routers.
+
+    Stages without files in the run folder are left out.
+    """
     folded = bool(run.evaluations)
     sections: list[blocks.Section] = []
     if run.paths:

@@ -1,7 +1,7 @@
-"""Writes the report of one or more run folders: one HTML page, and Markdown with pictures.
+"""Writes the report of one or more run folders: an HTML page, and Markdown with pictures.
 
-The page contains its styles and drawings. Every text is escaped. Markup, colours and layout are in
-`templates/`. Sections that are folded on the page are open in the Markdown.
+The page contains its styles and drawings. Sections that are folded on the page are open in the
+Markdown. Markup, colours and layout are in `templates/`. Every text is escaped.
 """
 
 import html
@@ -26,8 +26,8 @@ from drllm.reporting.run import read_run
 from drllm.reporting.sections import build_document
 
 TEMPLATES = Path(__file__).parent / "templates"
-FIGURE = r"\d{2,}-[a-z0-9-]+\.png"
-"""The names of a report's pictures; other files in the folder belong to the user."""
+PICTURE = r"\d{2,}-[a-z0-9-]+\.png"
+"""The file names of a report's pictures; other files in their folder belong to the user."""
 
 
 def report(
@@ -40,11 +40,11 @@ def report(
 
     Args:
         runs: Folders that `drllm run` or `drllm evaluate` has written, or results of
-            `drllm.evaluate`. Results stand for their folder; if it is called `eval`, they stand for
-            the folder around it. Several runs are compared.
+            `drllm.evaluate`, which stand for the folder that they were written to. A folder `eval`
+            is a part of the run folder around it. Several runs are compared.
         output: A folder, or the `.html` file to write. The Markdown and the folder of its figures
             get the same name: `report.html`, `report.md`, `report_figures/`. None writes into the
-            run folder, if there is only one.
+            run folder; several runs need an output.
         listener: Receives progress.
 
     Returns:
@@ -53,8 +53,8 @@ def report(
     Raises:
         RecordError: A folder has nothing to report, a file can't be trusted, or the output can't
             be written.
-        ConfigError: There is no run folder, there are several and no output, the output is another
-            kind of file, or matplotlib is missing.
+        ConfigError: There is no run folder, there are several run folders and no output, the output
+            is another kind of file, or matplotlib is missing.
     """
     need("report", "a report")
     folders = [_find_folder(run) for run in runs]
@@ -63,8 +63,8 @@ def report(
         files = _render_files(build_document([read_run(folder) for folder in folders]), page)
     for path, content in files.items():
         write_atomically(path, content)
-    for picture in figures_of(page):
-        if picture not in files:  # the picture is of an earlier report
+    for picture in list_pictures(page):
+        if picture not in files:  # it is a picture of an earlier report
             picture.unlink()
     return page, page.with_suffix(".md")
 
@@ -81,26 +81,25 @@ def _render_files(document: Document, page: Path) -> dict[Path, str | bytes]:
     return files
 
 
-def figures_of(page: Path) -> list[Path]:
+def list_pictures(page: Path) -> list[Path]:
     """List the pictures of a report in order; `page` is the HTML file of the report."""
-    places = page.with_name(f"{page.stem}_figures").glob("*.png")
-    return sorted(place for place in places if re.fullmatch(FIGURE, place.name))
+    paths = page.with_name(f"{page.stem}_figures").glob("*.png")
+    return sorted(path for path in paths if re.fullmatch(PICTURE, path.name))
 
 
 def _find_folder(run: Path | str | Results) -> Path:
-    """Return the run folder; results in a folder `eval` belong to the folder around it."""
+    """Return the folder of a run; results in a folder `eval` belong to the folder around it."""
     if not isinstance(run, Results):
         return Path(run)
     if run.folder is None:
-        raise ConfigError("these results weren't written; give evaluate(..., output_dir=FOLDER)")
+        raise ConfigError(
+            "these results weren't written to a folder; call evaluate(..., output_dir=FOLDER)"
+        )
     return run.folder.parent if run.folder.name == "eval" else run.folder
 
 
 def _choose_page(folders: Sequence[Path], output: Path | str | None) -> Path:
-    """Choose the page to write.
-
-    The output is a file or a folder. The folder may not exist yet.
-    """
+    """Return the page to write, from the output that the user named; see `report`."""
     if not folders:
         raise ConfigError("no run folder is given; give one that 'drllm run' has written")
     if output is None:
@@ -152,7 +151,7 @@ def _environment(autoescape: bool) -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"md": escape, "line": line, "fenced": fenced}
+    environment.filters |= {"md": escape, "line": escape_line, "fenced": write_code_block}
     return environment
 
 
@@ -174,17 +173,18 @@ def _render(template: str, document: Document, *, autoescape: bool, **values: An
 
 def escape(text: str) -> str:
     """Escape a text so that Markdown shows it unchanged, on one line."""
-    written = html.escape(" ".join(text.split()), quote=False)
-    written = re.sub(r"([\\`*\[\]|~])", r"\\\1", written)
-    return re.sub(r"(?<!\w)_|_(?!\w)", r"\_", written)
+    escaped = html.escape(" ".join(text.split()), quote=False)
+    escaped = re.sub(r"([\\`*\[\]|~])", r"\\\1", escaped)
+    return re.sub(r"(?<!\w)_|_(?!\w)", r"\_", escaped)  # inside a word, `_` has no meaning
 
 
-def line(text: str) -> str:
+def escape_line(text: str) -> str:
     """Escape a text at the start of a line, where some characters begin a heading or a list."""
     return re.sub(r"^(\d*)([#+\-=.)])(?=\s|[#=]|$)", r"\1\\\2", escape(text))
 
 
-def fenced(text: str) -> str:
-    """Write a text as a block of code, with a fence longer than any in the text."""
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+def write_code_block(text: str) -> str:
+    """Write a text as a block of code, between fences that are longer than any in the text."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
     return f"{fence}\n{text.rstrip()}\n{fence}"

@@ -28,7 +28,7 @@ def results_table(evaluation: Evaluation) -> Table:
     """
     systems = sorted(evaluation.systems, key=lambda system: (-system.accuracy, system.executions))
     rows = [_result_row(evaluation, system) for system in systems]
-    minus = "routed minus it" if evaluation.routed else "minus base's"
+    minus = "routed minus system" if evaluation.routed else "minus base's"
     header = (
         f"system|layers run|{evaluation.score}, %|next-token loss|{minus}, points|"
         f"loss excluded above|verdict|loss: {minus}, nats|verdict by loss"
@@ -44,14 +44,14 @@ def _results_caption(evaluation: Evaluation) -> str:
     questions = f"{count(evaluation.num_questions)} questions"
     if evaluation.chance:
         questions += f", guessing gives {percent(evaluation.chance)}"
-    compared = "each system minus base"
-    judged = "the system"
+    comparison = "each system minus base"
+    subject = "the system"
     if evaluation.routed:
-        compared = "the routed model minus each system"
-        judged = "the routed model"
+        comparison = "the routed model minus each system"
+        subject = "the routed model"
     sentences = [
-        f"{questions}; the best first.",
-        f"Then {compared}, with 95 % intervals, and the verdict on {judged}.",
+        f"{questions}; the best system comes first.",
+        f"Then {comparison}, with 95 % intervals, and the verdict on {subject}.",
         "A loss above the excluded one is ruled out (95 %).",
     ]
     if evaluation.routed:
@@ -74,7 +74,7 @@ def _result_row(evaluation: Evaluation, system: System) -> list[str]:
         plain(system.executions, 2),
         plain(100 * system.accuracy),
         plain(system.text_loss, 3),
-        *_verdict_cells(_compared_with(evaluation, system)),
+        *_verdict_cells(_choose_differences(evaluation, system)),
     ]
 
 
@@ -82,7 +82,7 @@ def _display_name(evaluation: Evaluation, system: System) -> str:
     return f"{system.name} (healed)" if evaluation.is_healed(system.name) else system.name
 
 
-def _compared_with(evaluation: Evaluation, system: System) -> Differences | None:
+def _choose_differences(evaluation: Evaluation, system: System) -> Differences | None:
     """Return the routed model minus a system; without a routed model, the system minus base."""
     if evaluation.routed is None:
         return system.against_base
@@ -134,12 +134,12 @@ def depths_table(evaluation: Evaluation) -> Table:
     """Build the table of every system at every depth."""
     rows = [_depth_row(point) for point in evaluation.curve]
     caption = (
-        "Every system at every depth minus base, and the routed model minus it, with 95 % "
-        "intervals; each comparison by itself."
+        "Every system at every depth minus base, and the routed model minus the system, with 95 % "
+        "intervals. Rows are not corrected for their number."
     )
     header = (
         f"system|depth|layers run|{evaluation.score}, %|minus base's, points|"
-        f"loss minus base's, nats|routed minus it, points|verdict on routed"
+        f"loss minus base's, nats|routed minus system, points|verdict on routed"
     )
     return Table.from_rows(caption, header, rows, "depth|verdict on routed", ROUTED)
 
@@ -160,7 +160,13 @@ def _depth_row(point: Point) -> list[str]:
 
 
 def compared_table(what: str, named: Sequence[NamedSystem], caption: str) -> Table:
-    """Build the table of the systems of several runs or tasks, each compared with its base."""
+    """Build the table of the systems of several runs or tasks, each compared with its base.
+
+    Args:
+        what: The name of the first column: "run" or "task".
+        named: The systems, with the names of their runs or tasks.
+        caption: The caption.
+    """
     words = "of task|system|verdict|verdict by loss|than with its routes permuted"
     header = (
         f"{what}|of task|questions|system|layers run|accuracy, %|minus base's, points|"

@@ -161,7 +161,7 @@ def test_a_report_and_the_terminal_show_a_result_without_routers(evaluated, drll
     assert page.startswith("# Static paths of tiny on builtin_facts")
     assert f"path {best} (the most accurate of 2" in page
     assert f"Accuracy, path {best} minus base" in page
-    for missing in ("routed minus it", "--routers", "Routers choose"):
+    for missing in ("routed minus system", "--routers", "Routers choose"):
         assert missing not in page
     shown = drllm("show", folder).out
     assert "four" in shown

@@ -83,7 +83,7 @@ def test_routes_that_run_more_layers_save_none(evaluation, factor, title):
 
 def test_systems_are_sorted_and_each_is_compared_with_the_routed_model(folder):
     header, *rows = table_rows(report_text(folder.path), "system | layers run | accuracy")
-    assert header[4:7] == ["routed minus it, points", "loss excluded above", "verdict"]
+    assert header[4:7] == ["routed minus system, points", "loss excluded above", "verdict"]
     names = [row[0] for row in rows]
     assert names == ["permuted routes ×10", "base", "**routed**", "last layers"]
     assert rows[1][4].startswith("−20.0 (")
@@ -101,7 +101,7 @@ def test_what_is_not_known_of_costs_is_a_dash_and_what_is_not_measured_is_said(f
     replace_systems(folder, base={"prompt_flops": None, "kv_bytes_per_token": None})
     text = report_text(folder.path)
     assert table_rows(text, "system | layers run, reading | saved")[1][3:6] == ["–", "–", "–"]
-    assert "No time was measured; drllm evaluate --latency measures a routed model's." in text
+    assert "No time was measured; drllm evaluate --latency times a routed model." in text
 
 
 def test_generated_answers_have_decoding_and_no_log_probability(folder):

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from drllm.errors import ConfigError, RecordError
-from drllm.reporting.numbers import of_total, plain, signed
+from drllm.reporting.numbers import count_with_share, plain, signed
 from drllm.reporting.run import read_run
 from drllm.reporting.sections import build_document
-from drllm.reporting.stage import escape, figures_of, report, to_html, to_markdown
+from drllm.reporting.stage import escape, list_pictures, report, to_html, to_markdown
 from run_folder import WHOLE, report_text
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "report.md"
@@ -265,7 +265,7 @@ def test_figures_lie_beside_the_markdown_and_replace_those_of_an_earlier_report(
         assert len(words) > 40
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
     names = ["01-arc-easy-systems.png", "02-routes-by-layer.png"]
-    assert [place.name for place in figures_of(html)] == names
+    assert [place.name for place in list_pictures(html)] == names
     assert sorted(place.name for place in figures.iterdir()) == [*names, "mine.png"]
 
 
@@ -292,4 +292,4 @@ def test_texts_and_numbers_are_written_as_they_are_meant():
     assert escape("a|b <i>arc_easy</i>") == "a\\|b &lt;i&gt;arc_easy&lt;/i&gt;"
     assert [plain(-0.04, 1), plain(-1.25, 2)] == ["0.0", "−1.25"]
     assert [signed(0.5, 1), signed(-0.5, 1), signed(0.0, 1)] == ["+0.5", "−0.5", "0.0"]
-    assert of_total(3000, 4000) == "3\u00a0000 (75.0\u00a0%)"
+    assert count_with_share(3000, 4000) == "3\u00a0000 (75.0\u00a0%)"

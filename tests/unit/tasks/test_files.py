@@ -245,7 +245,7 @@ def test_a_file_never_takes_the_name_of_a_built_in_task(tmp_path):
 def test_two_files_of_one_name_are_refused_together(tmp_path):
     (tmp_path / "other").mkdir()
     paths = [write(folder, CHOICES) for folder in (tmp_path, tmp_path / "other")]
-    with pytest.raises(TaskError, match="named 'mine'; rename a file"):
+    with pytest.raises(TaskError, match="have the name 'mine'; rename a file"):
         get_tasks(",".join(map(str, paths)))
 
 
