@@ -283,7 +283,7 @@ def _add_worked_examples(
         return TaskExamples(WorkedTask(task, (), max_new_tokens), examples)
     num_shots = config.num_fewshot
     # A task of the harness may come with worked examples.
-    if any(getattr(task, "shots_of", {}).values()):
+    if any(getattr(task, "num_shots", {}).values()):
         raise ConfigError(
             f"--num-fewshot has no effect on {task.name}, which has worked examples of its own; "
             f"leave it out"
