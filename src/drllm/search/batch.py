@@ -5,8 +5,8 @@ batch of the model. When a batch fails, its questions are searched one by one. A
 failing is set aside. `LocalExecutor` searches batches in this process, and `ray.RayExecutor`
 searches them on Ray.
 
-The results of an unfinished search lie in `Chunks`: `chunks` is the store of the whole search, and
-`parts` is the store of one batch within it.
+The results of an unfinished search are kept on disk by `Chunks`. In this module `chunks` are those
+of the whole search, and `parts` are the chunks of one batch.
 """
 
 import itertools
@@ -256,8 +256,8 @@ def _run_rounds(
         round_outcomes = steps.run(f"round {number}", pairs, evaluate)
         for (place, decisions), outcome in zip(pairs, round_outcomes, strict=True):
             outcomes[place, decisions] = outcome
-            margin = None  # of generated answers only wrong ones have a margin yet, so none counts
-            if evaluator.scores_options:
+            margin = None
+            if evaluator.scores_options:  # right generated answers get their margins later
                 margin = outcome.margin
             score = path_score(margin, outcome.kl)
             searches[place].tell(decisions, outcome.reward, score)
@@ -409,7 +409,10 @@ class BatchSteps:
     progress: BatchProgress
 
     def run(self, name: str, pairs: Sequence[Pair], evaluate: Evaluate) -> list[Outcome]:
-        """Return the outcomes of a step; on disk its name and its pairs identify it."""
+        """Return the outcomes of a step, from disk if they are there.
+
+        The name, the questions and the pairs identify the outcomes on disk.
+        """
 
         def evaluate_now() -> list[Outcome]:
             self.progress.num_new += len(pairs)

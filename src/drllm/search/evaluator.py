@@ -21,7 +21,7 @@ from drllm.tasks.examples import KL_REWARD, Prompt
 from drllm.tasks.rewards import get_reward, score_choices, verdict
 
 MAX_RIVALS = 4
-"""Number of rivals, the most frequent wrong answers, that a right answer's margin compares with."""
+"""Maximum number of rivals of a right answer: the question's most frequent wrong answers."""
 CHARACTERS_A_TOKEN = 16
 """A text with more characters than this per token of the context is probably too long.
 

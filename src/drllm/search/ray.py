@@ -133,7 +133,7 @@ class RayExecutor:
     Args:
         model: Which model, and how to load it. With the device `auto` each worker gets a GPU if Ray
             has GPUs, else the CPU.
-        num_workers: None for one worker per GPU, or one per CPU core without GPUs.
+        num_workers: None for one worker per GPU or, on the CPU, one worker per core.
         address: The cluster's address; see `connect`.
     """
 
@@ -145,7 +145,7 @@ class RayExecutor:
 
         self.ray: Any = ray
         names = ("RayActorError", "ObjectLostError", "OutOfMemoryError", "WorkerCrashedError")
-        # The errors of Ray if a worker died.
+        # The errors that Ray raises if a worker died.
         self._loss_errors = tuple(getattr(ray.exceptions, name) for name in names)
         self._connects = not ray.is_initialized()
         self._is_on_this_machine = self._connects and address is None

@@ -33,7 +33,7 @@ from drllm.training.features import Features, split_rows
 from drllm.training.losses import compute_class_weights, compute_focal_losses
 
 MIN_TARGETS_TO_HOLD_OUT = 10  # with fewer targets, none is held out
-WARMUP_SHARE = 0.1  # share of the steps that replaces a warm-up which is too long
+WARMUP_SHARE = 0.1  # share of the steps to warm up if the warm-up of the settings is too long
 MAX_INPUTS_SHARE = 0.25  # maximum share of free memory for the inputs of all targets
 MAX_INPUTS_BYTES = 2**32  # MPS can't hold a larger tensor
 FUSED_DEVICES = ("cpu", "cuda")  # devices with a fused AdamW in all supported versions of torch
@@ -79,7 +79,7 @@ def hold_out(questions: Sequence[str], fraction: float, seed: int) -> tuple[list
 class Schedule:
     """The learning rate of every step: a linear warm-up to the peak, then half a cosine down to 0.
 
-    If the warm-up isn't shorter than the training, a tenth of the steps warms up instead. Otherwise
+    A warm-up that isn't shorter than the training is replaced by a tenth of the steps. Otherwise
     the rate would never reach its peak (docs/differences.md, D-14).
     """
 
@@ -131,8 +131,8 @@ class Trainer:
         class_weights: `[C]`, the weight of each decision in the loss.
         schedule: Learning rates of all steps.
         stack: The routers.
-        metrics: The lines of `metrics.jsonl` so far: for each finished epoch a line on the targets
-            to train on, and a line on those that are held out, if there are any.
+        metrics: The lines of `metrics.jsonl` so far. A finished epoch has a line on the targets to
+            train on, and a line on the targets that are held out, if there are any.
         epochs_done: Number of finished epochs.
     """
 
