@@ -126,7 +126,7 @@ def export_path(
     with hub.quiet():
         exported = _build(base.model, path.layers)
         merged, logits = _run_base(base.model, path, file)
-        num_bytes, num_repeated_bytes = _fill(exported, base.model, path.layers, merged)
+        num_bytes, num_repeated_bytes = _put_weights(exported, base.model, path.layers, merged)
         export = Export(
             folder=output,
             path=path.layers,
@@ -256,7 +256,7 @@ def _list_weights(
             yield NamedWeight(f"{prefix}.{place}.{name}", values, is_copy)
 
 
-def _fill(
+def _put_weights(
     exported: Any, base: Any, path: tuple[int, ...], merged: Mapping[str, Tensor]
 ) -> tuple[int, int]:
     """Put the weights into an exported model.

@@ -66,7 +66,10 @@ def provide_checkpoint() -> Path | None:
 
 def find_checkpoint() -> Path | None:
     """Return the folder of the converted model; None if it isn't converted yet."""
-    return _target() if _target().is_dir() else None
+    checkpoint = _target()
+    if not checkpoint.is_dir():
+        return None
+    return checkpoint
 
 
 def describe() -> str:
@@ -95,7 +98,7 @@ def convert_once(source: Path, expected_hash: str, target: Path) -> Path:
         The checkpoint's folder.
 
     Raises:
-        ModelError: The file has another hash, or the folder can't be written.
+        ModelError: The file has another hash, or can't be converted.
     """
     from safetensors import SafetensorError
 
@@ -117,6 +120,7 @@ def convert_once(source: Path, expected_hash: str, target: Path) -> Path:
 
 
 def _check_hash(source: Path, expected_hash: str) -> None:
+    """Refuse a GGUF file with another SHA-256 than expected."""
     digest = sha256(source)
     if digest != expected_hash:
         raise ModelError(
@@ -138,6 +142,7 @@ def _convert_atomically(source: Path, target: Path) -> None:
 
 
 def _target() -> Path:
+    """Return the folder of the converted model, which may not exist yet."""
     return cache_folder() / f"{ALIAS}-v{FORMAT}"
 
 

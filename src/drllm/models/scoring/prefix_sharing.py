@@ -60,7 +60,7 @@ class PackedRows:
     states: PrefixCache  # the cache of states; other packed rows may use the same cache
     keep_kv: bool = False  # whether K/V is kept, so that other rows can continue these rows
     past: PackedRows | None = None  # the rows that hold the past, with `keep_kv`
-    past_rows: Sequence[int] = ()  # for each row, the row of `past` that is its past
+    past_rows: Sequence[int] = ()  # for each row, the row of `past` that it continues
     # The number that identifies these rows in the cache.
     number: int = field(default_factory=itertools.count().__next__, init=False)
 
@@ -91,9 +91,9 @@ class PackedRows:
     def _forward(self, driver: PrefixSharingDriver) -> None:
         """Run the model once with the driver, and store the logits and the cache in the driver."""
         num_logits = list(driver.num_logits)
-        logits_to_keep = 0  # all tokens
+        logits_to_keep = 0  # all tokens that the last layer returns
         if not driver.drops_tokens:
-            logits_to_keep = max(1, *num_logits)
+            logits_to_keep = max(1, *num_logits)  # 0 would keep all tokens
         with torch.no_grad(), self.routed.injection.driven_by(driver):
             output = self.routed.model(
                 input_ids=self.packed.ids,
@@ -117,7 +117,7 @@ class _Past:
     """The past of some rows."""
 
     holder: PackedRows  # the rows that hold the past
-    holder_rows: list[int]  # for each row, the row of `holder` that is its past
+    holder_rows: list[int]  # for each row, the row of `holder` that it continues
     num_tokens: list[int]  # for each row, the number of tokens in its past
 
 
@@ -197,7 +197,7 @@ class PrefixSharingDriver(Driver):
 
     rows: PackedRows
     pairs: Sequence[PlanPair]
-    num_logits: Sequence[int]  # for each pair, the number of its last tokens that need logits
+    num_logits: Sequence[int]  # see `PackedRows.run`
     past: PrefixSharingDriver | None  # the driver that holds the rows' past under the same plans
     logits: Sequence[Tensor] = ()  # set after the pass: for each pair's last tokens, [S, V]
     cache: Cache | None = None  # set after the pass: the pass's cache, if it used a cache
@@ -208,7 +208,7 @@ class PrefixSharingDriver(Driver):
         # the head computes nothing else. Otherwise it returns all tokens, `[N, T, D]`.
         self.drops_tokens = self.rows.routed.injection.can_drop_tokens
         self.uses_cache = self.rows.keep_kv or self.past is not None
-        self.states = self.rows.states
+        self.states = self.rows.states  # the cache of states
         self.lengths = [
             own + after for own, after in zip(packed.num_own, packed.num_after, strict=True)
         ]
