@@ -2,9 +2,9 @@
 
 PEFT puts a LoRA adapter on the layers of the path, and only the adapter is trained. The loss is the
 mean KL between the next-token distributions of the path and of the full path (see `distillation`).
-Some texts are held out (see `heal_texts`). Now and then a *check* measures the KL on them, and the
-adapter with the lowest KL is the result. An interrupted run resumes, and ends with the same
-adapter.
+Some texts are held out (see `heal_texts`). At regular intervals a *check* measures the KL on these
+texts. The adapter of the check with the lowest KL is the result. An interrupted run resumes, and
+ends with the same adapter.
 """
 
 import itertools
@@ -312,14 +312,17 @@ class HealRun:
         minutes = self.config.minutes
         if steps is None and minutes is None:
             steps = STEPS
-        by_steps = 0.0 if steps is None else self.state.step / steps
-        by_time = 0.0 if minutes is None else self._share_of_time(60 * minutes)
-        return max(by_steps, by_time)
+        share = 0.0
+        if steps is not None:
+            share = self.state.step / steps
+        if minutes is not None:
+            share = max(share, self._share_of_time(60 * minutes))
+        return share
 
     def _share_of_time(self, seconds: float) -> float:
         """Return the share of the training's time that is over.
 
-        `seconds` are for the training and the measurements after it, whose time is set aside.
+        `seconds` is the time for the training and for the measurements after it.
         """
         training_seconds = seconds - FINAL_CHECKS * self.state.check_seconds
         if training_seconds <= 0:
@@ -330,17 +333,18 @@ class HealRun:
     def _is_over(self) -> bool:
         """Whether the training is complete, or too many checks in a row show no lower KL."""
         kls = [point.held_out_kl for point in self.state.curve]
-        last = len(kls) - 1
-        num_without_gain = last - kls.index(min(kls))
-        return self._progress >= 1 or num_without_gain >= PATIENCE
+        best_check = kls.index(min(kls))
+        num_checks_since = len(kls) - 1 - best_check
+        return self._progress >= 1 or num_checks_since >= PATIENCE
 
     def _train(self, sequences: Mapping[str, Sequence[Tokens]]) -> Iterator[str]:
         """Train to the end, and yield a message after each step; then use the best adapter.
 
-        `sequences` are the sequences to train on by source.
+        Args:
+            sequences: Name of a source → the sequences to train on.
         """
         state = self.state
-        last_save = 0.0
+        last_save = 0.0  # so the state is saved before the first step
         if not state.curve:
             self._check_held_out()
         first_block = FirstBlock(self.listener, self.base.model.device)
@@ -353,8 +357,8 @@ class HealRun:
                 break
             before = self._progress
             self._step(batch)
-            first_block.finish((self._progress - before) / (1 - before))
-            if int(min(self._progress, 1.0) * CHECKS) > int(before * CHECKS):
+            first_block.finish((self._progress - before) / (1 - before))  # of this run's work
+            if int(min(self._progress, 1.0) * CHECKS) > int(before * CHECKS):  # a tenth is done
                 self._check_held_out()
             kl = state.curve[-1].held_out_kl
             yield f"step {state.step}, KL {state.train_kl:.3f}, on held-out texts {kl:.3f}"

@@ -38,9 +38,8 @@ name is empty if the set has one part."""
 QUESTIONS = "asked"
 WORKED_EXAMPLES = "shown"
 """The uses of a rows file, as they are written in its name."""
-ROWS = "rows"
-CACHE = "cache"
-"""Folders below a task folder."""
+ROWS = "rows"  # folder of the rows files below a task folder
+CACHE = "cache"  # folder for the cache of `datasets` below a task folder
 MAX_LISTED = 5  # most ids in a note on questions that aren't asked; the results list all
 SEED = 0  # seed for drawing the questions of `--limit` on the harness' command line
 

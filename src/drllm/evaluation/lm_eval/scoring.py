@@ -256,11 +256,11 @@ class RequestScorer:
         """
         if isinstance(decides, StaticPath):
             return self.score_plans(requests, [decides])[0], {}
-        questions = batch_requests(requests, self.max_length, by_prompt=by_prompt)
+        request_batch = batch_requests(requests, self.max_length, by_prompt=by_prompt)
         scores: dict[int, Score] = {}
         routes: dict[Hashable, Decisions] = {}
-        for places, batch in self._batches(questions.questions):
-            keys = [questions.keys[place] for place in places]
+        for places, batch in self._batches(request_batch.questions):
+            keys = [request_batch.keys[place] for place in places]
             policy: Policy
             if isinstance(decides, Mapping):
                 policy = FixedPolicy([decides[key] for key in keys], self.routed.num_layers)
@@ -272,7 +272,7 @@ class RequestScorer:
             for key, route in zip(keys, batch_routes.tolist(), strict=True):
                 routes[key] = tuple(route)
             on_progress(sum(len(request.continuations) for request in batch.requests))
-        return questions.answers(scores), routes
+        return request_batch.answers(scores), routes
 
     def score_plans(
         self, requests: Sequence[HarnessRequest], plans: Sequence[Paths | StaticPath]
@@ -281,10 +281,10 @@ class RequestScorer:
 
         Layers that several plans begin with run once.
         """
-        questions = batch_requests(requests, self.max_length, by_prompt=True)
+        request_batch = batch_requests(requests, self.max_length, by_prompt=True)
         scores: list[dict[int, Score]] = [{} for _ in plans]  # by plan, then by place
-        for places, batch in self._batches(questions.questions):
-            keys = [questions.keys[place] for place in places]
+        for places, batch in self._batches(request_batch.questions):
+            keys = [request_batch.keys[place] for place in places]
             pairs: list[tuple[int, Decisions | StaticPath]] = []
             for plan in plans:
                 for row, key in enumerate(keys):
@@ -295,7 +295,7 @@ class RequestScorer:
                 next_scores = itertools.islice(batch_scores, len(places))
                 plan_scores.update(zip(places, next_scores, strict=True))
             batch.forget()
-        return [questions.answers(plan_scores) for plan_scores in scores]
+        return [request_batch.answers(plan_scores) for plan_scores in scores]
 
     def _score_batch(self, batch: ChoiceBatch, policy: Policy) -> tuple[list[Score], Tensor]:
         """Score a batch's questions under a policy; return their routes `[P, L]` too.

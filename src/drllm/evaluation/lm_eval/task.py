@@ -37,7 +37,7 @@ class RenderedTask:
     same in all lists, and methods take a question's place in this order.
 
     Args:
-        written: The task.
+        written: The task, described for the harness.
         source: The folder that the task was written to, or the harness' own tasks by name.
         lm: The model that answers.
         chat: Whether to apply the chat template, with worked examples as turns.
@@ -93,11 +93,9 @@ class RenderedTask:
 
     @property
     def ids(self) -> list[str]:
-        """The id of each question in drllm."""
-        return [
-            str(doc.get("drllm_id", example.id))
-            for doc, example in zip(self.docs, self.written.examples, strict=True)
-        ]
+        """The id of each question in drllm; the rows of a task folder have it."""
+        pairs = zip(self.docs, self.written.examples, strict=True)
+        return [str(doc.get("drllm_id", example.id)) for doc, example in pairs]
 
     def digest(self) -> str:
         """Return a hash of everything that determines scores: all requests and all rows."""
