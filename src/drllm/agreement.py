@@ -1,10 +1,17 @@
 """How far routers agree with the target paths, beside baselines that ignore the question.
 
-The module works with counts. Unlike ratios, counts can be summed over batches, layers and
-processes. There are three baselines. The first executes every layer. The second always decides for
-a layer's most common training label. The third draws a layer's decision as often as it was a
-training label. Its counts are expected values, and nothing is really drawn. This module doesn't
-import torch.
+A target path gives every layer a label, which is the path's decision there. A decision that equals
+the label hits it. The module works with counts: unlike ratios, they can be summed over batches,
+layers and processes.
+
+There are three baselines:
+
+    always_execute    executes every layer
+    layer_majority    always makes the decision that is the layer's most common training label
+    label_frequency   draws decisions with the frequencies of the layer's training labels; its
+                      counts are expected values, so nothing is really drawn
+
+This module doesn't import torch.
 
 Axes: L layers, C = 3 decisions.
 """
@@ -19,8 +26,8 @@ from msgspec.structs import replace
 from drllm.paths import Decision
 from drllm.statistics.verdicts import judge_counts
 
-NAMES = ("skip", "execute", "repeat")
-DECISIONS = range(len(NAMES))
+DECISION_NAMES = ("skip", "execute", "repeat")
+DECISIONS = range(len(DECISION_NAMES))
 ROUTERS = "routers"
 ALWAYS_EXECUTE = "always_execute"
 LABEL_FREQUENCY = "label_frequency"
@@ -29,7 +36,7 @@ TRAIN = "train"
 VALIDATION = "validation"
 
 Confusion: TypeAlias = tuple[tuple[float, ...], ...]
-"""`[C][C]`: how often each label (row) met each decision (column)."""
+"""`[C][C]` for one layer: how often each decision (column) was made for each label (row)."""
 LabelCounts: TypeAlias = Sequence[Sequence[float]]
 """`[L][C]`: how often each decision is the label of each layer."""
 
@@ -39,11 +46,11 @@ class Counts:
     """Counts over a set of targets; expected values if decisions are drawn.
 
     Attributes:
-        confusion: `[L]` confusions, one per layer; empty if nothing was counted.
-        executions: Cost of the decisions over all targets, in layer equivalents.
+        confusion: The confusion of each layer, `[L]`; empty if nothing was counted.
+        executions: Executions of the decisions, summed over all targets.
         examples: Number of targets.
-        loss: Sum of the targets' losses, each a mean over layers; None for decisions that aren't
-            made from probabilities.
+        loss: Sum of the targets' losses. A target's loss is the mean over its layers. None for
+            baselines, which have no loss.
     """
 
     confusion: tuple[Confusion, ...] = ()
@@ -84,7 +91,7 @@ def _add_layers(
     if not second:
         return first
     layers = zip(first, second, strict=True)
-    return tuple(_add_confusions(*pair) for pair in layers)
+    return tuple(_add_confusions(layer, other_layer) for layer, other_layer in layers)
 
 
 def _add_confusions(first: Confusion, second: Confusion) -> Confusion:
@@ -96,18 +103,23 @@ def _add_confusions(first: Confusion, second: Confusion) -> Confusion:
 
 
 def compute_metrics(counts: Counts) -> dict[str, float | None]:
-    """Compute metrics from counts of at least one target, named as on a line of `metrics.jsonl`.
+    """Compute metrics from counts of at least one target.
 
     Returns:
-        `routers_loss` (mean over targets and layers; None without losses), `accuracy` (share of
-        the labels that were hit), `macro_f1` (mean of the defined F1), `f1_*` (None if the class is
-        neither a label nor a decision), `acc_skip` and `acc_repeat` (share of the class's labels
-        that were hit; None if it has no labels), and `avg_layers` (mean executions).
+        The metrics, named as on a line of `metrics.jsonl`:
+
+        - `routers_loss`: the mean loss over targets and layers; None without losses.
+        - `accuracy`: the share of the labels that were hit.
+        - `f1_skip`, `f1_execute`, `f1_repeat`: the F1 of a decision; None if it is undefined, since
+          the decision is no label and was never made.
+        - `macro_f1`: the mean of the defined F1.
+        - `acc_skip`, `acc_repeat`: the share of these labels that were hit; None without labels.
+        - `avg_layers`: the mean executions.
 
     Source: Dr.LLM names macro-F1, F1 by class and accuracy by class. Leaving undefined F1 out of
         the mean is ours.
     """
-    confusion = counts.confusion[0]
+    confusion = counts.confusion[0]  # summed over all layers
     for layer in counts.confusion[1:]:
         confusion = _add_confusions(confusion, layer)
     hits = [confusion[decision][decision] for decision in DECISIONS]
@@ -116,7 +128,9 @@ def compute_metrics(counts: Counts) -> dict[str, float | None]:
 
     f1 = [_ratio(2 * hits[i], num_labels[i] + num_decisions[i]) for i in DECISIONS]
     defined_f1 = [value for value in f1 if value is not None]
-    loss = None if counts.loss is None else counts.loss / counts.examples
+    loss = None
+    if counts.loss is not None:
+        loss = counts.loss / counts.examples
     return {
         "routers_loss": loss,
         "accuracy": sum(hits) / sum(num_labels),
@@ -131,20 +145,22 @@ def compute_metrics(counts: Counts) -> dict[str, float | None]:
 
 
 def _ratio(part: float, whole: float) -> float | None:
-    return part / whole if whole else None
+    if not whole:
+        return None
+    return part / whole
 
 
-def count_baselines(labels: LabelCounts, trained_labels: LabelCounts) -> dict[str, Counts]:
-    """Count how each baseline decides on some targets. Return the counts by baseline.
+def count_baselines(labels: LabelCounts, training_labels: LabelCounts) -> dict[str, Counts]:
+    """Count how each baseline decides on some targets; return the counts by baseline.
 
     Args:
         labels: `[L][C]` label counts of the targets to decide on.
-        trained_labels: `[L][C]` label counts of the training targets, which give the majorities
-            and the frequencies.
+        training_labels: `[L][C]` label counts of the training targets, from which the baselines
+            take the majorities and the frequencies.
     """
     always_execute = [_make_constant(Decision.EXECUTE) for _ in labels]
-    frequencies = [_compute_frequencies(layer) for layer in trained_labels]
-    majorities = [_make_constant(_find_majority(layer)) for layer in trained_labels]
+    frequencies = [_compute_frequencies(layer) for layer in training_labels]
+    majorities = [_make_constant(_find_majority(layer)) for layer in training_labels]
     return {
         ALWAYS_EXECUTE: count_expected(labels, always_execute),
         LABEL_FREQUENCY: count_expected(labels, frequencies),
@@ -163,20 +179,21 @@ def _find_majority(label_counts: Sequence[float]) -> Decision:
     return max(order, key=label_counts.__getitem__)
 
 
-def add_baselines(routers: Counts, trained_labels: LabelCounts) -> dict[str, Counts]:
+def add_baselines(routers: Counts, training_labels: LabelCounts) -> dict[str, Counts]:
     """Return the counts of routers and of the baselines on the same targets, by name."""
-    return {ROUTERS: routers, **count_baselines(routers.labels, trained_labels)}
+    return {ROUTERS: routers, **count_baselines(routers.labels, training_labels)}
 
 
-def _make_constant(decision: int) -> list[float]:
-    """Return probabilities under which one decision is always made."""
-    return [float(option == decision) for option in DECISIONS]
+def _make_constant(constant_decision: int) -> list[float]:
+    """Return probabilities `[C]` under which the same decision is always made."""
+    return [float(decision == constant_decision) for decision in DECISIONS]
 
 
 def count_expected(labels: LabelCounts, probabilities: Sequence[Sequence[float]]) -> Counts:
     """Return the expected counts of decisions that are drawn without looking at the question.
 
-    Each layer is drawn independently. As everywhere, decisions that skip every layer cost 1.
+    The decisions of different layers are drawn independently. If all layers are skipped, a model
+    still executes one layer, so this counts as one execution.
 
     Args:
         labels: `[L][C]` label counts of the targets.
@@ -189,12 +206,12 @@ def count_expected(labels: LabelCounts, probabilities: Sequence[Sequence[float]]
             row = tuple(count * share for share in layer)
             rows.append(row)
         confusion.append(tuple(rows))
-    mean = sum(_expect_executions(layer) for layer in probabilities)
+    mean_executions = sum(_expect_executions(layer) for layer in probabilities)
     chance_to_skip_all = math.prod(layer[Decision.SKIP] for layer in probabilities)
-    num_examples = sum(labels[0])
+    num_examples = sum(labels[0])  # every target has one label at each layer
     return Counts(
         confusion=tuple(confusion),
-        executions=num_examples * (mean + chance_to_skip_all),
+        executions=num_examples * (mean_executions + chance_to_skip_all),
         examples=int(num_examples),
         loss=None,
     )
@@ -208,12 +225,12 @@ def _expect_executions(probabilities: Sequence[float]) -> float:
 def judge_routers(parts: Mapping[str, Mapping[str, Counts]]) -> str:
     """Say in one sentence whether routers beat constant decisions on held-out targets.
 
-    Accuracy is tested against the better of the two constant baselines. The decisions on one target
-    depend on each other, so a target counts as one trial: won and lost labels are divided by the
-    number of layers. Macro-F1 has no test; it is compared with the best baseline's macro-F1.
+    Accuracy is tested against the better of the two constant baselines, `always_execute` and
+    `layer_majority`. Macro-F1 isn't tested; the sentence has the best baseline's macro-F1 beside
+    that of the routers.
 
     Args:
-        parts: What `add_baselines` returns for `TRAIN` and, if targets were held out, for
+        parts: The result of `add_baselines` for `TRAIN` and, if targets were held out, for
             `VALIDATION`.
     """
     if VALIDATION not in parts:
@@ -222,9 +239,12 @@ def judge_routers(parts: Mapping[str, Mapping[str, Counts]]) -> str:
             "ignore the question."
         )
     systems = parts[VALIDATION]
-    metrics = {name: compute_metrics(counts) for name, counts in systems.items()}
-    accuracy = {name: values["accuracy"] or 0.0 for name, values in metrics.items()}
-    macro_f1 = {name: values["macro_f1"] or 0.0 for name, values in metrics.items()}
+    accuracy: dict[str, float] = {}
+    macro_f1: dict[str, float] = {}
+    for name, counts in systems.items():
+        metrics = compute_metrics(counts)
+        accuracy[name] = metrics["accuracy"] or 0.0
+        macro_f1[name] = metrics["macro_f1"] or 0.0
 
     constant = max((ALWAYS_EXECUTE, LAYER_MAJORITY), key=accuracy.__getitem__)
     sentence = _compare_accuracy(systems[ROUTERS], systems[constant], display_name(constant))
@@ -237,51 +257,55 @@ def judge_routers(parts: Mapping[str, Mapping[str, Counts]]) -> str:
 
 
 def _compare_accuracy(routers: Counts, constant: Counts, constant_name: str) -> str:
+    """Compare the accuracy of routers with that of a constant baseline, in one sentence.
+
+    The decisions on one target depend on each other, so the test counts a target as one trial. The
+    labels won and lost are divided by the number of layers to count them in targets.
+    """
     won_labels, lost_labels = _count_won_and_lost(routers, constant)
     num_layers = len(routers.confusion)
     won = won_labels / num_layers
     most_lost = routers.examples - won  # rounding may make the sum of both too large
     lost = min(lost_labels / num_layers, most_lost)
     verdict = judge_counts(won, lost, routers.examples)
-    # Won and lost are left out: they are fractions of targets here, which no reader could check.
+    # The sentence leaves out won and lost. They are fractions here, which no reader could check.
     verdict = replace(verdict, quantity="label_accuracy", won=None, lost=None)
     return verdict.sentence(ROUTERS, constant_name)
 
 
 def _count_won_and_lost(routers: Counts, constant: Counts) -> tuple[float, float]:
-    """Count the labels hit only by the routers, and the labels hit only by a constant decision."""
+    """Count the labels hit only by the routers, and the labels hit only by a constant baseline."""
     won = 0.0
     lost = 0.0
     for layer, constant_layer in zip(routers.confusion, constant.confusion, strict=True):
         columns = [sum(column) for column in zip(*constant_layer, strict=True)]
-        decision = columns.index(max(columns))
-        for other_decision in DECISIONS:
-            if other_decision != decision:
-                won += layer[other_decision][other_decision]
-                lost += layer[decision][other_decision]
+        constant_decision = columns.index(max(columns))  # all counts are in its column
+        for decision in DECISIONS:
+            if decision == constant_decision:
+                continue
+            won += layer[decision][decision]  # the routers hit a label that the baseline misses
+            lost += layer[constant_decision][decision]  # the routers miss what the baseline hits
     return won, lost
 
 
 def compare_by_layer(systems: Mapping[str, Counts]) -> str:
     """Say in one sentence at how many layers routers hit more labels than the layer's majority."""
-    hits = _count_hits(systems[ROUTERS])
-    majority_hits = _count_hits(systems[LAYER_MAJORITY])
-    pairs = zip(hits, majority_hits, strict=True)
-    gains = [layer_hits - layer_majority_hits for layer_hits, layer_majority_hits in pairs]
-    more = sum(gain > 0 for gain in gains)
-    fewer = sum(gain < 0 for gain in gains)
+    routers = systems[ROUTERS].confusion
+    majority = systems[LAYER_MAJORITY].confusion
+    more = 0
+    fewer = 0
+    for layer, majority_layer in zip(routers, majority, strict=True):
+        gain = _count_hits(layer) - _count_hits(majority_layer)
+        more += gain > 0
+        fewer += gain < 0
     return (
-        f"The routers hit more labels than the layer's majority at {more} of {len(gains)} layers, "
-        f"fewer at {fewer}."
+        f"The routers hit more labels than the layer's majority at {more} of {len(routers)} "
+        f"layers, fewer at {fewer}."
     )
 
 
-def _count_hits(counts: Counts) -> list[float]:
-    """Return how many labels are hit at each layer."""
-    return [_count_layer_hits(layer) for layer in counts.confusion]
-
-
-def _count_layer_hits(layer: Confusion) -> float:
+def _count_hits(layer: Confusion) -> float:
+    """Count the labels that are hit at one layer."""
     return sum(layer[decision][decision] for decision in DECISIONS)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from drllm.agreement import NAMES, TRAIN, VALIDATION
+from drllm.agreement import DECISION_NAMES, TRAIN, VALIDATION
 from drllm.paths import Decision
 from drllm.records.healed import HealPoint
 from drllm.records.results import BASE, PERMUTED, ROUTED, Evaluation, Point, System
@@ -296,7 +296,7 @@ def draw_routes(routes: Shares, targets: Shares | None, colours: Colours, width:
     bottom = [0.0] * len(routes)
     for decision, colour in zip(Decision, ("skip", "run", "repeat"), strict=True):
         heights = [100 * shares[decision] for shares in routes]
-        look: dict[str, Any] = {"color": colours[colour], "label": NAMES[decision]}
+        look: dict[str, Any] = {"color": colours[colour], "label": DECISION_NAMES[decision]}
         axes.bar(layers, heights, bottom=bottom, width=0.85, **look)
         bottom = [below + height for below, height in zip(bottom, heights, strict=True)]
     if targets is not None:

@@ -5,10 +5,9 @@ base excludes a loss of accuracy as large as the limit, on every task. If the ne
 limit too, an increase as large as that limit must be excluded as well. A candidate must pass all of
 these tests, so they need no correction for their number (Berger 1982, Technometrics 24 (4)).
 
-The order of the candidates is fixed before any result is known, and the candidate that leaves out
-the fewest layers comes first. Testing ends when a candidate fails. So each candidate is tested at
-the full level, and the probability that any candidate passes wrongly is no larger than for a single
-candidate; see `pass_in_order`.
+The candidates are tested in an order that is fixed before any result is known. Testing ends when a
+candidate fails. So the probability that any candidate passes wrongly is no larger than for a single
+candidate; `pass_in_order` explains why.
 """
 
 from __future__ import annotations
@@ -43,9 +42,9 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class TaskTest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The test of one candidate on one task; the candidate passes if `failures` is empty.
 
-    `failures` says why the candidate doesn't pass. `needed` is about how many questions (texts, for
-    the next-token loss) would probably be enough to pass if the differences stay as measured. It is
-    None if no number would be enough.
+    `failures` has the reasons why the candidate doesn't pass. `needed` estimates how many questions
+    would probably be enough to pass if the differences stay as measured. For the next-token loss it
+    is a number of texts. It is None if the candidate passes, or if no number would be enough.
     """
 
     task: str
@@ -61,33 +60,36 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     @property
     def passed(self) -> bool:
-        """Whether the candidate loses less than the limits on every task."""
+        """Whether the candidate is shown to lose less than the limits on every task."""
         return not any(test.failures for test in self.tasks)
 
     def reason(self) -> str:
         """Say why the candidate fails, task by task."""
         reasons = []
         for test in self.tasks:
-            if test.failures:
-                where = f" on {test.task}" if len(self.tasks) > 1 else ""
-                reasons.append(" and ".join(test.failures) + where)
+            if not test.failures:
+                continue
+            reason = " and ".join(test.failures)
+            if len(self.tasks) > 1:
+                reason += f" on {test.task}"
+            reasons.append(reason)
         return ", and ".join(reasons)
 
     def remedy(self) -> str:
         """Say how many questions would probably be enough; return "" if no number would."""
-        needed = [test.needed for test in self.tasks if test.failures]
-        numbers = [number for number in needed if number is not None]
-        if not numbers or len(numbers) < len(needed):
+        failed = [test.needed for test in self.tasks if test.failures]
+        needed = _find_largest(failed)
+        if needed is None:
             return ""
-        questions = f"{round_up(max(numbers)):,} questions"
+        questions = f"{round_up(needed):,} questions"
         return f"about {questions} would probably show it if the differences stay the same"
 
 
 class DropTest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Which candidates lose less than the limits; `docs/formats.md` describes the fields.
 
-    `trials` are in the fixed order, and only the last trial may have failed. `untested` names the
-    candidates after it.
+    `trials` are in the fixed order, and only the last trial may have failed. `untested` has the
+    names of the candidates that come after the failed trial.
     """
 
     limits: Limits
@@ -96,20 +98,24 @@ class DropTest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     @property
     def chosen(self) -> str | None:
-        """The last candidate that passed: it leaves out the most layers. None if none passed."""
-        names = [trial.name for trial in self.trials if trial.passed]
-        return names[-1] if names else None
+        """The last candidate that passed; None if none passed."""
+        chosen = None
+        for trial in self.trials:
+            if trial.passed:
+                chosen = trial.name
+        return chosen
 
     def sentence(self) -> str:
         """Say in one sentence what is shown.
 
-        If nothing is shown, the sentence has the reason, and how many questions would be enough.
+        If no candidate passed, the sentence says why, and how many questions would be enough.
         """
         last = self.trials[-1]
         if self.chosen is None:
             reason = last.reason()
-            if last.remedy():
-                reason += f"; {last.remedy()}"
+            remedy = last.remedy()
+            if remedy:
+                reason += f"; {remedy}"
             return f"Not shown that {last.name} loses less than {self.limits}: {reason}."
         shown = f"Shown (95 %): {self.chosen} loses less than {self.limits}"
         if self.limits.max_loss_increase is None:
@@ -120,17 +126,19 @@ class DropTest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 def pass_in_order(candidates: Sequence[T], passes: Callable[[T], bool]) -> int:
-    """Return how many candidates pass before one fails; the candidates after it aren't tested.
+    """Return how many candidates pass before the first fails; later candidates aren't tested.
 
     If the order is fixed before any result is known, each candidate may be tested at the full level
-    α. The first candidate that should fail either fails, which ends the test, or passes wrongly,
-    which has a probability of at most α. So α is also the limit for all candidates together.
-    Choosing the best candidate that passes, or ordering candidates by results, would need a
-    correction.
+    α, and α is also the limit for all candidates together. The reason is the first candidate that
+    should fail. Usually it fails, and testing ends without an error. It passes wrongly with a
+    probability of at most α, and only then can later candidates pass wrongly too.
+
+    A correction would be needed if candidates were ordered by their results, or if all were tested
+    and the best that passes were chosen.
 
     Args:
         candidates: The candidates in the fixed order.
-        passes: Tests one candidate at the level α.
+        passes: Tests a candidate at the level α.
 
     Source: Maurer, Hothorn and Lehmacher 1995; Westfall and Krishen 2001, Journal of Statistical
         Planning and Inference 99.
@@ -148,12 +156,16 @@ def pass_in_order(candidates: Sequence[T], passes: Callable[[T], bool]) -> int:
 def exclude_drop(
     candidates: Mapping[str, Mapping[str, Differences | None]], limits: Limits
 ) -> DropTest:
-    """Test candidates in their order until one fails.
+    """Test candidates in their order until the first fails.
 
     Args:
-        candidates: For each candidate, in the fixed order, how it differs from base on each task;
-            None if it wasn't evaluated there.
+        candidates: Name of a candidate → task → how the candidate differs from base on the task.
+            The difference is None if the candidate wasn't evaluated on the task. The candidates are
+            in the fixed order.
         limits: The losses to exclude.
+
+    Raises:
+        ValueError: There are no candidates.
     """
     if not candidates:
         raise ValueError("there is no candidate to test")
@@ -162,15 +174,15 @@ def exclude_drop(
         tests = [_test_on_task(task, by_task[task], limits) for task in by_task]
         trials.append(Trial(name=name, tasks=tuple(tests)))
     num_passed = pass_in_order(trials, lambda trial: trial.passed)
-    tested = trials[: num_passed + 1]
-    untested = tuple(trial.name for trial in trials[num_passed + 1 :])
-    return DropTest(limits=limits, trials=tuple(tested), untested=untested)
+    num_tested = num_passed + 1  # with the first that fails, if any fails
+    untested = tuple(trial.name for trial in trials[num_tested:])
+    return DropTest(limits=limits, trials=tuple(trials[:num_tested]), untested=untested)
 
 
 class _Failure(NamedTuple):
-    """Why a limit isn't kept, and about how many questions would be enough.
+    """Why a loss as large as a limit isn't excluded, and how many questions would be enough.
 
-    `needed` is None if no number would be enough.
+    `needed` is an estimate. It is None if no number would be enough.
     """
 
     reason: str
@@ -186,11 +198,19 @@ def _test_on_task(task: str, differences: Differences | None, limits: Limits) ->
     if limits.max_loss_increase is not None:
         failures += _test_text(differences.text_loss, limits.max_loss_increase)
     reasons = tuple(failure.reason for failure in failures)
-    numbers = [failure.needed for failure in failures if failure.needed is not None]
-    needed = None
-    if numbers and len(numbers) == len(failures):
-        needed = max(numbers)
+    needed = _find_largest([failure.needed for failure in failures])
     return TaskTest(task=task, failures=reasons, needed=needed)
+
+
+def _find_largest(numbers: Sequence[int | None]) -> int | None:
+    """Return the largest number; None if there is no number, or if an item is None."""
+    largest = None
+    for number in numbers:
+        if number is None:
+            return None
+        if largest is None or number > largest:
+            largest = number
+    return largest
 
 
 def _test_accuracy(accuracy: Verdict, limit: float) -> list[_Failure]:
@@ -209,7 +229,10 @@ def _test_text(loss: Verdict | None, limit: float) -> list[_Failure]:
         return [_Failure("no next-token loss is known")]
     if loss.excluded_loss is None:
         reason = f"{loss.n} texts are too few to exclude any increase of their loss"
-        return [_Failure(reason, FEWEST_TEXTS if loss.n < FEWEST_TEXTS else None)]
+        needed = None
+        if loss.n < FEWEST_TEXTS:
+            needed = FEWEST_TEXTS
+        return [_Failure(reason, needed)]
     if _is_excluded(loss, limit):
         return []
     increase = f"an increase of the next-token loss by up to {loss.write_excluded()} nats"
@@ -224,7 +247,7 @@ def _is_excluded(verdict: Verdict, limit: float) -> bool:
 def _estimate_needed(verdict: Verdict, limit: float) -> int | None:
     """Estimate how many questions or texts would probably exclude a loss as large as the limit."""
     loss = -verdict.mean
-    if verdict.quantity == "text_loss":
+    if verdict.quantity == "text_loss":  # the only quantity whose increase is a loss
         loss = verdict.mean
     end = max(verdict.excluded_loss or 0.0, loss)
     return questions_to_exclude(verdict.n, loss, end, limit)

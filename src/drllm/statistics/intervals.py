@@ -15,14 +15,19 @@ if TYPE_CHECKING:  # every command imports this module, so numpy is imported ins
 Floats: TypeAlias = "npt.NDArray[np.float64]"
 
 BOOTSTRAP_DRAWS = 10_000
-_CHUNK = 1 << 22  # most resampled values in memory at once
+"""Default number of resampled means of an interval."""
+_CHUNK = 1 << 22  # maximum number of resampled values in memory at once
 
 
 def accuracy_interval(correct: Sequence[float], seed: int = 0) -> tuple[float, float]:
     """Return the 95 % interval of an accuracy.
 
-    If each value is 1 (right) or 0 (wrong), this is Wilson's interval. If the values are means over
-    several draws, it is a bootstrap interval.
+    If each value is 1 (right) or 0 (wrong), this is Wilson's interval. If some values lie between 0
+    and 1, it is a bootstrap interval.
+
+    Args:
+        correct: For each question 1 or 0, or the share of right answers over several draws.
+        seed: Seed of the resampling; Wilson's interval needs none.
     """
     if is_right_or_wrong(correct):
         return wilson_interval(round(sum(correct)), len(correct))
@@ -30,7 +35,7 @@ def accuracy_interval(correct: Sequence[float], seed: int = 0) -> tuple[float, f
 
 
 def is_right_or_wrong(correct: Sequence[float]) -> bool:
-    """Tell whether each value is 1 (right) or 0 (wrong), rather than a mean over several draws."""
+    """Tell whether each value is 1 (right) or 0 (wrong); means over draws may lie in between."""
     return all(value in (0, 1) for value in correct)
 
 
@@ -48,29 +53,40 @@ def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> tuple[flo
     share = correct / n
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    # Without a rounding error: the lower bound is 0 if no answer is right, the upper bound is 1 if
-    # all are.
-    lower = 0.0 if correct == 0 else centre - half
-    upper = 1.0 if correct == n else centre + half
+    lower = centre - half
+    upper = centre + half
+    # At the ends the bounds are exactly 0 and 1, but the formula has a rounding error there.
+    if correct == 0:
+        lower = 0.0
+    if correct == n:
+        upper = 1.0
     return lower, upper
 
 
 def mean_interval(
     values: Sequence[float], seed: int, draws: int = BOOTSTRAP_DRAWS, confidence: float = 0.95
 ) -> tuple[float, float]:
-    """Return the percentile bootstrap interval of a mean over questions.
+    """Return the percentile bootstrap interval of a mean over questions or texts.
 
-    This interval is for values that aren't counts: accuracies averaged over several draws a
-    question, log-probabilities, and paired differences of either. If all values are equal, the
-    interval has no width. This doesn't make the mean certain, since resampling knows only the
-    measured values.
+    This interval is for values that aren't just right or wrong: mean accuracies over several draws,
+    log-probabilities, and paired differences of both. If all values are equal, the interval has no
+    width. That doesn't make the mean certain, since resampling knows only the measured values.
+
+    Args:
+        values: One value for each question or text.
+        seed: Seed of the resampling.
+        draws: Number of resampled means.
+        confidence: Confidence of the interval, in (0, 1).
+
+    Raises:
+        ValueError: There are no values.
 
     Source: Efron 1979, Annals of Statistics 7 (1), percentile method.
     """
     import numpy as np
 
     means = [resamples.mean(axis=1) for resamples in _resamples(np.asarray(values), seed, draws)]
-    outside = (1 - confidence) / 2
+    outside = (1 - confidence) / 2  # the share of resampled means below the interval, and above it
     lower, upper = np.quantile(np.concatenate(means), [outside, 1 - outside], method="nearest")
     return float(lower), float(upper)
 
@@ -81,21 +97,22 @@ def sum_interval(
     """Return a weighted sum of independent means, and the two ends of its 95 % interval.
 
     Args:
-        weighted: For each mean, its weight and the values that are averaged.
+        weighted: For each mean, its weight and its values.
         seed: Seed of the resampling.
 
     Source: Zou and Donner 2008, Statistics in Medicine 27 (10), from the interval of each mean.
     """
     total = 0.0
-    below = 0.0
-    above = 0.0
+    distance_below = 0.0  # from the sum to the lower end of its interval
+    distance_above = 0.0
     for weight, values in weighted:
         mean = fmean(values)
         low, high = mean_interval(values, seed)
         total += weight * mean
-        below = math.hypot(below, weight * (mean - low))
-        above = math.hypot(above, weight * (high - mean))
-    return total, total - below, total + above
+        # The squares of these distances add up, since the means are independent.
+        distance_below = math.hypot(distance_below, weight * (mean - low))
+        distance_above = math.hypot(distance_above, weight * (high - mean))
+    return total, total - distance_below, total + distance_above
 
 
 def upper_bound(
@@ -103,14 +120,15 @@ def upper_bound(
 ) -> float:
     """Return a one-sided upper bound of a mean; infinite if there are too few values for a bound.
 
-    Resampled means are measured in units of their own standard error, which corrects for skewed
-    values. The ends of `mean_interval` are percentiles of plain means. These exclude too much if
-    some texts lose far more than the others. If one text in ten does, twenty texts are too few for
-    either method. If all values are equal, the bound is this value. This doesn't make the mean
-    certain.
+    Unlike the ends of `mean_interval`, the bound is corrected for skewed values: the distance of
+    each resampled mean is divided by the mean's own standard error ("studentised"). Without the
+    correction, the true mean lies above the bound too often if some texts lose far more than the
+    others. If one text in ten does, twenty texts are too few even with the correction.
+
+    If all values are equal, the bound is their value. That doesn't make the mean certain.
 
     Args:
-        values: The differences of two systems, one for each text.
+        values: One value for each text, such as the difference between two systems.
         seed: Seed of the resampling.
         draws: Number of resampled means.
         confidence: Confidence of the bound, in (0.5, 1).
@@ -130,19 +148,21 @@ def upper_bound(
         distance = resamples.mean(axis=1) - sample.mean()
         with np.errstate(divide="ignore"):  # infinite if one value was drawn n times
             studentised.append(np.where(distance == 0, 0.0, distance / resamples.std(axis=1)))
+    # Few resampled means lie as far below the sample's mean as `lowest` (which is negative). So the
+    # sample's mean hardly lies farther than that below the true mean.
     lowest = np.quantile(np.concatenate(studentised), 1 - confidence, method="lower")
     return float(sample.mean() - lowest * sample.std())
 
 
 def _resamples(values: Floats, seed: int, draws: int) -> Iterator[Floats]:
-    """Yield resampled values, a part of the draws at a time, `[draws, n]`."""
+    """Yield resampled values `[D, n]`, D draws at a time, until there are as many as `draws`."""
     import numpy as np
 
     n = len(values)
     if n == 0:
         raise ValueError("an interval needs at least one question")
-    # The Mersenne Twister's stream modulo n gives the same draws as torch.randint with this seed.
-    # Earlier results were computed with torch's draws.
+    # Earlier results were computed with the draws of torch.randint. The Mersenne Twister's stream
+    # modulo n gives the same draws for the same seed.
     generator = np.random.RandomState(seed & 0xFFFFFFFF)
     while draws > 0:
         size = min(draws, max(1, _CHUNK // n))

@@ -1,11 +1,13 @@
 """Power and sample-size calculations: what a number of questions can show or exclude.
 
-Nothing is sampled: probabilities are exact sums over the possible numbers of questions that two
-systems answer differently, and of questions that are won. Differences and losses are shares of the
-questions, not points. `discordant` is the share of questions that one system answers right and the
-other wrong.
+A question is won if the first system answers it right and the second wrong, and lost the other way
+round. The questions won and lost together are the differing questions, and `discordant` is their
+share of all questions. Differences and losses are shares of the questions too, not points.
 
-Axes: M possible numbers of questions answered differently, W possible numbers of questions won.
+The power of the exact test is computed without sampling, as a sum over all possible numbers of
+differing questions and of questions won.
+
+Axes: M possible numbers of differing questions, W possible numbers of questions won.
 """
 
 import functools
@@ -17,21 +19,23 @@ from typing import Any
 from drllm.statistics.intervals import Floats
 
 ALPHA = 0.05
+"""The level of all two-sided tests: the largest probability of showing a difference by chance."""
 FEWEST_DIFFERENT = 6
 """The fewest differing questions that can show a difference. With fewer, differences aren't
 significant even if all have the same sign (2 / 2**5 > 0.05)."""
 POWER = 0.8
+"""A test would probably show a difference if its probability to do so is at least this large."""
 NEGLIGIBLE = 1e-12
-"""Sums leave out counts with a smaller probability. With ten thousand questions this changes no
-result by more than 1e-8."""
+"""Sums leave out numbers of differing questions that are less probable than this. With ten thousand
+questions this changes no result by more than 1e-8."""
 
 
 def chance_to_show(n: int, discordant: float, difference: float, alpha: float = ALPHA) -> float:
     """Return the probability that the exact McNemar test shows a true difference, with its sign.
 
     Args:
-        n: How many questions are asked.
-        discordant: Share of questions that are answered differently.
+        n: The number of questions.
+        discordant: Share of differing questions.
         difference: The true difference of the accuracies, at most `discordant`.
         alpha: The level of the test, which is two-sided.
 
@@ -39,8 +43,9 @@ def chance_to_show(n: int, discordant: float, difference: float, alpha: float = 
         answers, averaged over these numbers.
     """
     weights, differing, won = _possible_counts(n, discordant)
-    # The probability of winning at least this many questions if both systems are equally good.
-    tails = _binomial(won, differing, 0.5)[:, ::-1].cumsum(axis=1)[:, ::-1]
+    # The probability of winning at least this many questions if both systems are equally good: the
+    # sum from the last number of questions won back to this one.
+    tails = _binomial(won, differing, 0.5)[:, ::-1].cumsum(axis=1)[:, ::-1]  # [M, W]
     lost = (differing - won).clip(0.0)
     is_shown = (2 * tails < alpha) & (won > lost)
     share_won = 0.5
@@ -51,15 +56,19 @@ def chance_to_show(n: int, discordant: float, difference: float, alpha: float = 
 
 
 def questions_needed(n: int, discordant: float, difference: float, alpha: float = ALPHA) -> int:
-    """Return the number of questions, above n, that would probably show a difference.
+    """Return a number of questions that would probably show a difference; one fewer wouldn't.
 
-    The difference is in (0, 1]. If `discordant` is smaller than the difference, the difference is
-    used in its place.
+    Args:
+        n: A number of questions that isn't enough. The search begins with the next number.
+        discordant: Share of differing questions. If it is smaller than the difference, the
+            difference is used in its place.
+        difference: The true difference of the accuracies, in (0, 1].
+        alpha: The level of the test, which is two-sided.
     """
     discordant = max(discordant, difference)
 
-    def is_enough(num: int) -> bool:
-        return chance_to_show(num, discordant, difference, alpha) >= POWER
+    def is_enough(number: int) -> bool:
+        return chance_to_show(number, discordant, difference, alpha) >= POWER
 
     low = n
     high = n + 1
@@ -76,7 +85,10 @@ def questions_needed(n: int, discordant: float, difference: float, alpha: float 
 
 
 def questions_to_exclude(n: int, mean: float, end: float, limit: float) -> int | None:
-    """Return about how many questions or texts would probably exclude a loss of `limit`.
+    """Estimate how many questions or texts would probably exclude a loss of `limit`.
+
+    The estimate assumes that the true loss is the measured loss, or 0 if a gain was measured, and
+    that the interval's width falls with the square root of n.
 
     Args:
         n: The number of questions or texts that were measured.
@@ -85,9 +97,8 @@ def questions_to_exclude(n: int, mean: float, end: float, limit: float) -> int |
         limit: The loss to exclude, above 0.
 
     Returns:
-        The number that excludes the limit with a probability of 80 % if the true loss is the
-        measured loss (0 for a gain). The interval's width falls with the square root of n. None if
-        the measured loss is as large as the limit, since then no number would be enough.
+        The number that excludes the limit with a probability of 80 %. None if the measured loss is
+        as large as the limit or larger, since then no number would be enough.
 
     Example:
         >>> questions_to_exclude(400, 0.0, 0.04, 0.02)
@@ -116,8 +127,11 @@ def round_up(number: int) -> int:
 def detectable_mean(differences: Sequence[float]) -> float | None:
     """Return the smallest true mean difference that a two-sided test would probably show.
 
-    There is one difference for each question, and the differences aren't counts. Their observed
-    spread is taken as the true spread. None if the spread is 0, or for fewer than two differences.
+    The observed spread of the differences is taken as the true spread. The result is None if the
+    spread is 0, or if there are fewer than two differences.
+
+    Args:
+        differences: For each question or text, our system's value minus theirs.
 
     Source: the normal approximation of a paired test's power.
     """
@@ -132,11 +146,11 @@ def detectable_mean(differences: Sequence[float]) -> float | None:
 
 @functools.lru_cache(maxsize=4)
 def _possible_counts(n: int, discordant: float) -> tuple[Floats, Floats, Floats]:
-    """Return how many of n questions may be answered differently, and how many may be won.
+    """List how many of n questions may differ, and how many may be won.
 
     Returns:
-        The probabilities `[M, 1]` of the numbers of differing questions, these numbers `[M, 1]`,
-        and the possible numbers of questions won `[1, W]`.
+        The probability of each number of differing questions, `[M, 1]`; the numbers of differing
+        questions, `[M, 1]`; and the numbers of questions won, `[1, W]`.
     """
     import numpy as np
 

@@ -10,7 +10,7 @@ from drllm.statistics.intervals import mean_interval, upper_bound
 from drllm.statistics.paired import Outcomes, mcnemar_exact, paired_interval
 from drllm.statistics.power import FEWEST_DIFFERENT, chance_to_show
 from drllm.statistics.verdicts import (
-    EXCLUDING,
+    EXCLUSION_CONFIDENCE,
     Differences,
     compare,
     correct_together,
@@ -227,7 +227,7 @@ def test_a_skewed_loss_exceeds_what_is_excluded_seldom():
         heavy = (rng.random(n) < 0.1) * 1.0
         increases = rng.normal(0, 0.1, n) + heavy  # 0.1 on average
         _, high = mean_interval(increases, 0, draws=400)
-        bound = upper_bound(increases, 0, draws=400, confidence=EXCLUDING)
+        bound = upper_bound(increases, 0, draws=400, confidence=EXCLUSION_CONFIDENCE)
         exceeded["interval"] += high < 0.1
         exceeded["excluded"] += max(high, bound) < 0.1
     assert exceeded["excluded"] < exceeded["interval"]
