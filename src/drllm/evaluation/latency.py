@@ -1,7 +1,8 @@
 """Measures the time that base and the routed model take to read prompts and to decode.
 
-The models share their weights. They take turns, in another order each round, so that other work on
-the machine affects both alike. Results are medians of the times, and ratios within a round.
+The models share their weights. They take turns, in a new order each round, so that other work on
+the machine affects both alike. `latency.json` has the seconds of every round; reports make medians
+and ratios of them.
 
 Axes: B rows, T tokens, L layers.
 """
@@ -35,9 +36,12 @@ from drllm.records.codec import sha256, write_json
 from drllm.records.manifest import new_manifest
 from drllm.records.results import BASE, LATENCY_FILE, ROUTED, Latency, Timing, Timings
 
-Clock: TypeAlias = Callable[[], float]
-Rounds: TypeAlias = list[dict[str, float]]  # for each round, name of a call → seconds
-Prepare: TypeAlias = Callable[[], Callable[[], Any]]  # prepares and returns the call to time
+Clock: TypeAlias = Callable[[], float]  # tells the time in seconds
+Rounds: TypeAlias = list[dict[str, float]]  # for each round, name of a system → seconds
+Prepare: TypeAlias = Callable[[], Callable[[], Any]]
+"""Does the work that isn't timed, such as making an empty cache, and returns the call to time."""
+PreparePhase: TypeAlias = Callable[[Any, Tensor], Prepare]
+"""Takes a model and prompts `[B, T]`, and returns the function that prepares each timing."""
 
 BATCH_SIZES = (1, 4, 16)
 DESCRIPTIONS = {BASE: "the untouched model", ROUTED: "the routers decide"}
@@ -52,17 +56,17 @@ def measure(
     num_read: int,
     num_written: int,
 ) -> Timings:
-    """Time systems while they read prompts and while they decode.
+    """Time systems while they read prompts and while they decode, for each batch size.
 
-    All prompts are cut to the same length, so that no padding is timed: `num_read`, or the length
-    of the shortest prompt if this is smaller. If there are fewer prompts than rows in a batch,
-    prompts are repeated. The first round isn't counted.
+    All prompts are cut to the same length, so that no padding is timed. The length is `num_read`,
+    or that of the shortest prompt if this is smaller. If there are fewer prompts than rows in a
+    batch, prompts are repeated.
 
     Args:
         model: The base model.
         systems: Name of a system → its policy; None for base.
         prompts: Tokens of the prompts.
-        rounds: How often each system is timed.
+        rounds: How often each system is timed. One more round comes first and isn't counted.
         num_read: Maximum number of tokens read of each prompt.
         num_written: Number of tokens decoded in one timing.
 
@@ -77,18 +81,19 @@ def measure(
             routed[name] = RoutedModel(models[name], policy=policy)
     full = full_decisions(len(find_layers(model)[1]))
     clock = device_clock(model.device)
-    ways: list[tuple[Literal["prefill", "decode"], Callable[..., Any], int]] = [
+    # For each phase, how it is prepared, and the number of tokens a row that are timed.
+    phases: list[tuple[Literal["prefill", "decode"], PreparePhase, int]] = [
         ("prefill", prepare_reading, T),
         ("decode", partial(prepare_decoding, num_tokens=num_written), num_written),
     ]
     timings = []
-    for size in BATCH_SIZES:
-        rows = [list(prompts[row % len(prompts)])[:T] for row in range(size)]
+    for batch_size in BATCH_SIZES:
+        rows = [list(prompts[row % len(prompts)])[:T] for row in range(batch_size)]
         ids = torch.tensor(rows, device=model.device)  # [B, T]
-        for phase, way, num_tokens in ways:
-            calls = {name: way(twin_model, ids) for name, twin_model in models.items()}
-            time_in_turns(calls, 1, clock)  # a first round, not counted
-            seconds = time_in_turns(calls, rounds, clock)
+        for phase, prepare, num_tokens in phases:
+            calls = {name: prepare(system_model, ids) for name, system_model in models.items()}
+            time_in_turns(calls, 1, clock)  # not counted
+            seconds_by_round = time_in_turns(calls, rounds, clock)
             for name in systems:
                 routes = [full]
                 if name in routed:
@@ -97,36 +102,44 @@ def measure(
                     Timing(
                         system=name,
                         phase=phase,
-                        batch_size=size,
-                        num_tokens=size * num_tokens,
+                        batch_size=batch_size,
+                        num_tokens=batch_size * num_tokens,
                         executions=mean_executions(routes),
-                        seconds=tuple(times[name] for times in seconds),
+                        seconds=tuple(seconds[name] for seconds in seconds_by_round),
                     )
                 )
     return Timings(prompt_tokens=T, new_tokens=num_written, timings=tuple(timings))
 
 
-def time_in_turns(calls: Mapping[str, Prepare], repeats: int, clock: Clock) -> Rounds:
-    """Time calls in turn, in another order each round; the preparation of a call isn't timed.
+def time_in_turns(calls: Mapping[str, Prepare], num_rounds: int, clock: Clock) -> Rounds:
+    """Time the call of each system in every round, in a new order each round.
 
-    In a fixed order a call would always follow the same other call, whose weights and code may be
-    in the processor's caches.
+    In a fixed order a system would always follow the same system, whose weights and code may still
+    be in the processor's caches.
+
+    Args:
+        calls: Name of a system → the function that prepares its call.
+        num_rounds: How often each call is prepared and timed.
+        clock: Tells the time.
     """
     rounds = []
-    for number in range(repeats):
-        times = {}
+    for number in range(num_rounds):
+        seconds = {}
         for name in random.Random(number).sample(list(calls), len(calls)):
             call = calls[name]()
             started = clock()
             call()
-            times[name] = clock() - started
-        rounds.append(times)
+            seconds[name] = clock() - started
+        rounds.append(seconds)
     return rounds
 
 
 def copy_sharing_weights(model: Any) -> Any:
     """Return a copy of a model that shares its weights."""
-    return copy.deepcopy(model, {id(t): t for t in [*model.parameters(), *model.buffers()]})
+    shared = {}  # deepcopy takes these tensors as copied already
+    for tensor in [*model.parameters(), *model.buffers()]:
+        shared[id(tensor)] = tensor
+    return copy.deepcopy(model, shared)
 
 
 def empty_cache(model: Any) -> dict[str, Cache]:
@@ -142,8 +155,8 @@ def prepare_reading(model: Any, ids: Tensor) -> Prepare:
 def prepare_decoding(model: Any, ids: Tensor, num_tokens: int = 1) -> Prepare:
     """Prepare to decode tokens one by one after prompts `[B, T]`.
 
-    The prompts are read once, here. Each call has its own copy of the cache. It decodes the
-    prompts' first tokens, since the time doesn't depend on which tokens are decoded.
+    The prompts are read once, here. Each timed call has its own copy of the cache. Every decoded
+    token is the prompt's first token, since the time doesn't depend on which tokens are decoded.
     """
     cache = empty_cache(model)
     model(ids, logits_to_keep=1, **cache)
@@ -156,7 +169,7 @@ def prepare_decoding(model: Any, ids: Tensor, num_tokens: int = 1) -> Prepare:
 
 
 def device_clock(device: torch.device) -> Clock:
-    """Return a clock that waits until the device has finished its work, then tells the time."""
+    """Return a clock that waits until the device has finished its work, and then tells the time."""
 
     def now() -> float:
         if device.type == "cuda":
@@ -178,15 +191,22 @@ def write_latency(
 ) -> None:
     """Time the base model and the routed model, and write `latency.json`.
 
-    The base model must not be routed yet. Without `latency` or without routers, nothing is
-    measured, and the file of an earlier evaluation is removed, so that no result is shown with the
-    times of another evaluation.
+    Without `latency` or without routers, nothing is measured. The file of an earlier evaluation is
+    removed then, so that no result is shown with the times of another evaluation.
+
+    Args:
+        base: The base model, which must not be routed yet.
+        folder: The routers' folder; None without routers.
+        routers: The routers; None without routers.
+        prompts: Tokens of the prompts, from which the timed prompts are drawn.
+        config: The settings.
+        output: The folder of the evaluation.
     """
     path = output / LATENCY_FILE
     if not config.latency or folder is None or routers is None:
         path.unlink(missing_ok=True)
         return
-    timed = choose_prompts(prompts, config.latency_read, config.seed)
+    chosen_prompts = choose_prompts(prompts, config.latency_read, config.seed)
     systems = {BASE: None, ROUTED: RouterPolicy(routers)}
     weights = folder / WEIGHTS_FILE
     latency = Latency(
@@ -195,12 +215,12 @@ def write_latency(
         machine=describe_machine(base.model.device),
         routers=str(folder),
         routers_sha256=sha256(weights),
-        num_prompts=len(timed),
+        num_prompts=len(chosen_prompts),
         systems=DESCRIPTIONS,
         measured=measure(
             base.model,
             systems,
-            timed,
+            chosen_prompts,
             config.latency_rounds,
             config.latency_read,
             config.latency_written,
@@ -210,23 +230,28 @@ def write_latency(
 
 
 def count_timed_tokens(config: EvaluateConfig) -> int:
-    """Return how many tokens are read and decoded at most in the timing; 0 without timing."""
+    """Return how many tokens are read and decoded at most in the timing; 0 without timing.
+
+    The first round, which isn't counted, is left out.
+    """
     if not config.latency:
         return 0
     tokens_a_row = config.latency_read + config.latency_written
-    return config.latency_rounds * len(DESCRIPTIONS) * sum(BATCH_SIZES) * tokens_a_row
+    num_systems = len(DESCRIPTIONS)
+    rows_a_round = num_systems * sum(BATCH_SIZES)
+    return config.latency_rounds * rows_a_round * tokens_a_row
 
 
 def choose_prompts(prompts: Sequence[Sequence[int]], length: int, seed: int) -> list[list[int]]:
-    """Draw the prompts to time: one for each row of the largest batch, if there are enough.
+    """Draw the prompts to time: a prompt for each row of the largest batch, if there are enough.
 
-    Prompts that are long enough come first, then the longest of the others. Each prompt is cut to
-    its last tokens, because with worked examples or a chat template all prompts of a task begin
-    alike.
+    Prompts of at least `length` tokens come first, then the longest of the shorter prompts. All are
+    cut to `length` or to the shortest drawn prompt. The last tokens of a prompt are kept, because
+    with worked examples or a chat template all prompts of a task begin alike.
     """
-    drawn = random.Random(seed).sample(list(prompts), len(prompts))
-    drawn.sort(key=lambda ids: -min(len(ids), length))  # stable: equal lengths stay as drawn
-    chosen = drawn[: max(BATCH_SIZES)]
+    shuffled = random.Random(seed).sample(list(prompts), len(prompts))
+    shuffled.sort(key=lambda ids: -min(len(ids), length))  # equal lengths stay shuffled
+    chosen = shuffled[: max(BATCH_SIZES)]
     T = min(length, *map(len, chosen))
     return [list(ids[-T:]) for ids in chosen]
 
@@ -243,8 +268,8 @@ def describe_machine(device: torch.device) -> str:
 
 
 def _read_processor_name() -> str:
-    """Return the processor's name; on Linux only `/proc/cpuinfo` has it."""
-    file = Path("/proc/cpuinfo")
+    """Return the name of the processor; an empty text if it is unknown."""
+    file = Path("/proc/cpuinfo")  # on Linux `platform.processor` doesn't know the name
     if file.is_file():
         match = re.search(r"^model name\s*:\s*(.+)$", file.read_text("utf-8"), re.MULTILINE)
         if match is not None:
@@ -254,6 +279,6 @@ def _read_processor_name() -> str:
 
 def _count_cores() -> int:
     """Return how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # Linux only
+    if hasattr(os, "sched_getaffinity"):  # only on Linux
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

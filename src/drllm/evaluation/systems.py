@@ -1,7 +1,10 @@
 """Runs the systems of a comparison on one task's questions: base, routed, baselines and paths.
 
-Routers read only the question. So all options of a question have the same route, and so does the
-text that begins with the question.
+A place is the index of a question in the task. A draw is one way in which a system decides on all
+questions. Most systems have one draw, and baselines with random decisions have several.
+
+Routers read only the question. So all options of a question have the same route. The next-token
+loss is measured on texts that begin with the question, which have the question's route too.
 
 Axes: Q questions, L layers.
 """
@@ -32,8 +35,9 @@ from drllm.paths import Decisions, StaticPath
 from drllm.statistics.paired import Outcomes
 from drllm.tasks.examples import choose
 
-Answers: TypeAlias = list[list[OptionScore | str]]  # for each question, the answers to its requests
-Block: TypeAlias = Sequence[int]  # places of the questions that are asked together
+Answers: TypeAlias = list[list[OptionScore | str]]
+"""For each question the score of each option, or a list with the generated answer alone."""
+Block: TypeAlias = Sequence[int]  # places of the questions that are run together
 
 MIN_BLOCK_SIZE = 64
 """The fewest questions in a block, if options are scored. Scoring them takes seconds, so the time
@@ -41,10 +45,12 @@ to write the block's file hardly counts."""
 
 
 class BatchResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The answers to some questions under all draws of a system, and the first draw's time.
+    """The answers of a system to some questions under all of its draws.
 
-    `answers` and `routes` have an item for each draw, with the answers to every question or its
-    decisions. `routes` is empty for a static path.
+    Attributes:
+        answers: For each draw the answers to the questions.
+        routes: For each draw the questions' decisions; empty for a static path.
+        seconds: Wall time of the first draw.
     """
 
     answers: list[Answers]
@@ -55,42 +61,58 @@ class BatchResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 class SystemRun(Outcomes, kw_only=True):
     """One system's outcomes on a task.
 
-    If there are several draws, `correct` and `gold_logprob` are means over them, and `text_loss` is
-    the first draw's. The executions are a mean over questions and draws.
+    If there are several draws, `correct`, `gold_logprob`, `metrics` and `executions` are means over
+    them. `text_loss`, `answers`, `seconds` and `decode_executions` come from the first draw.
+
+    Attributes:
+        setting: The depth in words; empty for the depth of training.
+        path: The static path that the system runs; None for other systems.
+        routes: For each draw the questions' decisions; empty for a static path.
+        answers: The chosen options, or the generated texts.
+        metrics: Name of a metric of the harness → each question's score.
+        seconds: Wall time, added up over the blocks.
+        decode_executions: Mean executions for a generated token. None if options are scored, or if
+            no answer is longer than one token.
+        notes: What a reader must know about the system, as parts of sentences.
     """
 
     executions: float = 0.0
     correct: Sequence[float] = ()
-    setting: str = ""  # the depth in words; empty for the depth of training
+    setting: str = ""
     path: StaticPath | None = None
-    # For each draw, every question's decisions; empty for a static path.
     routes: list[list[Decisions]] = field(default_factory=list)
-    # The first draw's answers: the chosen options, or the generated texts.
     answers: list[int | str] = field(default_factory=list)
-    # Name of a metric of the harness → each question's score, a mean over the draws.
     metrics: dict[str, list[float]] = field(default_factory=dict)
-    seconds: float = 0.0  # wall time of the first draw, added up over the blocks
-    # Mean executions for a generated token; None if options are scored.
+    seconds: float = 0.0
     decode_executions: float | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
     def title(self) -> str:
-        """The system with its setting."""
-        return f"{self.name}, {self.setting}" if self.setting else self.name
+        """The system's name with its setting."""
+        if not self.setting:
+            return self.name
+        return f"{self.name}, {self.setting}"
 
 
 KeepBlocks: TypeAlias = Callable[[Mapping[str, Callable[[], BatchResult]]], list[BatchResult]]
-"""Takes key → a function that runs a block, and returns the blocks' results. If a result was stored
-under the same key before an interruption, it is read instead. A key contains the decisions, so a
-block is run again if its decisions have changed."""
+"""Runs blocks and stores their results. It takes a function for each block by key, and returns the
+blocks' results. If a result was stored under the same key before an interruption, it is read, and
+the function isn't called. Keys contain decisions, so a block runs again if its decisions changed.
+"""
 
 
 class TaskRunner:
     """Runs one system after another on all questions of a task.
 
-    The next-token loss is measured on the texts of `num_texts` questions, which are drawn with the
-    seed. `num_tokens` is the largest number of tokens that a system reads and writes.
+    Args:
+        lm: The model.
+        harness_task: The task's questions.
+        num_texts: Number of questions on whose texts the next-token loss is measured too.
+        seed: Seed with which these questions are drawn.
+
+    Attributes:
+        num_tokens: The largest number of tokens that a system reads and writes.
     """
 
     def __init__(self, lm: RoutedLM, harness_task: RenderedTask, num_texts: int, seed: int) -> None:
@@ -100,23 +122,27 @@ class TaskRunner:
         self._requests: list[list[HarnessRequest]] = []  # by question
         if harness_task.has_options:
             self._requests = harness_task.requests()
-        places = choose(range(len(harness_task.keys)), num_texts, seed)  # as `tune` draws texts
-        self._texts = [harness_task.text(place) for place in places]
-        text_lengths = [len(text.context) + len(text.continuation) for text in self._texts]
+        self._texts = self._draw_texts(num_texts, seed)
         lengths = self._question_lengths()
+        text_lengths = [len(text.context) + len(text.continuation) for text in self._texts]
         self.num_tokens = sum(lengths) + sum(text_lengths)
         self._blocks: list[Block] = self._divide(lengths)
         if harness_task.has_options:
             # A first pass, so that the time for setting up isn't counted for the base model.
             lm.scorer.score(self._requests[0], FullPolicy())
 
+    def _draw_texts(self, num_texts: int, seed: int) -> list[HarnessRequest]:
+        """Draw the texts to measure the next-token loss on, in the same way as `tune`."""
+        places = choose(range(len(self.harness_task.keys)), num_texts, seed)
+        return [self.harness_task.text(place) for place in places]
+
     def _question_lengths(self) -> list[int]:
         """Return how many tokens each question reads and writes at most."""
         if self.harness_task.has_options:
             lengths = []
             for requests in self._requests:
-                options = sum(len(request.continuation) for request in requests)
-                lengths.append(len(requests[0].context) + options)
+                option_lengths = [len(request.continuation) for request in requests]
+                lengths.append(len(requests[0].context) + sum(option_lengths))
             return lengths
         settings = self.harness_task.instances[0][0].args[1]
         num_new = settings.get("max_gen_toks", self.lm.max_gen_toks)
@@ -125,79 +151,89 @@ class TaskRunner:
     def _divide(self, lengths: Sequence[int]) -> list[Block]:
         """Divide the questions into blocks of similar length."""
         scorer = self.lm.scorer
-        size = scorer.max_batch_size
+        batch_size = scorer.max_batch_size
         if isinstance(scorer.batch_size, int):
-            size = scorer.batch_size
+            batch_size = scorer.batch_size
         if self.harness_task.has_options:
-            return list(group_by_length(lengths, size * math.ceil(MIN_BLOCK_SIZE / size)))
-        prompts = self.harness_task.prompts()  # a block's answers are found by their prompt
+            batches_a_block = math.ceil(MIN_BLOCK_SIZE / batch_size)
+            return list(group_by_length(lengths, batch_size * batches_a_block))
+        # Generating takes longer than scoring, so each batch is a block. The routes of a block are
+        # found by prompt, so a prompt may occur only once in a block.
+        prompts = self.harness_task.prompts()
         blocks: list[Block] = []
-        for block in group_by_length(lengths, size):  # a batch takes long enough to be a block
-            blocks += separate_repeats(block, prompts)
+        for batch in group_by_length(lengths, batch_size):
+            blocks += separate_repeats(batch, prompts)
         return blocks
 
     def run(
         self, name: str, draws: Sequence[BaselineRun], setting: str, keep: KeepBlocks
     ) -> SystemRun:
-        """Run a system that decides by a policy, by a path, or by one or more draws of plans.
+        """Run a system on all questions and texts.
 
         Args:
             name: The system's name.
-            draws: The system's decisions, one item for each draw.
+            draws: How the system decides in each draw. A system with several draws has decisions
+                for each question in all of them.
             setting: The depth in words; empty for the depth of training.
             keep: Runs blocks and stores their results.
         """
         note = draws[0].note
-        decides = [self._by_key(draw.decides) for draw in draws]
-        path = decides[0] if isinstance(decides[0], StaticPath) else None
+        decides = [self._name_questions(draw.decides) for draw in draws]
         result = self._run_blocks(keep, decides, note)
-        system = self._grade(result)
-        system.name = name
-        system.setting = setting
-        system.path = path
-        system.routes = result.routes
-        system.seconds = result.seconds
-        system.notes = [note] if note else []
-        along: Paths | StaticPath
-        if path is not None:
-            along = path
-            system.executions = path_executions(path)
-        else:
-            along = dict(zip(self.harness_task.keys, result.routes[0], strict=True))
-            by_draw = [[mean_executions(routes)] for routes in result.routes]
-            [system.executions] = _mean_over_draws(by_draw)
-        [texts] = self.lm.scorer.score_plans(self._texts, [along])
-        system.text_loss = self._losses(texts)
+        system = SystemRun(name=name, setting=setting, routes=result.routes, seconds=result.seconds)
+        if isinstance(decides[0], StaticPath):
+            system.path = decides[0]
+        if note:
+            system.notes.append(note)
+        self._add_grades(system, result)
+        self._add_executions(system)
+        self._add_text_loss(system)
         if not self.harness_task.has_options:
             system.decode_executions = self._decode_executions(system, result)
         return system
 
-    def _grade(self, result: BatchResult) -> SystemRun:
-        """Return the outcomes of a system's answers; its name and cost aren't set yet."""
+    def _add_grades(self, system: SystemRun, result: BatchResult) -> None:
+        """Let the harness grade a system's answers, and set the scores and the answers."""
         harness_task = self.harness_task
-        draws = [harness_task.grade(answers) for answers in result.answers]
-        metrics = {}
-        for metric in draws[0][0]:
-            by_draw = [[grades[metric] for grades in draw] for draw in draws]
-            metrics[metric] = _mean_over_draws(by_draw)
-        system = SystemRun(
-            name="",
-            correct=metrics[harness_task.written.metric],
-            answers=[
-                harness_task.answer(place, answers)
-                for place, answers in enumerate(result.answers[0])
-            ],
-            metrics=metrics,
-        )
+        grades_by_draw = [harness_task.grade(answers) for answers in result.answers]
+        for metric in grades_by_draw[0][0]:
+            scores_by_draw = []
+            for question_grades in grades_by_draw:
+                scores = [grades[metric] for grades in question_grades]
+                scores_by_draw.append(scores)
+            system.metrics[metric] = _mean_over_draws(scores_by_draw)
+        system.correct = system.metrics[harness_task.written.metric]
+        for place, answers in enumerate(result.answers[0]):
+            system.answers.append(harness_task.answer(place, answers))
         if harness_task.has_options:
-            by_draw = [self._gold_logprobs(answers) for answers in result.answers]
-            system.gold_logprob = _mean_over_draws(by_draw)
-        return system
+            logprobs_by_draw = [self._gold_logprobs(answers) for answers in result.answers]
+            system.gold_logprob = _mean_over_draws(logprobs_by_draw)
 
     def _gold_logprobs(self, answers: Answers) -> list[float]:
         """Return the log-probability of each question's gold option among its options."""
         gold_logprob = self.harness_task.gold_logprob
         return [gold_logprob(place, scores) for place, scores in enumerate(answers)]
+
+    def _add_executions(self, system: SystemRun) -> None:
+        """Set the mean executions over questions and draws."""
+        if system.path is not None:
+            system.executions = path_executions(system.path)
+            return
+        by_draw = [[mean_executions(routes)] for routes in system.routes]
+        [system.executions] = _mean_over_draws(by_draw)
+
+    def _add_text_loss(self, system: SystemRun) -> None:
+        """Measure the next-token loss of each text, in nats a token, in the first draw."""
+        plan: Paths | StaticPath
+        if system.path is not None:
+            plan = system.path
+        else:
+            plan = dict(zip(self.harness_task.keys, system.routes[0], strict=True))
+        [scores] = self.lm.scorer.score_plans(self._texts, [plan])
+        losses = []
+        for text, (logprob, _) in zip(self._texts, scores, strict=True):
+            losses.append(-logprob / len(text.continuation))
+        system.text_loss = losses
 
     def _decode_executions(self, system: SystemRun, result: BatchResult) -> float | None:
         """Return the mean executions for a generated token, in the first draw."""
@@ -207,29 +243,37 @@ class TaskRunner:
             num_tokens.append(max(1, len(tokens)))
         if system.path is None:
             return decode_executions(result.routes[0], num_tokens)
-        return system.executions if max(num_tokens) > 1 else None
+        if max(num_tokens) == 1:  # the pass that reads the prompt gives this token
+            return None
+        return system.executions
 
-    def _by_key(self, decides: Tensor | Policy | StaticPath) -> Decides:
-        """Return a plan's rows `[Q, L]` by question; return a policy or a path as it is."""
+    def _name_questions(self, decides: Tensor | Policy | StaticPath) -> Decides:
+        """Turn decisions `[Q, L]` into a plan by question; return a policy or a path unchanged."""
         if not isinstance(decides, Tensor):
             return decides
         return dict(zip(self.harness_task.keys, map(tuple, decides.tolist()), strict=True))
 
-    def _run_blocks(self, keep: KeepBlocks, decides: Sequence[Decides], note: str) -> BatchResult:
+    def _run_blocks(self, keep: KeepBlocks, draws: Sequence[Decides], note: str) -> BatchResult:
         """Run all blocks under all draws; return the results in the questions' order."""
         calls = {}
         for number, block in enumerate(self._blocks):
-            key = f"block {number} {json.dumps(self._decisions_key(block, decides, note))}"
-            calls[key] = partial(self._run_block, block, decides)
+            key = f"block {number} {json.dumps(self._decisions_key(block, draws, note))}"
+            calls[key] = partial(self._run_block, block, draws)
         return join_blocks(self._blocks, keep(calls))
 
-    def _decisions_key(self, block: Block, decides: Sequence[Decides], note: str) -> Any:
-        """Return values that identify a block's decisions, as far as these are known beforehand."""
-        plans = [self._rows(plan, block) for plan in decides if isinstance(plan, Mapping)]
-        if plans:
-            return plans
-        if isinstance(decides[0], StaticPath):
-            return decides[0].layers
+    def _decisions_key(self, block: Block, draws: Sequence[Decides], note: str) -> Any:
+        """Return a key of a block's decisions: the decisions, the path's layers, or the note.
+
+        A policy decides only when the block runs. The note of a baseline that has a policy contains
+        the policy's setting.
+        """
+        decisions = [
+            self._list_decisions(draw, block) for draw in draws if isinstance(draw, Mapping)
+        ]
+        if decisions:
+            return decisions
+        if isinstance(draws[0], StaticPath):
+            return draws[0].layers
         return note
 
     def _run_block(self, block: Block, draws: Sequence[Decides]) -> BatchResult:
@@ -237,26 +281,39 @@ class TaskRunner:
         started = self._clock()
         first_answers, first_routes = self._run_draw(block, draws[0])
         seconds = self._clock() - started
-        further = [draw for draw in draws[1:] if isinstance(draw, Mapping)]
         answers = [first_answers]
-        if further and self.harness_task.has_options:  # prefixes that draws share run once
-            scored = self.lm.scorer.score_plans(self._requests_of(block), further)
-            answers += [self._by_question(block, scores) for scores in scored]
-        else:
-            answers += [self._run_draw(block, plan)[0] for plan in further]
         routes = []
         if not isinstance(draws[0], StaticPath):
             routes.append(first_routes)
-        routes += [self._rows(plan, block) for plan in further]
+        plans = [draw for draw in draws[1:] if isinstance(draw, Mapping)]
+        if plans:
+            answers += self._run_plans(block, plans)
+            routes += [self._list_decisions(plan, block) for plan in plans]
         return BatchResult(answers=answers, routes=routes, seconds=seconds)
 
+    def _run_plans(self, block: Block, plans: Sequence[Plan]) -> list[Answers]:
+        """Return a block's answers under each plan."""
+        if self.harness_task.has_options:  # layers that begin several plans run once for all
+            scores = self.lm.scorer.score_plans(self._list_requests(block), plans)
+            return [self._group_by_question(block, plan_scores) for plan_scores in scores]
+        answers = []
+        for plan in plans:
+            plan_answers, _ = self._run_draw(block, plan)
+            answers.append(plan_answers)
+        return answers
+
     def _run_draw(self, block: Block, decides: Decides) -> tuple[Answers, list[Decisions]]:
-        """Return a block's answers and its questions' routes; a path has no routes."""
-        if self.harness_task.has_options:
-            answers, routes = self.lm.scorer.score(self._requests_of(block), decides)
-            keys = [self.harness_task.keys[place] for place in block]
-            return self._by_question(block, answers), [routes[key] for key in keys if routes]
-        return self._generate(block, decides)
+        """Return a block's answers and the questions' routes under one draw.
+
+        For a static path the routes are to be ignored.
+        """
+        if not self.harness_task.has_options:
+            return self._generate(block, decides)
+        scores, routes_by_key = self.lm.scorer.score(self._list_requests(block), decides)
+        routes: list[Decisions] = []
+        if not isinstance(decides, StaticPath):
+            routes = self._list_decisions(routes_by_key, block)
+        return self._group_by_question(block, scores), routes
 
     def _generate(self, block: Block, decides: Decides) -> tuple[Answers, list[Decisions]]:
         """Generate a block's answers; return them and the questions' routes."""
@@ -264,55 +321,61 @@ class TaskRunner:
         instances = [self.harness_task.instances[place][0] for place in block]
         prompts = [str(instance.args[0]) for instance in instances]
         keys = [self.harness_task.keys[place] for place in block]
-        key_of = dict(zip(prompts, keys, strict=True))
+        key_by_prompt = dict(zip(prompts, keys, strict=True))
         if isinstance(decides, StaticPath):
             decides = routed.policy_of(decides)
 
-        def policy_of(batch: Sequence[str]) -> Policy:
-            if isinstance(decides, Mapping):
-                return FixedPolicy([decides[key_of[p]] for p in batch], routed.num_layers)
-            return decides
+        def make_policy(batch: Sequence[str]) -> Policy:
+            if not isinstance(decides, Mapping):
+                return decides
+            decisions = [decides[key_by_prompt[prompt]] for prompt in batch]
+            return FixedPolicy(decisions, routed.num_layers)
 
-        self.lm.choose_policy = policy_of
+        self.lm.choose_policy = make_policy
         texts = self.lm.generate_until(instances, disable_tqdm=True)
-        return [[text] for text in texts], [self.lm.generated_routes[prompt] for prompt in prompts]
+        answers: Answers = [[text] for text in texts]
+        return answers, [self.lm.generated_routes[prompt] for prompt in prompts]
 
-    def _rows(self, plan: Plan, block: Block) -> list[Decisions]:
+    def _list_decisions(self, plan: Plan, block: Block) -> list[Decisions]:
+        """Return a plan's decisions on the questions of a block."""
         return [plan[self.harness_task.keys[place]] for place in block]
 
-    def _requests_of(self, block: Block) -> list[HarnessRequest]:
-        return [request for place in block for request in self._requests[place]]
+    def _list_requests(self, block: Block) -> list[HarnessRequest]:
+        """Return the requests of a block's questions, one question after another."""
+        requests: list[HarnessRequest] = []
+        for place in block:
+            requests += self._requests[place]
+        return requests
 
-    def _by_question(self, block: Block, answers: Sequence[OptionScore]) -> Answers:
-        """Return the answers to a block's requests, question by question."""
+    def _group_by_question(self, block: Block, scores: Sequence[OptionScore]) -> Answers:
+        """Group the scores of a block's requests by question; refuse scores that aren't finite."""
         by_question: Answers = []
         start = 0
         for place in block:
             end = start + len(self._requests[place])
-            for logprob, _ in answers[start:end]:
-                if not math.isfinite(logprob):  # refused before the block is kept
+            for logprob, _ in scores[start:end]:
+                if not math.isfinite(logprob):  # refused here, before the block's result is stored
                     raise ModelError(
                         f"a log-probability of question {self.harness_task.ids[place]} is "
                         f"{logprob}; load the model with --dtype float32"
                     )
-            by_question.append([*answers[start:end]])
+            by_question.append([*scores[start:end]])
             start = end
         return by_question
 
-    def _losses(self, answers: Sequence[OptionScore]) -> list[float]:
-        """Return the next-token loss of each text, in nats a token."""
-        losses = []
-        for text, (logprob, _) in zip(self._texts, answers, strict=True):
-            losses.append(-logprob / len(text.continuation))
-        return losses
-
 
 def separate_repeats(block: Block, prompts: Sequence[str]) -> list[list[int]]:
-    """Divide a block into parts in which no prompt occurs twice."""
+    """Divide a block into parts in which no prompt occurs twice.
+
+    Args:
+        block: The places of the block's questions.
+        prompts: The prompts of all questions.
+    """
     parts: defaultdict[int, list[int]] = defaultdict(list)
     num_seen: Counter[str] = Counter()
     for place in block:
         prompt = prompts[place]
+        # The second question with a prompt belongs to the second part, and so on.
         parts[num_seen[prompt]].append(place)
         num_seen[prompt] += 1
     return list(parts.values())
@@ -329,9 +392,14 @@ def join_blocks(blocks: Sequence[Block], results: Sequence[BatchResult]) -> Batc
 
 
 def _in_order(places: Sequence[int], parts: Sequence[Sequence[list[Any]]]) -> list[list[Any]]:
-    """Join values `[block][draw][question]` to `[draw][question]`, in the questions' order."""
+    """Join values `[block][draw][question]` to `[draw][question]`, in the questions' order.
+
+    Args:
+        places: The places of the blocks' questions, one block after another.
+        parts: The values of each block.
+    """
     draws = []
-    for blocks in zip(*parts, strict=True):
+    for blocks in zip(*parts, strict=True):  # the values of one draw, block by block
         values: list[Any] = [None] * len(places)
         for place, value in zip(places, itertools.chain(*blocks), strict=True):
             values[place] = value
@@ -340,7 +408,7 @@ def _in_order(places: Sequence[int], parts: Sequence[Sequence[list[Any]]]) -> li
 
 
 def average_runs(systems: Sequence[SystemRun], name: str) -> SystemRun:
-    """Return the mean outcomes of several systems on the same questions."""
+    """Return the mean outcomes of several systems on the same questions, such as those of seeds."""
     means: dict[str, Any] = {}
     for quantity in ("correct", "gold_logprob", "text_loss", "seconds", "executions"):
         values = [getattr(system, quantity) for system in systems]
@@ -351,6 +419,7 @@ def average_runs(systems: Sequence[SystemRun], name: str) -> SystemRun:
     return SystemRun(name=name, metrics=metrics, **means)
 
 
-def _mean_over_draws(draws: Sequence[Sequence[Any]]) -> list[float]:
+def _mean_over_draws(draws: Sequence[Sequence[float]]) -> list[float]:
+    """Average values `[draw][question]` over the draws; return a mean for each question."""
     means: list[float] = np.mean(draws, axis=0).tolist()
     return means
