@@ -431,7 +431,7 @@ def models_without_layers(base: BaseModel) -> dict[str, Any]:
 
 def saved_shares(base: BaseModel, num_tokens: int) -> list[float]:
     """Return which share of a prompt's multiply-adds each number of skipped layers saves."""
-    shape = ModelShape.of(base.model)
+    shape = ModelShape.from_model(base.model)
     plans = [skipping(base.num_layers, k) for k in (0, *NUM_SKIPPED)]
     flops = [prompt_flops(shape, tuple(plan), num_tokens) for plan in plans]
     whole, *others = [count.weights + count.attention for count in flops]

@@ -232,7 +232,7 @@ evaluate --paths p.json --curve 0.1 => --curve 0.1 has no effect without routers
 evaluate FACTS --paths p.json:x => p.json isn't a paths.json => p.json: {"path": [0]}\\n
 EVALUATE --paths p.json,p.json => a path called 'p' is there twice => p.json: {"path": [0]}\\n
 EVALUATE --baselines last-layer => --baselines: unknown baseline 'last-layer'
-EVALUATE --epsilon 2 --split select => --max-drop 2 asks what the test questions exclude
+EVALUATE --epsilon 2 --split select => --max-drop 2 needs the questions of test
 EVALUATE --curve 0.1 --max-loss-increase 0.1 => --max-loss-increase 0.1 has no effect
 EVALUATE --worked-answers builtin_arithmetic => --worked-answers was removed
 EVALUATE --max-drop 2 --max-loss-increase 1 --num-texts 20 => --num-texts 20 is too small

@@ -27,9 +27,9 @@ from drllm.evaluation.flops import ModelShape
 from drllm.evaluation.lm_eval.folders import make_task_folder
 from drllm.evaluation.lm_eval.model import RoutedLM
 from drllm.evaluation.lm_eval.task import RenderedTask, draw_stock_task
-from drllm.evaluation.questions import find_sources, fitting_split, needs_fitting
+from drllm.evaluation.questions import choose_fitting_split, find_sources, needs_fitting
 from drllm.evaluation.systems import BatchResult, KeepBlocks, SystemRun, TaskRunner
-from drllm.evaluation.tables import TaskRuns, depth_name
+from drllm.evaluation.tables import TaskRuns, name_depth
 from drllm.listener import OnProgress
 from drllm.models.routers.depth_control import find_depth_bias
 from drllm.models.routers.files import WEIGHTS_FILE
@@ -47,17 +47,21 @@ from drllm.tasks.base import Task
 from drllm.tasks.harness import LmEvalTask
 from drllm.tasks.registry import TASKS
 
-TASKS_FOLDER, PARTIAL_FOLDER = "tasks", "partial"
+TASKS_FOLDER = "tasks"
+PARTIAL_FOLDER = "partial"
 NUM_CALIBRATION = 64
-"""Default number of questions that depths are found and baselines fitted on."""
-NUM_PROBES = 12  # about how often all calibration questions are routed until a depth is found
+"""Default number of questions that depths and baselines are fitted on."""
+NUM_PROBES = 12
+"""About how often the routers decide on all calibration prompts until the bias of a depth is found.
+Only the progress depends on it."""
 NUM_RANDOM_DRAWS = 10  # default number of draws of a random baseline
 
 
 class PlannedWork:
     """The progress of an evaluation: how many of the planned tokens are done.
 
-    `report` is called with both numbers and the name of the current work.
+    Work is measured by its cost, which is about how many tokens it reads and writes. `report` is
+    called with the tokens that are done, the planned tokens and the name of the current work.
     """
 
     report: OnProgress
@@ -67,43 +71,51 @@ class PlannedWork:
         self._done = 0
 
     def plan(self, cost: int) -> None:
-        """Add the tokens of some work to the planned tokens."""
+        """Add some work to the planned tokens."""
         self._total += cost
 
     @contextmanager
-    def replanned(self, cost: int) -> Iterator[None]:
-        """Correct the planned tokens at the end of a block that needed more or less than `cost`."""
-        planned_afterwards = self._total - self._done - cost
+    def correcting(self, planned_cost: int) -> Iterator[None]:
+        """Correct the planned tokens after the block, which may need more or less than planned."""
+        cost_after_block = self._total - self._done - planned_cost
         yield
-        self._total = self._done + planned_afterwards
+        self._total = self._done + cost_after_block
 
     @contextmanager
     def during(self, name: str, cost: int) -> Iterator[None]:
-        """Report a block's work by name, and count its tokens as done when the block ends."""
+        """Report the work inside the block by name, and count it as done after the block."""
         self.report_current(name)
         yield
         self._done += cost
         self.report_current(name)
 
-    def report_current(self, name: str, partly_done: float = 0.0) -> None:
+    def report_current(self, name: str, num_done: float = 0.0) -> None:
         """Report the current work by name, and how many of its tokens are done."""
-        self.report(self._done + partly_done, self._total, name)
+        self.report(self._done + num_done, self._total, name)
 
 
 class EvaluationContext:
     """What all tasks of one evaluation share: the model, its routers and paths, and the settings.
 
-    Without routers there is no routed model. `prompts` has the tokens of all prompts of the tasks
-    that are done. `chunks` stores the results of finished systems and blocks.
-
     Args:
         lm: The model, with the interface of the harness' models.
-        routers: Routers by folder, the first seed's routers first.
+        routers: Routers by folder, the first seed's routers first; empty if there is no routed
+            model.
         paths: Static paths by name.
         tuned_on: Names of the tasks on whose `select` questions some of the paths were chosen.
         tasks: The tasks to evaluate.
         config: The settings.
         output: The folder of the evaluation.
+
+    Attributes:
+        baselines: The names of the baselines.
+        depths: Name of a depth → the share of executions that the routed model saves there. The
+            first depth is that of training. It has no name, and its share isn't used.
+        sources: Name of a task → the task on whose questions its depths and baselines are fitted.
+        prompts: The tokens of all prompts of the tasks that are done.
+        chunks: Stores the results of finished systems and blocks.
+        get_material: Returns what baselines are fitted on, by the name of the source.
+        get_baseline: Returns a baseline, by its name and the name of the source.
     """
 
     def __init__(
@@ -125,21 +137,25 @@ class EvaluationContext:
         self.progress = PlannedWork()
         self.prompts: list[list[int]] = []
         self.baselines = select_baselines(config.baselines)
-        self.depths = {"": 0.0}  # name → share of executions saved; "" is the depth of training
+        self.depths = {"": 0.0}
         for share in read_curve(config.curve):
-            self.depths[depth_name(share)] = share
+            self.depths[name_depth(share)] = share
         self.sources = find_sources(tasks, config)
         self._sources_by_name = {source.name: source for source in self.sources.values()}
         self._targets = []
         if config.supervision is not None:
             self._targets = list(read_supervision(Path(config.supervision)))
-        self.chunks = Chunks(output / PARTIAL_FOLDER, self._identity(tasks), stage="evaluation")
-        # Both are cached: each material and each baseline is made once, when it is first needed.
-        self.material = functools.cache(self._material)
-        self.baseline = functools.cache(self._baseline)
+        identity = self._make_identity(tasks)
+        self.chunks = Chunks(output / PARTIAL_FOLDER, identity, stage="evaluation")
+        # Each material and each baseline is built once, when it is first needed.
+        self.get_material = functools.cache(self._build_material)
+        self.get_baseline = functools.cache(self._build_baseline)
 
-    def _identity(self, tasks: Sequence[Task]) -> dict[str, object]:
-        """Return the values that must be equal to resume an interrupted evaluation."""
+    def _make_identity(self, tasks: Sequence[Task]) -> dict[str, object]:
+        """Return the values that must be equal to resume an interrupted evaluation.
+
+        Settings of the timing may differ, so they are set to None.
+        """
         files = [folder / WEIGHTS_FILE for folder in self.routers]
         if self.config.supervision is not None:
             files.append(Path(self.config.supervision))
@@ -152,46 +168,63 @@ class EvaluationContext:
             "runtime": self.lm.base.runtime,
         }
 
-    def num_draws(self, baseline: str) -> int:
+    def count_draws(self, baseline: str) -> int:
         """Return how many random draws of a baseline to run."""
         if not BASELINES.get(baseline).is_drawn:
             return 1
         return self.config.num_random_draws or NUM_RANDOM_DRAWS
 
-    def harness_task(self, task: Task, split: str, limit: int | None) -> RenderedTask:
-        """Return the questions of a task as the harness asks them.
+    def render_task(self, task: Task, split: str, limit: int | None) -> RenderedTask:
+        """Return the questions of a task as the harness renders them.
 
-        drllm's tasks are written to a task folder first; the harness' own tasks don't need a
-        folder. If an interrupted evaluation asked other questions, it can't be resumed and is
-        refused.
+        drllm's tasks are written to a task folder first. The harness' own tasks don't need a
+        folder.
+
+        Args:
+            task: The task.
+            split: The split of the questions.
+            limit: Maximum number of questions; None takes all.
+
+        Raises:
+            ConfigError: An interrupted evaluation in the same folder had other questions, so it
+                can't be resumed.
         """
         if isinstance(task, LmEvalTask):
-            harness_task = self._stock_task(task, split, limit)
+            harness_task = self._render_stock_task(task, split, limit)
         else:
-            harness_task = self._written_task(task, split, limit)
+            harness_task = self._render_written_task(task, split, limit)
         questions = f"{harness_task.written.name}, {limit or 'all'} of {split}"
         self.chunks.expect(questions, {"questions_sha256": harness_task.digest()})
         return harness_task
 
-    def _stock_task(self, task: LmEvalTask, split: str, limit: int | None) -> RenderedTask:
-        """Return one of the harness' own tasks.
+    def _render_stock_task(self, task: LmEvalTask, split: str, limit: int | None) -> RenderedTask:
+        """Render one of the harness' own tasks.
 
-        All questions that the harness reports may be asked, unless routers, paths or baselines may
-        have been trained or fitted on some of them. Then only the questions of the split are asked.
+        The questions are drawn from all that the harness reports if nothing can have been trained,
+        tuned or fitted on them. Otherwise they are drawn only from the split.
         """
         config = self.config
-        made_on = set(self.tuned_on)
-        for routers in self.routers.values():
-            made_on.update(routers.config.training.get("tasks", ()))
-        # A task of the user may hold the same questions under another name.
-        has_known_names = made_on <= {*TASKS}
-        is_fresh = has_known_names and config.supervision is None and not needs_fitting(config)
-        part = None if split == "test" and is_fresh else split
-        written = draw_stock_task(task, part, limit, config.seed, config.num_fewshot)
+        only_split: str | None = split
+        if split == "test" and not self._may_know_questions():
+            only_split = None
+        written = draw_stock_task(task, only_split, limit, config.seed, config.num_fewshot)
         return RenderedTask(written, task.tasks, self.lm, chat=config.chat)
 
-    def _written_task(self, task: Task, split: str, limit: int | None) -> RenderedTask:
-        """Write one of drllm's tasks to its task folder, and return it."""
+    def _may_know_questions(self) -> bool:
+        """Tell whether something may be trained, tuned or fitted on questions of a harness task.
+
+        This is excluded if only drllm's own tasks were used. A task of the user may have the same
+        questions under another name.
+        """
+        if self.config.supervision is not None or needs_fitting(self.config):
+            return True
+        tasks = set(self.tuned_on)
+        for routers in self.routers.values():
+            tasks.update(routers.config.training.get("tasks", ()))
+        return not tasks <= {*TASKS}
+
+    def _render_written_task(self, task: Task, split: str, limit: int | None) -> RenderedTask:
+        """Write one of drllm's tasks to its task folder, and render it."""
         config = self.config
         folder = self.output / TASKS_FOLDER / split
         [written], files = make_task_folder(
@@ -209,15 +242,15 @@ class EvaluationContext:
         """Run a system, or return its result if it was stored before an interruption.
 
         Args:
-            name: The key of the result.
+            name: The key of the result, and the name of the work in the progress.
             run: Runs the system. Its argument is a function that runs blocks and stores results.
             cost: The system's work, in tokens.
         """
-        parts = self.chunks.within(name)
+        block_chunks = self.chunks.within(name)
 
         def keep_blocks(calls: Mapping[str, Callable[[], BatchResult]]) -> list[BatchResult]:
             results: list[BatchResult] = []
-            for result in parts.get_or_make_all(calls, BatchResult):
+            for result in block_chunks.get_or_make_all(calls, BatchResult):
                 results.append(result)
                 self.progress.report_current(name, cost * len(results) / len(calls))
             return results
@@ -225,21 +258,24 @@ class EvaluationContext:
         with self.progress.during(name, cost):
             return self.chunks.get_or_make(name, SystemRun, lambda: run(keep_blocks))
 
-    def _baseline(self, name: str, source: str) -> Baseline:
-        """Return a baseline, which is fitted on a source's questions when it is first used."""
-        return BASELINES.get(name)(self.lm.routed, lambda: self.material(source))
+    def _build_baseline(self, name: str, source_name: str) -> Baseline:
+        """Build a baseline, which is fitted on a source's questions when it is first used."""
+        baseline_class = BASELINES.get(name)
+        return baseline_class(self.lm.routed, lambda: self.get_material(source_name))
 
-    def _material(self, name: str) -> Material:
-        """Return the material that baselines are fitted on: questions of a source, and targets."""
-        source = self._sources_by_name[name]
+    def _build_material(self, source_name: str) -> Material:
+        """Collect what baselines are fitted on: questions of a source, and the routers' targets."""
+        source = self._sources_by_name[source_name]
+        split = choose_fitting_split(source, self.config)
         limit = self.config.num_calibration or NUM_CALIBRATION
-        harness_task = self.harness_task(source, fitting_split(source, self.config), limit)
-        questions = _questions_with_one_prompt(harness_task)
+        harness_task = self.render_task(source, split, limit)
+        questions = _find_questions_with_one_prompt(harness_task)
+        num_tokens = sum(map(len, harness_task.prompt_tokens))
 
         def measure_once(
             kind: str, candidates: Sequence[LayerPath], measure: Measure
         ) -> list[float]:
-            cost = len(candidates) * sum(map(len, harness_task.prompt_tokens))
+            cost = len(candidates) * num_tokens
             self.progress.plan(cost)
             with self.progress.during(f"fitting on {kind}", cost):
                 key = f"{kind} {json.dumps(candidates)}"
@@ -251,31 +287,32 @@ class EvaluationContext:
             questions=list(questions.values()),
             golds=[harness_task.golds(place)[0] for place in questions],
             supervision=self._targets,
-            name=name,
+            name=source_name,
             remember=measure_once,
         )
 
 
-def _questions_with_one_prompt(harness_task: RenderedTask) -> dict[int, Request]:
-    """Return the questions whose options all follow the same prompt, by place.
+def _find_questions_with_one_prompt(harness_task: RenderedTask) -> dict[int, Request]:
+    """Find the questions whose options all follow the same prompt; return them by place.
 
-    If a prompt contains the options, each option may have a prompt of its own.
+    In some tasks the prompt contains an option, so each option has a prompt of its own.
     """
     questions: dict[int, Request] = {}
     if not harness_task.has_options:
         return questions
     for place, requests in enumerate(harness_task.requests()):
-        context = requests[0].context
-        if all(request.context == context for request in requests):
-            questions[place] = Request(context, [request.continuation for request in requests])
+        prompt = requests[0].context
+        if all(request.context == prompt for request in requests):
+            questions[place] = Request(prompt, [request.continuation for request in requests])
     return questions
 
 
 @dataclass(frozen=True)
 class SystemPlan:
-    """Base, the routed model or a path, with its decisions.
+    """Base, the routed model or a path, and how it decides.
 
-    `depth` names the depth of the routed model; empty for the depth of training.
+    `depth` names the depth of the routed model. It is empty for the depth of training, and for base
+    and paths.
     """
 
     name: str
@@ -284,22 +321,35 @@ class SystemPlan:
 
     @property
     def at_depth(self) -> str:
-        """The depth as part of a sentence."""
-        return f" at {self.depth}" if self.depth else ""
+        """The depth as part of a sentence, with a space before it; empty without a depth."""
+        if not self.depth:
+            return ""
+        return f" at {self.depth}"
 
 
 BASE_MODEL = SystemPlan(BASE, BaselineRun(FullPolicy()))
 
 
 class TaskComparison:
-    """Runs every system on one task. `cost` is about how many tokens the systems read and write."""
+    """Runs every system on one task.
+
+    Args:
+        context: What all tasks share.
+        task: The task.
+
+    Attributes:
+        source: The task on whose questions depths and baselines are fitted.
+        notes: Notes on the task and on systems that don't run, as sentences without a full stop.
+        folders: The folders of the routers, the first seed's folder first.
+        cost: About how many tokens the systems read and write.
+    """
 
     def __init__(self, context: EvaluationContext, task: Task) -> None:
         config = context.config
         self.context = context
         self.config = config
         self.task = task
-        self.harness_task = context.harness_task(
+        self.harness_task = context.render_task(
             task, config.get_split(task.name), config.get_limit(task.name)
         )
         self.runner = TaskRunner(context.lm, self.harness_task, config.num_texts, config.seed)
@@ -310,35 +360,37 @@ class TaskComparison:
                 f"Depths and baselines are fitted and chosen on questions of {self.source.name}, "
                 f"not of {task.name}"
             )
-        self.folders = list(context.routers)  # the routers' folders, the first seed's first
+        self.folders = list(context.routers)
         tokens_a_question = self.runner.num_tokens // len(self.harness_task.keys)
         num_calibration = config.num_calibration or NUM_CALIBRATION
         self._depth_cost = NUM_PROBES * num_calibration * tokens_a_question
-        self.cost = self._planned_cost()
+        self.cost = self._estimate_cost()
         context.progress.plan(self.cost)
 
-    def _planned_cost(self) -> int:
-        """Return how many tokens all systems and the search for depths read and write."""
+    def _estimate_cost(self) -> int:
+        """Estimate how many tokens all systems and the searches for depths read and write."""
         context = self.context
-        num_systems = 1 + len(context.paths)
+        num_runs = 1 + len(context.paths)  # base and the paths
+        num_searches = 0
         if self.folders:
-            draws = {name: context.num_draws(name) for name in context.baselines}
+            draws = {name: context.count_draws(name) for name in context.baselines}
             num_other_seeds = len(self.folders) - 1
-            runs_a_depth = 1 + sum(draws.values())
-            runs_a_depth += num_other_seeds * (1 + draws.get(PERMUTED, 0))
-            num_systems += len(context.depths) * runs_a_depth
-        num_searches = len(self.folders) * (len(context.depths) - 1)
-        return num_systems * self.runner.num_tokens + num_searches * self._depth_cost
+            first_seed = 1 + sum(draws.values())
+            other_seeds = num_other_seeds * (1 + draws.get(PERMUTED, 0))
+            num_runs += len(context.depths) * (first_seed + other_seeds)
+            num_depths_to_find = len(context.depths) - 1  # that of training needs no search
+            num_searches = len(self.folders) * num_depths_to_find
+        return num_runs * self.runner.num_tokens + num_searches * self._depth_cost
 
     def run(self) -> TaskRuns:
         """Run all systems: base, the routed model and its baselines at each depth, and paths.
 
         Baselines run at the executions of the first seed's routers. The only baseline of another
-        seed is its permuted routes, at the executions of its own routers.
+        seed is its permuted routes, at the executions of that seed's routers.
         """
         systems = [self._run_plan(BASE_MODEL)]
         seeds = []
-        for plan in self._routed_plans():
+        for plan in self._list_routed_plans():
             routed = self._run_plan(plan, plan.at_depth)
             baselines = self._run_baselines(plan.at_depth, routed)
             systems += [routed, *baselines]
@@ -354,65 +406,80 @@ class TaskComparison:
             notes=self.notes,
             config=self.config,
             num_layers=self.context.lm.routed.num_layers,
-            shape=self._shape(),
+            shape=self._read_shape(),
             seeds=seeds,
         )
 
-    def _routed_plans(self) -> list[SystemPlan]:
+    def _list_routed_plans(self) -> list[SystemPlan]:
         """Return the first seed's routed model at each depth that it can reach."""
         if not self.folders:
             return []
         plans = []
         for depth in self.context.depths:
-            plan = self._at_depth(self.folders[0], depth, f"Not evaluated at {depth}")
+            plan = self._find_plan(self.folders[0], depth, f"Not evaluated at {depth}")
             if plan is not None:
                 plans.append(plan)
         return plans
 
     def _run_other_seeds(
-        self, first: SystemPlan, routed: SystemRun, permuted: Sequence[SystemRun]
+        self, first_plan: SystemPlan, routed: SystemRun, permuted: Sequence[SystemRun]
     ) -> tuple[list[SystemRun], list[SystemRun]]:
-        """Run the other seeds at one depth; return the runs of all seeds, and of permuted routes.
+        """Run the routers of the other seeds, and their permuted routes, at one depth.
 
-        The second list is empty if permuted routes aren't among the baselines.
+        Args:
+            first_plan: The first seed's routed model.
+            routed: The run of the first seed's routed model.
+            permuted: The run of the first seed's permuted routes; empty if permuted routes aren't
+                among the baselines.
+
+        Returns:
+            The runs of all seeds' routed models, and the runs of all seeds' permuted routes.
         """
         all_routed = [routed]
         all_permuted = list(permuted)
+        at_depth = first_plan.at_depth
         for folder in self.folders[1:]:
-            plan = self._at_depth(folder, first.depth, f"{folder} isn't evaluated{first.at_depth}")
+            plan = self._find_plan(folder, first_plan.depth, f"{folder} isn't evaluated{at_depth}")
             if plan is None:
                 continue
-            name = f" of {folder}{first.at_depth}"
-            all_routed.append(self._run_plan(plan, name))
+            label = f" of {folder}{at_depth}"
+            routed_of_seed = self._run_plan(plan, label)
+            all_routed.append(routed_of_seed)
             if permuted:
-                all_permuted.append(self._run_baseline(PERMUTED, name, all_routed[-1]))
+                all_permuted.append(self._run_baseline(PERMUTED, label, routed_of_seed))
         return all_routed, all_permuted
 
-    def _shape(self) -> ModelShape | str:
+    def _read_shape(self) -> ModelShape | str:
         """Return the model's shape, or the reason why its cost can't be derived."""
         routed = self.context.lm.routed
         try:
-            return ModelShape.of(routed.model, routed.injection.lora.all_weights())
+            return ModelShape.from_model(routed.model, routed.injection.lora.all_weights())
         except ArchitectureError as error:
             return str(error)
 
-    def _at_depth(self, folder: Path, depth: str, obstacle: str) -> SystemPlan | None:
-        """Return the routed model at a depth; None, with a note, if it can't reach the depth."""
+    def _find_plan(self, folder: Path, depth: str, obstacle: str) -> SystemPlan | None:
+        """Return the routed model at a depth; None, with a note, if it can't reach the depth.
+
+        Args:
+            folder: The folder of the routers.
+            depth: The name of the depth; empty for the depth of training.
+            obstacle: The beginning of the note.
+        """
         routers = self.context.routers[folder]
         if not depth:
             return SystemPlan(ROUTED, BaselineRun(RouterPolicy(routers)))
         routed = self.context.lm.routed
         executions = (1 - self.context.depths[depth]) * routed.num_layers
-        prompts = self.context.material(self.source.name).prompts
+        prompts = self.context.get_material(self.source.name).prompts
         key = f"{self.task.name}: depth for {depth} of {folder}"
 
-        def find() -> float:
+        def find_bias() -> float:
             return find_depth_bias(routed, prompts, executions, routers=routers).depth_bias
 
         with self.context.progress.during(key, self._depth_cost):
             try:
                 bias = self.context.chunks.get_or_make(
-                    key, float, functools.partial(from_first, find)
+                    key, float, functools.partial(from_first, find_bias)
                 )
             except ConfigError as error:
                 self.notes.append(f"{obstacle}: {error}")
@@ -420,7 +487,7 @@ class TaskComparison:
         return SystemPlan(ROUTED, BaselineRun(RouterPolicy(routers, depth_bias=bias)), depth)
 
     def _run_plan(self, plan: SystemPlan, label: str = "") -> SystemRun:
-        """Run a system; the label distinguishes it from other systems of its name."""
+        """Run a system; the label distinguishes it from other systems with the same name."""
         runner = self.runner
         return self.context.run_once(
             f"{self.harness_task.written.name}: {plan.name}{label}",
@@ -429,10 +496,13 @@ class TaskComparison:
         )
 
     def _run_baselines(self, label: str, routed: SystemRun) -> list[SystemRun]:
-        """Run the baselines that can match the routed model's executions; add notes on others."""
+        """Run the baselines that can match the routed model's executions.
+
+        A note says why a baseline can't. The arguments are as for `_run_baseline`.
+        """
         systems = []
         for name in self.context.baselines:
-            baseline = self.context.baseline(name, self.source.name)
+            baseline = self.context.get_baseline(name, self.source.name)
             obstacle = baseline.find_obstacle(routed.executions)
             if obstacle:
                 self.notes.append(f"{name.capitalize()} isn't compared: {obstacle}.")
@@ -441,13 +511,19 @@ class TaskComparison:
         return systems
 
     def _run_baseline(self, name: str, label: str, routed: SystemRun) -> SystemRun:
-        """Run a baseline at the routed model's executions, with all of its draws."""
-        num_draws = self.context.num_draws(name)
+        """Run a baseline at the routed model's executions, with all of its draws.
+
+        Args:
+            name: The name of the baseline.
+            label: Distinguishes this run from those at other depths and of other seeds.
+            routed: The run of the routed model.
+        """
+        num_draws = self.context.count_draws(name)
 
         def run(keep: KeepBlocks) -> SystemRun:
             routes = torch.tensor(routed.routes[0])  # [Q, L]
             generator = torch.Generator().manual_seed(self.config.seed)
-            baseline = self.context.baseline(name, self.source.name)
+            baseline = self.context.get_baseline(name, self.source.name)
             draws = [baseline.make_run(routes, generator) for _ in range(num_draws)]
             return self.runner.run(name, draws, routed.setting, keep)
 

@@ -1,7 +1,7 @@
-"""Selects the questions that an evaluation reports, and the questions that it fits on.
+"""Selects the tasks of an evaluation, the questions to report and the questions to fit on.
 
-No question is reported if depths or baselines are fitted on it. All checks happen before a model is
-loaded. This module doesn't import torch.
+Depths and baselines are fitted on questions that aren't reported. All checks happen before a model
+is loaded. This module doesn't import torch.
 """
 
 from collections import Counter
@@ -32,24 +32,31 @@ from drllm.tasks.rewards import check_installed
 def select_tasks(
     config: EvaluateConfig, tasks: Task | str | Sequence[Task | str] | None = None
 ) -> list[Task]:
-    """Check and return the tasks to evaluate; None takes the config's tasks.
+    """Return the tasks to evaluate, after checking them and the settings.
+
+    Args:
+        config: The settings.
+        tasks: Tasks, or names of tasks; None takes the config's tasks.
 
     Raises:
         ConfigError: Settings make no sense together, or a package is missing.
         TaskError: A task is unknown, or has no questions.
     """
     need("eval", "an evaluation")
-    selected = _list_tasks(require_tasks(config.tasks) if tasks is None else tasks, config)
+    if tasks is None:
+        tasks = require_tasks(config.tasks)
+    selected = _list_tasks(tasks, config)
+    names = [task.name for task in selected]
     check(config)
     _check_max_drop(config, selected)
-    _check_names(config, [task.name for task in selected])
+    _check_names(config, names)
     for task in selected:
         _check_questions(task, config)
     sources = find_sources(selected, config)
-    _check_limit(config, [task.name for task in selected])
+    _check_limit(config, names)
     if needs_fitting(config):
         for source in sources.values():
-            _read_questions(source, fitting_split(source, config), config)
+            _read_questions(source, choose_fitting_split(source, config), config)
     return selected
 
 
@@ -69,15 +76,17 @@ def _check_names(config: EvaluateConfig, names: Sequence[str]) -> None:
 def _check_questions(task: Task, config: EvaluateConfig) -> None:
     """Refuse a task that has no answers or no questions, or whose reward lacks a package."""
     task.check_answers()
-    has_own_format = task.harness is None and task.prompt_format is not None
-    if has_own_format:  # prompted and graded as in a search
-        check_installed(task.check_reward(None))
+    is_graded_as_in_search = task.harness is None and task.prompt_format is not None
+    if is_graded_as_in_search:
+        default_reward = task.check_reward(None)
+        check_installed(default_reward)
     _read_questions(task, config.get_split(task.name), config)
 
 
 def _check_limit(config: EvaluateConfig, names: Sequence[str]) -> None:
-    """Refuse a `--limit` that has no effect."""
-    if config.limit is not None and set(names) <= (config.limits or {}).keys():
+    """Refuse a `--limit` that has no effect, since every task has a limit of its own."""
+    limits = config.limits or {}
+    if config.limit is not None and all(name in limits for name in names):
         raise ConfigError(
             f"--limit {config.limit} has no effect, since 'limits' names every task; leave it out"
         )
@@ -91,8 +100,8 @@ def _check_max_drop(config: EvaluateConfig, tasks: Sequence[Task]) -> None:
         split = config.get_split(task.name)
         if split != "test":
             raise ConfigError(
-                f"--max-drop {config.max_drop:g} asks what the test questions exclude, but "
-                f"{task.name} is evaluated on {split}; leave it out, or evaluate on test"
+                f"--max-drop {config.max_drop:g} needs the questions of test, but {task.name} is "
+                f"evaluated on {split}; evaluate it on test, or leave out --max-drop"
             )
     if config.max_loss_increase is not None and config.num_texts < FEWEST_TEXTS:
         raise ConfigError(
@@ -105,45 +114,47 @@ def _read_questions(task: Task, split: str, config: EvaluateConfig) -> list[Exam
     """Return the questions of a split.
 
     Raises:
-        TaskError: The split has no questions, or the task has only the questions of `test`.
+        TaskError: The split has no questions, or the task has only questions of `test`.
     """
     if split != "test" and task.reports_test_alone:
         raise TaskError(
-            f"task {task.name!r} is the harness' own: an evaluation has only the questions that "
-            f"it reports, and none for {split!r}; name another task as fitted_on, or leave out "
-            f"what needs them"
+            f"task {task.name!r} is the harness' own and has only the questions that it reports, "
+            f"which are those of 'test' and none of {split!r}; evaluate it on test, and name "
+            f"another task as fitted_on if depths or baselines are fitted"
         )
     return load_questions(task, split, config.data_dir)
 
 
 def _list_tasks(tasks: Task | str | Sequence[Task | str], config: EvaluateConfig) -> list[Task]:
-    """Return the named tasks; with `--reward`, the user's function grades their answers."""
+    """Return the tasks, looked up by name; with `--reward`, a user's function grades answers."""
     if isinstance(tasks, Task):
         tasks = [tasks]
     elif isinstance(tasks, str):
         tasks = [name.strip() for name in tasks.split(",") if name.strip()]
     selected: list[Task] = []
-    for task in tasks or [""]:
+    for task in tasks or [""]:  # get_tasks refuses an empty name
         if isinstance(task, Task):
             selected.append(task)
         else:
             selected += get_tasks(task)
-    selected = [_graded(task, config) for task in selected]
+    selected = [_apply_reward(task, config) for task in selected]
     for name, count in Counter(task.name for task in selected).items():
         if count > 1:
             raise TaskError(f"task {name!r} is named twice; name it once, or rename a file")
     return selected
 
 
-def _graded(task: Task, config: EvaluateConfig) -> Task:
-    """Return a task; with `--reward`, the user's function grades its answers."""
+def _apply_reward(task: Task, config: EvaluateConfig) -> Task:
+    """Return the task, or with `--reward` the same task graded by the user's function."""
     if config.reward is None or isinstance(task, GradedTask):
         return task
     return GradedTask(task, config.reward, config.max_new_tokens)
 
 
 def without_routers(config: EvaluateConfig) -> EvaluateConfig:
-    """Return the settings of an evaluation without routers, and so without baselines.
+    """Return the settings for an evaluation of paths without routers, with baselines turned off.
+
+    Baselines copy the executions of the routed model, so without routers there are none.
 
     Raises:
         ConfigError: There are no paths either, or a setting only has an effect on routers.
@@ -156,36 +167,45 @@ def without_routers(config: EvaluateConfig) -> EvaluateConfig:
     default = EvaluateConfig()
     for name in ("curve", "num_calibration", "baselines", *TIMING):
         value = getattr(config, name)
-        if value not in (getattr(default, name), "none"):
-            flag = to_flag(name) if value is True else f"{to_flag(name)} {value}"
-            raise ConfigError(
-                f"{flag} has no effect without routers; give them as --routers, or leave it out"
-            )
+        if value in (getattr(default, name), "none"):
+            continue
+        flag = to_flag(name)
+        if value is not True:
+            flag += f" {value}"
+        raise ConfigError(
+            f"{flag} has no effect without routers; give routers as --routers, or leave out "
+            f"{to_flag(name)}"
+        )
     return replace(config, baselines="none")
 
 
 def check_output(output: Path) -> None:
-    """Raise RecordError if a folder has other files that reports would read as results."""
+    """Raise RecordError if a report would read a file of the folder as a result by mistake."""
     for path in list_results(output):
         if read_schema(path) != EVALUATION_SCHEMA:
             raise RecordError(
-                f"{path} isn't a result of an evaluation, and would be taken for one; move it, or "
-                f"choose another --output-dir"
+                f"{path} isn't a result of an evaluation, but reports would read it as a result; "
+                f"move it, or choose another --output-dir"
             )
 
 
 def needs_fitting(config: EvaluateConfig) -> bool:
-    """Tell whether an evaluation finds depths or fits baselines on questions."""
+    """Tell whether an evaluation fits depths or baselines on questions."""
+    if read_curve(config.curve):
+        return True
     baselines = [BASELINES.get(name) for name in select_baselines(config.baselines)]
-    return bool(read_curve(config.curve)) or any(each.fitted_on in QUESTIONS for each in baselines)
+    return any(baseline.fitted_on in QUESTIONS for baseline in baselines)
 
 
 def find_sources(tasks: Sequence[Task], config: EvaluateConfig) -> dict[str, Task]:
-    """Return each task's source by the task's name: the task whose questions are used for fitting.
+    """Find the source of each task: the task on whose questions depths and baselines are fitted.
 
-    The source is the task itself, unless `fitted_on` names another task. Another source is needed
-    if all questions of a task are reported. It also shows whether depths and baselines that are
-    chosen on one task hold on another.
+    The source is the task itself, unless `fitted_on` names another task. A task needs another
+    source if all its questions are reported. Another source also shows whether depths and baselines
+    that are fitted on one task hold on another.
+
+    Returns:
+        The name of a task → its source.
 
     Raises:
         ConfigError: `fitted_on` or `num_calibration` has no effect.
@@ -200,12 +220,14 @@ def find_sources(tasks: Sequence[Task], config: EvaluateConfig) -> dict[str, Tas
             )
     by_name = {task.name: task for task in tasks}
     sources = dict(by_name)
-    for name, other in (config.fitted_on or {}).items():
-        source = by_name.get(other) or get_task(other)
-        sources[name] = _graded(source, config)
+    for name, source_name in (config.fitted_on or {}).items():
+        source = by_name.get(source_name) or get_task(source_name)
+        sources[name] = _apply_reward(source, config)
     return sources
 
 
-def fitting_split(source: Task, config: EvaluateConfig) -> str:
-    """Return the split of a source to fit on: `select`, or `fit` if its `select` is reported."""
-    return "fit" if config.get_split(source.name) == "select" else "select"
+def choose_fitting_split(source: Task, config: EvaluateConfig) -> str:
+    """Return the split of a source to fit on: `select`, or `fit` if `select` is reported."""
+    if config.get_split(source.name) == "select":
+        return "fit"
+    return "select"

@@ -1,13 +1,13 @@
-"""The stage `evaluate`: it reads tasks, and writes `eval/TASK.json` and samples.
+"""The stage `evaluate`: it runs systems on tasks, and writes `eval/TASK.json` and samples.
 
-Questions are asked in blocks. A system's result on a block is stored in `partial/` as soon as the
-block is done, and read if the same evaluation is started again.
+Questions are run in blocks. A system's result on a block is stored in `partial/` as soon as the
+block is done. If the same evaluation is started again, it reads the stored results.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,13 +37,16 @@ from drllm.records.results import (
     ROUTED,
     SAMPLES_FILE,
     Evaluation,
+    Point,
     Results,
+    Sample,
+    System,
     list_results,
     read_evaluation,
 )
 from drllm.records.resume import refuse_other_run
 from drllm.records.static_paths import PathFile, read_path_list, steps_to_write
-from drllm.statistics.exclusion import Limits, exclude_drop
+from drllm.statistics.exclusion import DropTest, Limits, exclude_drop
 from drllm.tasks.base import Task
 from drllm.tasks.examples import KL_REWARD, OPTIONS_REWARD
 from drllm.tasks.graded import pin_reward
@@ -76,17 +79,17 @@ def evaluate(
             `ModelConfig`, the result of `load`, or a model of transformers) with `routers`, `paths`
             or both.
         tasks: Tasks, names of tasks, or files of questions; None takes the config's tasks.
-        config: Splits, samples, baselines, depths.
+        config: The settings; None takes the defaults.
         output_dir: Folder for `TASK.json` of each task, `samples.jsonl`, `latency.json` and the
             task folder. An interrupted evaluation in this folder is resumed. None keeps no files.
-        routers: Routers, or their folders. If there are several, they come from the same training
-            with different seeds. Baselines are compared with the first. The others show how much
-            seeds differ: they run at every depth too, each with its own permuted routes if this
-            baseline runs.
+        routers: Routers, or their folders. Several routers must come from the same training with
+            different seeds. Baselines are compared with the first seed's routers. The other routers
+            show how much the results of seeds differ. They run at every depth too, each with its
+            own permuted routes if this baseline runs.
         paths: Static paths by name, or files as for `--paths`; None takes the config's paths.
             Without routers, paths are compared with base alone.
         tokenizer: The model's tokenizer; None loads it by the model's name.
-        listener: Receives the progress.
+        listener: Receives the progress; None shows nothing.
         settings: Settings of `EvaluateConfig` by name, which replace the config's settings.
 
     Returns:
@@ -94,8 +97,8 @@ def evaluate(
         p-values are corrected for the number of tasks.
 
     Raises:
-        ConfigError: A baseline lacks the data that it is fitted on, a depth makes no sense, there
-            are neither routers nor paths, or `output_dir` holds another evaluation.
+        ConfigError: There are neither routers nor paths, a setting makes no sense, a baseline lacks
+            the data that it is fitted on, or `output_dir` holds another evaluation.
         PathError: The model can't run a path, or a path has the name of another system.
         TaskError: A task is unknown, or has no questions in the split.
         CheckpointError: The routers belong to another model.
@@ -104,22 +107,22 @@ def evaluate(
     Source: the comparison is ours (docs/differences.md, D-18).
     """
     listener = listener or Listener()
-    routers = [routers] if isinstance(routers, (str, Path, RouterStack)) else list(routers)
+    if isinstance(routers, (str, Path, RouterStack)):
+        routers = [routers]
+    routers = list(routers)
     is_routed = isinstance(model, RoutedModel) and model.routers is not None
-    config = _complete_settings(
-        replace_settings(EvaluateConfig, config, settings),
-        paths,
-        has_routers=bool(routers) or is_routed,
-    )
+    has_routers = bool(routers) or is_routed
+    config = replace_settings(EvaluateConfig, config, settings)
+    config = _complete_settings(config, paths, has_routers=has_routers)
     tasks = select_tasks(config, tasks)
     named_paths = _name_paths(paths, config)
-    for path in named_paths.values():
-        if isinstance(path, PathFile):
-            refuse_chosen_on(path, tasks, config)
+    path_files = {name: path for name, path in named_paths.items() if isinstance(path, PathFile)}
+    for path_file in path_files.values():
+        refuse_tuning_questions(path_file, tasks, config)
     adapters: dict[str, LoraWeights] = {}
     if isinstance(model, RoutedModel):
         adapters = dict(model.injection.lora.all_weights())
-        routers = _routers_of(model, routers)
+        routers = _take_routers(model, routers)
     with ExitStack() as stack:
         output = stage_folder(output_dir, stack)
         check_output(output)
@@ -131,35 +134,44 @@ def evaluate(
             config=config,
             routers=_load_routers(routers, output),
             paths=_resolve_paths(named_paths, base),
-            path_files={name: p for name, p in named_paths.items() if isinstance(p, PathFile)},
+            path_files=path_files,
             adapters=adapters,
         )
         if inputs.routers.first is not None:
             _note_other_prompts(inputs.routers.first, config, listener)
-        header = _header(inputs)
+        header = _make_header(inputs)
         _refuse_other_results(output, header)
         inputs.routers.check_and_move(base)
         results = _run(inputs, header, output, listener, stack)
-    results.folder = None if output_dir is None else output
+    if output_dir is not None:
+        results.folder = output
     return results
 
 
 @dataclass(frozen=True)
 class _Routers:
-    """The routers that are evaluated, and the SHA-256 of their weights, by folder."""
+    """The routers to evaluate by folder, the first seed's first, and the SHA-256 of their weights.
+
+    Both mappings are empty if only paths are evaluated.
+    """
 
     stacks: dict[Path, RouterStack]
     hashes: dict[Path, str]
 
     @property
-    def folder(self) -> Path | None:
+    def first_folder(self) -> Path | None:
         """The folder of the first seed's routers; None without routers."""
         return next(iter(self.stacks), None)
 
     @property
     def first(self) -> RouterStack | None:
         """The first seed's routers, which baselines are compared with; None without routers."""
-        return None if self.folder is None else self.stacks[self.folder]
+        return next(iter(self.stacks.values()), None)
+
+    @property
+    def first_hash(self) -> str | None:
+        """The hash of the first seed's routers; None without routers."""
+        return next(iter(self.hashes.values()), None)
 
     def check_and_move(self, base: BaseModel) -> None:
         """Refuse routers of another model, and move all of them to the model's device."""
@@ -170,7 +182,11 @@ class _Routers:
 
 @dataclass(frozen=True)
 class _Inputs:
-    """The checked inputs of an evaluation; `adapters` are the adapters that the model came with."""
+    """The checked inputs of an evaluation.
+
+    `paths` are all static paths by name, and `path_files` are the files of the paths that come from
+    files. `adapters` are the adapters that the model already has, by name.
+    """
 
     base: BaseModel
     tasks: Sequence[Task]
@@ -193,38 +209,46 @@ class _Inputs:
 def _complete_settings(
     config: EvaluateConfig, paths: Paths | None, *, has_routers: bool
 ) -> EvaluateConfig:
-    """Return the settings with the names of the paths, and with the hash of the reward's file."""
+    """Return the settings as records have them, with the paths and the hash of the reward's file.
+
+    Raises:
+        ConfigError: There are neither routers nor paths, or a setting only has an effect on routers
+            and there are none.
+    """
     if paths is not None:
-        names = [paths] if isinstance(paths, str) else list(paths)
+        names = list(paths)
+        if isinstance(paths, str):
+            names = [paths]
         config = replace(config, paths=",".join(names) or None)
     if not has_routers:
         config = without_routers(config)
     if config.reward is not None:
-        config = replace(config, reward=pin_reward(config.reward))  # records have the file's hash
+        config = replace(config, reward=pin_reward(config.reward))
     return config
 
 
 def _name_paths(paths: Paths | None, config: EvaluateConfig) -> Mapping[str, StaticPath | PathFile]:
-    """Return the static paths by name; raise PathError if one has another system's name."""
-    named: Mapping[str, StaticPath | PathFile]
+    """Return the static paths by name; raise PathError if a path has another system's name."""
+    named_paths: Mapping[str, StaticPath | PathFile]
     if isinstance(paths, Mapping):
-        named = paths
+        named_paths = paths
     else:
-        named = read_path_list(config.paths or "", needs_names=config.max_drop is not None)
-    for name in named:
+        needs_names = config.max_drop is not None  # the names fix the order of its tests
+        named_paths = read_path_list(config.paths or "", needs_names=needs_names)
+    for name in named_paths:
         if name in (BASE, ROUTED, *BASELINES):
             raise PathError(
                 f"a path is called {name!r}, as another system is; give it another name"
             )
-    return named
+    return named_paths
 
 
 def _resolve_paths(
-    named: Mapping[str, StaticPath | PathFile], base: BaseModel
+    named_paths: Mapping[str, StaticPath | PathFile], base: BaseModel
 ) -> dict[str, StaticPath]:
     """Return the paths as the model runs them; raise PathError if it can't run one of them."""
     paths = {}
-    for name, path in named.items():
+    for name, path in named_paths.items():
         if isinstance(path, PathFile):
             paths[name] = path.path_for(base.identity)
         else:
@@ -232,25 +256,35 @@ def _resolve_paths(
     return paths
 
 
-def _routers_of(model: RoutedModel, routers: Sequence[Path | str | RouterStack]) -> list[Any]:
-    """Return a routed model's own routers, if any; raise ConfigError if others are given too."""
+def _take_routers(model: RoutedModel, routers: Sequence[Routers]) -> list[RouterStack]:
+    """Return the routers of a routed model; the list is empty if the model has no routers.
+
+    Args:
+        model: The routed model.
+        routers: The routers that the user gave beside the model; there must be none.
+
+    Raises:
+        ConfigError: The user gave routers too.
+    """
     if routers:
         raise ConfigError(
             "a RoutedModel is evaluated with its own routers, but other routers are given; give "
             "its base model and the routers"
         )
-    return [] if model.routers is None else [model.routers]
+    if model.routers is None:
+        return []
+    return [model.routers]
 
 
-def _load_routers(routers: Sequence[Path | str | RouterStack], output: Path) -> _Routers:
+def _load_routers(routers: Sequence[Routers], output: Path) -> _Routers:
     """Load routers from their folders; routers without a folder are saved in the output first."""
     stacks: dict[Path, RouterStack] = {}
-    for number, place in enumerate(routers):
-        if isinstance(place, RouterStack):
+    for number, stack_or_folder in enumerate(routers):
+        if isinstance(stack_or_folder, RouterStack):
             folder = output / "routers" / str(number)
-            save_routers(place, folder)
+            save_routers(stack_or_folder, folder)
         else:
-            folder = Path(place)
+            folder = Path(stack_or_folder)
         stacks[folder] = load_routers(folder)
     hashes = {folder: sha256(folder / WEIGHTS_FILE) for folder in stacks}
     if len(set(hashes.values())) < len(routers):
@@ -261,18 +295,29 @@ def _load_routers(routers: Sequence[Path | str | RouterStack], output: Path) -> 
 def _note_other_prompts(routers: RouterStack, config: EvaluateConfig, listener: Listener) -> None:
     """Print a note if the evaluation's prompts are worded differently from the training's."""
     rewards = routers.config.training.get("rewards")
-    reward = OPTIONS_REWARD if config.reward is None else config.reward
-    if isinstance(rewards, list) and {*rewards} - {KL_REWARD} and reward not in rewards:
+    if not isinstance(rewards, list):
+        return
+    if set(rewards) <= {KL_REWARD}:  # trained on prompts without answers, which have no wording
+        return
+    reward = config.reward or OPTIONS_REWARD
+    if reward not in rewards:
         listener.note(
-            f"the routers were trained on prompts for {', '.join(map(str, rewards))}, but "
-            f"the evaluation asks by {reward}; give both the same --reward for the same prompts"
+            f"the routers were trained on prompts for {', '.join(map(str, rewards))}, but the "
+            f"evaluation's prompts are for {reward}; for the same prompts, give both the same "
+            f"--reward"
         )
 
 
-def _header(inputs: _Inputs) -> dict[str, Any]:
+def _make_header(inputs: _Inputs) -> dict[str, Any]:
     """Return the fields that the records of all tasks share."""
     routers = inputs.routers
-    others = [folder for folder in routers.stacks if folder != routers.folder]
+    first_folder = None
+    if routers.first_folder is not None:
+        first_folder = str(routers.first_folder)
+    other_seeds = {}
+    for folder, file_hash in routers.hashes.items():
+        if folder != routers.first_folder:
+            other_seeds[str(folder)] = file_hash
     manifest = new_manifest(
         "evaluation",
         model=inputs.base.identity,
@@ -282,10 +327,10 @@ def _header(inputs: _Inputs) -> dict[str, Any]:
     return {
         **manifest,
         "runtime": inputs.base.runtime,
-        "routers": None if routers.folder is None else str(routers.folder),
-        "routers_sha256": None if routers.folder is None else routers.hashes[routers.folder],
+        "routers": first_folder,
+        "routers_sha256": routers.first_hash,
         "paths": {name: steps_to_write(path) for name, path in inputs.paths.items()},
-        "other_seeds": {str(folder): routers.hashes[folder] for folder in others},
+        "other_seeds": other_seeds,
     }
 
 
@@ -294,17 +339,19 @@ def _refuse_other_results(output: Path, header: Mapping[str, Any]) -> None:
     for file in list_results(output):
         refuse_other_run(
             f"the evaluation in {file}",
-            _identity(msgspec.structs.asdict(read_evaluation(file))),
-            _identity(header),
+            _read_identity(msgspec.structs.asdict(read_evaluation(file))),
+            _read_identity(header),
             "choose another --output-dir, or delete the old results",
         )
 
 
-def _identity(header: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values by which evaluations are compared; settings of the timing don't count."""
-    names = ("routers_sha256", "paths", "other_seeds", "model", "runtime")
+def _read_identity(header: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a header that are equal if two evaluations are the same.
+
+    Settings of the timing may differ, so they are set to None.
+    """
     identity = {"config": header["config"] | dict.fromkeys(TIMING)}
-    for name in names:
+    for name in ("routers_sha256", "paths", "other_seeds", "model", "runtime"):
         identity[name] = header[name]
     return identity
 
@@ -317,7 +364,7 @@ def _run(
     from drllm.evaluation.comparison import EvaluationContext, TaskComparison
 
     context = EvaluationContext(
-        lm=_harness_model(inputs),
+        lm=_make_harness_model(inputs),
         routers=inputs.routers.stacks,
         paths=inputs.paths,
         tuned_on=inputs.tuned_on,
@@ -329,23 +376,25 @@ def _run(
     context.chunks.open()
     with listener.busy("reading the questions"):
         comparisons = [TaskComparison(context, task) for task in inputs.tasks]
-    num_timed = count_timed_tokens(inputs.config) if inputs.routers.stacks else 0
+    num_timed_tokens = 0
+    if inputs.routers.stacks:
+        num_timed_tokens = count_timed_tokens(inputs.config)
     progress = context.progress
-    progress.plan(num_timed)
+    progress.plan(num_timed_tokens)
     with listener.progress("evaluating", "") as progress.report:
         runs = []
         for comparison in comparisons:
-            with progress.replanned(comparison.cost):
+            with progress.correcting(comparison.cost):
                 runs.append(comparison.run())
-        detach(inputs.base.model)
-        with progress.during("measuring time", num_timed):
+        detach(inputs.base.model)  # time is measured on copies, which are routed anew
+        with progress.during("measuring time", num_timed_tokens):
             from_first(lambda: _measure_latency(inputs, context.prompts, output))
-    results = Results(_write(runs, header, inputs.config, output))
+    results = Results(_write_results(runs, header, inputs.config, output))
     context.chunks.remove()
     return results
 
 
-def _harness_model(inputs: _Inputs) -> RoutedLM:
+def _make_harness_model(inputs: _Inputs) -> RoutedLM:
     """Return the routed model for the harness, with the adapters of healed paths."""
     from drllm.evaluation.lm_eval.model import RoutedLM
     from drllm.models.healed import load_path
@@ -353,78 +402,101 @@ def _harness_model(inputs: _Inputs) -> RoutedLM:
     lm = RoutedLM(inputs.base, routers=inputs.routers.first, batch_size=inputs.config.batch_size)
     for name, weights in inputs.adapters.items():
         lm.routed.injection.add_adapter(name, weights)
-    for path in inputs.path_files.values():
-        load_path(lm.routed, path)
+    for path_file in inputs.path_files.values():
+        load_path(lm.routed, path_file)  # adds the adapter of a healed path
     return lm
 
 
 def _measure_latency(inputs: _Inputs, prompts: Sequence[Sequence[int]], output: Path) -> None:
+    """Measure the first seed's routers and write `latency.json`, if the settings say so."""
     routers = inputs.routers
-    write_latency(inputs.base, routers.folder, routers.first, prompts, inputs.config, output)
+    write_latency(inputs.base, routers.first_folder, routers.first, prompts, inputs.config, output)
 
 
-def _write(
+def _write_results(
     runs: Sequence[TaskRuns], header: Mapping[str, Any], config: EvaluateConfig, output: Path
 ) -> tuple[Evaluation, ...]:
     """Write the results of all tasks, and the samples; return the results."""
     from drllm.evaluation.comparison import TASKS_FOLDER
     from drllm.evaluation.lm_eval.folders import CACHE
 
-    evaluations = _judge(runs, header, config)
+    evaluations = _judge_runs(runs, header, config)
     for evaluation in evaluations:
         write_json(output / f"{evaluation.task}.json", evaluation)
     manifest = new_manifest("samples", model=header["model"], config=header["config"])
-    samples = [sample for task_runs in runs for sample in task_runs.samples()]
+    samples: list[Sample] = []
+    for task_runs in runs:
+        samples += task_runs.build_samples()
     write_records(output / SAMPLES_FILE, samples, manifest)
     for cache in (output / TASKS_FOLDER).glob(f"*/{CACHE}"):
         shutil.rmtree(cache)  # the harness' own copy of the rows
     return evaluations
 
 
-def _judge(
+def _judge_runs(
     runs: Sequence[TaskRuns], header: Mapping[str, Any], config: EvaluateConfig
 ) -> tuple[Evaluation, ...]:
     """Return the records of all tasks, with tests corrected for the number of tasks."""
-    from drllm.evaluation.tables import correct_tables, depth_name, drop_candidates
+    from drllm.evaluation.tables import correct_tables
 
-    # Without routers the findings begin with the most accurate path, so all paths are rivals.
-    rivals = () if header["routers"] else header["paths"]
-    tables = correct_tables([task_runs.table() for task_runs in runs], rivals)
+    rivals: Collection[str] = ()
+    if not header["routers"]:  # the findings begin with the most accurate path
+        rivals = header["paths"]
+    tables = correct_tables([task_runs.build_table() for task_runs in runs], rivals)
     curves = []
     for task_runs, table in zip(runs, tables, strict=True):
-        curves.append(task_runs.curve(table))
-    drop_test = None
-    if config.max_drop is not None:
-        names = [task_runs.harness_task.written.name for task_runs in runs]
-        candidates = drop_candidates(
-            dict(zip(names, tables, strict=True)),
-            dict(zip(names, curves, strict=True)),
-            [depth_name(share) for share in read_curve(config.curve)],
-        )
-        limits = Limits(max_drop=config.max_drop, max_loss_increase=config.max_loss_increase)
-        drop_test = exclude_drop(candidates, limits)
+        curves.append(task_runs.build_curve(table))
+    names = [task_runs.harness_task.written.name for task_runs in runs]
+    drop_test = _test_drop(
+        dict(zip(names, tables, strict=True)), dict(zip(names, curves, strict=True)), config
+    )
     evaluations = []
     for task_runs, table, curve in zip(runs, tables, curves, strict=True):
-        evaluations.append(task_runs.evaluation(table, curve, header, drop_test))
+        evaluations.append(task_runs.build_evaluation(table, curve, header, drop_test))
     return tuple(evaluations)
 
 
-def refuse_chosen_on(path: PathFile, tasks: Sequence[Task], config: EvaluateConfig) -> None:
+def _test_drop(
+    tables: Mapping[str, Sequence[System]],
+    curves: Mapping[str, Sequence[Point]],
+    config: EvaluateConfig,
+) -> DropTest | None:
+    """Test which systems lose less than `--max-drop`; return None without this setting.
+
+    Args:
+        tables: Name of a task → its systems.
+        curves: Name of a task → the points of its curve.
+        config: The settings.
+    """
+    from drllm.evaluation.tables import list_drop_candidates, name_depth
+
+    if config.max_drop is None:
+        return None
+    depths = [name_depth(share) for share in read_curve(config.curve)]
+    candidates = list_drop_candidates(tables, curves, depths)
+    limits = Limits(max_drop=config.max_drop, max_loss_increase=config.max_loss_increase)
+    return exclude_drop(candidates, limits)
+
+
+def refuse_tuning_questions(
+    path_file: PathFile, tasks: Sequence[Task], config: EvaluateConfig
+) -> None:
     """Raise ConfigError if a path would be evaluated on questions that it was chosen on."""
-    record = path.record
+    record = path_file.record
     if record is None:
         return
+    file = path_file.file
     for task in tasks:
         if task.name not in record.tasks:
             continue
         if task.name in record.divided:
             raise ConfigError(
-                f"{path.file} was tuned on some of the questions of {task.name} that an "
-                f"evaluation asks; 'drllm show {path.file}' shows its results on the others"
+                f"{file} was tuned on some of the questions of {task.name} that an evaluation "
+                f"asks; 'drllm show {file}' shows its results on the other questions"
             )
         split = config.get_split(task.name)
         if split != "test":
             raise ConfigError(
-                f"{path.file} was tuned on {task.name}, and --split {split} holds questions that "
-                f"its paths were chosen on; evaluate them on test"
+                f"{file} was tuned on {task.name}, and --split {split} holds questions that its "
+                f"paths were chosen on; evaluate them on test"
             )

@@ -1,14 +1,16 @@
-"""Turns systems' outcomes into an evaluation's records: table, curve, seeds, findings, samples.
+"""Turns the systems' outcomes on a task into the records of an evaluation.
 
-Every difference between two systems is a `Verdict`. The findings are sentences on these verdicts.
+The records are the table of systems, the curve over depths, the results of seeds, the findings in
+words, and the samples. Every difference between two systems is judged by `statistics.verdicts`, and
+most findings are sentences on these verdicts.
 """
 
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from operator import eq
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from msgspec.structs import asdict, replace
 
@@ -31,19 +33,26 @@ DESCRIPTIONS = {
 }
 SYSTEMS_WITH_ANSWERS = (results.BASE, results.ROUTED)
 """Systems whose answers are in the samples. The answers of all systems would be many texts."""
-FROM_TASK = ("kind", "metric", "num_fewshot", "num_questions", "not_asked", "chance")
-"""Fields of a record that are copied from the task."""
-MENTIONED_SHARE = 0.01  # findings mention a larger share of routes that permuting left unchanged
+FIELDS_FROM_TASK = ("kind", "metric", "num_fewshot", "num_questions", "not_asked", "chance")
+"""Fields of an evaluation's record that are copied from the task."""
+MENTIONED_SHARE = 0.01
+"""If permuting left more than this share of the routes unchanged, a finding says so."""
 
 
 @dataclass(frozen=True)
 class TaskRuns:
     """The outcomes of every system on one task.
 
-    `systems` begins with base. If there are routers, the routed model and its baselines at each
-    depth follow. Paths come last. `shape` is the model's shape, or the reason why its cost can't be
-    derived. `seeds` has two lists for each depth: the routed models of several seeds, and their
-    permuted routes. The second list is empty if permuted routes didn't run.
+    Attributes:
+        harness_task: The task's questions.
+        systems: Base, then the routed model and its baselines at each depth, then the paths.
+            Without routers there are only base and paths.
+        notes: Notes on the task and on systems that didn't run, for the findings.
+        config: The settings.
+        num_layers: The number of layers of the model.
+        shape: The model's shape, or the reason why its cost can't be derived.
+        seeds: For each depth, the routed models of several seeds and their permuted routes. The
+            second list is empty if permuted routes didn't run. Empty if there is only one seed.
     """
 
     harness_task: RenderedTask
@@ -55,37 +64,47 @@ class TaskRuns:
     seeds: Sequence[tuple[Sequence[SystemRun], Sequence[SystemRun]]] = ()
 
     @property
-    def trained(self) -> list[SystemRun]:
+    def base(self) -> SystemRun:
+        """The base model, with which all systems are compared."""
+        return self.systems[0]
+
+    @property
+    def systems_as_trained(self) -> list[SystemRun]:
         """The systems at the depth that the routers were trained for, base and routed first."""
         return [system for system in self.systems if not system.setting]
+
+    @property
+    def routed(self) -> SystemRun:
+        """The routed model at the depth that it was trained for, in an evaluation with routers."""
+        return self.systems_as_trained[1]
 
     @cached_property
     def above_chance(self) -> bool:
         """Whether base is shown to be better than guessing; otherwise nothing is claimed."""
-        lowest, _ = accuracy_interval(self.systems[0].correct, self.config.seed)
+        lowest, _ = accuracy_interval(self.base.correct, self.config.seed)
         return lowest > self.harness_task.written.chance
 
-    def table(self) -> tuple[results.System, ...]:
-        """Return the systems at the depth that the routers were trained for."""
-        return tuple(self._row(system) for system in self.trained)
+    def build_table(self) -> tuple[results.System, ...]:
+        """Return a row for each system, at the depth that the routers were trained for."""
+        return tuple(self._build_row(system) for system in self.systems_as_trained)
 
-    def _row(self, system: SystemRun) -> results.System:
+    def _build_row(self, system: SystemRun) -> results.System:
         """Return a system's row of the table."""
-        flops, kv_bytes_per_token = self._cost(system)
+        flops, kv_bytes_per_token = self._derive_cost(system)
         return results.System(
             name=system.name,
-            **self._description(system),
-            **self._measured(system),
+            **self._describe(system),
+            **self._compute_scores(system),
             metrics={name: fmean(values) for name, values in system.metrics.items()},
             decode_executions=system.decode_executions,
             seconds=system.seconds,
-            draws=max(1, len(system.routes)),
+            draws=max(1, len(system.routes)),  # a path has no routes
             prompt_flops=flops,
             kv_bytes_per_token=kv_bytes_per_token,
-            unchanged_routes=self._unchanged_routes(system),
+            unchanged_routes=self._compute_unchanged_routes(system),
         )
 
-    def _description(self, system: SystemRun) -> dict[str, Any]:
+    def _describe(self, system: SystemRun) -> dict[str, Any]:
         """Return the fields of a system's row that describe the system."""
         if system.name in BASELINES:
             baseline = BASELINES.get(system.name)
@@ -95,15 +114,25 @@ class TaskRuns:
             return {"description": system.path.edits(self.num_layers), "reads_question": False}
         return {"description": DESCRIPTIONS.get(system.name)}
 
-    def _unchanged_routes(self, system: SystemRun) -> float | None:
-        """Return the share of questions whose route the permutation left as it was."""
+    def _compute_unchanged_routes(self, system: SystemRun) -> float | None:
+        """Return the share of questions whose route the permutation left unchanged.
+
+        The share is a mean over draws. It is None for other systems than permuted routes.
+        """
         if system.name != results.PERMUTED:
             return None
-        routes = self.trained[1].routes[0]
-        return fmean(fmean(map(eq, routes, permuted)) for permuted in system.routes)
+        shares = []
+        for permuted_routes in system.routes:
+            pairs = zip(self.routed.routes[0], permuted_routes, strict=True)
+            unchanged = [route == permuted_route for route, permuted_route in pairs]
+            shares.append(fmean(unchanged))
+        return fmean(shares)
 
-    def _cost(self, system: SystemRun) -> tuple[results.Flops | None, float | None]:
-        """Return the mean FLOPs of a prompt and one predicted token, and the K/V bytes a token."""
+    def _derive_cost(self, system: SystemRun) -> tuple[results.Flops | None, float | None]:
+        """Return the mean FLOPs of a prompt and one predicted token, and the K/V bytes a token.
+
+        Both are None if they can't be derived.
+        """
         shape = self.shape
         if isinstance(shape, str) or not (system.routes or system.path):
             return None, None
@@ -111,52 +140,52 @@ class TaskRuns:
         draws: Sequence[Sequence[Plan]] = system.routes
         if system.path is not None:
             draws = [[system.path] * len(prompts)]
-        flops = []
-        kv = []
+        flops_of_prompts = []
+        kv_bytes_per_token = []
         for plans in draws:
             for plan, tokens in zip(plans, prompts, strict=True):
-                flops.append(prompt_flops(shape, plan, len(tokens)))
-                kv.append(kv_bytes(shape, plan))
+                flops_of_prompts.append(prompt_flops(shape, plan, len(tokens)))
+                kv_bytes_per_token.append(kv_bytes(shape, plan))
         mean_flops = results.Flops(
-            weights=fmean(each.weights for each in flops),
-            attention=fmean(each.attention for each in flops),
+            weights=fmean(flops.weights for flops in flops_of_prompts),
+            attention=fmean(flops.attention for flops in flops_of_prompts),
         )
-        return mean_flops, fmean(kv)
+        return mean_flops, fmean(kv_bytes_per_token)
 
-    def curve(self, table: Sequence[results.System]) -> tuple[results.Point, ...]:
+    def build_curve(self, table: Sequence[results.System]) -> tuple[results.Point, ...]:
         """Return the points of a curve: base, then each system at its depths, then paths.
 
         The depths of a system, and the paths, are sorted from the most executions to the fewest.
-        Base and paths have the same numbers as in the table.
+        Base and paths have the same numbers as in the table. The curve is empty if it would have
+        only base.
+
+        Args:
+            table: The task's systems, with tests corrected by `correct_tables`.
         """
-        base = self.systems[0]
-        deeper = [system for system in self.systems if system.setting]
-        deeper.sort(key=lambda system: -system.executions)
-        by_name: dict[str, list[SystemRun]] = {system.name: [] for system in self.systems}
-        for system in deeper:
-            by_name[system.name].append(system)
+        systems = [self.base]
+        for name in dict.fromkeys(system.name for system in self.systems):  # each name once
+            at_depths = [run for run in self.systems if run.name == name and run.setting]
+            systems += _sort_by_executions(at_depths)
         paths = [system for system in self.systems if system.path is not None]
-        paths.sort(key=lambda system: -system.executions)
-        others = [system for systems in by_name.values() for system in systems] + paths
-        if not others:
+        systems += _sort_by_executions(paths)
+        if len(systems) == 1:
             return ()
         rows = {row.name: row for row in table}
         points = []
-        for system in (base, *others):
+        for system in systems:
             if system.setting:
-                measured = self._measured(system)
+                scores = self._compute_scores(system)
             else:
                 row = asdict(rows[system.name])
-                measured = {name: row[name] for name in results.Scores.__struct_fields__}
-            points.append(results.Point(system=system.name, setting=system.setting, **measured))
+                scores = {name: row[name] for name in results.Scores.__struct_fields__}
+            points.append(results.Point(system=system.name, setting=system.setting, **scores))
         return tuple(points)
 
-    def _measured(self, system: SystemRun) -> dict[str, Any]:
-        """Return the fields that a row of the table and a point of the curve share."""
-        base = self.systems[0]
+    def _compute_scores(self, system: SystemRun) -> dict[str, Any]:
+        """Return the fields of `results.Scores`, which rows of the table and points share."""
         against_base = None
-        if system is not base:
-            against_base = self._compare(system, base)
+        if system is not self.base:
+            against_base = self._compare(system, self.base)
         routed_against = None
         if system.name not in (results.BASE, results.ROUTED):
             for routed in self.systems:
@@ -173,6 +202,7 @@ class TaskRuns:
         }
 
     def _compare(self, ours: Outcomes, theirs: Outcomes) -> Differences:
+        """Compare two systems on the questions of the task; differences are ours minus theirs."""
         return compare(ours, theirs, self.config.seed, above_chance=self.above_chance)
 
     def compare_seeds(
@@ -182,8 +212,12 @@ class TaskRuns:
 
         The spread and the intervals measure different things. The spread shows how much a result
         varies with the training's randomness, on the same questions. The intervals show how much
-        the mean over these seeds may vary with other questions; a question is resampled with its
-        answers under all seeds.
+        the mean over these seeds may vary with other questions. They resample questions, each
+        together with its answers under all seeds.
+
+        Args:
+            routed: The routed model of each seed.
+            permuted: The permuted routes of each seed; empty if they didn't run.
         """
         mean = average_runs(routed, "mean over seeds")
         against_permuted = None
@@ -192,15 +226,15 @@ class TaskRuns:
         return results.Seeds(
             setting=routed[0].setting,
             num_seeds=len(routed),
-            accuracy=results.Spread.of([fmean(each.correct) for each in routed]),
-            executions=results.Spread.of([each.executions for each in routed]),
-            gold_logprob=_spread([each.gold_logprob for each in routed]),
-            text_loss=_spread([each.text_loss for each in routed]),
-            against_base=self._compare(mean, self.systems[0]),
+            accuracy=results.Spread.of([fmean(seed.correct) for seed in routed]),
+            executions=results.Spread.of([seed.executions for seed in routed]),
+            gold_logprob=_summarise_means([seed.gold_logprob for seed in routed]),
+            text_loss=_summarise_means([seed.text_loss for seed in routed]),
+            against_base=self._compare(mean, self.base),
             against_permuted=against_permuted,
         )
 
-    def evaluation(
+    def build_evaluation(
         self,
         table: Sequence[results.System],
         curve: Sequence[results.Point],
@@ -213,61 +247,66 @@ class TaskRuns:
             table: The task's systems, with tests corrected by `correct_tables`.
             curve: The points of the task's curve.
             header: The fields that the records of all tasks share.
-            drop_test: The test of `--max-drop`, over all tasks.
+            drop_test: The test of `--max-drop`, over all tasks; None without `--max-drop`.
         """
         written = self.harness_task.written
         evaluation = results.Evaluation(
             **header,
             task=written.name,
             split=self.config.get_split(written.name),
-            **{name: getattr(written, name) for name in FROM_TASK},
+            **{name: getattr(written, name) for name in FIELDS_FROM_TASK},
             num_layers=self.num_layers,
             systems=tuple(table),
             curve=tuple(curve),
             seeds=tuple(self.compare_seeds(routed, permuted) for routed, permuted in self.seeds),
             drop_test=drop_test,
         )
-        return replace(evaluation, findings=tuple(self._findings(evaluation)))
+        return replace(evaluation, findings=tuple(self._write_findings(evaluation)))
 
-    def _findings(self, evaluation: results.Evaluation) -> list[str]:
+    def _write_findings(self, evaluation: results.Evaluation) -> list[str]:
         """Return the findings for the reader; what to do with the main systems comes first."""
-        systems = _main_systems(evaluation)
-        findings = [self._headline(system, evaluation) for system in systems]
+        systems = _list_main_systems(evaluation)
+        findings = [self._write_headline(system, evaluation) for system in systems]
         if evaluation.drop_test is not None:
             findings.append(evaluation.drop_test.sentence())
         if not self.above_chance:
-            findings.append(self._chance_warning())
-        findings += _test_sentences(systems, evaluation)
+            findings.append(self._warn_of_guessing())
+        findings += _write_test_sentences(systems, evaluation)
         permuted = evaluation.system(results.PERMUTED)
         if permuted is not None:
-            findings.append(self._against_permuted(permuted))
-        findings += [seeds_sentence(seeds) for seeds in evaluation.seeds]
-        return findings + self._notes()
+            findings.append(self._describe_permuted(permuted))
+        findings += [describe_seeds(seeds) for seeds in evaluation.seeds]
+        return findings + self._write_notes()
 
-    def _chance_warning(self) -> str:
+    def _warn_of_guessing(self) -> str:
+        """Say that base may be guessing, so that nothing can be claimed."""
         written = self.harness_task.written
         return (
             f"On {written.name} the base model is not shown to be above chance "
             f'({100 * written.chance:.1f} %), so no gain and no "no loss" can be claimed here.'
         )
 
-    def _notes(self) -> list[str]:
-        """Return the notes on the task, its cost and its systems as sentences, without repeats."""
-        sentences = [f"{capitalize(note.removesuffix('.'))}." for note in dict.fromkeys(self.notes)]
+    def _write_notes(self) -> list[str]:
+        """Return the notes on the task, its cost and its systems as sentences."""
+        notes = dict.fromkeys(self.notes)  # without repeats
+        sentences = [f"{capitalize(note.removesuffix('.'))}." for note in notes]
         if isinstance(self.shape, str):
             sentences.append(f"FLOPs and K/V bytes are not derived: {self.shape}.")
-        for system in self.trained:
+        for system in self.systems_as_trained:
             sentences += [f"{system.name.capitalize()}: {note}." for note in system.notes]
         return sentences
 
-    def _headline(self, system: results.System, evaluation: results.Evaluation) -> str:
-        """Return at most three sentences: what to do with a system, and how it differs."""
+    def _write_headline(self, system: results.System, evaluation: results.Evaluation) -> str:
+        """Return at most three sentences: what to do with a system, and how it differs.
+
+        A path is compared with the routed model too, if there is a routed model.
+        """
         against_base = system.against_base
         assert against_base is not None
         saves_layers = system.executions < self.num_layers
         cost = self._describe_cost(system)
         name = evaluation.name_in_sentence(system)
-        full_name = name + _why_named(system, evaluation)
+        full_name = name + _explain_choice(system, evaluation)
         if system.routed_against is None:
             return against_base.headline(full_name, saves_layers=saves_layers, cost=cost)
         advice = against_base.advice(full_name, saves_layers=saves_layers)
@@ -284,13 +323,13 @@ class TaskRuns:
             change = f"{-saved:.1f} % more layers"
         return f"{change}, {system.executions:.2f} of {self.num_layers} run"
 
-    def _against_permuted(self, permuted: results.System) -> str:
+    def _describe_permuted(self, permuted: results.System) -> str:
         """Say how the routed model differs from its own routes permuted over the questions."""
-        if len(set(self.trained[1].routes[0])) == 1:
+        if len(set(self.routed.routes[0])) == 1:
             return "All questions took one route, so permuting says nothing."
-        against = permuted.routed_against
-        assert against is not None
-        sentence = against.accuracy.sentence(
+        differences = permuted.routed_against
+        assert differences is not None
+        sentence = differences.accuracy.sentence(
             results.ROUTED, "its own routes permuted over the questions"
         )
         unchanged = permuted.unchanged_routes or 0.0
@@ -298,8 +337,8 @@ class TaskRuns:
             sentence += f" {100 * unchanged:.1f} % of the questions kept their route by chance."
         return sentence
 
-    def samples(self) -> list[results.Sample]:
-        """Return one line a question."""
+    def build_samples(self) -> list[results.Sample]:
+        """Return the sample of each question, with the outcome of every system."""
         examples = {example.id: example for example in self.harness_task.written.examples}
         samples = []
         for place, example_id in enumerate(self.harness_task.ids):
@@ -311,14 +350,22 @@ class TaskRuns:
                     question=example.question,
                     choices=tuple(example.choices),
                     gold=example.gold,
-                    systems={system.title: _outcome(system, place) for system in self.systems},
+                    systems={system.title: _read_outcome(system, place) for system in self.systems},
                 )
             )
         return samples
 
 
-def _main_systems(evaluation: results.Evaluation) -> list[results.System]:
-    """Return the systems that the findings begin with: the compared system, then the best path."""
+def _sort_by_executions(systems: Sequence[SystemRun]) -> list[SystemRun]:
+    """Sort systems from the most executions to the fewest."""
+    return sorted(systems, key=lambda system: -system.executions)
+
+
+def _list_main_systems(evaluation: results.Evaluation) -> list[results.System]:
+    """Return the systems that the findings begin with.
+
+    They are the routed model and the best path, or the one of them that was evaluated.
+    """
     compared = evaluation.compared_system
     if compared is None or compared.against_base is None:
         raise ValueError("nothing is compared with base")
@@ -328,10 +375,13 @@ def _main_systems(evaluation: results.Evaluation) -> list[results.System]:
     return [compared, best_path]
 
 
-def _test_sentences(
+def _write_test_sentences(
     systems: Sequence[results.System], evaluation: results.Evaluation
 ) -> Iterator[str]:
-    """Yield sentences on how the main systems differ from base, with the exact tests' numbers."""
+    """Yield sentences on how the main systems differ from base, with the exact tests' numbers.
+
+    The gold answers' log-probability is given for the first system only.
+    """
     for system in systems:
         assert system.against_base is not None
         yield system.against_base.accuracy.sentence(evaluation.name_in_sentence(system))
@@ -342,8 +392,11 @@ def _test_sentences(
         yield gold_logprob.sentence(evaluation.name_in_sentence(first))
 
 
-def _why_named(system: results.System, evaluation: results.Evaluation) -> str:
-    """Say in brackets why the findings name this one of several paths; "" for other systems."""
+def _explain_choice(system: results.System, evaluation: results.Evaluation) -> str:
+    """Say in brackets why the findings name this path.
+
+    Return an empty text if the system isn't a path, or is the only path.
+    """
     num_paths = len(evaluation.paths)
     if system.name not in evaluation.paths or num_paths < 2:
         return ""
@@ -354,10 +407,14 @@ def _why_named(system: results.System, evaluation: results.Evaluation) -> str:
     return f" (of {num_paths} paths the closest in cost)"
 
 
-def _outcome(system: SystemRun, place: int) -> results.SampleOutcome:
+def _read_outcome(system: SystemRun, place: int) -> results.SampleOutcome:
     """Return a system's outcome on the question at a place."""
-    gold_logprob = system.gold_logprob[place] if system.gold_logprob else None
-    decisions = tuple(system.routes[0][place]) if len(system.routes) == 1 else None
+    gold_logprob = None
+    if system.gold_logprob:
+        gold_logprob = system.gold_logprob[place]
+    decisions = None
+    if len(system.routes) == 1:  # several draws have no common decisions
+        decisions = tuple(system.routes[0][place])
     answer = None
     if system.answers and system.title in SYSTEMS_WITH_ANSWERS:
         answer = system.answers[place]
@@ -370,67 +427,88 @@ def _outcome(system: SystemRun, place: int) -> results.SampleOutcome:
 
 
 def _mean(values: Sequence[float]) -> float | None:
-    """Return the mean of some values; None if there are none."""
-    return fmean(values) if values else None
-
-
-def _spread(values: Sequence[Sequence[float]]) -> results.Spread | None:
-    """Return the spread of the seeds' means; None if a seed has no values."""
-    if not all(values):
+    """Return the mean of some values; None if there are no values."""
+    if not values:
         return None
-    return results.Spread.of([fmean(each) for each in values])
+    return fmean(values)
+
+
+def _summarise_means(values_by_seed: Sequence[Sequence[float]]) -> results.Spread | None:
+    """Return the spread of the seeds' means; None if a seed has no values."""
+    if not all(values_by_seed):
+        return None
+    return results.Spread.of([fmean(values) for values in values_by_seed])
+
+
+class _ComparedRow(NamedTuple):
+    """A row of a table, and how its system differs from base."""
+
+    table: list[results.System]
+    row: int
+    differences: Differences
 
 
 def correct_tables(
     tables: Sequence[Sequence[results.System]], rivals: Collection[str] = ()
 ) -> list[list[results.System]]:
-    """Correct each system's tests against base for the number of tasks.
+    """Correct the tests against base for their number.
+
+    The tests of a system on all tasks are corrected together.
 
     Args:
         tables: The systems of each task.
-        rivals: Names of the systems from which the best is picked. All of their tests are corrected
-            together.
+        rivals: Names of the systems from which the best is picked. The tests of all these systems
+            are corrected together.
+
+    Returns:
+        The tables with corrected tests.
     """
     corrected = [list(table) for table in tables]
-    groups: dict[str, list[tuple[list[results.System], int, Differences]]] = {}
+    groups: defaultdict[str, list[_ComparedRow]] = defaultdict(list)
     for table in corrected:
         for row, system in enumerate(table):
-            if system.against_base is not None:
-                group = "" if system.name in rivals else system.name
-                groups.setdefault(group, []).append((table, row, system.against_base))
-    for places in groups.values():
-        verdicts = correct_together([against.accuracy for _, _, against in places])
-        for (table, row, against), verdict in zip(places, verdicts, strict=True):
-            table[row] = replace(table[row], against_base=replace(against, accuracy=verdict))
+            if system.against_base is None:
+                continue
+            group = system.name
+            if system.name in rivals:
+                group = ""  # the name of the group of all rivals
+            groups[group].append(_ComparedRow(table, row, system.against_base))
+    for rows in groups.values():
+        verdicts = correct_together([compared.differences.accuracy for compared in rows])
+        for (table, row, differences), verdict in zip(rows, verdicts, strict=True):
+            against_base = replace(differences, accuracy=verdict)
+            table[row] = replace(table[row], against_base=against_base)
     return corrected
 
 
-def depth_name(share: float) -> str:
+def name_depth(share: float) -> str:
     """Return the name of the depth that saves a share of the executions.
 
     Example:
-        >>> depth_name(0.1)
+        >>> name_depth(0.1)
         '10 % saved'
     """
     return f"{100 * share:g} % saved"
 
 
-def drop_candidates(
+def list_drop_candidates(
     tables: Mapping[str, Sequence[results.System]],
     curves: Mapping[str, Sequence[results.Point]],
     depths: Sequence[str] = (),
 ) -> dict[str, dict[str, Differences | None]]:
-    """Return the candidates of `--max-drop` in order, with their differences from base by task.
+    """List the candidates of `--max-drop` in the order in which they are tested.
 
-    The settings fix the order. The routed model comes first, at the depths of `--curve`, or at the
-    depth of training without `--curve`. The paths follow in their own order. If the routers
-    couldn't reach a depth on a task, the difference is None there, so the depth isn't shown to lose
-    less.
+    The settings alone fix the order. The routed model comes first, at the depths of `--curve`, or
+    at the depth of training without `--curve`. The paths follow in their own order.
 
     Args:
-        tables: The systems of each task.
-        curves: The points of each task's curve.
+        tables: Name of a task → its systems.
+        curves: Name of a task → the points of its curve.
         depths: The names of the depths of `--curve`, the fewest layers left out first.
+
+    Returns:
+        Name of a candidate → task → how the candidate differs from base. The difference is None if
+        the candidate wasn't evaluated on the task, since the routers couldn't reach the depth.
     """
     candidates: dict[str, dict[str, Differences | None]] = {}
     for depth in depths:
@@ -449,16 +527,18 @@ def drop_candidates(
     return candidates
 
 
-def seeds_sentence(seeds: results.Seeds) -> str:
-    """Describe the results of routers of several seeds at one depth."""
-    depth = f" at {seeds.setting}" if seeds.setting else ""
+def describe_seeds(seeds: results.Seeds) -> str:
+    """Describe the results of routers of several seeds at one depth, in two or three sentences."""
+    at_depth = ""
+    if seeds.setting:
+        at_depth = f" at {seeds.setting}"
     accuracy = seeds.accuracy
     executions = seeds.executions
     spread = f"{100 * accuracy.lowest:.1f} to {100 * accuracy.highest:.1f}"
     if accuracy.deviation is not None:
         spread += f", standard deviation {100 * accuracy.deviation:.1f} points"
     sentences = [
-        f"Routers of {seeds.num_seeds} seeds{depth}: accuracy {100 * accuracy.mean:.1f} % "
+        f"Routers of {seeds.num_seeds} seeds{at_depth}: accuracy {100 * accuracy.mean:.1f} % "
         f"({spread}) at {executions.mean:.2f} executions ({executions.lowest:.2f} to "
         f"{executions.highest:.2f}).",
         seeds.against_base.accuracy.sentence("their mean", "base"),

@@ -44,9 +44,9 @@ def counted(call):
 @pytest.mark.parametrize("family", DENSE)
 def test_flops_of_a_prompt_are_those_that_torch_counts(tiny_model, family):
     model = tiny_model(family, attention="eager")
-    shape, T = ModelShape.of(model), 13  # longer than what a sliding layer sees
+    shape, T = ModelShape.from_model(model), 13  # longer than what a sliding layer sees
     routed = RoutedModel(model)
-    assert ModelShape.of(model) == shape
+    assert ModelShape.from_model(model) == shape
     for decisions in DECISIONS:
         with routed.fixed(decisions):
             found = counted(lambda: model(ids(T), logits_to_keep=1))
@@ -61,7 +61,7 @@ PATH = StaticPath([0, 2, 1, 2, 5, 4])
 def test_a_static_path_costs_what_torch_counts(tiny_model, family):
     model = tiny_model(family, attention="eager")
     routed, cache = RoutedModel(model), empty_cache(model)
-    shape = ModelShape.of(model)
+    shape = ModelShape.from_model(model)
     with routed.fixed(PATH):
         found = counted(lambda: model(ids(13), logits_to_keep=1, **cache))
     derived = prompt_flops(shape, PATH, 13)
@@ -74,21 +74,21 @@ def test_a_static_path_costs_what_torch_counts(tiny_model, family):
 def test_every_family_is_derived_exactly_or_refused(tiny_model, family):
     try:
         model = tiny_model(family, attention="eager")
-        shape = ModelShape.of(model)
+        shape = ModelShape.from_model(model)
     except (ArchitectureError, ValueError) as reason:
         pytest.skip(str(reason))
     cache = empty_cache(model)
     # Some models of some versions compute the logits of every token; derived are the last one's.
     can_leave_out = "logits_to_keep" in inspect.signature(model.forward).parameters
     options = {**cache, "logits_to_keep": 1} if can_leave_out else cache
-    left_out = 0 if can_leave_out else 2 * shape.head * 12
+    left_out = 0 if can_leave_out else 2 * shape.head_entries * 12
     found = counted(lambda: model(ids(13), **options))
     derived = prompt_flops(shape, [1] * 6, 13)
     assert derived.weights + derived.attention + left_out == found
 
 
 def test_what_grows_with_the_length_is_told_apart():
-    shape = ModelShape((100, 200), 0, queries=32, kv_bytes=64)
+    shape = ModelShape((100, 200), 0, query_size=32, kv_bytes_per_layer=64)
     once, twice = (prompt_flops(shape, [1, 1], num_tokens=n) for n in (10, 20))
     assert twice.weights == 2 * once.weights
     assert twice.attention == 4 * once.attention
@@ -98,7 +98,7 @@ def test_what_grows_with_the_length_is_told_apart():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kv_bytes_are_those_in_the_cache(tiny_model, family, dtype):
     model = tiny_model(family).to(dtype)
-    shape, routed = ModelShape.of(model), RoutedModel(model)
+    shape, routed = ModelShape.from_model(model), RoutedModel(model)
     for decisions in DECISIONS:
         cache = empty_cache(model)
         for num_read, part in ((5, 5), (6, 1)):  # a sliding layer sees them all
@@ -114,12 +114,12 @@ def test_kv_bytes_are_those_in_the_cache(tiny_model, family, dtype):
 )  # fmt: skip
 def test_models_whose_cost_does_not_follow_are_refused(tiny_model, family, reason):
     with pytest.raises(ArchitectureError, match=f"has {reason} = .*measured time"):
-        ModelShape.of(tiny_model(family))
+        ModelShape.from_model(tiny_model(family))
 
 
 def test_packed_weights_count_as_what_they_stand_for(tiny_llama):
-    model, plain = tiny_llama(), ModelShape.of(tiny_llama())
+    model, plain = tiny_llama(), ModelShape.from_model(tiny_llama())
     linear = model.model.layers[0].mlp.up_proj
     packed = torch.zeros(linear.weight.numel() // 2, 1, dtype=torch.uint8)
     linear.weight = torch.nn.Parameter(packed, requires_grad=False)
-    assert ModelShape.of(model) == plain
+    assert ModelShape.from_model(model) == plain

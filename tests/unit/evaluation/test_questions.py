@@ -6,8 +6,8 @@ from drllm.config import EvaluateConfig
 from drllm.errors import ConfigError, RecordError, TaskError
 from drllm.evaluation.questions import (
     check_output,
+    choose_fitting_split,
     find_sources,
-    fitting_split,
     needs_fitting,
     select_tasks,
 )
@@ -33,9 +33,9 @@ def test_a_task_is_fitted_on_its_own_questions_unless_another_is_named():
 
 def test_depths_are_never_chosen_on_the_split_that_is_reported():
     [arc, _] = TASKS
-    assert fitting_split(arc, EvaluateConfig(split="test")) == "select"
-    assert fitting_split(arc, EvaluateConfig(split="select")) == "fit"
-    assert fitting_split(arc, EvaluateConfig(splits={"arc_easy": "select"})) == "fit"
+    assert choose_fitting_split(arc, EvaluateConfig(split="test")) == "select"
+    assert choose_fitting_split(arc, EvaluateConfig(split="select")) == "fit"
+    assert choose_fitting_split(arc, EvaluateConfig(splits={"arc_easy": "select"})) == "fit"
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_sources_that_make_no_sense_are_refused(values, message):
             {"max_drop": 2.0, "max_loss_increase": 0.1, "num_texts": 29},
             "--num-texts 29 is too small",
         ),
-        ({"max_drop": 2.0, "split": "select"}, "--max-drop 2 asks what the test questions"),
+        ({"max_drop": 2.0, "split": "select"}, "--max-drop 2 needs the questions of test"),
         ({"max_loss_increase": 0.1}, "without --max-drop"),
         ({"data_dir": "nowhere"}, "--data-dir nowhere is not a folder"),
     ],

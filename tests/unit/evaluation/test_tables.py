@@ -10,9 +10,9 @@ from drllm.evaluation.systems import SystemRun
 from drllm.evaluation.tables import (
     TaskRuns,
     correct_tables,
-    depth_name,
-    drop_candidates,
-    seeds_sentence,
+    describe_seeds,
+    list_drop_candidates,
+    name_depth,
 )
 from drllm.paths import StaticPath
 from drllm.records.manifest import new_manifest
@@ -60,7 +60,8 @@ def runs(*systems, chance=0.25, seeds=(), notes=()):
 
 def evaluation(*systems, **options):
     found = runs(*systems, **options)
-    return found.evaluation(found.table(), found.curve(found.table()), HEADER)
+    table = found.build_table()
+    return found.build_evaluation(table, found.build_curve(table), HEADER)
 
 
 def said(*systems, **options):
@@ -162,20 +163,21 @@ def beside_routers(routed=27.4, drop_test=None):
     routed = run("routed", RIGHT_80, executions=routed, losses=[3.2] * 40)
     found = runs(run("base", RIGHT_50, losses=[3.3] * 40), routed, *systems)
     steps = {name: steps_to_write(path) for name, path in paths.items()}
-    table = found.table()
+    table = found.build_table()
     header = HEADER | {"paths": steps}
-    return found.evaluation(table, found.curve(table), header, drop_test)
+    return found.build_evaluation(table, found.build_curve(table), header, drop_test)
 
 
 def test_a_depth_that_no_task_has_is_a_candidate_that_was_not_evaluated():
     found = runs(run("base", RIGHT_50), run("routed", RIGHT_50))
-    tables, curves = {"a_task": found.table()}, {"a_task": found.curve(found.table())}
-    candidates = drop_candidates(tables, curves, [depth_name(0.9)])
+    tables = {"a_task": found.build_table()}
+    curves = {"a_task": found.build_curve(found.build_table())}
+    candidates = list_drop_candidates(tables, curves, [name_depth(0.9)])
     assert candidates == {"routed, 90 % saved": {"a_task": None}}
     test = exclude_drop(candidates, Limits(max_drop=50))
     assert test.chosen is None
     assert "it was not evaluated" in test.sentence()
-    assert list(drop_candidates(tables, curves)) == ["routed"]
+    assert list(list_drop_candidates(tables, curves)) == ["routed"]
 
 
 def test_beside_routers_a_path_is_named_that_no_score_has_picked():
@@ -238,13 +240,13 @@ def test_a_curve_has_base_first_and_each_system_from_the_most_executions_to_the_
 
 def test_tables_of_several_tasks_are_corrected_system_by_system():
     found = runs(run("base", RIGHT_50), run("routed", RIGHT_80))
-    tables = correct_tables([found.table(), found.table()])
+    tables = correct_tables([found.build_table(), found.build_table()])
     [first, second] = [table[1].against_base.accuracy for table in tables]
     assert first.p_corrected == second.p_corrected == 2 * first.p
     assert first.num_tests == 2
     assert tables[0][0].against_base is None
-    [alone] = correct_tables([found.table()])
-    assert alone == list(found.table())
+    [alone] = correct_tables([found.build_table()])
+    assert alone == list(found.build_table())
 
 
 def seeds_of(base, routed, permuted):
@@ -294,7 +296,7 @@ def test_differences_are_those_of_the_mean_over_seeds_question_by_question():
 def test_the_sentence_on_seeds_holds_the_spread_and_both_differences(num_seeds):
     routed = [at([0.5, 1.0, 0.0, 1.0]), at([0.0, 1.0, 0.5, 0.0])][:num_seeds]
     seeds = seeds_of(at([0.0, 1.0, 0.0, 1.0], "base"), routed, routed)
-    text = seeds_sentence(seeds)
+    text = describe_seeds(seeds)
     assert text.startswith(f"Routers of {num_seeds} seeds at 10 % saved: accuracy")
     assert ("standard deviation" in text) == (num_seeds > 1)
     assert seeds.against_base.accuracy.sentence("their mean", "base") in text

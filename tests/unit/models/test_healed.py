@@ -289,11 +289,13 @@ def test_what_an_adapter_adds_counts_as_arithmetic(base, record, tmp_path):
     routed = RoutedModel(base.model)
     load_path(routed, read_path(str(tmp_path / "healed")))
     adapter = routed.injection.lora.weights(record.adapter)
-    shape = ModelShape.of(base.model, {record.adapter: adapter})
+    shape = ModelShape.from_model(base.model, {record.adapter: adapter})
     plain = prompt_flops(shape, record.path.with_adapter(""), 10)
     healed = prompt_flops(shape, record.path, 10)
     routed.detach()
-    assert plain == prompt_flops(ModelShape.of(base.model), record.path.with_adapter(""), 10)
+    assert plain == prompt_flops(
+        ModelShape.from_model(base.model), record.path.with_adapter(""), 10
+    )
     # Of the layers 1, 3, 4, 4 and 5, twice for each entry and token.
     entries = sum(adapter.num_entries(layer) for layer in (1, 3, 4, 4, 5))
     assert healed.weights - plain.weights == 2 * 10 * entries

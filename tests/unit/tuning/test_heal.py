@@ -13,7 +13,7 @@ import torch
 from drllm import extras
 from drllm.config import EvaluateConfig, HealConfig
 from drllm.errors import ConfigError, PathError, RecordError, TaskError
-from drllm.evaluation.run import refuse_chosen_on
+from drllm.evaluation.run import refuse_tuning_questions
 from drllm.listener import Listener
 from drllm.models.healed import load_path
 from drllm.models.routing.injection import LayerCall
@@ -436,7 +436,7 @@ def test_questions_that_it_may_have_been_trained_on_are_not_reported(unbroken, s
     config, tasks = EvaluateConfig(split=split), [get_task("builtin_facts")]
     plan = read_path(str(unbroken[1]))
     with pytest.raises(ConfigError, match="on test") if split == "search" else nullcontext():
-        refuse_chosen_on(plan, tasks, config)
+        refuse_tuning_questions(plan, tasks, config)
 
 
 @pytest.mark.parametrize(
