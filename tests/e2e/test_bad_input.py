@@ -183,8 +183,8 @@ search --no_kl=maybe => --no-kl takes no value, but 'maybe' follows it; --kl
 generate why is the sky blue => generate has no use for 'is'
 generate --routers run/routers => generate needs PROMPT
 generate x --file p.jsonl => PROMPT 'x' and --file p.jsonl are both given
-generate x --output o.jsonl => --output o.jsonl has no effect on one PROMPT
-generate x --batch-size 4 => --batch-size 4 has no effect on one PROMPT
+generate x --output o.jsonl => --output o.jsonl has no effect without --file
+generate x --batch-size 4 => --batch-size 4 has no effect without --file
 generate x --seed 5 => --seed 5 has no effect with --temperature 0
 generate x --depth-bias 0.5 => --depth-bias has no effect without routers
 generate x --routers r --path plan => --routers r and --path plan would both choose the layers
@@ -354,7 +354,7 @@ GENERATE nowhere => nowhere has no router_config.json
 EVALUATE --model OTHER => these routers were trained for
 ROUTED --model DEEPER => num_layers 4, this model has 5
 HARNESS --tasks builtin_fact --split test => did you mean 'builtin_facts'
-HARNESS --tasks builtin_facts => task 'builtin_facts' is drllm's
+HARNESS --tasks builtin_facts => task 'builtin_facts' is a task of drllm
 HARNESS --tasks arc_easy --split test => 'arc_easy' can't fetch validation of allenai/ai2_arc
 HARNESS ASKED --batch_size many => --batch_size is 'many'
 HARNESS --tasks= => no task is named; give --tasks NAME,NAME

@@ -377,7 +377,7 @@ def test_targets_of_ones_own_stay_as_they_are(run_copy: Path, search_again: Call
     said = search_again().err
     assert output.read_text() == own
     assert not (run_copy / "supervision.manifest.json").exists()
-    assert "has no manifest, so it isn't ours; it stays as it is" in said
+    assert "has no manifest, so drllm didn't write it; it stays as it is" in said
 
 
 def trained_for(routers: Path, *rewards: str) -> str:

@@ -1,6 +1,6 @@
-"""The verb `drllm generate`: answers one prompt, a file of prompts, or a chat.
+"""The verb `drllm generate`: answers one prompt or a file of prompts, or chats with the user.
 
-One prompt is answered with a drawing of its route. The chat is in `cli.chat`.
+With the answer to one prompt, the prompt's route is drawn. The chat itself is in `cli.chat`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from drllm.cli.base_model import check_model_name, choose_model, read_routers
 from drllm.cli.chat import PathSummary, Reply, Session, chat
 from drllm.cli.command_line import CommandLine
-from drllm.cli.stages import check_model_name, choose_model, read_routers
 from drllm.cli.terminal import Terminal, draw_route
 from drllm.cli.verbs import VERBS, Flag, verb
 from drllm.config import DepthConfig, GenerateConfig, ModelConfig
@@ -39,16 +39,45 @@ if TYPE_CHECKING:
     from drllm.models.routing.routed_model import RoutedModel
 
 PROMPT_KEYS = ("prompt", "question", "messages")
-"""The keys under which a row of a file may have its prompt; a row has one of them."""
+"""The keys under which a row of a file may have its prompt; a row has exactly one of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class PromptRow:
-    """One row of a file of prompts."""
+    """One row of a file of prompts.
+
+    Attributes:
+        line: The number of the line, from 1.
+        id: The row's own id, or `line-N`.
+        prompt: A text, or the messages of a conversation.
+    """
 
     line: int
     id: str | int
-    prompt: str | list[dict[str, Any]]  # a text or messages
+    prompt: str | list[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a command reads before the model is loaded.
+
+    Attributes:
+        prompt: The prompt to answer; None for a file of prompts or a chat.
+        file: The file of prompts; None without `--file`.
+        rows: The rows of the file.
+        routers: The routers of `--routers`; None without the flag.
+        path: The static path of `--path`; None without the flag.
+        calibration: The prompts of `--calibration`, each with whether it is already rendered.
+        form: How prompts are rendered.
+    """
+
+    prompt: str | None
+    file: Path | None
+    rows: Sequence[PromptRow]
+    routers: RouterStack | None
+    path: PathFile | None
+    calibration: Sequence[tuple[str, bool]]
+    form: PromptForm
 
 
 @verb(
@@ -79,40 +108,36 @@ def generate(command: CommandLine, terminal: Terminal) -> None:
     config.check_effects()
     check_model_name(command)
     _check_flags(command, config, depth)
-    is_chat = _is_chat(command, terminal)
-    file = command.optional_path("file")
-    prompt = ""
-    rows: list[PromptRow] = []
-    if file is not None:
-        rows = read_prompts(file)
-    elif not is_chat:
-        prompt = command.values["prompt"] or _read_standard_input()
-    with terminal.busy("reading the routers"):
-        calibration = _read_calibration(depth)
-        routers = _read_routers(command)
-    path = _read_path(command)
-    form = _choose_form(config, routers)
-    _check_conversations(file, rows, form, config)
-    with open_model(choose_model(command, routers, path), terminal) as base:
+    _check_output(command)
+    inputs = _read_inputs(command, config, depth, terminal)
+    with open_model(choose_model(command, inputs.routers, inputs.path), terminal) as base:
         from drllm.models.routing.routed_model import RoutedModel
 
-        routed = RoutedModel(base.model, routers, tokenizer=base.tokenizer)
-        summary = None
-        if path is not None:
-            policy, summary = _follow_path(routed, path)
+        routed = RoutedModel(base.model, inputs.routers, tokenizer=base.tokenizer)
+        path_summary = None
+        if inputs.path is not None:
+            policy, path_summary = _follow_path(routed, inputs.path)
         else:
-            policy = _set_depth(routed, depth, calibration, form, terminal)
-        session = Session(routed, form, config, terminal, summary)
+            policy = _set_depth(routed, depth, inputs, terminal)
+        session = Session(routed, inputs.form, config, terminal, path_summary)
         with routed.using(policy):
-            if is_chat:
-                _print_form(session, routers)
-                chat(session)
-            elif file is not None:
-                _answer_file(session, file, rows, command.optional_path("output"))
-                _print_form(session, routers)
-            else:
-                _answer_prompt(session, form.fill(prompt))
-                _print_form(session, routers)
+            _answer(session, inputs, command.optional_path("output"))
+
+
+def _answer(session: Session, inputs: Inputs, output: Path | None) -> None:
+    """Answer the prompt or the file of prompts, or chat; print how prompts were rendered.
+
+    `output` is the file for the answers to a file of prompts; None to print them.
+    """
+    if inputs.file is not None:
+        _answer_file(session, inputs.file, inputs.rows, output)
+        _print_form(session, inputs.routers)
+    elif inputs.prompt is not None:
+        _answer_prompt(session, inputs.form.fill(inputs.prompt))
+        _print_form(session, inputs.routers)
+    else:
+        _print_form(session, inputs.routers)
+        chat(session)
 
 
 # --- flags and inputs -----------------------------------------------------------------------------
@@ -134,19 +159,46 @@ def _check_flags(command: CommandLine, config: GenerateConfig, depth: DepthConfi
     if prompt and file:
         raise ConfigError(f"PROMPT {prompt!r} and --file {file} are both given; give one of them")
     if output and not file:
-        raise ConfigError(f"--output {output} has no effect on one PROMPT; leave it out")
+        raise ConfigError(f"--output {output} has no effect without --file; leave it out")
     if config.batch_size and not file:
         raise ConfigError(
-            f"--batch-size {config.batch_size} has no effect on one PROMPT; leave it out"
+            f"--batch-size {config.batch_size} has no effect without --file; leave it out"
         )
     setting = depth.find_setting()
     if setting is not None and not routers:
         raise ConfigError(f"{to_flag(setting)} has no effect without routers; leave it out")
-    if output:
-        target = command.path("output")
-        check_file(target, "--output")
-        if target.exists() and target.samefile(command.path("file")):
-            raise ConfigError(f"--output {output} is the file of prompts itself; give another name")
+
+
+def _check_output(command: CommandLine) -> None:
+    """Refuse an `--output` that can't be written, or that is the file of prompts."""
+    output = command.optional_path("output")
+    if output is None:
+        return
+    check_file(output, "--output")
+    if output.exists() and output.samefile(command.path("file")):
+        raise ConfigError(
+            f"--output {command.values['output']} is the file of prompts itself; give another name"
+        )
+
+
+def _read_inputs(
+    command: CommandLine, config: GenerateConfig, depth: DepthConfig, terminal: Terminal
+) -> Inputs:
+    """Read and check the prompts, the routers and the path of a command."""
+    file = command.optional_path("file")
+    prompt = None
+    rows: list[PromptRow] = []
+    if file is not None:
+        rows = read_prompts(file)
+    elif not _is_chat(command, terminal):
+        prompt = command.values["prompt"] or _read_standard_input()
+    with terminal.busy("reading the routers"):
+        calibration = _read_calibration(depth)
+        routers = _read_routers(command)
+    path = _read_path(command)
+    form = _choose_form(config, routers)
+    _check_conversations(file, rows, form, config)
+    return Inputs(prompt, file, rows, routers, path, calibration, form)
 
 
 def _is_unicode(text: str) -> bool:
@@ -204,13 +256,16 @@ def _read_routers(command: CommandLine) -> RouterStack | None:
 def _read_path(command: CommandLine) -> PathFile | None:
     """Read the static path of `--path`; return None without the flag."""
     place = command.optional_path("path")
-    return None if place is None else read_path(str(place))
+    if place is None:
+        return None
+    return read_path(str(place))
 
 
 def _choose_form(config: GenerateConfig, routers: RouterStack | None) -> PromptForm:
-    """Choose how to render prompts: as the flags say, or else as the routers were trained.
+    """Choose how to render prompts.
 
-    Without flags and without routers, prompts get the chat template.
+    It is what `--chat` or `--no-chat` says; without these flags, the form that the routers were
+    trained on. If the routers don't record it, or without routers, prompts get the chat template.
     """
     from drllm.models.base.prompts import PromptForm
 
@@ -230,34 +285,35 @@ def _check_conversations(
     for row in rows:
         if isinstance(row.prompt, str):
             continue
-        why = "--no-chat is given"
+        reason = "--no-chat is given"
         if config.chat is None:
-            why = "the routers were trained without it"
+            reason = "the routers were trained without it"
         raise TaskError(
-            f"{file}, line {row.line}: 'messages' need the chat template, and {why}; give --chat, "
-            f"or 'prompt' instead"
+            f"{file}, line {row.line}: 'messages' need the chat template, and {reason}; give "
+            f"--chat, or 'prompt' instead"
         )
 
 
 def read_prompts(path: Path) -> list[PromptRow]:
     """Read a file of prompts.
 
-    The file holds JSON lines with `prompt`, `question` or `messages`, and may be gzipped.
+    The file holds JSON lines with `prompt`, `question` or `messages`, and may be gzipped. Raises
+    TaskError for a row that can't be answered, and for an id that occurs twice.
     """
     rows: list[PromptRow] = []
-    lines: dict[str, int] = {}  # line numbers by id
+    line_numbers: dict[str, int] = {}  # by id
     for line, values in read_rows(path):
         try:
             row = _read_prompt_row(values, line)
         except TaskError as error:
             raise TaskError(f"{path}, line {line}: {error}") from error
         row_id = str(row.id)
-        if row_id in lines:
+        if row_id in line_numbers:
             raise TaskError(
-                f"{path}, line {line}: line {lines[row_id]} has the id {row.id!r} too; ids must "
-                f"differ"
+                f"{path}, line {line}: line {line_numbers[row_id]} has the id {row.id!r} too; ids "
+                f"must differ"
             )
-        lines[row_id] = line
+        line_numbers[row_id] = line
         rows.append(row)
     return rows
 
@@ -293,20 +349,17 @@ def _follow_path(routed: RoutedModel, path: PathFile) -> tuple[Policy, PathSumma
 
 
 def _set_depth(
-    routed: RoutedModel,
-    depth: DepthConfig,
-    calibration: Sequence[tuple[str, bool]],
-    form: PromptForm,
-    terminal: Terminal,
+    routed: RoutedModel, depth: DepthConfig, inputs: Inputs, terminal: Terminal
 ) -> Policy:
-    """Make the policy for the depth settings.
+    """Return the policy that runs the routers with the depth settings.
 
-    If the settings need a search for a depth bias, the bias is printed.
+    With `--target-executions`, the depth bias is searched on the calibration prompts, and printed.
     """
     from drllm.models.routers.depth_control import encode_calibration, make_policy
 
+    form = inputs.form
     texts = []
-    for text, is_rendered in calibration:
+    for text, is_rendered in inputs.calibration:
         if not is_rendered:
             text = form.fill(text)
         texts.append((text, is_rendered))
@@ -323,18 +376,18 @@ def _set_depth(
 
 
 def _print_form(session: Session, routers: RouterStack | None) -> None:
-    """Print how prompts were rendered, and whether the routers were trained that way."""
+    """Print how prompts are rendered, and whether the routers were trained that way."""
     if routers is None:
         return
     form = session.form
-    trained = routers.config.prompt_form
-    if trained is None:
+    training_form = routers.config.prompt_form
+    if training_form is None:
         text = f"{form}; the routers don't record the form of their own prompts"
-    elif form == trained:
+    elif form == training_form:
         text = f"{form}, as the routers were trained"
     else:
         flag = "--chat" if form.chat else "--no-chat"
-        text = f"{form}; the routers were trained on {trained}: leave {flag} out to use that"
+        text = f"{form}; the routers were trained on {training_form}: leave {flag} out to use that"
     session.terminal.note(f"form        {text}")
 
 
@@ -342,7 +395,7 @@ def _print_form(session: Session, routers: RouterStack | None) -> None:
 
 
 def _answer_prompt(session: Session, prompt: str) -> None:
-    """Answer one prompt, and print its route, tokens and time."""
+    """Answer one rendered prompt, and print its route, tokens and time."""
     import torch
 
     terminal = session.terminal
@@ -378,12 +431,7 @@ def _answer_file(
     config = session.config
     form = session.form
     terminal = session.terminal
-    prompts: list[Prompt] = []
-    for row in rows:
-        if isinstance(row.prompt, str):
-            prompts.append(form.fill(row.prompt))
-        else:
-            prompts.append(row.prompt)
+    prompts = _render_prompts(rows, form)
     num_read = _count_tokens(session, file, rows, prompts)
     torch.manual_seed(config.seed or 0)
     started = time.perf_counter()
@@ -413,12 +461,23 @@ def _answer_file(
     _print_totals(session, answers, num_read, seconds, terminal.say)
 
 
+def _render_prompts(rows: Sequence[PromptRow], form: PromptForm) -> list[Prompt]:
+    """Render the texts of a file; conversations stay as they are."""
+    prompts: list[Prompt] = []
+    for row in rows:
+        if isinstance(row.prompt, str):
+            prompts.append(form.fill(row.prompt))
+        else:
+            prompts.append(row.prompt)
+    return prompts
+
+
 def _count_tokens(
-    session: Session, file: Path, rows: Sequence[PromptRow], prompts: Sequence[Any]
+    session: Session, file: Path, rows: Sequence[PromptRow], prompts: Sequence[Prompt]
 ) -> int:
     """Count the tokens of all prompts.
 
-    Raises ConfigError with the line of a prompt that can't run.
+    Raises ConfigError, with the line in the message, for a prompt that can't be answered.
     """
     from drllm.models.routing.batch_generation import prompt_tokens
 
@@ -444,7 +503,15 @@ def _print_totals(
     seconds: float,
     print_line: Callable[[str], None],
 ) -> None:
-    """Print the numbers of prompts, plans and tokens, the executions, and the time."""
+    """Print the numbers of prompts, plans and tokens, the executions, and the time.
+
+    Args:
+        session: The model and the settings.
+        answers: The answers to all prompts.
+        num_read: The number of tokens in all prompts.
+        seconds: The time that the answers took.
+        print_line: Prints a line, to standard output or to standard error.
+    """
     routes = [answer.route for answer in answers]
     if session.path is None:
         num_plans = len(set(routes))
@@ -468,8 +535,11 @@ def to_line(
 ) -> str:
     """Write an answer as one line of JSON.
 
-    `executions` is the number of executions of a static path. If it is None, the executions of the
-    answer's route are counted.
+    Args:
+        row: The row of the prompt.
+        text: The text of the answer.
+        answer: The tokens and the route of the answer.
+        executions: The executions of the static path; None to count those of the answer's route.
     """
     key = "prompt" if isinstance(row.prompt, str) else "messages"
     if executions is None:
@@ -486,7 +556,7 @@ def to_line(
 
 
 def _describe_executions(executions: float, routed: RoutedModel, digits: int = 2) -> str:
-    """Describe a number of executions and its share of the model's layers."""
+    """Describe the executions of a forward pass, and their share of the model's layers."""
     num_layers = routed.num_layers
     share = 100 * executions / num_layers
     return f"{executions:.{digits}f} of {num_layers} a forward pass ({share:.0f} %)"

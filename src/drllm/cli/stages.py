@@ -1,18 +1,17 @@
-"""The verbs of the stages: check the flags and files, run the stage, and print its results.
+"""The verbs of the stages, such as `drllm search`, and the verbs `report` and `export`.
 
-Wrong names, numbers, input files and output folders are refused before the base model is loaded.
+Each verb checks its flags and files, runs the stage, and prints the results. Wrong names, numbers,
+input files and output folders are refused before the base model is loaded.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from drllm.cli import published
+from drllm.cli.base_model import check_model_name, choose_model, read_routers
 from drllm.cli.command_line import CommandLine
 from drllm.cli.show import show
 from drllm.cli.show_paths import show_healed, show_paths
@@ -29,7 +28,7 @@ from drllm.config import (
     TrainConfig,
     TuneConfig,
 )
-from drllm.errors import CheckpointError, ConfigError, ModelError
+from drllm.errors import CheckpointError, ConfigError
 from drllm.evaluation.questions import check_output, select_tasks, without_routers
 from drllm.listener import duration
 from drllm.models.routers.places import check_place
@@ -52,10 +51,10 @@ from drllm.tuning.data_splits import TaskSplits, split_tasks
 from drllm.tuning.heal_texts import read_sources
 
 if TYPE_CHECKING:
+    from drllm.models.base.load import BaseModel
+    from drllm.models.export import Export
     from drllm.models.routers.stack import RouterStack
-
-HUB_IDS_WITHOUT_OWNER = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
-"""Language models that were on the hub before its ids had owners."""
+    from drllm.search.forecast import TaskForecast
 
 LOADING = "loading torch"  # shown while a stage is imported, which takes seconds
 
@@ -101,29 +100,11 @@ def search(command: CommandLine, terminal: Terminal) -> None:
     )
     _print_search(records, folder, terminal)
     with only_writer(folder, "search", "--output-dir"):
-        _supervise(records, targets_config, folder / "supervision.jsonl", terminal)
-
-
-def check_model_name(command: CommandLine) -> None:
-    """Refuse a text that can't be the name of a model, before any question is read.
-
-    The check needs no network. Only loading the model shows whether a hub id exists.
-    """
-    from drllm.models.base.smollm2 import ALIAS
-
-    model = command.get_settings(ModelConfig).model
-    if model == ALIAS or Path(model).expanduser().exists():
-        return
-    if model in HUB_IDS_WITHOUT_OWNER or re.fullmatch(r"\w[\w.-]*/[\w.-]+", model):
-        return
-    advice = f"give a hub id (OWNER/NAME), a local folder, or the alias {ALIAS!r}"
-    if difflib.get_close_matches(model, [ALIAS], n=1):
-        advice = f"did you mean {ALIAS!r}?"
-    raise ModelError(f"there is no model {model!r}; {advice}")
+        _write_targets(records, targets_config, folder / "supervision.jsonl", terminal)
 
 
 def _print_splits(tasks: Sequence[Task], terminal: Terminal) -> None:
-    """Print how the questions of files and of the harness are divided into splits."""
+    """Print how the questions of files and of the harness' tasks are divided into splits."""
     for task in tasks:
         if task.name not in TASKS:
             terminal.say(task.describe_splits())
@@ -144,16 +125,18 @@ def _print_search(records: SearchRecords, folder: Path, terminal: Terminal) -> N
         )
 
 
-def _supervise(
+def _write_targets(
     records: SearchRecords, config: SuperviseConfig, output: Path, terminal: Terminal
 ) -> None:
-    """Choose targets and write them, unless an existing file must be kept."""
+    """Choose targets and write them, unless the file exists and must stay as it is."""
     supervision = pick_targets(records, config)
     if output.is_file():
         manifest = read_manifest(output, "supervision")
         # A run that was killed before it wrote the manifest left exactly these lines.
         if manifest is None and output.read_bytes() != to_lines(supervision).encode():
-            terminal.note(f"drllm: {output} has no manifest, so it isn't ours; it stays as it is")
+            terminal.note(
+                f"drllm: {output} has no manifest, so drllm didn't write it; it stays as it is"
+            )
             return
         if manifest is not None and _is_up_to_date(manifest, output, config):
             terminal.say(f"{output} was made from this search already")
@@ -183,7 +166,7 @@ def _is_up_to_date(manifest: Mapping[str, Any], output: Path, config: SuperviseC
 def _print_forecast(
     questions: Sequence[SearchQuestion], command: CommandLine, terminal: Terminal
 ) -> None:
-    """Search a few questions, and print the time, memory and disk that all of them need."""
+    """Search a few questions, and print the time, memory and disk that all questions need."""
     config = command.get_settings(SearchConfig)
     with (
         open_model(command.get_settings(ModelConfig), terminal) as base,
@@ -193,37 +176,47 @@ def _print_forecast(
         from drllm.search.forecast import forecast_search
 
         routed = RoutedModel(base.model, tokenizer=base.tokenizer)
-        parts = forecast_search(routed, questions, config)
+        forecasts = forecast_search(routed, questions, config)
     rows = []
-    for part in parts:
-        cells = [part.task, str(part.questions), str(part.paths), f"{part.executions:.2e}"]
-        cells += [f"{part.seconds / 3600:.3g}", f"{part.size_bytes / 1e6:.3g}"]
-        rows.append(cells)
+    for forecast in forecasts:
+        num_questions = str(forecast.questions)
+        executions = f"{forecast.executions:.2e}"
+        hours = f"{forecast.seconds / 3600:.3g}"
+        megabytes = f"{forecast.size_bytes / 1e6:.3g}"
+        num_paths = str(forecast.paths)
+        rows.append([forecast.task, num_questions, num_paths, executions, hours, megabytes])
     terminal.table("task|questions|paths|executions|hours|MB", rows, numbers_from=1)
+    _print_totals(forecasts, base, config, terminal)
+    for forecast in forecasts:
+        terminal.fact(
+            "measured on",
+            f"{forecast.sample_paths} paths of {forecast.sample_questions} questions of "
+            f"{forecast.task}: {base.name}, {base.runtime['dtype']} on {base.runtime['device']}",
+        )
+    first = forecasts[0]
+    terminal.say(f"a prompt of {first.task}, as the model reads it:\n{first.prompt}")
+    terminal.say("nothing was written; to search, leave --dry-run out")
 
-    device = base.runtime["device"]
-    seconds = sum(part.seconds for part in parts)
-    time = f"{duration(seconds)} on one {device}"
+
+def _print_totals(
+    forecasts: Sequence[TaskForecast], base: BaseModel, config: SearchConfig, terminal: Terminal
+) -> None:
+    """Print the time, memory and disk that the search of all tasks needs."""
+    seconds = sum(forecast.seconds for forecast in forecasts)
+    time = f"{duration(seconds)} on one {base.runtime['device']}"
     num_workers = config.num_workers or 1
     if num_workers > 1:
         time += f", {duration(seconds / num_workers)} on {num_workers} like it"
     terminal.fact("time", time)
 
-    weights = base.model.num_parameters() * base.model.dtype.itemsize / 1e9
-    shared = "a quarter of what is free"
+    weights_gb = base.model.num_parameters() * base.model.dtype.itemsize / 1e9
+    cache = "a quarter of what is free"
     if config.state_cache_gb is not None:
-        shared = f"up to {config.state_cache_gb:g} GB"
-    terminal.fact("memory", f"{weights:.3g} GB weights, {shared} (--state-cache-gb) and passes")
-    size = sum(part.size_bytes for part in parts)
-    terminal.fact("disk", f"{size / 1e6:.3g} MB, twice that while the files are joined")
-    for part in parts:
-        terminal.fact(
-            "measured on",
-            f"{part.sample_paths} paths of {part.sample_questions} questions of {part.task}: "
-            f"{base.name}, {base.runtime['dtype']} on {device}",
-        )
-    terminal.say(f"a prompt of {parts[0].task}, as the model reads it:\n{parts[0].prompt}")
-    terminal.say("nothing was written; to search, leave --dry-run out")
+        cache = f"up to {config.state_cache_gb:g} GB"
+    terminal.fact("memory", f"{weights_gb:.3g} GB weights, {cache} (--state-cache-gb) and passes")
+
+    megabytes = sum(forecast.size_bytes for forecast in forecasts) / 1e6
+    terminal.fact("disk", f"{megabytes:.3g} MB, twice that while the files are joined")
 
 
 @verb(
@@ -277,14 +270,14 @@ def supervise_verb(command: CommandLine, terminal: Terminal) -> None:
 )
 def train_verb(command: CommandLine, terminal: Terminal) -> None:
     """Train the routers on target paths."""
-    output, flag = _routers_folder(command)
+    output, output_flag = _read_routers_folder(command)
     config = command.get_settings(TrainConfig)
     files = published.find_supervision_files(command)
     config.check_effects()
     check_trackers(config.trackers)
     check_model_name(command)
-    join_supervision(files)  # a mistake in them is reported before a model is loaded
-    check_folder(output, flag)
+    join_supervision(files)  # finds a mistake in the files before a model is loaded
+    check_folder(output, output_flag)
     features = command.optional_path("features")
     if features is not None:
         check_folder(features, "--features")
@@ -294,7 +287,8 @@ def train_verb(command: CommandLine, terminal: Terminal) -> None:
     folders = list(config.by_seed(output))
     if all(is_finished(folder) for folder in folders):
         raise CheckpointError(
-            f"{output} holds trained routers already; choose another {flag}, or delete the folder"
+            f"{output} holds trained routers already; choose another {output_flag}, or delete the "
+            f"folder"
         )
     train(
         command.get_settings(ModelConfig),
@@ -311,8 +305,11 @@ def train_verb(command: CommandLine, terminal: Terminal) -> None:
         show(folder, terminal)
 
 
-def _routers_folder(command: CommandLine) -> tuple[Path, str]:
-    """Return the folder that the routers are written to, and the flag that names the folder."""
+def _read_routers_folder(command: CommandLine) -> tuple[Path, str]:
+    """Return the folder that the routers are written to, and the flag that names the folder.
+
+    Raises ConfigError if no flag or both flags name a folder.
+    """
     name = command.values["run_name"]
     output = command.values["output_dir"]
     remedy = "give --output-dir DIR, or --run-name NAME (writes checkpoints/NAME)"
@@ -350,9 +347,9 @@ def tune_verb(command: CommandLine, terminal: Terminal) -> None:
     check_folder(output, "--output-dir")
     check_model_name(command)
     with terminal.busy("reading the questions"):
-        splits = split_tasks(config)
-    for parts in splits:
-        _print_parts(parts, config, terminal)
+        all_splits = split_tasks(config)
+    for splits in all_splits:
+        _print_num_questions(splits, config, terminal)
     with terminal.busy(LOADING):
         from drllm.tuning.run import tune
     tune(command.get_settings(ModelConfig), None, config, output, listener=terminal)
@@ -360,15 +357,16 @@ def tune_verb(command: CommandLine, terminal: Terminal) -> None:
         show_paths(output / static_paths.PATHS_FILE, terminal)
 
 
-def _print_parts(parts: TaskSplits, config: TuneConfig, terminal: Terminal) -> None:
+def _print_num_questions(splits: TaskSplits, config: TuneConfig, terminal: Terminal) -> None:
     """Print how many questions of a task are used to fit, choose and test a path."""
     counts = []
-    for part, examples in parts.examples.items():
-        num = len(examples)
+    for part, examples in splits.examples.items():
+        num_questions = len(examples)
+        # --num-fit has limited the questions of `fit` already.
         if part != static_paths.FIT and config.num_judged is not None:
-            num = min(num, config.num_judged)  # --num-fit has limited the other part already
-        counts.append(f"{num} to {part}")
-    terminal.say(f"questions of {parts.task.name}: {', '.join(counts)}")
+            num_questions = min(num_questions, config.num_judged)
+        counts.append(f"{num_questions} to {part}")
+    terminal.say(f"questions of {splits.task.name}: {', '.join(counts)}")
 
 
 @verb(
@@ -388,11 +386,11 @@ def heal_verb(command: CommandLine, terminal: Terminal) -> None:
     config = command.get_settings(HealConfig)
     output = command.path("output_dir")
     check_folder(output, "--output-dir")
-    plan = static_paths.read_path(config.require_path())
-    read_sources(config)  # a mistake in them is reported before a model is loaded
+    path = static_paths.read_path(config.require_path())
+    read_sources(config)  # finds a mistake in the texts before a model is loaded
     with terminal.busy(LOADING):
         from drllm.tuning.heal import heal
-    model = choose_model(command, path=plan)
+    model = choose_model(command, path=path)
     heal(model, config=config, output_dir=output, listener=terminal)
     show_healed(output / HEALED_FILE, terminal)
 
@@ -427,24 +425,17 @@ def evaluate_verb(command: CommandLine, terminal: Terminal) -> int:
         check_place(place)
     with terminal.busy("reading the questions"):
         tasks = select_tasks(config)
-    paths = static_paths.read_path_list(  # before a model is loaded
-        config.paths or "", needs_names=config.max_drop is not None
-    ).values()
+    paths = _read_paths(config)
     check_folder(output, "--output-dir")
     check_output(output)
     _print_splits(tasks, terminal)
-    folders: list[Path] = []
-    routers: RouterStack | None = None
     with terminal.busy("reading the routers"):
-        for place in places:
-            folder, stack = read_routers(place)
-            folders.append(folder)
-            if routers is None:
-                routers = stack
-    tuned = None
-    if routers is None:
-        tuned = next((path for path in paths if path.record), None)
-    with open_model(choose_model(command, routers, tuned), terminal) as base:
+        folders, first_routers = _read_all_routers(places)
+    path_with_model = None
+    if first_routers is None:
+        path_with_model = next((path for path in paths if path.record), None)
+    model = choose_model(command, first_routers, path_with_model)
+    with open_model(model, terminal) as base:
         from drllm.evaluation.run import evaluate
 
         results = evaluate(base, tasks, config, output, routers=folders, listener=terminal)
@@ -458,42 +449,26 @@ def evaluate_verb(command: CommandLine, terminal: Terminal) -> int:
     return 0 if drop_test.chosen else 1
 
 
-def read_routers(place: Path) -> tuple[Path, RouterStack]:
-    """Read routers from a folder or the hub; return the local folder and the routers."""
-    from drllm.models.routers.checkpoint import load_routers
-    from drllm.models.routers.files import find_routers
-
-    folder = find_routers(place)
-    return folder, load_routers(folder)
+def _read_paths(config: EvaluateConfig) -> list[static_paths.PathFile]:
+    """Read the static paths of `--paths`; with `--max-drop`, they must be named one by one."""
+    needs_names = config.max_drop is not None
+    paths = static_paths.read_path_list(config.paths or "", needs_names=needs_names)
+    return list(paths.values())
 
 
-def choose_model(
-    command: CommandLine,
-    routers: RouterStack | None = None,
-    path: static_paths.PathFile | None = None,
-) -> ModelConfig:
-    """Return the settings of the base model.
+def _read_all_routers(places: Sequence[Path]) -> tuple[list[Path], RouterStack | None]:
+    """Read the routers of every seed, so that a mistake is found before a model is loaded.
 
-    The model is the one that the user named. Without a name it is the model of the paths.json or of
-    the routers.
+    Returns their local folders, and the first seed's routers; None if there are no routers.
     """
-    config = command.get_settings(ModelConfig)
-    if command.names_model:
-        return config
-    if path is not None and path.record is not None and path.record.model.get("id"):
-        made_for = path.record.model
-        revision = config.revision or made_for.get("revision")
-        return dataclasses.replace(config, model=made_for["id"], revision=revision)
-    if routers is None:
-        return config
-    if not routers.config.base_model:
-        value = command.values["routers"]
-        place = value if isinstance(value, str) else value[0]
-        raise CheckpointError(
-            f"the routers in {place} don't name their base model; give it as --model"
-        )
-    revision = config.revision or routers.config.base_revision
-    return dataclasses.replace(config, model=routers.config.base_model, revision=revision)
+    folders: list[Path] = []
+    first_routers: RouterStack | None = None
+    for place in places:
+        folder, routers = read_routers(place)
+        folders.append(folder)
+        if first_routers is None:
+            first_routers = routers
+    return folders, first_routers
 
 
 @verb(
@@ -546,19 +521,24 @@ def export(command: CommandLine, terminal: Terminal) -> None:
     """Write a static path as an ordinary checkpoint."""
     check_model_name(command)
     output = command.path("output_dir")
-    plan = static_paths.read_path(str(command.path("path")))
+    path = static_paths.read_path(str(command.path("path")))
     check_folder(output, "--output-dir")
     with terminal.busy(LOADING):
         from drllm.models.export import check_output, export_path
     check_output(output)
     with (
-        open_model(choose_model(command, path=plan), terminal) as base,
+        open_model(choose_model(command, path=path), terminal) as base,
         terminal.busy("writing and checking"),
     ):
-        exported = export_path(base, plan, output)
+        exported = export_path(base, path, output)
+    _print_export(exported, base.num_layers, terminal)
+
+
+def _print_export(exported: Export, num_layers: int, terminal: Terminal) -> None:
+    """Print what was written; `num_layers` is the number of the base model's layers."""
     terminal.say(f"export      {exported.folder}")
     terminal.say(f"path        {' '.join(map(str, exported.path))}")
-    terminal.say(f"layers      {len(exported.path)}, the base model has {base.num_layers}")
+    terminal.say(f"layers      {len(exported.path)}, the base model has {num_layers}")
     size = f"{exported.num_bytes / 1e6:.1f} MB in {exported.dtype}"
     if exported.num_repeated_bytes:
         size += (
@@ -566,5 +546,7 @@ def export(command: CommandLine, terminal: Terminal) -> None:
             f"again, since a checkpoint can't say that two layers are the same"
         )
     terminal.say(f"size        {size}")
-    how = "to rounding, the adapter merged" if exported.is_healed else "bit by bit"
-    terminal.say(f"checked     loaded again, its logits equal the path's {how}")
+    precision = "bit by bit"
+    if exported.is_healed:
+        precision = "up to rounding, since the adapter is merged"
+    terminal.say(f"checked     loaded again, its logits equal the path's {precision}")
