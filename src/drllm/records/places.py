@@ -77,8 +77,8 @@ def _is_of_another_stage(file: Path, schema: str) -> bool:
 def stage_folder(output: Path | str | None, stack: ExitStack) -> Path:
     """Return the folder that a stage writes to: the output, or a new temporary folder.
 
-    The folder is temporary if there is no output, and in all processes but the first. The stack
-    deletes it when the stack is closed.
+    The folder is temporary if there is no output, and in all processes but the first. A temporary
+    folder is deleted at the end of the stack.
     """
     if output and is_first():
         return Path(output)
@@ -114,5 +114,5 @@ def only_writer(folder: Path, stage: str, flag: str) -> Iterator[None]:
             path.unlink(missing_ok=True)  # before the release, so that no other run takes this file
         lock.release()
         if is_new:
-            with suppress(OSError):  # it isn't empty: the stage wrote something
+            with suppress(OSError):  # the folder isn't empty: the stage has written something
                 folder.rmdir()

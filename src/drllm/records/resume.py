@@ -128,8 +128,9 @@ class Chunks:
             self._is_marked = True
         file = self._file(key)
         codec.write_atomically(file, codec.encode(value) + b"\n")
-        for name in _names_in(self.folder):
-            if name.startswith(file.stem + ".") and name != file.name:
+        for name in _list_names(self.folder):
+            is_part = name.startswith(f"{file.stem}.") and name != file.name
+            if is_part:
                 (self.folder / name).unlink(missing_ok=True)
 
     def get_or_make(self, key: str, kind: type[T], make: Callable[[], Any]) -> T:
@@ -144,15 +145,15 @@ class Chunks:
         return self._put_and_decode(key, kind, from_first(lambda: value))
 
     def get_or_make_all(self, makes: Mapping[str, Callable[[], Any]], kind: type[T]) -> Iterator[T]:
-        """Yield the chunks of several keys in order, and make the missing chunks.
+        """Yield the chunks of several keys in order; make and keep the missing chunks.
 
-        Several processes share the work: at a time, each of them makes one missing chunk.
+        Several processes share the work: in each round, every process makes one missing chunk.
         """
         chunks: dict[str, T | None] = {key: self.get(key, kind) for key in makes}
         missing = [key for key, chunk in chunks.items() if chunk is None]
         for key in makes:
             if chunks[key] is None:
-                next_keys = missing[: count()]  # `key`, and a further key for each further process
+                next_keys = missing[: count()]  # `key` is the first
                 missing = missing[count() :]
                 values = share([makes[next_key] for next_key in next_keys])
                 for next_key, value in zip(next_keys, values, strict=True):
@@ -239,7 +240,7 @@ def _read_chunk(file: Path, kind: type[T]) -> T | None:
 
 def _refuse_foreign_files(folder: Path) -> None:
     """Refuse a folder without a marker if it holds files that drllm didn't write."""
-    foreign = sorted(name for name in _names_in(folder) if not _is_ours(name))
+    foreign = sorted(name for name in _list_names(folder) if not _is_ours(name))
     if foreign:
         raise RecordError(
             f"{folder} holds files that drllm didn't write ({', '.join(foreign[:3])}); move them, "
@@ -249,7 +250,7 @@ def _refuse_foreign_files(folder: Path) -> None:
 
 def _delete_ours(folder: Path) -> None:
     """Delete the files that drllm wrote; delete the marker last."""
-    names = [name for name in _names_in(folder) if _is_ours(name)]
+    names = [name for name in _list_names(folder) if _is_ours(name)]
     with _named_errors(folder):
         for name in sorted(names, key=lambda name: name == MARKER_FILE):
             path = folder / name
@@ -257,9 +258,12 @@ def _delete_ours(folder: Path) -> None:
                 path.unlink(missing_ok=True)
 
 
-def _names_in(folder: Path) -> list[str]:
+def _list_names(folder: Path) -> list[str]:
+    """Return the names in a folder; none if the folder doesn't exist."""
     with _named_errors(folder):
-        return os.listdir(folder) if folder.is_dir() else []  # noqa: PTH208
+        if not folder.is_dir():
+            return []
+        return os.listdir(folder)  # noqa: PTH208
 
 
 def _is_ours(name: str) -> bool:
@@ -272,7 +276,7 @@ def _is_ours(name: str) -> bool:
 
 @contextlib.contextmanager
 def _named_errors(folder: Path) -> Iterator[None]:
-    """Turn an error of the operating system into a RecordError that names the folder."""
+    """Turn an error of the operating system inside the block into a RecordError on the folder."""
     try:
         yield
     except OSError as error:

@@ -253,9 +253,8 @@ def read_path(place: str) -> PathFile:
     if content.paths is None:
         assert content.path is not None
         return content.path
-    return _make_path_file(
-        content.file, content.paths.find(content.name, content.file), content.paths
-    )
+    path = content.paths.find(content.name, content.file)
+    return _make_path_file(content.file, path, content.paths)
 
 
 def read_path_list(places: str, *, needs_names: bool = False) -> dict[str, PathFile]:

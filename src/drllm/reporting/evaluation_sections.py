@@ -106,12 +106,11 @@ def build_sections(run: Run, evaluation: results.Result) -> list[Section]:
     routes = evaluation.routes()
     if routes:
         parts.append(Section("Routes by layer", [_build_routes_figure(run, routes)]))
-    both = {results.BASE, results.ROUTED}
-    samples = [sample for sample in evaluation.samples if both <= sample.systems.keys()]
+    needed_systems = {results.BASE, results.ROUTED}
+    samples = [sample for sample in evaluation.samples if needed_systems <= sample.systems.keys()]
     if samples:
-        parts.append(
-            Section("Questions won and lost", _build_won_and_lost_blocks(evaluation, samples))
-        )
+        blocks = _build_won_and_lost_blocks(evaluation, samples)
+        parts.append(Section("Questions won and lost", blocks))
     return parts
 
 
@@ -140,6 +139,7 @@ def _build_drop_test_blocks(drop_test: DropTest) -> list[Block]:
 
 
 def _build_accuracy_figure(evaluation: results.Evaluation) -> Figure:
+    """Build the figure of the accuracy of every system over the layers it runs."""
     points = ", ".join(
         f"{system.name} {percent(system.accuracy)} at {plain(system.executions, 2)}"
         for system in evaluation.systems
@@ -261,10 +261,14 @@ def _build_won_and_lost_blocks(
 
 
 def _build_changed_row(sample: results.Sample) -> list[str]:
+    """Return the cells of a question that is won or lost."""
+    right_answer = NONE
+    if sample.gold is not None:
+        right_answer = _shorten(sample.choices[sample.gold])
     return [
         _shorten(sample.question),
         "won" if _grade_change(sample) > 0 else "lost",
-        NONE if sample.gold is None else _shorten(sample.choices[sample.gold]),
+        right_answer,
         _describe_answer(sample, results.BASE),
         _describe_answer(sample, results.ROUTED),
     ]

@@ -220,7 +220,8 @@ def _draw_levels(axes: Axes, evaluation: Evaluation, layout: _Layout, colours: C
 
 
 def _draw_curve(axes: Axes, points: Sequence[System | Point], style: _Style) -> None:
-    executions, accuracies = zip(*map(_find_position, points), strict=True)
+    executions = [point.executions for point in points]
+    accuracies = [100 * point.accuracy for point in points]
     order = 2  # curves with a higher number are drawn over the other curves
     size = 4.5
     if style.stands_out:

@@ -44,6 +44,7 @@ def suggest_steps(run: Run) -> list[Step]:
 
 
 def _step_before_evaluation(run: Run) -> Step:
+    """Return the stage that comes next in a run without evaluations, and its command."""
     folder = run.folder
     if (run.paths or run.healed) and not run.has_training:
         path = str(folder / run.sources[-1].name)  # a healed path is read last, so it is preferred
@@ -53,7 +54,7 @@ def _step_before_evaluation(run: Run) -> Step:
     if run.router_config or run.epochs:
         values = {
             "routers": folder / "routers",
-            "tasks": _searched_tasks(run),
+            "tasks": _list_searched_tasks(run),
             "output_dir": folder / "eval",
         }
         what = "Evaluate the routers against base and the baselines:"
@@ -65,13 +66,15 @@ def _step_before_evaluation(run: Run) -> Step:
     return "Make a target path of each searched question:", write_command("supervise", values)
 
 
-def _searched_tasks(run: Run) -> str | None:
+def _list_searched_tasks(run: Run) -> str | None:
     """Return the tasks of the targets as the value of a flag; None if no file names them."""
     config = run.find_manifest(SEARCH_FILE).get("config") or {}
     if config.get("dataset"):
         return str(config["dataset"])
     training = run.router_config.get("training") or {}
-    tasks = training.get("tasks") or {target.task: 1 for target in run.supervision}
+    tasks = training.get("tasks")
+    if not tasks:
+        tasks = dict.fromkeys(target.task for target in run.supervision)
     return ",".join(tasks) or None
 
 

@@ -72,6 +72,7 @@ def _list_tasks(run: Run) -> list[str]:
 
 
 def _is_routed(run: Run) -> bool:
+    """Tell whether the report is about a routed model, and not only about static paths."""
     if run.evaluations:
         return any(evaluation.routed for evaluation in run.evaluations)
     return run.has_training or not (run.paths or run.healed)
@@ -150,6 +151,7 @@ def _list_verdicts(run: Run) -> list[tuple[str, str]]:
 
 
 def _build_sections(run: Run) -> list[blocks.Section]:
+    """Build all sections; those with details are folded and come last."""
     shown: list[blocks.Section] = []
     folded: list[blocks.Section] = []
     if len(run.evaluations) == 1:

@@ -167,11 +167,11 @@ def compared_table(what: str, named: Sequence[NamedSystem], caption: str) -> Tab
         named: The systems, with the names of their runs or tasks.
         caption: The caption.
     """
-    words = "of task|system|verdict|verdict by loss|than with its routes permuted"
+    words = "of task|system|verdict|verdict by loss|verdict against permuted routes"
     header = (
         f"{what}|of task|questions|system|layers run|accuracy, %|minus base's, points|"
         f"loss excluded above|verdict|loss minus base's, nats|verdict by loss|"
-        f"than with its routes permuted"
+        f"verdict against permuted routes"
     )
     rows = [_compared_row(name, evaluation, system) for name, evaluation, system in named]
     return Table.from_rows(caption, header, rows, words)
@@ -181,9 +181,12 @@ def _compared_row(name: str, evaluation: Evaluation, system: System | Point) -> 
     permuted_verdict = None
     if system.name == ROUTED:
         permuted_verdict = verdict_on_routed(evaluation.system(PERMUTED))
+    task = evaluation.task
+    if name == task:  # the first column has the tasks already
+        task = NONE
     return [
         name,
-        evaluation.task if name != evaluation.task else NONE,
+        task,
         count(evaluation.num_questions),
         system.name,
         plain(system.executions, 2),

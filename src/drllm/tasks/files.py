@@ -133,12 +133,16 @@ def with_columns(names: str, columns: str) -> str:
 def load_source(name: str, reserved_names: tuple[str, ...] = ()) -> "FileTask":
     """Load the task of a file or of a hub set; a file that hasn't changed is read only once.
 
+    A hub set is a split of a data set on the hub, by default `train`. Only its first `HUB_ROWS`
+    rows are read.
+
+    The name may end with `?` and pairs `FIELD=COLUMN`, with `&` between them. FIELD is one of
+    `FIELDS`, and COLUMN is a column or, as `COLUMN.NAME`, a value inside a column. The pair of the
+    field `grader` has the grader itself instead of a column. Without this pair, rows without
+    choices are graded by `exact`.
+
     Args:
-        name: `FILE.jsonl[.gz]`, or `OWNER/NAME[:CONFIG[:SPLIT]]` for the first `HUB_ROWS` rows of a
-            split on the hub, by default `train`. After a `?` may come pairs `FIELD=COLUMN` with `&`
-            between them, for the fields in `FIELDS`. `COLUMN.FIELD` is a field inside a column. For
-            `grader` the pair names the grader itself, not a column; if columns are named and there
-            are no choices, the default grader is `exact`.
+        name: `FILE.jsonl[.gz]` or `OWNER/NAME[:CONFIG[:SPLIT]]`, with or without pairs.
         reserved_names: Names of other tasks; see `FileTask`.
     """
     file = Path(name.partition("?")[0])
