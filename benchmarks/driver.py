@@ -29,7 +29,6 @@ import common
 import msgspec
 
 from drllm.config import ModelConfig, SearchConfig
-from drllm.listener import Listener
 from drllm.paths import full_decisions
 from drllm.records.manifest import to_lines
 from drllm.records.search import Retest, SearchRecord, TriedPath
@@ -40,6 +39,7 @@ from drllm.search.ray import RayExecutor
 from drllm.search.run import run_search
 from drllm.tasks.base import Task
 from drllm.tasks.examples import Example, Prompt
+from drllm.work.listener import Listener
 
 LAYERS = 30
 PATHS = 51

@@ -37,7 +37,6 @@ from common.literal_training import Literal, Walk, read_along
 
 from drllm.config import TrainConfig
 from drllm.config.files import PRESETS, normalise_settings, read_yaml
-from drllm.listener import Listener, OnProgress
 from drllm.models.base.load import BaseModel
 from drllm.records.manifest import new_manifest
 from drllm.records.supervision import SupervisionRecord
@@ -47,6 +46,7 @@ from drllm.training.feature_store import FeatureStore, Shape
 from drllm.training.features import Features, collect_features
 from drllm.training.stage import train_seed
 from drllm.training.trainer import Trainer
+from drllm.work.listener import Listener, OnProgress
 
 QUICK = {"questions": 10, "targets": 48}
 WHOLE = {"questions": 160, "targets": 4000}

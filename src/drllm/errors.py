@@ -50,6 +50,10 @@ class RoutingError(DrllmError, RuntimeError):
     """A request to a routed model that can't be answered exactly."""
 
 
+class WorkerError(DrllmError, RuntimeError):
+    """A worker process that can't be started, or dies again and again."""
+
+
 def unknown_name(kind: str, name: str, choices: Iterable[str]) -> str:
     """Return the message for an unknown name, with the closest valid names and all of them.
 

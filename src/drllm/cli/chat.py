@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from drllm.cli.terminal import Terminal
 from drllm.config import GenerateConfig
 from drllm.errors import ConfigError
-from drllm.listener import duration
 from drllm.paths import num_executions, sketch
+from drllm.work.listener import duration
 
 if TYPE_CHECKING:
     from drllm.models.base.prompts import Prompt, PromptForm

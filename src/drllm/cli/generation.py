@@ -22,7 +22,6 @@ from drllm.config import DepthConfig, GenerateConfig, ModelConfig
 from drllm.config.fields import to_flag
 from drllm.cost import mean_executions, path_executions
 from drllm.errors import ConfigError, TaskError
-from drllm.listener import duration
 from drllm.models.routers.places import check_place
 from drllm.paths import num_executions
 from drllm.pipeline.folder import open_model
@@ -30,6 +29,7 @@ from drllm.records.codec import write_atomically
 from drllm.records.places import check_file
 from drllm.records.static_paths import PathFile, read_path
 from drllm.tasks.rows import read_messages, read_rows, read_text
+from drllm.work.listener import duration
 
 if TYPE_CHECKING:
     from drllm.models.base.prompts import Prompt, PromptForm

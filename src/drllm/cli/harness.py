@@ -22,10 +22,10 @@ from lm_eval.utils import setup_logging
 from drllm import processes
 from drllm.errors import ConfigError, TaskError, nearest_name
 from drllm.evaluation.lm_eval.folders import FolderFiles, HarnessTask, make_own_task_folder
-from drllm.listener import logger, quiet
 from drllm.records.codec import hash_values
 from drllm.records.places import check_folder
 from drllm.tasks.registry import is_task_name
+from drllm.work.listener import logger, quiet
 
 FOLDER = "tasks"  # the folder in `--output_path` with the tasks of the runs
 

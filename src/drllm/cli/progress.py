@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bar
 
-from drllm.listener import duration, rough_duration
+from drllm.work.listener import duration, rough_duration
 
 NUM_STEPS = 10  # a plain line is printed after each tenth of the work
 MIN_PAUSE_S = 10.0  # minimum time between two lines after a tenth

@@ -11,7 +11,6 @@ from typing import Any
 
 from drllm.cli.terminal import Terminal
 from drllm.cost import distinct_executions
-from drllm.listener import duration
 from drllm.paths import Decision
 from drllm.records.codec import read_json_lines
 from drllm.records.manifest import read_manifest
@@ -21,6 +20,7 @@ from drllm.reporting.numbers import count, count_with_share, percent, plain
 from drllm.search import count_kept_batches
 from drllm.supervision.rules import survived
 from drllm.supervision.summary import KINDS, summarise
+from drllm.work.listener import duration
 
 
 def show_search(records: Sequence[SearchRecord], terminal: Terminal) -> None:

@@ -30,7 +30,6 @@ from drllm.config import (
 )
 from drllm.errors import CheckpointError, ConfigError
 from drllm.evaluation.questions import check_output, select_tasks, without_routers
-from drllm.listener import duration
 from drllm.models.routers.places import check_place
 from drllm.pipeline.folder import open_model
 from drllm.processes import is_first
@@ -49,6 +48,7 @@ from drllm.tasks.registry import TASKS, get_tasks
 from drllm.training.trackers import check_trackers
 from drllm.tuning.data_splits import TaskSplits, split_tasks
 from drllm.tuning.heal_texts import read_sources
+from drllm.work.listener import duration
 
 if TYPE_CHECKING:
     from drllm.models.base.load import BaseModel

@@ -23,9 +23,9 @@ from rich.text import Text
 
 from drllm.cli.progress import Progress, busy_lines
 from drllm.errors import printable
-from drllm.listener import Listener
 from drllm.paths import Decision, sketch
 from drllm.reporting.numbers import NBSP
+from drllm.work.listener import Listener
 
 NAME_WIDTH = 14  # columns for the name of a fact
 UNBROKEN = sys.maxsize  # the width in columns of a file or a pipe, so that lines aren't broken

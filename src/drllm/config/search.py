@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from drllm.config.constants import DATA_DIR_HELP, SPLITS, TASKS_HELP
-from drllm.config.fields import NamesIn, Settings, basic, incidental, setting
+from drllm.config.executor import ExecutorConfig
+from drllm.config.fields import NamesIn, basic, incidental, setting
 from drllm.errors import ConfigError, unknown_name
 
 STOP_RULES = ("paper", "released", "exhaust")
@@ -15,7 +16,7 @@ its published code do (docs/differences.md, D-12).
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchConfig(Settings):
+class SearchConfig(ExecutorConfig):
     """The tree search over layer paths; defaults are the paper's unless noted."""
 
     dataset: str | None = basic(
@@ -106,24 +107,6 @@ class SearchConfig(Settings):
         placeholder="I/N",
         help="search only part I of N, where the first part is 1; 'drllm supervise' joins the "
         "parts",
-    )
-    executor: str = incidental(
-        "local",
-        choices=("local", "ray"),
-        basic=True,
-        help="where to search: in this process, or on Ray",
-    )
-    num_workers: int | None = incidental(
-        None,
-        minimum=1,
-        no_effect_if=("executor", "local"),
-        help="with --executor ray: number of workers, one per device; default: one for each device",
-    )
-    ray_address: str | None = incidental(
-        None,
-        placeholder="HOST:PORT",
-        no_effect_if=("executor", "local"),
-        help="with --executor ray: address of a cluster, or auto; default: Ray is started here",
     )
     seed: int = setting(0, minimum=0, help="seed of the search and of --limit")
 

@@ -30,7 +30,6 @@ from drllm.evaluation.lm_eval.task import RenderedTask, draw_stock_task
 from drllm.evaluation.questions import choose_fitting_split, find_sources, needs_fitting
 from drllm.evaluation.systems import BatchResult, KeepBlocks, SystemRun, TaskRunner
 from drllm.evaluation.tables import TaskRuns, name_depth
-from drllm.listener import OnProgress
 from drllm.models.routers.depth_control import find_depth_bias
 from drllm.models.routers.files import WEIGHTS_FILE
 from drllm.models.routers.stack import RouterStack
@@ -46,6 +45,7 @@ from drllm.records.supervision import read_supervision
 from drllm.tasks.base import Task
 from drllm.tasks.harness import LmEvalTask
 from drllm.tasks.registry import TASKS
+from drllm.work.listener import OnProgress
 
 TASKS_FOLDER = "tasks"
 PARTIAL_FOLDER = "partial"

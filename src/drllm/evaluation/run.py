@@ -21,7 +21,6 @@ from drllm.errors import ConfigError, PathError
 from drllm.evaluation.baselines.base import BASELINES, read_curve
 from drllm.evaluation.latency import count_timed_tokens, write_latency
 from drllm.evaluation.questions import check_output, select_tasks, without_routers
-from drllm.listener import Listener
 from drllm.models.base.load import BaseModel
 from drllm.models.routers.checkpoint import check_routers, load_routers, save_routers
 from drllm.models.routers.files import WEIGHTS_FILE
@@ -50,6 +49,7 @@ from drllm.statistics.exclusion import DropTest, Limits, exclude_drop
 from drllm.tasks.base import Task
 from drllm.tasks.examples import KL_REWARD, OPTIONS_REWARD
 from drllm.tasks.graded import pin_reward
+from drllm.work.listener import Listener
 
 if TYPE_CHECKING:
     from drllm.evaluation.lm_eval.model import RoutedLM

@@ -22,7 +22,6 @@ import msgspec
 from drllm.config import EvaluateConfig, HealConfig, ModelConfig
 from drllm.errors import RecordError
 from drllm.evaluation.baselines.base import needs_targets
-from drllm.listener import Listener, duration
 from drllm.pipeline.recipes import Recipe
 from drllm.records import codec
 from drllm.records.healed import ADAPTER_CONFIG_FILE, ADAPTER_FILE, HEALED_FILE
@@ -31,6 +30,7 @@ from drllm.records.static_paths import PATHS_FILE, read_path
 from drllm.records.supervision import rejected_path
 from drllm.tasks.base import Task
 from drllm.tasks.examples import Example, choose
+from drllm.work.listener import Listener, duration
 
 if TYPE_CHECKING:
     from drllm.models.base.load import BaseModel

@@ -1,6 +1,8 @@
 """Compares the base models of two files by their fingerprints."""
 
-from drllm.listener import logger
+import logging
+
+logger = logging.getLogger(__name__)
 
 QUANTISED = "quantised"
 """The first part of the fingerprint of quantised weights."""

@@ -15,6 +15,7 @@ import copy
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -24,9 +25,10 @@ from typing import Any, TypeVar
 import msgspec
 
 from drllm.errors import ConfigError, RecordError
-from drllm.listener import logger
 from drllm.processes import count, from_first, is_first, share
 from drllm.records import codec
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 

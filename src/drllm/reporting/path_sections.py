@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from functools import partial
 from statistics import fmean
 
-from drllm.listener import duration
 from drllm.records.healed import HealedPath
 from drllm.records.static_paths import FIT, SELECT, TEST, NamedPath, PathScore, StaticPaths
 from drllm.reporting import figures
 from drllm.reporting.blocks import Block, Figure, Listing, Section, Table
 from drllm.reporting.numbers import NONE, count, difference, excluded, percent, plain, signed
 from drllm.statistics.verdicts import uncapitalize
+from drllm.work.listener import duration
 
 COLUMNS = (
     "path|layers|accuracy on test|minus full's (95 %)|loss excluded above|next-token loss on test|"

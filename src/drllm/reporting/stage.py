@@ -16,7 +16,6 @@ import jinja2
 
 from drllm.errors import ConfigError, RecordError, printable
 from drllm.extras import need
-from drllm.listener import Listener
 from drllm.records.codec import write_atomically
 from drllm.records.results import Results
 from drllm.reporting.blocks import Document
@@ -24,6 +23,7 @@ from drllm.reporting.drawing import NARROW, WIDE, draw_png, draw_svg
 from drllm.reporting.numbers import NONE
 from drllm.reporting.run import read_run
 from drllm.reporting.sections import build_document
+from drllm.work.listener import Listener
 
 TEMPLATES = Path(__file__).parent / "templates"
 PICTURE = r"\d{2,}-[a-z0-9-]+\.png"

@@ -21,7 +21,6 @@ import torch
 
 from drllm.config import SearchConfig
 from drllm.errors import ConfigError, ModelError, RoutingError, TaskError
-from drllm.listener import logger
 from drllm.models.base.prompts import render
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.prefix_sharing import Pair
@@ -34,6 +33,7 @@ from drllm.search.questions import Batch, SearchQuestion
 from drllm.search.retest import Evaluate, pairs_to_retest, retest_paths
 from drllm.search.strategies import PathSearch, new_search, path_score
 from drllm.tasks.examples import Prompt
+from drllm.work.listener import logger
 
 ATTEMPTS = 3  # attempts to search a question: the first with its batch, the others alone
 QUESTION_ERRORS = (

@@ -15,7 +15,6 @@ from typing import NamedTuple, TypeAlias
 from drllm.config import SearchConfig
 from drllm.config.fields import require_tasks, to_flag
 from drllm.errors import ConfigError, TaskError
-from drllm.listener import logger
 from drllm.records.splits import hash_text, question_key
 from drllm.search.strategies import STRATEGIES
 from drllm.tasks.base import Task, check_data_dir, load_questions
@@ -25,6 +24,7 @@ from drllm.tasks.graded import SUFFIX, GradedTask
 from drllm.tasks.registry import get_task, get_tasks
 from drllm.tasks.rewards import check_installed
 from drllm.tasks.worked import WorkedTask
+from drllm.work.listener import logger
 
 QuestionSource: TypeAlias = "Path | str | Sequence[Task] | Sequence[Example] | Sequence[Row]"
 """Where the questions of a search come from.

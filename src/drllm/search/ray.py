@@ -19,7 +19,6 @@ import torch
 from drllm.config import ModelConfig, SearchConfig
 from drllm.errors import ConfigError, DrllmError, ModelError
 from drllm.extras import need
-from drllm.listener import logger
 from drllm.models.base.hub import quiet
 from drllm.models.base.load import load
 from drllm.models.routing.routed_model import RoutedModel
@@ -35,6 +34,7 @@ from drllm.search.batch import (
 )
 from drllm.search.questions import Batch
 from drllm.tasks.examples import Prompt
+from drllm.work.listener import logger
 
 BATCHES_A_WORKER = 2
 """Batches that a worker has: the current batch and the next, so that the worker never waits."""

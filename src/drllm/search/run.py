@@ -17,8 +17,6 @@ from typing import Any
 from drllm.config import ModelConfig, SearchConfig
 from drllm.config.fields import replace_settings
 from drllm.errors import ConfigError, RecordError, TaskError
-from drllm.listener import Listener, OnProgress, logger
-from drllm.models.base.first_block import FirstBlock
 from drllm.models.routing.routed_model import RoutedModel, unrouted
 from drllm.records.codec import hash_values
 from drllm.records.manifest import new_manifest, read_manifest, write_or_remove, write_records
@@ -35,6 +33,8 @@ from drllm.search.questions import (
     split_into_batches,
 )
 from drllm.supervision.rules import is_improving, survived
+from drllm.work.first_block import FirstBlock
+from drllm.work.listener import Listener, OnProgress, logger
 
 MAX_FAILED_AT_START = 16
 """The search ends if this many questions fail before any question succeeds."""

@@ -17,7 +17,7 @@ import threading
 from decimal import Decimal
 
 from drllm.extras import need
-from drllm.listener import logger
+from drllm.work.listener import logger
 
 LIMIT_S = 5.0  # maximum seconds for one comparison, math-verify's own default
 

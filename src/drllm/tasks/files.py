@@ -13,7 +13,6 @@ from typing import Any
 
 from drllm.config import SPLITS
 from drllm.errors import ConfigError, TaskError, unknown_name
-from drllm.listener import logger
 from drllm.records.splits import find_split, question_key
 from drllm.tasks.base import Task, check_split
 from drllm.tasks.examples import FILE_ENDINGS, KL_REWARD, Example, Messages, Row, with_options
@@ -30,6 +29,7 @@ from drllm.tasks.rows import (
     read_text,
     read_texts,
 )
+from drllm.work.listener import logger
 
 GRADER_FORMATS = {
     "letter": PromptFormat(

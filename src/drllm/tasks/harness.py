@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from drllm.errors import TaskError, nearest_name
-from drllm.listener import logger, quiet
 from drllm.records.splits import find_split, hash_text, question_key
 from drllm.tasks.base import Task, check_split, name_for_harness
 from drllm.tasks.examples import OPTIONS_REWARD, Example, Prompt, with_options
+from drllm.work.listener import logger, quiet
 
 FEWSHOT_SEED = 1234  # the harness' default, so that its command line draws the same examples
 KINDS = {"multiple_choice": "choices", "generate_until": "generated"}

@@ -12,8 +12,8 @@ from typing import Any
 
 from drllm.errors import RecordError, TaskError
 from drllm.extras import need
-from drllm.listener import quiet
 from drllm.records.codec import decode, file_exists
+from drllm.work.listener import quiet
 
 HUB_SET = re.compile(r"([\w.-]+/[\w.-]+(?<!\.yaml))(?::([\w.-]*))?(?::([\w.-]+))?")
 """The name of a data set on the hub: OWNER/NAME[:CONFIG[:SPLIT]].

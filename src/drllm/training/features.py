@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from drllm.errors import ModelError
-from drllm.listener import Listener
 from drllm.models.base.identity import describe
 from drllm.models.routers.depth_control import run_prompts
 from drllm.models.routing.policies import FixedPolicy, RecordingPolicy
@@ -32,6 +31,7 @@ from drllm.records.manifest import new_manifest
 from drllm.records.supervision import RejectedQuestion, SupervisionRecord
 from drllm.training.feature_store import NOT_DONE, NOT_FINITE, BlockMeans, FeatureStore, Shape
 from drllm.training.targets import OVERFLOWS, EncodedTargets, are_too_many, encode_targets
+from drllm.work.listener import Listener
 
 MAXIMUM_TOKENS = 16_384
 """Maximum number of tokens of a batch, with padding; a longer prompt is a batch by itself."""

@@ -23,7 +23,6 @@ from drllm.agreement import TRAIN, VALIDATION, Counts, compute_metrics
 from drllm.config import TrainConfig
 from drllm.config.fields import replace_settings
 from drllm.errors import ConfigError
-from drllm.listener import Listener, OnProgress, logger
 from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import PromptForm, infer_form
 from drllm.models.routers.checkpoint import load_routers, save_routers
@@ -53,6 +52,7 @@ from drllm.training.features import Features, assist, collect_features
 from drllm.training.targets import REJECTED_FILE, describe_reasons
 from drllm.training.trackers import RUN_FILE, check_trackers, log_rows, run_trackers
 from drllm.training.trainer import DivergedError, Trainer
+from drllm.work.listener import Listener, OnProgress, logger
 
 METRICS_FILE = "metrics.jsonl"
 

@@ -30,8 +30,6 @@ from drllm.config.fields import make_settings, replace_settings
 from drllm.cost import path_executions
 from drllm.errors import ConfigError
 from drllm.extras import need
-from drllm.listener import Listener
-from drllm.models.base.first_block import FirstBlock
 from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import context_length
 from drllm.models.healed import save_healed
@@ -50,6 +48,8 @@ from drllm.tuning.heal_texts import TextSource, Tokens, digest_sources, read_sou
 from drllm.tuning.heal_tokens import TextTokenizer
 from drllm.tuning.objectives import KL, LOSS
 from drllm.tuning.path_scorer import Item, PathScorer
+from drllm.work.first_block import FirstBlock
+from drllm.work.listener import Listener
 
 CHUNKS_FOLDER = "heal.partial"
 STATE_KEY = "training"  # the key of the training's state in the folder of chunks

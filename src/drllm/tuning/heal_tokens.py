@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from drllm.listener import Listener
 from drllm.models.base.prompts import Prompt as Conversation
 from drllm.models.base.prompts import context_length, encode, render
 from drllm.models.routing.batch_generation import generate_many
@@ -12,6 +11,7 @@ from drllm.models.routing.routed_model import RoutedModel
 from drllm.records.resume import Chunks
 from drllm.tuning.heal_texts import TextSource, Tokens
 from drllm.tuning.path_scorer import make_text_items
+from drllm.work.listener import Listener
 
 ANSWERS_AT_ONCE = 32  # prompts that are answered, and stored, together
 

@@ -17,8 +17,6 @@ from msgspec.structs import replace
 from drllm.config import TuneConfig
 from drllm.config.fields import make_settings, replace_settings
 from drllm.cost import path_executions
-from drllm.listener import Listener, OnProgress
-from drllm.models.base.first_block import FirstBlock
 from drllm.models.base.load import BaseModel
 from drllm.models.routing.routed_model import RoutedModel, unrouted
 from drllm.paths import StaticPath
@@ -47,6 +45,8 @@ from drllm.tuning.data_splits import TaskSplits, split_tasks
 from drllm.tuning.level_lines import HEAD, describe_level, format_level
 from drllm.tuning.objectives import GOLD
 from drllm.tuning.task_scorer import TEXTS_OF, TaskScorer
+from drllm.work.first_block import FirstBlock
+from drllm.work.listener import Listener, OnProgress
 
 CHUNKS_FOLDER = "paths.partial"
 TEST_LEVELS = 1  # the test after the search takes about as long as this many levels

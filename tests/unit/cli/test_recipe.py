@@ -8,7 +8,6 @@ import drllm
 from drllm.cli import main
 from drllm.config import ModelConfig
 from drllm.errors import ConfigError, RecordError
-from drllm.listener import Listener
 from drllm.pipeline.folder import (
     STAGES,
     RunFolder,
@@ -20,6 +19,7 @@ from drllm.pipeline.folder import (
 from drllm.pipeline.recipes import Recipe, read_recipe
 from drllm.records.codec import sha256, write_json
 from drllm.tasks.registry import get_tasks
+from drllm.work.listener import Listener
 
 RECIPES = Path(drllm.__file__).parent / "cli" / "recipes"
 FILES = sorted(RECIPES.glob("*.yaml"))

@@ -12,7 +12,6 @@ from drllm.errors import ConfigError, PathError
 from drllm.evaluation import systems
 from drllm.evaluation.run import evaluate
 from drllm.evaluation.tables import TaskRuns
-from drllm.listener import Listener
 from drllm.models.base.identity import fingerprint
 from drllm.models.base.load import BaseModel, load
 from drllm.models.base.prompts import encode
@@ -25,6 +24,7 @@ from drllm.records.static_paths import read_path, steps_to_write
 from drllm.reporting.stage import report
 from drllm.tasks.examples import choose
 from drllm.tasks.registry import get_task
+from drllm.work.listener import Listener
 from healed_folder import written_healed
 from paths_json import written_paths
 from slow_way import ListedModel, tiny_routers

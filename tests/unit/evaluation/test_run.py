@@ -22,7 +22,6 @@ from drllm.evaluation.latency import device_clock, measure
 from drllm.evaluation.questions import needs_fitting
 from drllm.evaluation.run import evaluate
 from drllm.evaluation.tables import TaskRuns
-from drllm.listener import Listener
 from drllm.models.base.identity import fingerprint
 from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import encode
@@ -34,6 +33,7 @@ from drllm.records.results import read_latency, read_results
 from drllm.statistics.paired import holm
 from drllm.tasks.examples import choose
 from drllm.tasks.registry import get_task
+from drllm.work.listener import Listener
 from slow_way import ListedModel, tiny_routers
 
 NUM_QUESTIONS = 24

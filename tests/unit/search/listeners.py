@@ -3,7 +3,7 @@
 import re
 from contextlib import contextmanager
 
-from drllm.listener import Listener
+from drllm.work.listener import Listener
 
 
 class RecordingListener(Listener):

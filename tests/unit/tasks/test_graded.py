@@ -6,7 +6,6 @@ import torch
 import drllm
 from drllm.config import SearchConfig
 from drllm.errors import ConfigError, TaskError
-from drllm.listener import Listener
 from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import encode
 from drllm.search.questions import collect_questions
@@ -14,6 +13,7 @@ from drllm.tasks.examples import choose
 from drllm.tasks.graded import GradedTask, pin_reward
 from drllm.tasks.registry import get_task
 from drllm.tasks.rewards import grade, verdict
+from drllm.work.listener import Listener
 
 SOURCE = '''
 def reward(example, text):

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from drllm.config import TrainConfig
-from drllm.listener import Listener, OnProgress
 from drllm.training.features import Features
+from drllm.work.listener import Listener, OnProgress
 from slow_way import window_means
 
 L, W, D = 3, 4, 6

@@ -14,7 +14,6 @@ from drllm import extras
 from drllm.config import EvaluateConfig, HealConfig
 from drllm.errors import ConfigError, PathError, RecordError, TaskError
 from drllm.evaluation.run import refuse_tuning_questions
-from drllm.listener import Listener
 from drllm.models.healed import load_path
 from drllm.models.routing.injection import LayerCall
 from drllm.models.routing.routed_model import RoutedModel, unrouted
@@ -29,6 +28,7 @@ from drllm.tuning.distillation import Distillation
 from drllm.tuning.heal import CHUNKS_FOLDER, HealRun, heal, make_batches
 from drllm.tuning.heal_texts import TextSource, digest_sources, read_sources, split_texts
 from drllm.tuning.heal_tokens import TextTokenizer
+from drllm.work.listener import Listener
 
 PATH = StaticPath([0, 1, 3, 5])
 SMALL = {

@@ -8,7 +8,6 @@ from unittest import mock
 import pytest
 
 from drllm.errors import ConfigError, PathError
-from drllm.listener import Listener
 from drllm.paths import StaticPath
 from drllm.records.resume import Chunks
 from drllm.records.static_paths import read_path, read_paths
@@ -17,6 +16,7 @@ from drllm.tuning.level_lines import draw_interval
 from drllm.tuning.path_scorer import PathScorer
 from drllm.tuning.run import CHUNKS_FOLDER, tune
 from drllm.tuning.task_scorer import MOST_PAIRS
+from drllm.work.listener import Listener
 
 SMALL = {"num_fit": 30, "num_judged": 40, "max_skipped": 2, "beam": 2}
 

@@ -32,7 +32,6 @@ from drllm.evaluation.lm_eval.scoring import (
     drop_repeats,
     limit_answers,
 )
-from drllm.listener import quiet
 from drllm.models.base.load import BaseModel, load
 from drllm.models.healed import load_path
 from drllm.models.routers.checkpoint import load_routers
@@ -46,6 +45,7 @@ from drllm.models.scoring.batching import MemoryBatcher, PathSize
 from drllm.paths import Decisions
 from drllm.processes import PATIENCE, count_launched
 from drllm.records.static_paths import read_path
+from drllm.work.listener import quiet
 
 MAX_ROWS = 64  # the harness' default of `max_batch_size`
 HFLM_ARGUMENTS = (

@@ -24,7 +24,6 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from torch import Tensor
 
 from drllm.errors import TaskError
-from drllm.listener import logger
 from drllm.models.base.layers import can_pack
 from drllm.models.routing.policies import FixedPolicy, Policy, find_shared_plan
 from drllm.models.routing.routed_model import RoutedModel
@@ -32,6 +31,7 @@ from drllm.models.scoring.batching import MemoryBatcher, PathSize
 from drllm.models.scoring.choices import ChoiceBatch, Score
 from drllm.models.scoring.packing import Request
 from drllm.paths import Decisions, StaticPath
+from drllm.work.listener import logger
 
 OptionScore: TypeAlias = tuple[float, bool]
 """A continuation's log-probability in nats, and whether it is the likeliest continuation."""

@@ -21,10 +21,10 @@ from drllm.errors import TaskError
 from drllm.evaluation.lm_eval.folders import HarnessTask
 from drllm.evaluation.lm_eval.model import RoutedLM
 from drllm.evaluation.lm_eval.scoring import HarnessRequest, OptionScore
-from drllm.listener import quiet
 from drllm.tasks.examples import choose
 from drllm.tasks.harness import FEWSHOT_SEED, LmEvalTask, find_gold_indices, load_harness_tasks
 from drllm.tuning.path_scorer import log_share
+from drllm.work.listener import quiet
 
 Key: TypeAlias = tuple[str, int]
 """Identifies a question: the name of the harness' task, and the number of the question's row."""

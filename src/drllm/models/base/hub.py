@@ -14,8 +14,8 @@ from huggingface_hub.utils.tqdm import (
 )
 from transformers.utils import logging as transformers_logging
 
-from drllm import listener
 from drllm.errors import ModelError
+from drllm.work import listener
 
 TOKEN_VARIABLE = "HF_TOKEN"
 ERRORS: tuple[type[Exception], ...]

@@ -15,16 +15,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from drllm.config import ModelConfig
 from drllm.config.fields import list_kinds
 from drllm.errors import ConfigError, ModelError, unknown_name
-from drllm.listener import logger
 from drllm.models.base import hub, smollm2
 from drllm.models.base.identity import describe
 from drllm.models.base.layers import unwrap_peft
+from drllm.work.listener import logger
 
 ALIASES = (smollm2.ALIAS,)
 """The names that drllm itself gives to models."""
@@ -403,3 +403,73 @@ def _explain(error: Exception, config: ModelConfig) -> ModelError | ConfigError:
     if isinstance(error, SafetensorError):
         return ModelError(f"the weights of {name!r} are broken or cut off: {message}")
     return ModelError(f"model {name!r} can't be opened: {message}")
+
+
+@dataclasses.dataclass(frozen=True)
+class RemoteBaseModel(BaseModel):
+    """A base model whose weights are in other processes; here are its tokenizer and its shape.
+
+    Attributes:
+        remote_identity: The identity of the model with its weights.
+        remote_runtime: How the model with its weights runs.
+    """
+
+    remote_identity: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    remote_runtime: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The entries by which manifests and router checkpoints recognise the model."""
+        return dict(self.remote_identity)
+
+    @property
+    def runtime(self) -> dict[str, Any]:
+        """How the model runs in the other processes."""
+        return dict(self.remote_runtime)
+
+
+def load_without_weights(
+    config: ModelConfig, identity: Mapping[str, Any], runtime: Mapping[str, Any]
+) -> RemoteBaseModel:
+    """Load the tokenizer and the shape of a model whose weights are in other processes.
+
+    The model's parameters are on torch's device `meta`: prompts can be tokenised and layers
+    counted, but nothing can run.
+
+    Args:
+        config: Which model.
+        identity: The identity that a process with the weights found.
+        runtime: How the model runs there.
+
+    Raises:
+        ModelError: The model doesn't exist or can't be opened.
+    """
+    name = config.model
+    if name in ALIASES:
+        config = _resolve_alias(config)
+    with hub.quiet():
+        source, revision = _locate(config, {})
+        options = {"trust_remote_code": config.trust_remote_code, "revision": revision}
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            shape = AutoConfig.from_pretrained(source, **options)
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(
+                    shape,
+                    dtype=getattr(torch, runtime["dtype"]),
+                    attn_implementation=runtime["attn_implementation"],
+                    trust_remote_code=config.trust_remote_code,
+                )
+        except _MODEL_ERRORS as error:
+            raise _explain(error, config) from error
+    model.name_or_path = config.model
+    model.eval()
+    model.requires_grad_(False)
+    return RemoteBaseModel(
+        model,
+        _set_left_padding(tokenizer),
+        name=config.model,
+        revision=revision,
+        remote_identity=identity,
+        remote_runtime=runtime,
+    )

@@ -20,8 +20,8 @@ from filelock import FileLock
 
 from drllm.errors import ModelError, RecordError
 from drllm.extras import need
-from drllm.listener import logger
 from drllm.records.codec import sha256, write_json
+from drllm.work.listener import logger
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

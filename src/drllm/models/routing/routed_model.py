@@ -19,7 +19,6 @@ from torch import Tensor
 
 from drllm.config import ModelConfig
 from drllm.errors import CheckpointError, ConfigError, RoutingError
-from drllm.listener import Listener
 from drllm.models.base import hub as base_hub
 from drllm.models.base import load as loading
 from drllm.models.base.layers import unwrap_peft
@@ -42,6 +41,7 @@ from drllm.paths import StaticPath
 from drllm.records.healed import HEALED_FILE
 from drllm.records.removed import refuse_menu
 from drllm.records.static_paths import read_path
+from drllm.work.listener import Listener
 
 
 def attach(

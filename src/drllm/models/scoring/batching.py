@@ -14,8 +14,8 @@ import psutil
 import torch
 
 from drllm.errors import ModelError
-from drllm.listener import logger
 from drllm.models.scoring.prefix_cache import GIGABYTE, PrefixCache
+from drllm.work.listener import logger
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from drllm.errors import TaskError
-from drllm.listener import logger
 from drllm.tasks.examples import Example, Row, with_options
 from drllm.tasks.prompt_formats import LETTERS
 from drllm.tasks.rewards import normalise
 from drllm.tasks.rows import EmptyTextError, read_index, read_object, read_text, read_texts
+from drllm.work.listener import logger
 
 UNANSWERABLE = "unanswerable"  # the right answer in SQuAD if the passage holds no answer
 DART_LEVELS = (1, 2, 3, 4, 5)

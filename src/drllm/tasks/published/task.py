@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import yaml
 
 from drllm.errors import TaskError
-from drllm.listener import logger
 from drllm.records.splits import BOUNDS, find_split, question_key
 from drllm.tasks.base import (
     Function,
@@ -29,6 +28,7 @@ from drllm.tasks.prompt_formats import BOXED, GAP, OPTIONS, PromptFormat
 from drllm.tasks.published import readers
 from drllm.tasks.registry import TASKS, register
 from drllm.tasks.rows import EmptyTextError, hub_rows, read_rows
+from drllm.work.listener import logger
 
 SETS = Path(__file__).with_name("sets.yaml")
 MAX_FILES_KEPT = 8

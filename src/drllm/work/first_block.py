@@ -5,7 +5,7 @@ import time
 import psutil
 import torch
 
-from drllm.listener import Listener, rough_duration
+from drllm.work.listener import Listener, rough_duration
 
 
 class FirstBlock:

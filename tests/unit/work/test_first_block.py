@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from drllm.listener import Listener
-from drllm.models.base.first_block import FirstBlock, used_memory
+from drllm.work.first_block import FirstBlock, used_memory
+from drllm.work.listener import Listener
 
 
 class Notes(Listener):
