@@ -40,14 +40,18 @@ MARKER_FILE = "drllm.resume.json"
 _OURS = re.compile(r"(?:[a-z0-9-]*[0-9a-f]{12}\.)+json(?:\.broken)?|" + re.escape(MARKER_FILE))
 # The names of temporary files that a killed `codec.write_atomically` leaves.
 _HALF_WRITTEN = re.compile(r"\.(.+)\.[0-9a-f]{8}-\d+-[0-9a-f]{8}")
-_SECTIONS = ("settings", "config")  # parts of an identity that messages don't name
-_ABSENT: Any = object()  # stands for a missing value
+# Groups of values in an identity. Messages name the values alone: "limit", not "settings limit".
+_SECTIONS = ("settings", "config")
+_ABSENT: Any = object()  # stands for a value that an identity doesn't have
 _VERSION = importlib.metadata.version("drllm")
-MAX_SHOWN = 60  # characters of a value that a message shows
+MAX_SHOWN = 60  # maximum characters of a value in a message
 
 
 class _Marker(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The marker of a folder: the identity of the run that the results belong to."""
+    """The marker of a folder: the identity of the run that the results belong to.
+
+    `later` has the values that `ResultStore.expect` added, by name.
+    """
 
     schema_version: int = codec.SCHEMA_VERSION
     drllm_version: str = _VERSION
@@ -64,8 +68,9 @@ class ResultStore:
 
     Args:
         folder: The folder of the results; it holds nothing else.
-        identity: Values that two starts of the same run have in common, as plain JSON. Messages
-            name differences in this order; for a value named `*_sha256` they say "other *".
+        identity: The values that must be equal for a start to resume the run, as plain JSON.
+            Messages list the values that differ in this order. They don't show hashes: for
+            `questions_sha256` they say "other questions".
         stage: The name of the stage, for messages ("search").
     """
 
@@ -74,8 +79,8 @@ class ResultStore:
         self.stage = stage
         self._identity = _to_plain(identity)
         self._later: dict[str, Any] = {}  # parts of the identity that `expect` added
-        self._is_marked = False
-        self._stem = ""  # beginning of the names of the steps' files; `within` sets it
+        self._is_marked = False  # whether the marker on disk is up to date
+        self._stem = ""  # the beginning of the file names of steps; `within` sets it
 
     def open(self) -> bool:
         """Check the folder; return whether an earlier start left results there.
@@ -95,9 +100,9 @@ class ResultStore:
         return True
 
     def expect(self, name: str, identity: Mapping[str, Any]) -> None:
-        """Add values that become known only during the run to the identity.
+        """Add to the identity values that become known only during the run.
 
-        Raises ConfigError if an earlier start of the run added other values.
+        Raises ConfigError if an earlier start of the run added other values under this name.
         """
         plain = _to_plain(identity)
         if name in self._later:
@@ -205,10 +210,10 @@ def _read_marker(folder: Path, stage: str) -> _Marker | None:
     """Read the marker of a folder; return None if there is none."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise RecordError(
-            f"{folder} is a link or a file; what a {stage} keeps lies in a folder of its own: "
-            f"delete it, or choose another --output-dir"
+            f"{folder} is a link or a file, but the {stage} needs a folder there; delete it, or "
+            f"choose another --output-dir"
         )
-    if not codec.refuse_special_file(folder / MARKER_FILE, "read"):
+    if not codec.file_exists(folder / MARKER_FILE, "read"):
         return None
     try:
         return codec.read_json(folder / MARKER_FILE, _Marker)
@@ -246,7 +251,7 @@ def _delete_ours(folder: Path) -> None:
     with _named_errors(folder):
         for name in sorted(names, key=lambda name: name == MARKER_FILE):
             path = folder / name
-            if path.is_symlink() or not path.is_dir():
+            if path.is_symlink() or not path.is_dir():  # drllm writes no folder with such a name
                 path.unlink(missing_ok=True)
 
 
@@ -256,6 +261,7 @@ def _names_in(folder: Path) -> list[str]:
 
 
 def _is_ours(name: str) -> bool:
+    """Tell whether a file's name is a name that drllm gives to files in a folder of results."""
     half_written = _HALF_WRITTEN.fullmatch(name)
     if half_written:
         name = half_written[1]
@@ -277,40 +283,52 @@ def refuse_other_run(
     """Refuse to resume or to replace the work of another run.
 
     Args:
-        what: What the other run made, as the subject of a sentence ("the search in OUT").
-        stored: The identity of that run.
+        what: The work of the other run, as the subject of a sentence ("the search in OUT").
+        stored: The identity of the other run.
         current: The identity of this run.
         remedy: What to do, as an imperative.
     """
-    different = differences(stored, current)
-    if different:
-        raise ConfigError(f"{what} was made with {'; '.join(different)}; {remedy}")
+    changes = differences(stored, current)
+    if changes:
+        raise ConfigError(f"{what} was made with {'; '.join(changes)}; {remedy}")
 
 
 def differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """Say in words where two identities differ, in the order of the current identity."""
-    return list(_differences("", _to_plain(stored), _to_plain(current)))
+    return list(_find_changes("", _to_plain(stored), _to_plain(current)))
 
 
-def _differences(name: str, old: Any, new: Any) -> Iterator[str]:
+def _find_changes(name: str, old: Any, new: Any) -> Iterator[str]:
+    """Yield a text for each value that differs inside two values of an identity."""
     if isinstance(old, dict) and isinstance(new, dict):
-        for key in {**new, **old}:
-            inner = name if key in _SECTIONS else f"{name} {key}".strip()
-            yield from _differences(inner, old.get(key, _ABSENT), new.get(key, _ABSENT))
-    elif old == new:
+        for key in {**new, **old}:  # the keys of both; the order of `new` counts
+            inner_name = name if key in _SECTIONS else f"{name} {key}".strip()
+            yield from _find_changes(inner_name, old.get(key, _ABSENT), new.get(key, _ABSENT))
         return
-    elif old is _ABSENT:
-        if new is not None:  # None is a new setting that isn't used
-            yield f"no {name}, now {_shorten(new)}"
-    elif old is None and new is _ABSENT:
-        return  # a setting that wasn't used, and was removed since
-    elif name.endswith("_sha256"):
-        yield f"other {name.removesuffix('_sha256').replace('_', ' ')}"
-    else:
-        yield f"{name} {_shorten(old)}, now {_shorten(new)}"
+    change = _describe_change(name, old, new)
+    if change:
+        yield change
+
+
+def _describe_change(name: str, old: Any, new: Any) -> str:
+    """Describe how a value differs; return an empty text if it doesn't.
+
+    The identities may be of different versions. So a setting that is missing counts as None, which
+    stands for a setting that isn't used.
+    """
+    old_setting = None if old is _ABSENT else old
+    new_setting = None if new is _ABSENT else new
+    if old_setting == new_setting:
+        return ""
+    if old is _ABSENT:
+        return f"no {name}, now {_shorten(new)}"
+    if name.endswith("_sha256"):
+        return f"other {name.removesuffix('_sha256').replace('_', ' ')}"
+    return f"{name} {_shorten(old)}, now {_shorten(new)}"
 
 
 def _to_plain(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an identity as it is after writing and reading: tuples are lists."""
     return codec.decode(codec.encode(identity), dict[str, Any], "the identity of a run")
 
 
