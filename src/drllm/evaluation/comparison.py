@@ -374,12 +374,12 @@ class TaskComparison:
         num_searches = 0
         if self.folders:
             draws = {name: context.count_draws(name) for name in context.baselines}
-            num_other_seeds = len(self.folders) - 1
-            first_seed = 1 + sum(draws.values())
-            other_seeds = num_other_seeds * (1 + draws.get(PERMUTED, 0))
-            num_runs += len(context.depths) * (first_seed + other_seeds)
-            num_depths_to_find = len(context.depths) - 1  # that of training needs no search
-            num_searches = len(self.folders) * num_depths_to_find
+            runs_of_first_seed = 1 + sum(draws.values())
+            runs_of_other_seed = 1 + draws.get(PERMUTED, 0)
+            runs_a_depth = runs_of_first_seed + (len(self.folders) - 1) * runs_of_other_seed
+            num_runs += len(context.depths) * runs_a_depth
+            # The depth of training needs no search.
+            num_searches = len(self.folders) * (len(context.depths) - 1)
         return num_runs * self.runner.num_tokens + num_searches * self._depth_cost
 
     def run(self) -> TaskRuns:

@@ -191,9 +191,9 @@ def check_output(output: Path) -> None:
 
 def needs_fitting(config: EvaluateConfig) -> bool:
     """Tell whether an evaluation fits depths or baselines on questions."""
+    baselines = [BASELINES.get(name) for name in select_baselines(config.baselines)]
     if read_curve(config.curve):
         return True
-    baselines = [BASELINES.get(name) for name in select_baselines(config.baselines)]
     return any(baseline.fitted_on in QUESTIONS for baseline in baselines)
 
 

@@ -51,8 +51,9 @@ class TaskRuns:
         config: The settings.
         num_layers: The number of layers of the model.
         shape: The model's shape, or the reason why its cost can't be derived.
-        seeds: For each depth, the routed models of several seeds and their permuted routes. The
-            second list is empty if permuted routes didn't run. Empty if there is only one seed.
+        seeds: For each depth a list of the routed models of several seeds, and a list of their
+            permuted routes, which is empty if permuted routes didn't run. With a single seed,
+            `seeds` is empty.
     """
 
     harness_task: RenderedTask
@@ -441,7 +442,7 @@ def _summarise_means(values_by_seed: Sequence[Sequence[float]]) -> results.Sprea
 
 
 class _ComparedRow(NamedTuple):
-    """A row of a table, and how its system differs from base."""
+    """The index of a row in a table, and how the row's system differs from base."""
 
     table: list[results.System]
     row: int
@@ -451,7 +452,7 @@ class _ComparedRow(NamedTuple):
 def correct_tables(
     tables: Sequence[Sequence[results.System]], rivals: Collection[str] = ()
 ) -> list[list[results.System]]:
-    """Correct the tests against base for their number.
+    """Correct the exact tests against base, since several tests are made.
 
     The tests of a system on all tasks are corrected together.
 
