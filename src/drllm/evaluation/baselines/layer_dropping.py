@@ -102,7 +102,7 @@ class EvenlySpaced(LayerDropping):
 
 @base.register
 class BlockInfluence(LayerDropping):
-    """Drops the layers that change the direction of the hidden state least."""
+    """Drops the layers that change the direction of the hidden states the least."""
 
     name = "block influence"
     source = "ShortGPT, arXiv 2403.03853"
@@ -136,7 +136,7 @@ class _GreedyDropping(LayerDropping):
 
 @base.register
 class GreedyByLoss(_GreedyDropping):
-    """Drops layers one by one, each time the layer whose absence raises next-token loss least."""
+    """Drops layers one by one, so that each step raises the next-token loss least."""
 
     name = "greedy by loss"
     source = "SLEB, arXiv 2402.09025"
@@ -147,7 +147,7 @@ class GreedyByLoss(_GreedyDropping):
 
 @base.register
 class GreedyByAnswers(_GreedyDropping):
-    """Drops layers one by one, by the log-probability of the gold answers without them."""
+    """Drops layers one by one, so that each step lowers the gold log-probability least."""
 
     name = "greedy by answers"
     source = "TALE, arXiv 2510.22767, by log-probability instead of accuracy"

@@ -120,10 +120,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         **arguments: Any,
     ) -> None:
         _refuse_unknown(arguments)
-        if batch_size is None:
-            batch_size = 1
-        if not re.fullmatch(r"auto(:[1-9]\d*)?|[1-9]\d*", str(batch_size)):
-            raise ConfigError(f"--batch_size is '{batch_size}'; give auto or a number from 1")
+        batch_size = _check_batch_size(batch_size)
         depth = _read_depth(arguments)
         loading = _select_arguments(arguments, LOADING_ARGUMENTS)
         source = _resolve_source(pretrained, routers, base)
@@ -367,6 +364,16 @@ def _refuse_unknown(arguments: Mapping[str, Any]) -> None:
             named_parameters = [*signature(RoutedLM).parameters][:-1]  # without `arguments`
             choices = (*names, *named_parameters)
             raise ConfigError(unknown_name("model argument", name, choices))
+
+
+def _check_batch_size(batch_size: int | str | None) -> int | str:
+    """Return a batch size that the harness can read; 1 for None."""
+    if batch_size is None:
+        return 1
+    # `auto:N` is a form of `auto` that the harness has.
+    if not re.fullmatch(r"auto(:[1-9]\d*)?|[1-9]\d*", str(batch_size)):
+        raise ConfigError(f"--batch_size is '{batch_size}'; give auto or a number from 1")
+    return batch_size
 
 
 def _select_arguments(arguments: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
