@@ -1,26 +1,29 @@
-"""How much faster questions are scored and answered than by the harness' own class.
+"""Measure how much faster questions are scored and answered than by the harness' own class.
 
-Ours: `RoutedLM` in lm-evaluation-harness, every layer executed once: all continuations of a
-question behind one copy of its context, beginnings that prompts share read once. Answers that are
-generated stand behind five worked examples.
-Theirs: the harness' `hf` class, one row for each continuation or answer.
-Both answer the same requests with the same batch size, taking turns in one run, and every
-log-probability and verdict, or text, is compared. Then the same with routers that read the prompts
-and are biased to execute every layer, which is what routers cost.
+Ours is `RoutedLM` in lm-evaluation-harness, with every layer executed once. All options of a
+question stand behind one copy of its context, and a beginning that prompts share is read once.
+Theirs is the harness' class `hf`, with one row for each option or answer.
+
+Both answer the same requests in one run with the same batch size, and take turns. Every
+log-probability and verdict is compared, or every text if answers are generated. Generated answers
+stand behind five worked examples. A third way is ours with routers that read the prompts but always
+decide to execute, which shows what routers cost.
 
     python benchmarks/evaluation.py [--quick] [--json FILE] [--clock cpu] [--data-dir DIR]
         [--device DEVICE] [--dtype DTYPE] [--model MODEL] [--questions N] [--batch-size N]
-        [--tasks NAMES] [--answers N] [--answer-tokens N]
+        [--tasks NAMES] [--answers N] [--answer-tokens N] [--repeats N]
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import logging
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import common
 import torch
@@ -33,7 +36,9 @@ from drllm.models.base.identity import fingerprint
 from drllm.models.base.load import BaseModel
 from drllm.models.routers.config import RouterConfig
 from drllm.models.routers.stack import RouterStack
-from drllm.models.routing.policies import RouterPolicy
+from drllm.models.routing.policies import Policy, RouterPolicy
+from drllm.paths import Decisions, full_decisions
+from drllm.tasks.base import Task
 from drllm.tasks.examples import OPTIONS_REWARD, Prompt, choose
 from drllm.tasks.registry import get_task
 from drllm.tasks.worked import WorkedTask
@@ -43,7 +48,7 @@ REAL_TASKS = ("arc_easy", "hellaswag", "commonsense_qa", "gsm8k")
 """With --data-dir."""
 SHOTS = 5
 TOLERANCE = 1e-3
-"""Nats that the log-probability of a choice may differ by."""
+"""How far, in nats, the two log-probabilities of an option may be apart."""
 
 QUICK = {"repeats": 1, "questions": 32, "answers": 8, "answer_tokens": 16}
 WHOLE = {"repeats": 5, "questions": 200, "answers": 32, "answer_tokens": 128}
@@ -52,197 +57,273 @@ OURS = "RoutedLM: the choices of a question behind one copy of its context"
 THEIRS = "lm-evaluation-harness' hf class: a row for each choice"
 
 
-def requests_of(task_name: str, sizes: dict[str, int], data_dir: Path | None) -> list[Instance]:
-    """Return the requests of some questions, as the harness makes them."""
+def make_requests(task_name: str, sizes: dict[str, int], data_dir: Path | None) -> list[Instance]:
+    """Return the requests for some questions of a task, as the harness makes them."""
     task = get_task(task_name)
     if OPTIONS_REWARD not in task.rewards:
-        shown = choose(task.examples("search", data_dir), SHOTS, seed=0)
-        worked = WorkedTask(task, shown, sizes["answer_tokens"])
-        examples = choose(task.examples("select", data_dir), sizes["answers"], seed=0)
-        how = {"until": [], "max_gen_toks": sizes["answer_tokens"], "do_sample": False}
-        return [
-            Instance("generate_until", {}, (worked.prompt(each, "boxed").text, how), 0)
-            for each in examples
-        ]
+        return make_answer_requests(task, sizes, data_dir)
     examples = choose(task.examples("test", data_dir), sizes["questions"], seed=0)
-    return choices_of(task_name, [task.prompt(example, OPTIONS_REWARD) for example in examples])
+    prompts = [task.prompt(example, OPTIONS_REWARD) for example in examples]
+    return make_option_requests(task_name, prompts)
 
 
-def choices_of(task_name: str, prompts: Sequence[Prompt]) -> list[Instance]:
+def make_answer_requests(
+    task: Task, sizes: dict[str, int], data_dir: Path | None
+) -> list[Instance]:
+    """Return the requests for generated answers to some questions of a task."""
+    shots = choose(task.examples("search", data_dir), SHOTS, seed=0)
+    worked = WorkedTask(task, shots, sizes["answer_tokens"])
+    settings = {"until": [], "max_gen_toks": sizes["answer_tokens"], "do_sample": False}
+    requests = []
+    for example in choose(task.examples("select", data_dir), sizes["answers"], seed=0):
+        text = worked.prompt(example, "boxed").text
+        requests.append(Instance("generate_until", {}, (text, settings), 0))
+    return requests
+
+
+def make_option_requests(task_name: str, prompts: Sequence[Prompt]) -> list[Instance]:
     """Return the requests that score the options of prompts, as the harness makes them."""
-    return [
-        Instance("loglikelihood", {}, (prompt.text, choice), idx, (task_name, doc, 1))
-        for doc, prompt in enumerate(prompts)
-        for idx, choice in enumerate(prompt.continuations)
-    ]
+    requests = []
+    for doc_id, prompt in enumerate(prompts):
+        for number, option in enumerate(prompt.continuations):
+            metadata = (task_name, doc_id, 1)
+            arguments = (prompt.text, option)
+            requests.append(Instance("loglikelihood", {}, arguments, number, metadata))
+    return requests
 
 
-def bound_of(
+def find_bound(
     base: BaseModel, lm: RoutedLM, requests: list[Instance], answers: list[Any], clock: common.Clock
 ) -> float:
-    """Return the seconds of a method which shares all that can be (see `common.bound`)."""
-    full = (1,) * base.num_layers
+    """Return the seconds of a method that shares all that can be shared, see `common.bound`."""
+    full = full_decisions(base.num_layers)
     prompts: list[list[int]] = []
-    after: list[int] = []
-    said: dict[Any, list[int]] = {}
+    num_after: list[int] = []  # tokens of options that are read behind each prompt
+    answer_tokens: dict[tuple[int, Decisions], list[int]] = {}
     for request, answer in zip(requests, answers, strict=True):
         if request.request_type == "generate_until":
-            said[len(prompts), full] = lm.tok_encode(answer, add_special_tokens=False)
+            tokens = lm.tok_encode(answer, add_special_tokens=False)
+            answer_tokens[len(prompts), full] = tokens
             prompts.append(lm.tok_encode(request.args[0]))
-            after.append(0)
+            num_after.append(0)
             continue
         context, option = lm._encode_pair(*request.args)
-        if request.idx == 0:
-            said[len(prompts), full] = []
+        if request.idx == 0:  # the first option of a question
+            answer_tokens[len(prompts), full] = []
             prompts.append(context)
-            after.append(0)
-        after[-1] += len(option) - 1
-    return bound.seconds_to_search(base, prompts, after, said, clock)
+            num_after.append(0)
+        num_after[-1] += len(option) - 1  # the last token of an option isn't read
+    return bound.seconds_to_search(base, prompts, num_after, answer_tokens, clock)
 
 
-def executing_routers(base: BaseModel) -> RouterStack:
-    """Return routers that read every prompt and always execute."""
+def make_routers(base: BaseModel) -> RouterStack:
+    """Return routers that read every prompt and always decide to execute."""
     config = RouterConfig(
         num_layers=base.num_layers,
         hidden_size=base.model.config.hidden_size,
         base_model=base.name,
         base_fingerprint=fingerprint(base.model),
     )
-    return common.make_executing(RouterStack(config, torch.Generator().manual_seed(0)))
+    routers = RouterStack(config, torch.Generator().manual_seed(0))
+    return common.make_executing(routers).to(base.model.device)
+
+
+class TimedAnswers(NamedTuple):
+    """What a language model of the harness answered to all requests, and the seconds it took."""
+
+    seconds: float
+    answers: list[Any]  # (log-probability, is it the likeliest text?) per option, or texts
+
+
+def time_answers(
+    lm: HFLM, policy: Policy | None, requests: list[Instance], clock: common.Clock
+) -> TimedAnswers:
+    """Let a language model of the harness answer all requests; None leaves its policy alone."""
+    if policy is not None:
+        lm.policy = policy
+    answer = getattr(lm, requests[0].request_type)
+    started = clock()
+    answers = answer(requests, disable_tqdm=True)
+    return TimedAnswers(clock() - started, answers)
 
 
 def compare(
     base: BaseModel, task: str, sizes: dict[str, int], data_dir: Path | None, clock: common.Clock
 ) -> dict[str, Any]:
-    """Time both ways on one task's questions, and compare their answers."""
-    requests = requests_of(task, sizes, data_dir)
-    kind = requests[0].request_type
-    stock = HFLM(
+    """Time all ways on one task's questions, and compare their answers."""
+    requests = make_requests(task, sizes, data_dir)
+    theirs = HFLM(
         pretrained=copy.deepcopy(base.model),
         tokenizer=base.tokenizer,
         batch_size=sizes["batch_size"],
     )
     ours = RoutedLM(base, batch_size=sizes["batch_size"])
-    full, routers = ours.policy, RouterPolicy(executing_routers(base).to(base.model.device))
-
-    def timed(lm: HFLM) -> tuple[float, list[Any]]:
-        started = clock()
-        answers = getattr(lm, kind)(requests, disable_tqdm=True)
-        return clock() - started, answers
-
-    runs = []
+    routers = RouterPolicy(make_routers(base))
+    ways = {
+        "theirs_s": partial(time_answers, theirs, None, requests, clock),
+        "ours_s": partial(time_answers, ours, ours.policy, requests, clock),
+        "routers_s": partial(time_answers, ours, routers, requests, clock),
+    }
     try:
-        for repeat in range(sizes["repeats"] + 1):  # the first one warms up
-            ways: dict[str, tuple[HFLM, Any]] = {
-                "theirs_s": (stock, None),
-                "ours_s": (ours, full),
-                "routers_s": (ours, routers),
-            }
-            run, answers = {}, {}
-            for name, (lm, policy) in sorted(ways.items(), reverse=repeat % 2 == 1):
-                if policy is not None:
-                    ours.policy = policy
-                run[name], answers[name] = timed(lm)
-            runs.append(run)
+        turns = common.run_in_turns(ways, sizes["repeats"])
     finally:
         ours.routed.detach()
-    pairs = list(zip(answers["theirs_s"], answers["ours_s"], strict=True))
-    timed_runs = runs[1:]
-    speedups = [run["theirs_s"] / run["ours_s"] for run in timed_runs]
-    overheads = [run["routers_s"] / run["ours_s"] for run in timed_runs]
-    bound_s = bound_of(base, ours, requests, answers["ours_s"], clock)
-    found = {
+    runs = [{name: timed.seconds for name, timed in turn.items()} for turn in turns]
+    answers = {name: timed.answers for name, timed in turns[-1].items()}
+    bound_s = find_bound(base, ours, requests, answers["ours_s"], clock)
+    result: dict[str, Any] = {
         "task": task,
-        "bound": statistics.median(run["theirs_s"] / bound_s for run in timed_runs),
+        "bound": statistics.median(run["theirs_s"] / bound_s for run in runs),
         "questions": sizes["questions"],
         "requests": len(requests),
-        "speedup": statistics.median(speedups),
-        "router_overhead": statistics.median(overheads),
-        "runs": timed_runs,
+        "speedup": statistics.median(run["theirs_s"] / run["ours_s"] for run in runs),
+        "router_overhead": statistics.median(run["routers_s"] / run["ours_s"] for run in runs),
+        "runs": runs,
     }
-    if kind == "generate_until":
-        differ = sum(theirs != own for theirs, own in pairs)
-        return {**found, "questions": len(requests), "verdicts_that_differ": differ}
-    routed = list(zip(answers["ours_s"], answers["routers_s"], strict=True))
-    away = [abs(slow[0] - fast[0]) for slow, fast in pairs]
+    if requests[0].request_type == "generate_until":
+        result["questions"] = len(requests)
+        pairs = zip(answers["theirs_s"], answers["ours_s"], strict=True)
+        result["verdicts_that_differ"] = sum(text != our_text for text, our_text in pairs)
+        return result
+    return result | compare_options(requests, answers)
+
+
+def compare_options(requests: list[Instance], answers: dict[str, list[Any]]) -> dict[str, Any]:
+    """Compare the ways' log-probabilities of options, and what follows from them.
+
+    Two verdicts are compared: whether an option is the likeliest text, and which option of a
+    question is likeliest.
+    """
+    theirs = answers["theirs_s"]
+    ours = answers["ours_s"]
+    differences = find_differences(theirs, ours)
+    num_greedy = 0  # options that are the likeliest text by one way only
+    for their_answer, our_answer in zip(theirs, ours, strict=True):
+        num_greedy += their_answer[1] != our_answer[1]
+    # NaN isn't within the tolerance, and `difference > TOLERANCE` would miss it.
+    far_apart = [difference for difference in differences if not difference <= TOLERANCE]
     return {
-        **found,
-        "largest_difference": max(away),
-        "far_apart": sum(not each <= TOLERANCE for each in away),
-        "verdicts_that_differ": sum(slow[1] != fast[1] for slow, fast in pairs)
-        + best_differ(requests, answers["theirs_s"], answers["ours_s"]),
-        "routers_largest_difference": max(abs(a[0] - b[0]) for a, b in routed),
+        "largest_difference": max(differences),
+        "far_apart": len(far_apart),
+        "verdicts_that_differ": num_greedy + count_other_choices(requests, theirs, ours),
+        "routers_largest_difference": max(find_differences(ours, answers["routers_s"])),
     }
 
 
-def best_differ(requests: list[Instance], theirs: list[Any], ours: list[Any]) -> int:
-    """Return on how many questions the likeliest choice is another one."""
-    best: dict[int, tuple[list[float], list[float]]] = {}
-    for request, slow, fast in zip(requests, theirs, ours, strict=True):
-        of_doc = best.setdefault(request.doc_id, ([], []))
-        of_doc[0].append(slow[0])
-        of_doc[1].append(fast[0])
-    return sum(a.index(max(a)) != b.index(max(b)) for a, b in best.values())
+def find_differences(left: list[Any], right: list[Any]) -> list[float]:
+    """Return how far apart two ways' log-probabilities of each option are."""
+    return [abs(first[0] - second[0]) for first, second in zip(left, right, strict=True)]
+
+
+def count_other_choices(requests: list[Instance], theirs: list[Any], ours: list[Any]) -> int:
+    """Return for how many questions the two ways find different options likeliest."""
+    their_logprobs: dict[int, list[float]] = {}
+    our_logprobs: dict[int, list[float]] = {}
+    for request, their_answer, our_answer in zip(requests, theirs, ours, strict=True):
+        their_logprobs.setdefault(request.doc_id, []).append(their_answer[0])
+        our_logprobs.setdefault(request.doc_id, []).append(our_answer[0])
+    num_different = 0
+    for doc_id in their_logprobs:
+        their_choice = find_likeliest(their_logprobs[doc_id])
+        our_choice = find_likeliest(our_logprobs[doc_id])
+        num_different += their_choice != our_choice
+    return num_different
+
+
+def find_likeliest(logprobs: list[float]) -> int:
+    """Return the number of the first option with the highest log-probability."""
+    return logprobs.index(max(logprobs))
 
 
 def report(result: dict[str, Any]) -> None:
-    """Print what was found about one task."""
-    theirs, ours = (
-        statistics.median(run[name] for run in result["runs"]) for name in ("theirs_s", "ours_s")
-    )
-    is_scored = "largest_difference" in result
-    requests = f"{result['requests']} choices" if is_scored else f"each behind {SHOTS} worked ones"
-    apart = ""
-    if is_scored:
-        apart = f"largest difference of a log-probability {result['largest_difference']:.1e}, "
+    """Print the result of one task."""
+    runs = result["runs"]
+    theirs_s = statistics.median(run["theirs_s"] for run in runs)
+    ours_s = statistics.median(run["ours_s"] for run in runs)
+    if "largest_difference" in result:
+        requests = f"{result['requests']} choices"
+        difference = f"largest difference of a log-probability {result['largest_difference']:.1e}, "
+        verdicts = "verdicts"
+        routers = "with routers that execute everything"
+    else:
+        requests = f"each behind {SHOTS} worked ones"
+        difference = ""
+        verdicts = "texts"
+        routers = "with routers that execute everything, which read it all"
     print(
-        f"{result['task']}: speedup {result['speedup']:.2f} ({len(result['runs'])} repeats); "
-        f"{theirs:.1f} s by the harness' class, {ours:.1f} s ours; {result['questions']} "
-        f"questions, {requests}\n"
-        f"  {bound.in_words(result)}\n"
-        f"  {apart}{result['verdicts_that_differ']} {'verdicts' if is_scored else 'texts'} differ\n"
-        f"  with routers that execute everything{'' if is_scored else ', which read it all'}, "
-        f"{result['router_overhead']:.3f} times the time"
+        f"{result['task']}: speedup {result['speedup']:.2f} ({len(runs)} repeats); "
+        f"{theirs_s:.1f} s by the harness' class, {ours_s:.1f} s ours; {result['questions']} "
+        f"questions, {requests}"
     )
+    print(f"  {bound.in_words(result)}")
+    print(f"  {difference}{result['verdicts_that_differ']} {verdicts} differ")
+    print(f"  {routers}, {result['router_overhead']:.3f} times the time")
+
+
+def parse_options() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = common.parser_of(__doc__)
+    common.add_clock(parser)
+    parser.add_argument(
+        "--data-dir", type=Path, help="use real questions from here, not the built-in ones"
+    )
+    parser.add_argument("--tasks", help="names, separated by commas")
+    common.add_model(parser, devices=True, dtypes=True)
+    parser.add_argument("--questions", type=int, help="questions per task with options")
+    parser.add_argument("--answers", type=int, help="questions per task with generated answers")
+    parser.add_argument("--answer-tokens", type=int, help="maximum tokens of a generated answer")
+    parser.add_argument(
+        "--batch-size", type=int, default=32, help="rows of a forward pass, for all ways"
+    )
+    parser.add_argument("--repeats", type=int)
+    return parser.parse_args()
+
+
+def choose_tasks(options: argparse.Namespace) -> Sequence[str]:
+    """Return the names of the tasks to measure."""
+    if options.tasks:
+        names: list[str] = options.tasks.split(",")
+        return names
+    if options.data_dir:
+        return REAL_TASKS
+    return TASKS
+
+
+def measure(
+    base: BaseModel, options: argparse.Namespace, sizes: dict[str, int]
+) -> list[dict[str, Any]]:
+    """Compare the ways on each task, and print each result as soon as it is there."""
+    clock = common.clock_of(options)
+    results = []
+    for name in choose_tasks(options):
+        result = compare(base, name, sizes, options.data_dir, clock)
+        report(result)
+        common.refuse_differences(base, f"answers of {name}", result["verdicts_that_differ"])
+        far_apart = result.get("far_apart", 0)
+        common.refuse_differences(base, f"log-probabilities of {name}", far_apart)
+        results.append(result)
+    return results
 
 
 def main() -> None:
     """Run the comparison and print it."""
-    parser = common.parser_of(__doc__)
-    common.add_clock(parser)
-    parser.add_argument("--data-dir", type=Path, help="real questions in place of built-in ones")
-    parser.add_argument("--tasks", help="comma list")
-    common.add_model(parser, devices=True, dtypes=True)
-    parser.add_argument("--questions", type=int, help="of each task with options")
-    parser.add_argument("--answers", type=int, help="of each task whose answers are generated")
-    parser.add_argument("--answer-tokens", type=int, help="of each of them")
-    parser.add_argument("--batch-size", type=int, default=32, help="rows a pass, both ways")
-    parser.add_argument("--repeats", type=int)
-    options = parser.parse_args()
-    sizes = common.sizes_of(options, QUICK, WHOLE) | {"batch_size": options.batch_size}
-    clock = common.clock_of(options)
+    options = parse_options()
+    sizes = common.sizes_of(options, QUICK, WHOLE)
+    sizes["batch_size"] = options.batch_size
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     base = common.base_of(options)
-    names = options.tasks.split(",") if options.tasks else REAL_TASKS if options.data_dir else TASKS
-    results = []
-    for name in names:
-        results.append(compare(base, name, sizes, options.data_dir, clock))
-        report(results[-1])
-        common.refuse_differences(base, f"answers of {name}", results[-1]["verdicts_that_differ"])
-        common.refuse_differences(
-            base, f"log-probabilities of {name}", results[-1].get("far_apart", 0)
-        )
-    figures = {
-        "speedup": {result["task"]: result["speedup"] for result in results},
-        "bound": {result["task"]: result["bound"] for result in results},
-        "overhead": {r["task"]: r["router_overhead"] for r in results if "largest_difference" in r},
-        "verdicts_that_differ": {r["task"]: r["verdicts_that_differ"] for r in results},
-        "repeats": sizes["repeats"],
-        "ours": OURS,
-        "theirs": THEIRS,
-        **common.describe_run(base, options),
-        "results": results,
+    results = measure(base, options, sizes)
+    with_options = [result for result in results if "largest_difference" in result]
+    figures: dict[str, Any] = {}
+    for key in ("speedup", "bound"):
+        figures[key] = {result["task"]: result[key] for result in results}
+    figures["overhead"] = {result["task"]: result["router_overhead"] for result in with_options}
+    figures["verdicts_that_differ"] = {
+        result["task"]: result["verdicts_that_differ"] for result in results
     }
+    figures |= {"repeats": sizes["repeats"], "ours": OURS, "theirs": THEIRS}
+    figures |= common.describe_run(base, options)
+    figures["results"] = results
     common.write_figures(options, figures)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import common
 import torch
 from common.search_rounds import make_search_rounds
-from evaluation import choices_of
+from evaluation import make_option_requests
 from search import routing
 from training import CONFIG, drawn_targets, pooled
 from transformers import AutoModelForCausalLM
@@ -93,7 +93,7 @@ def search_by_answers(base: BaseModel, sizes: Sizes, _: Path) -> Callable[[], No
 
 def evaluation_by_options(base: BaseModel, sizes: Sizes, _: Path) -> Callable[[], None]:
     """Score the options of all questions with the full path."""
-    requests = choices_of("builtin_facts", prompts_of(sizes["questions"]))
+    requests = make_option_requests("builtin_facts", prompts_of(sizes["questions"]))
 
     def run() -> None:
         lm = RoutedLM(base, batch_size=BLOCK)

@@ -1,30 +1,35 @@
-"""How much faster paths are evaluated together than one by one, and where the rest of time goes.
+"""Measure how much faster paths are evaluated together than one by one, and where our time goes.
 
-Ours: `Evaluator` on one block of questions, a few new paths of each in a round: shared prefixes,
-a shared beginning of all prompts, choices packed behind one context, answers judged as they come.
-Theirs: for every path a plain forward per choice (loglikelihood), or one greedy `generate`
-(letter, boxed), of a model whose layer list is the path, batch 1, nothing shared.
-Both evaluate paths that a tree search meets, in one run, and verdicts are compared; where there
-are many, theirs runs a sample of the same paths and times count by path. The bound is what layers
-and head would take that any exact method must run, at the batch at which they cost least.
+Ours is the `Evaluator` on one block of questions. In each round it gets a few new paths of every
+question. Paths share their prefixes, and prompts share their beginning. The options of a question
+stand behind one copy of its prompt, and an answer is graded while it is generated.
+
+Theirs is a plain model whose layer list is the path. It evaluates one path at a time and shares
+nothing: a forward pass for each option, or one greedy `generate` if the reward is letter or boxed.
+
+Both evaluate the same paths in one run, and their verdicts are compared. The paths are those that a
+tree search meets. If there are many paths, theirs evaluates a random sample of them. So all times
+are seconds per path. The bound is the time that any exact method needs, see `common.bound`.
 
     python benchmarks/search.py [--quick] [--json FILE] [--clock cpu] [--data-dir DIR]
-        [--device DEVICE] [--dtype DTYPE] [--model MODEL] [--questions N] [--paths N]
-        [--leaves N]
+        [--device DEVICE] [--dtype DTYPE] [--model MODEL] [--rewards NAMES] [--questions N]
+        [--paths N] [--leaves N] [--sample N] [--repeats N]
 
-With `--dtype bfloat16` the verdicts that differ are those that its rounding costs.
+With `--dtype bfloat16` some verdicts differ, and their number shows what its rounding changes.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import cProfile
+import itertools
 import pstats
 import random
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +47,7 @@ from drllm.models.routing.injection import LayerCall, LayerHandle
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.prefix_sharing import PrefixSharingDriver, pack_rows
-from drllm.paths import to_path
+from drllm.paths import Decisions, to_path
 from drllm.search.evaluator import Evaluator, Outcome, TokenizedPrompt
 from drllm.tasks.examples import Prompt
 from drllm.tasks.registry import get_task
@@ -53,63 +58,95 @@ REWARDS = {
     "letter": "builtin_facts",
     "boxed": "builtin_arithmetic",
 }
+"""The rewards that are measured, and the task that has the questions for each."""
 REAL_REWARDS = {**REWARDS, "loglikelihood": "arc_easy", "letter": "arc_easy"}
-"""With --data-dir."""
+"""The same with --data-dir."""
 
 QUICK = {"repeats": 1, "questions": 8, "paths": 3, "sample": 6}
 WHOLE = {"repeats": 3, "questions": 32, "paths": 50, "sample": 160}
+STATE_CACHE_GB = SearchConfig().state_cache_gb
 
 OURS = "Evaluator: all questions in step, prefixes and beginnings shared, choices packed"
 THEIRS = "one plain forward per choice, or one generate, for each path, batch 1"
 
 
-def block_of(task_name: str, reward: str, num: int, data_dir: Path | None) -> list[Prompt]:
-    """Return the prompts of questions of like length, as the blocks of a long search hold."""
+def choose_block(task_name: str, reward: str, num: int, data_dir: Path | None) -> list[Prompt]:
+    """Return the prompts of questions of similar length, as in one block of a long search."""
     task = get_task(task_name)
     prompts = [task.prompt(example, reward) for example in task.examples("search", data_dir)]
-    prompts.sort(key=lambda prompt: len(prompt.text) + sum(map(len, prompt.continuations)))
+    prompts.sort(key=count_characters)
     start = (len(prompts) - num) // 2
     return prompts[start : start + num]
 
 
-def listed(model: Any, decisions: tuple[int, ...]) -> Any:
-    """Return a plain model whose layer list is the path; weights are shared, not copied."""
+def count_characters(prompt: Prompt) -> int:
+    """Return the number of characters of a prompt and its options."""
+    return len(prompt.text) + sum(map(len, prompt.continuations))
+
+
+def build_plain_model(model: Any, decisions: Decisions) -> Any:
+    """Return a plain model whose layer list is the path. It shares the weights of the model."""
     plain = copy.copy(model)
     plain._modules = dict(model._modules)
     plain.model = copy.copy(model.model)
     plain.model._modules = dict(model.model._modules)
-    plain.config = plain.model.config = copy.deepcopy(model.config)
+    config = copy.deepcopy(model.config)
+    plain.config = config
+    plain.model.config = config
     layers = [copy.copy(model.model.layers[index]) for index in to_path(decisions)]
-    for index, layer in enumerate(layers):  # a cache slot per execution
+    for index, layer in enumerate(layers):
         layer._modules = dict(layer._modules)
         layer.self_attn = copy.copy(layer.self_attn)
-        layer.self_attn.layer_idx = index
+        layer.self_attn.layer_idx = index  # each execution has an entry of its own in the cache
     plain.model.layers = nn.ModuleList(layers)
-    plain.config.num_hidden_layers = len(layers)
+    config.num_hidden_layers = len(layers)
     return plain
 
 
-def one_by_one(model: Any, tokenizer: Any, prompt: Prompt, decisions: tuple[int, ...]) -> float:
+def evaluate_alone(base: BaseModel, prompt: Prompt, decisions: Decisions) -> float:
     """Return a path's reward the obvious way."""
-    plain = listed(model, decisions)
-    text = render(tokenizer, prompt.text, chat=prompt.chat)
-    context = encode(tokenizer, text)
-    if prompt.reward != "loglikelihood":
-        output = plain.generate(
-            torch.tensor([context], device=model.device),
-            attention_mask=torch.ones(1, len(context), dtype=torch.long, device=model.device),
-            max_new_tokens=prompt.max_new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        return grade(prompt, tokenizer.decode(output[0, len(context) :], skip_special_tokens=True))
+    model = build_plain_model(base.model, decisions)
+    text = render(base.tokenizer, prompt.text, chat=prompt.chat)
+    if prompt.reward == "loglikelihood":
+        return score_options_alone(model, base.tokenizer, prompt, text)
+    return generate_alone(model, base.tokenizer, prompt, text)
+
+
+def generate_alone(model: Any, tokenizer: Any, prompt: Prompt, text: str) -> float:
+    """Generate an answer to a rendered prompt, and return its grade."""
+    tokens = encode(tokenizer, text)
+    output = model.generate(
+        torch.tensor([tokens], device=model.device),
+        attention_mask=torch.ones(1, len(tokens), dtype=torch.long, device=model.device),
+        max_new_tokens=prompt.max_new_tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    answer = tokenizer.decode(output[0, len(tokens) :], skip_special_tokens=True)
+    return grade(prompt, answer)
+
+
+def score_options_alone(model: Any, tokenizer: Any, prompt: Prompt, text: str) -> float:
+    """Score each option of a rendered prompt in a forward pass of its own; return the reward."""
+    num_context = len(encode(tokenizer, text))
     sums = []
-    for continuation in prompt.continuations:
-        row = encode(tokenizer, text + continuation)
+    for option in prompt.continuations:
+        row = encode(tokenizer, text + option)
         ids = torch.tensor([row], device=model.device)
-        logprobs = plain(ids, use_cache=False).logits[0].float().log_softmax(-1)
-        sums.append(sum(float(logprobs[i - 1, row[i]]) for i in range(len(context), len(row))))
-    return score_choices(sums, prompt)[0]
+        logprobs = model(ids, use_cache=False).logits[0].float().log_softmax(-1)
+        places = range(num_context, len(row))
+        sums.append(sum(float(logprobs[place - 1, row[place]]) for place in places))
+    reward, _ = score_choices(sums, prompt)
+    return reward
+
+
+def run_alone(
+    base: BaseModel, prompts: Sequence[Prompt], pairs: Sequence[Pair], clock: common.Clock
+) -> tuple[float, list[float]]:
+    """Evaluate paths the obvious way; return the seconds per path, and the rewards."""
+    started = clock()
+    rewards = [evaluate_alone(base, prompts[place], decisions) for place, decisions in pairs]
+    return (clock() - started) / len(rewards), rewards
 
 
 @contextmanager
@@ -122,119 +159,239 @@ def routing(base: BaseModel) -> Iterator[RoutedModel]:
         routed.detach()
 
 
-def together(
-    evaluator: Evaluator, rounds: Rounds, clock: common.Clock, margins: bool = False
-) -> tuple[float, float, dict[Pair, Outcome]]:
-    """Evaluate all rounds our way; return what came out, after the time a path and of its margin.
+@dataclass
+class RoundsResult:
+    """The outcomes of all rounds evaluated our way, and the seconds for all of them."""
 
-    Margins of generated answers are taken as a search does: of wrong ones in their round, of right
-    ones in the end. What is run for margins isn't counted.
+    outcomes: dict[Pair, Outcome] = field(default_factory=dict)
+    verdict_seconds: float = 0.0
+    margin_seconds: float = 0.0
+
+
+def evaluate_rounds(
+    evaluator: Evaluator, rounds: Rounds, clock: common.Clock, with_margins: bool = False
+) -> RoundsResult:
+    """Evaluate all rounds our way.
+
+    With margins, the margins of generated answers are added as in a search: those of wrong answers
+    after each round, and those of right answers after the last round.
     """
-    found: dict[Pair, Outcome] = {}
-    times = {"verdicts": 0.0, "margins": 0.0}
-
-    def timed(what: str, run: Callable[[], list[Outcome]]) -> list[Outcome]:
-        run_before, started = evaluator.states.tokens_run, clock()
-        outcomes = run()
-        times[what] += clock() - started
-        if what == "margins":
-            evaluator.states.tokens_run = run_before
-        return outcomes
-
+    result = RoundsResult()
     for pairs in rounds:
-        outcomes = timed("verdicts", partial(evaluator.evaluate, pairs))
-        if margins:
-            early = partial(evaluator.with_margins, pairs, outcomes, wrong_only=True)
-            outcomes = timed("margins", early)
-        found.update(zip(pairs, outcomes, strict=True))
-    if margins:
-        completed = timed("margins", partial(evaluator.with_margins, [*found], [*found.values()]))
-        found = dict(zip(found, completed, strict=True))
-    return times["verdicts"] / len(found), times["margins"] / len(found), found
-
-
-def parts_of_the_time(
-    base: BaseModel, prompts: Sequence[Prompt], rounds: Rounds, clock: common.Clock
-) -> dict[str, float]:
-    """Return which share of our time each part of the work takes, under a profiler.
-
-    The profiler makes what is written in Python look slower than it is.
-    """
-    head_seconds, started = 0.0, 0.0
-
-    def before(*_: Any) -> None:
-        nonlocal started
         started = clock()
+        outcomes = evaluator.evaluate(pairs)
+        result.verdict_seconds += clock() - started
+        result.outcomes.update(zip(pairs, outcomes, strict=True))
+        if with_margins:
+            add_margins(evaluator, result, pairs, clock, wrong_only=True)
+    if with_margins:
+        add_margins(evaluator, result, list(result.outcomes), clock, wrong_only=False)
+    return result
 
-    def after(*_: Any) -> None:
-        nonlocal head_seconds
-        head_seconds += clock() - started
 
-    profile = cProfile.Profile(clock)
-    head = base.model.get_output_embeddings()
-    hooks = [head.register_forward_pre_hook(before), head.register_forward_hook(after)]
+def add_margins(
+    evaluator: Evaluator,
+    result: RoundsResult,
+    pairs: Sequence[Pair],
+    clock: common.Clock,
+    wrong_only: bool,
+) -> None:
+    """Add the margins of some pairs to a result. What this runs isn't counted as executions."""
+    outcomes = [result.outcomes[pair] for pair in pairs]
+    tokens_run = evaluator.states.tokens_run
+    started = clock()
+    outcomes = evaluator.with_margins(pairs, outcomes, wrong_only=wrong_only)
+    result.margin_seconds += clock() - started
+    evaluator.states.tokens_run = tokens_run
+    result.outcomes.update(zip(pairs, outcomes, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class TogetherRun:
+    """One evaluation of all rounds our way. Times are in seconds per path."""
+
+    seconds: float  # for the verdicts, including the making of the evaluator
+    margin_seconds: float
+    outcomes: dict[Pair, Outcome]
+    prompts: list[TokenizedPrompt]
+    executions: dict[str, float]  # see `count_executions`
+
+
+def run_together(
+    base: BaseModel, prompts: Sequence[Prompt], rounds: Rounds, clock: common.Clock
+) -> TogetherRun:
+    """Evaluate all rounds our way, with margins."""
     with routing(base) as routed:
-        profile.enable()
-        evaluator = Evaluator(routed, prompts, SearchConfig().state_cache_gb)
-        together(evaluator, rounds, clock)
-        profile.disable()
-    for hook in hooks:
-        hook.remove()
-    stats: Any = pstats.Stats(profile)
-    total = stats.total_tt
-
-    def within(function: Any, caller: Any = None) -> float:
-        *_, cumulative, callers = stats.stats.get(key_of(function), (0, 0, 0, 0.0, {}))
-        return callers.get(key_of(caller), [0.0])[-1] if caller else cumulative
-
-    reading = within(PrefixSharingDriver.layer)
-    parts = {
-        "layers, prompts": within(LayerCall.run, PrefixSharingDriver._run_layer),
-        "head": head_seconds,
-        "handling states": reading,
-        "cache to generate from": within(PrefixSharingDriver.routed_cache),
-        "layers, decoding": within(LayerHandle.forward) - reading,
-        "scoring": within(ChoiceBatch._score_logits),
-        "rows and masks, once": within(pack_rows),
-    }
-    parts["handling states"] -= parts["layers, prompts"]
-    shares = {name: seconds / total for name, seconds in parts.items()}
-    return {**shares, "the rest": 1 - sum(shares.values())}
+        started = clock()
+        evaluator = Evaluator(routed, prompts, STATE_CACHE_GB)
+        making_seconds = clock() - started
+        result = evaluate_rounds(evaluator, rounds, clock, with_margins=True)
+        executions = count_executions(evaluator, rounds)
+        evaluator.forget()
+    num_paths = len(result.outcomes)
+    return TogetherRun(
+        seconds=(result.verdict_seconds + making_seconds) / num_paths,
+        margin_seconds=result.margin_seconds / num_paths,
+        outcomes=result.outcomes,
+        prompts=evaluator.prompts,
+        executions=executions,
+    )
 
 
-def key_of(function: Any) -> tuple[str, int, str]:
-    """Return the name by which pstats knows a function."""
-    code = function.__code__
-    return code.co_filename, code.co_firstlineno, code.co_name
+def time_with_kl(
+    base: BaseModel, prompts: Sequence[Prompt], rounds: Rounds, clock: common.Clock
+) -> float:
+    """Return the seconds per path if each path's KL from the full path is measured too."""
+    with routing(base) as routed:
+        evaluator = Evaluator(routed, prompts, STATE_CACHE_GB, kl=True)
+        result = evaluate_rounds(evaluator, rounds, clock)
+    return result.verdict_seconds / len(result.outcomes)
 
 
-def num_tokens(prompt: TokenizedPrompt) -> int:
-    """Return how many tokens the model reads of a prompt and the options that it scores."""
-    options = prompt.continuations if prompt.prompt.continuations else []
-    return len(prompt.tokens) + sum(len(option) - 1 for option in options)
+def count_executions(evaluator: Evaluator, rounds: Rounds) -> dict[str, float]:
+    """Return executions of a whole prompt per path.
 
-
-def executions(evaluator: Evaluator, prompts: Sequence[Prompt], rounds: Rounds) -> dict[str, float]:
-    """Return executions a path: asked, distinct, and run, in executions of a whole prompt."""
-    pairs = [pair for each in rounds for pair in each]
-    tried = [[d for place, d in pairs if place == question] for question in range(len(prompts))]
-    tokens = statistics.mean(num_tokens(prompt) for prompt in evaluator.prompts)
+    `run` were run, `asked` would be run if nothing were shared, and `perfect_sharer` would be run
+    if every state of every question were computed once.
+    """
+    pairs = list(itertools.chain.from_iterable(rounds))
+    paths: list[list[Decisions]] = [[] for _ in evaluator.prompts]
+    for place, decisions in pairs:
+        paths[place].append(decisions)
+    num_tokens = statistics.mean(count_tokens(prompt) for prompt in evaluator.prompts)
     return {
-        "run": evaluator.states.tokens_run / tokens / len(pairs),
-        "perfect_sharer": sum(map(distinct_executions, tried)) / len(pairs),
+        "run": evaluator.states.tokens_run / num_tokens / len(pairs),
+        "perfect_sharer": sum(map(distinct_executions, paths)) / len(pairs),
         "asked": sum(sum(decisions) for _, decisions in pairs) / len(pairs),
     }
 
 
-def bound_of(
-    base: BaseModel, evaluator: Evaluator, found: dict[Pair, Outcome], clock: common.Clock
-) -> float:
-    """Return the seconds a path that a method needs which shares all that can be (see `bound`)."""
-    tokenized = evaluator.prompts
-    after = [num_tokens(prompt) - len(prompt.tokens) for prompt in tokenized]
-    answers = {pair: outcome.tokens for pair, outcome in found.items()}
-    prompts = [prompt.tokens for prompt in tokenized]
-    return bound.seconds_to_search(base, prompts, after, answers, clock) / len(found)
+def count_tokens(prompt: TokenizedPrompt) -> int:
+    """Return how many tokens the model reads for a prompt and the options that are scored."""
+    return len(prompt.tokens) + count_option_tokens(prompt)
+
+
+def count_option_tokens(prompt: TokenizedPrompt) -> int:
+    """Return how many tokens of options are read. The last token of an option isn't read."""
+    if not prompt.prompt.continuations:  # an answer is generated
+        return 0
+    return sum(len(option) - 1 for option in prompt.continuations)
+
+
+def find_bound(base: BaseModel, run: TogetherRun, clock: common.Clock) -> float:
+    """Return the seconds per path of a method that shares everything that can be shared."""
+    prompts = [prompt.tokens for prompt in run.prompts]
+    num_after = [count_option_tokens(prompt) for prompt in run.prompts]
+    answers = {pair: outcome.tokens for pair, outcome in run.outcomes.items()}
+    seconds = bound.seconds_to_search(base, prompts, num_after, answers, clock)
+    return seconds / len(run.outcomes)
+
+
+class ModuleTimer:
+    """Adds up the seconds of a module's forward passes, by hooks."""
+
+    def __init__(self, module: nn.Module, clock: common.Clock) -> None:
+        self.seconds = 0.0
+        self._clock = clock
+        self._started = 0.0
+        self._hooks = [
+            module.register_forward_pre_hook(self._before),
+            module.register_forward_hook(self._after),
+        ]
+
+    def _before(self, *_: Any) -> None:
+        self._started = self._clock()
+
+    def _after(self, *_: Any) -> None:
+        self.seconds += self._clock() - self._started
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+class Profile:
+    """The times that a profiler has recorded."""
+
+    def __init__(self, profile: cProfile.Profile) -> None:
+        self._stats: Any = pstats.Stats(profile)
+
+    @property
+    def total_seconds(self) -> float:
+        """The seconds of everything that was recorded."""
+        return float(self._stats.total_tt)
+
+    def seconds_in(self, function: Any) -> float:
+        """Return the seconds in a function and in everything that it calls."""
+        _, _, _, seconds, _ = self._read(function)
+        return float(seconds)
+
+    def seconds_from(self, caller: Any, function: Any) -> float:
+        """Return the seconds in a function where it was called by one caller."""
+        *_, callers = self._read(function)
+        if self._key(caller) not in callers:
+            return 0.0
+        return float(callers[self._key(caller)][-1])
+
+    def _read(self, function: Any) -> Any:
+        """Return what pstats knows of a function; its cumulative time and its callers are last."""
+        return self._stats.stats.get(self._key(function), (0, 0, 0, 0.0, {}))
+
+    @staticmethod
+    def _key(function: Any) -> tuple[str, int, str]:
+        """Return the name by which pstats knows a function."""
+        code = function.__code__
+        return code.co_filename, code.co_firstlineno, code.co_name
+
+
+def measure_parts(
+    base: BaseModel, prompts: Sequence[Prompt], rounds: Rounds, clock: common.Clock
+) -> dict[str, float]:
+    """Return which share of our time each part of the work takes, under a profiler.
+
+    The profiler slows Python down more than it slows tensor operations down. So the shares of parts
+    that run much Python are too large.
+    """
+    profiler = cProfile.Profile(clock)
+    head = ModuleTimer(base.model.get_output_embeddings(), clock)
+    with routing(base) as routed:
+        profiler.enable()
+        evaluator = Evaluator(routed, prompts, STATE_CACHE_GB)
+        evaluate_rounds(evaluator, rounds, clock)
+        profiler.disable()
+    head.remove()
+    profile = Profile(profiler)
+    reading = profile.seconds_in(PrefixSharingDriver.layer)
+    layers = profile.seconds_from(PrefixSharingDriver._run_layer, LayerCall.run)
+    seconds = {
+        "layers, prompts": layers,
+        "head": head.seconds,
+        "handling states": reading - layers,
+        "cache to generate from": profile.seconds_in(PrefixSharingDriver.routed_cache),
+        "layers, decoding": profile.seconds_in(LayerHandle.forward) - reading,
+        "scoring": profile.seconds_in(ChoiceBatch._score_logits),
+        "rows and masks, once": profile.seconds_in(pack_rows),
+    }
+    shares = {name: part / profile.total_seconds for name, part in seconds.items()}
+    shares["the rest"] = 1 - sum(shares.values())
+    return shares
+
+
+@dataclass
+class Verdicts:
+    """Counts of verdicts that both ways reached."""
+
+    num_compared: int = 0
+    num_different: int = 0
+    num_right: float = 0.0  # a sum of rewards, since an answer may be right in part
+
+    def add(self, ours: Sequence[float], theirs: Sequence[float]) -> None:
+        """Count the rewards of the same paths."""
+        self.num_compared += len(theirs)
+        self.num_right += sum(theirs)
+        for our_reward, their_reward in zip(ours, theirs, strict=True):
+            self.num_different += our_reward != their_reward
 
 
 def compare(
@@ -247,127 +404,129 @@ def compare(
 ) -> dict[str, Any]:
     """Time both ways on one block of questions, and count the verdicts on which they differ."""
     rounds = make_search_rounds(base.num_layers, len(prompts), sizes["paths"], leaves)
-    everything = [pair for pairs in rounds for pair in pairs]
+    pairs = list(itertools.chain.from_iterable(rounds))
     rng = random.Random(0)
     runs: list[dict[str, float]] = []
-    differ, right, sampled = 0, 0.0, 0
-    state_cache_gb = SearchConfig().state_cache_gb
+    verdicts = Verdicts()
+    kl_overhead = 0.0
     for repeat in range(sizes["repeats"]):
-        sample = rng.sample(everything, min(sizes["sample"], len(everything)))
-
-        def slowly() -> tuple[float, list[float]]:
-            started = clock()
-            rewards = [
-                one_by_one(base.model, base.tokenizer, prompts[place], decisions)
-                for place, decisions in sample  # noqa: B023 (called before the next repeat)
-            ]
-            return (clock() - started) / len(rewards), rewards
-
-        if repeat % 2 == 0:  # take turns, so that neither way always finds the machine warm
-            theirs, rewards = slowly()
-        with routing(base) as routed:
-            started = clock()
-            evaluator = Evaluator(routed, prompts, state_cache_gb)
-            making = (clock() - started) / len(everything)
-            ours, margins, found = together(evaluator, rounds, clock, margins=True)
-            shares = executions(evaluator, prompts, rounds)
-            evaluator.forget()
-            if repeat == 0:
-                with_kl = Evaluator(routed, prompts, state_cache_gb, kl=True)
-                kl, *_ = together(with_kl, rounds, clock)
-                first = ours + making
-        if repeat % 2 == 1:
-            theirs, rewards = slowly()
-        run = {"theirs_s": theirs, "ours_s": ours + making, "margins_s": margins}
-        runs.append({**run, "bound_s": bound_of(base, evaluator, found, clock)})
-        differ += sum(
-            found[pair].reward != value for pair, value in zip(sample, rewards, strict=True)
-        )
-        right, sampled = right + sum(rewards), sampled + len(rewards)
+        sample = rng.sample(pairs, min(sizes["sample"], len(pairs)))
+        # The ways take turns to be first, so that neither always finds the machine warm.
+        theirs_first = repeat % 2 == 0
+        if theirs_first:
+            theirs_seconds, rewards = run_alone(base, prompts, sample, clock)
+        ours = run_together(base, prompts, rounds, clock)
+        if repeat == 0:
+            kl_overhead = time_with_kl(base, prompts, rounds, clock) / ours.seconds
+        if not theirs_first:
+            theirs_seconds, rewards = run_alone(base, prompts, sample, clock)
+        run = {
+            "theirs_s": theirs_seconds,
+            "ours_s": ours.seconds,
+            "margins_s": ours.margin_seconds,
+            "bound_s": find_bound(base, ours, clock),
+        }
+        runs.append(run)
+        verdicts.add([ours.outcomes[pair].reward for pair in sample], rewards)
+    max_new_tokens = None if reward == "loglikelihood" else prompts[0].max_new_tokens
+    profiled_rounds = rounds[: max(2, len(rounds) // 4)]
     return {
         "reward": reward,
         "questions": len(prompts),
-        "paths": len(everything),
-        "max_new_tokens": None if reward == "loglikelihood" else prompts[0].max_new_tokens,
+        "paths": len(pairs),
+        "max_new_tokens": max_new_tokens,
         "speedup": statistics.median(run["theirs_s"] / run["ours_s"] for run in runs),
         "bound": statistics.median(run["theirs_s"] / run["bound_s"] for run in runs),
         "runs": runs,
-        "verdicts_compared": sampled,
-        "verdicts_that_differ": differ,
-        "share_right": right / sampled,
-        "executions_a_path": shares,
-        "kl_overhead": kl / first,
-        "parts": parts_of_the_time(base, prompts, rounds[: max(2, len(rounds) // 4)], clock),
+        "verdicts_compared": verdicts.num_compared,
+        "verdicts_that_differ": verdicts.num_different,
+        "share_right": verdicts.num_right / verdicts.num_compared,
+        "executions_a_path": ours.executions,
+        "kl_overhead": kl_overhead,
+        "parts": measure_parts(base, prompts, profiled_rounds, clock),
     }
 
 
 def report(result: dict[str, Any]) -> None:
-    """Print what was found about one reward."""
-    shares = result["executions_a_path"]
-    theirs, ours, margins = (
-        statistics.median(run[name] for run in result["runs"])
-        for name in ("theirs_s", "ours_s", "margins_s")
+    """Print the result of one reward."""
+    runs = result["runs"]
+    theirs_ms = 1e3 * statistics.median(run["theirs_s"] for run in runs)
+    ours_ms = 1e3 * statistics.median(run["ours_s"] for run in runs)
+    margins_ms = 1e3 * statistics.median(run["margins_s"] for run in runs)
+    executions = result["executions_a_path"]
+    parts = [f"{name} {share:.0%}" for name, share in result["parts"].items()]
+    print(
+        f"{result['reward']}: speedup {result['speedup']:.2f} ({len(runs)} repeats); "
+        f"{theirs_ms:.0f} ms a path one by one, {ours_ms:.0f} ms ours "
+        f"({margins_ms:.0f} ms more for the margins of answers); "
+        f"{result['questions']} questions, {result['paths']} paths"
+    )
+    print(f"  {bound.in_words(result)}")
+    print(
+        f"  verdicts: {result['verdicts_that_differ']} of {result['verdicts_compared']} differ, "
+        f"{result['share_right']:.0%} are right"
     )
     print(
-        f"{result['reward']}: speedup {result['speedup']:.2f} ({len(result['runs'])} repeats); "
-        f"{theirs * 1e3:.0f} ms a path one by one, {ours * 1e3:.0f} ms ours "
-        f"({margins * 1e3:.0f} ms more for the margins of answers); "
-        f"{result['questions']} questions, {result['paths']} paths\n"
-        f"  {bound.in_words(result)}\n"
-        f"  verdicts: {result['verdicts_that_differ']} of {result['verdicts_compared']} differ, "
-        f"{result['share_right']:.0%} are right\n"
-        f"  executions of a whole prompt, by path: {shares['run']:.1f} run, "
-        f"{shares['perfect_sharer']:.1f} if each state of each question were run once, "
-        f"{shares['asked']:.1f} asked\n"
-        f"  with KL=True {result['kl_overhead']:.2f} times the time\n"
-        f"  where ours goes: "
-        + ", ".join(f"{name} {share:.0%}" for name, share in result["parts"].items())
+        f"  executions of a whole prompt per path: {executions['run']:.1f} run, "
+        f"{executions['perfect_sharer']:.1f} if every state of every question were run once, "
+        f"{executions['asked']:.1f} if nothing were shared"
     )
+    print(f"  with KL {result['kl_overhead']:.2f} times the time")
+    print(f"  our time: {', '.join(parts)}")
+
+
+def parse_options() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = common.parser_of(__doc__)
+    common.add_clock(parser)
+    parser.add_argument(
+        "--data-dir", type=Path, help="use real ARC questions from here, not the built-in ones"
+    )
+    common.add_model(parser, devices=True, dtypes=True)
+    parser.add_argument("--rewards", default=",".join(REWARDS), help="separated by commas")
+    parser.add_argument("--questions", type=int, help="searched in step, as with --block-size")
+    parser.add_argument("--paths", type=int, help="paths per question")
+    parser.add_argument(
+        "--leaves", type=int, default=LEAVES, help="new paths per question and round"
+    )
+    parser.add_argument("--sample", type=int, help="paths that are also evaluated one by one")
+    parser.add_argument("--repeats", type=int)
+    options = parser.parse_args()
+    unknown = set(options.rewards.split(",")) - set(REWARDS)
+    if unknown:
+        parser.error(f"--rewards takes {', '.join(REWARDS)}; not {', '.join(sorted(unknown))}")
+    return options
+
+
+def measure(
+    base: BaseModel, options: argparse.Namespace, sizes: dict[str, int]
+) -> list[dict[str, Any]]:
+    """Compare both ways under each reward, and print each result as soon as it is there."""
+    clock = common.clock_of(options)
+    tasks = REAL_REWARDS if options.data_dir else REWARDS
+    results = []
+    for reward in options.rewards.split(","):
+        prompts = choose_block(tasks[reward], reward, sizes["questions"], options.data_dir)
+        result = compare(base, reward, prompts, sizes, clock, options.leaves)
+        report(result)
+        common.refuse_differences(base, f"verdicts of {reward}", result["verdicts_that_differ"])
+        results.append(result)
+    return results
 
 
 def main() -> None:
     """Run the comparison and print it."""
-    parser = common.parser_of(__doc__)
-    common.add_clock(parser)
-    parser.add_argument(
-        "--data-dir", type=Path, help="real ARC questions in place of built-in ones"
-    )
-    common.add_model(parser, devices=True, dtypes=True)
-    parser.add_argument("--rewards", default=",".join(REWARDS), help="comma list")
-    parser.add_argument("--questions", type=int, help="searched in step, as --block-size")
-    parser.add_argument("--paths", type=int, help="of each question")
-    parser.add_argument("--leaves", type=int, default=LEAVES, help="of a question, a round")
-    parser.add_argument("--sample", type=int, help="paths that are also run one by one")
-    parser.add_argument("--repeats", type=int)
-    options = parser.parse_args()
+    options = parse_options()
     sizes = common.sizes_of(options, QUICK, WHOLE)
-    if unknown := set(options.rewards.split(",")) - set(REWARDS):
-        parser.error(f"--rewards takes {', '.join(REWARDS)}; not {', '.join(sorted(unknown))}")
     base = common.base_of(options)
-    clock = common.clock_of(options)
-    tasks = REAL_REWARDS if options.data_dir else REWARDS
-    results = []
     with torch.no_grad():
-        for reward in options.rewards.split(","):
-            prompts = block_of(tasks[reward], reward, sizes["questions"], options.data_dir)
-            results.append(compare(base, reward, prompts, sizes, clock, options.leaves))
-            report(results[-1])
-            differ = results[-1]["verdicts_that_differ"]
-            common.refuse_differences(base, f"verdicts of {reward}", differ)
-    by_reward = {result["reward"]: result for result in results}
-    figures = {
-        "speedup": {reward: result["speedup"] for reward, result in by_reward.items()},
-        "bound": {reward: result["bound"] for reward, result in by_reward.items()},
-        "kl_overhead": {r: result["kl_overhead"] for r, result in by_reward.items()},
-        "verdicts_that_differ": {
-            reward: result["verdicts_that_differ"] for reward, result in by_reward.items()
-        },
-        "repeats": sizes["repeats"],
-        "ours": OURS,
-        "theirs": THEIRS,
-        **common.describe_run(base, options),
-        "results": results,
-    }
+        results = measure(base, options, sizes)
+    figures: dict[str, Any] = {}
+    for key in ("speedup", "bound", "kl_overhead", "verdicts_that_differ"):
+        figures[key] = {result["reward"]: result[key] for result in results}
+    figures |= {"repeats": sizes["repeats"], "ours": OURS, "theirs": THEIRS}
+    figures |= common.describe_run(base, options)
+    figures["results"] = results
     common.write_figures(options, figures)
 
 

@@ -320,10 +320,11 @@ def test_the_driver_is_measured_on_batches_that_are_ready_made(benchmark, tmp_pa
     driver, config = benchmark("driver"), SearchConfig()
     questions = driver.collect_questions([driver.ManyQuestions(40)], config)
     batches = driver.split_into_batches(questions, config.block_size)
-    ready = driver.ReadyMade({each.number: driver.ready_made(each.questions) for each in batches})
-    assert len(driver.run_search(ready, questions, config, tmp_path, driver.Clock())) == 40
+    results = {batch.number: driver.make_records(batch.questions) for batch in batches}
+    executor = driver.ReadyExecutor(results)
+    assert len(driver.run_search(executor, questions, config, tmp_path, driver.BatchClock())) == 40
     assert {len(question.retests) for question in questions} == {4}
-    assert driver.ReadyMadeWorker().load(ModelConfig(), 1, 1)[0] == driver.IDENTITY
+    assert driver.ReadyWorker().load(ModelConfig(), 1, 1)[0] == driver.IDENTITY
 
 
 @pytest.mark.thorough
