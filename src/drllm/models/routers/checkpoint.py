@@ -29,7 +29,7 @@ from drllm.models.routers.places import CONFIG_FILE
 from drllm.models.routers.stack import NUM_DECISIONS, RouterStack
 from drllm.records.identity import differ
 
-COUNTED_CONTENT = b'{"library_name": "drllm"}\n'
+COUNTED_CONTENT = b'{"library_name": "drllm"}\n'  # of `COUNTED_FILE`
 PICKLES = (b"PK\x03\x04", b"\x80")  # the first bytes of files by torch.save and by pickle
 BASE_FIELDS = ("base_class", "num_layers", "hidden_size", "base_fingerprint")
 """The fields of a config that must fit the base model."""
@@ -57,7 +57,8 @@ def save_routers(
             written, or it has a README.md or config.json that doesn't belong to routers.
     """
     folder = Path(folder)
-    config = config or routers.config
+    if config is None:
+        config = routers.config
     _check_foreign_files(folder)
     tensors = {
         name: weight.detach().cpu().contiguous() for name, weight in routers.state_dict().items()
@@ -65,7 +66,7 @@ def save_routers(
     problem = _find_misfit(tensors, config)
     if problem is not None:
         raise CheckpointError(f"these routers can't be saved: {problem}")
-    # One note only: safetensors writes several in an order that varies from run to run.
+    # Only one note: safetensors writes several notes in an order that varies from run to run.
     notes = {"num_windows": str(config.num_windows)}
     files = {
         WEIGHTS_FILE: to_safetensors(tensors, notes),
@@ -94,12 +95,13 @@ def _check_foreign_files(folder: Path) -> None:
     card = folder / CARD_FILE
     if card.is_file() and MARK not in card.read_text(encoding="utf-8", errors="replace"):
         raise CheckpointError(
-            f"{card} isn't a card of routers and would be replaced by one; save to a folder of "
+            f"{card} isn't a card of routers and would be replaced; save routers to a folder of "
             f"their own, or move it away"
         )
 
 
 def _encode_config(config: RouterConfig) -> bytes:
+    """Return the content of `router_config.json`."""
     values = {"format_version": FORMAT_VERSION, **dataclasses.asdict(config)}
     try:
         text = json.dumps(values, indent=2, allow_nan=False)
@@ -122,7 +124,7 @@ def _replace_files(folder: Path, files: Mapping[str, bytes]) -> None:
     mark = uuid.uuid4().hex
     for name in names:
         if (folder / name).is_dir():
-            raise IsADirectoryError(0, f"{name} in it is a folder")
+            raise IsADirectoryError(0, f"{name} in it is a folder")  # `save_routers` words it
     with ExitStack() as undo:
         for name in names:
             new = folder / f".{name}.{mark}.new"
@@ -140,6 +142,7 @@ def _replace_files(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def _write_to_disk(path: Path, content: bytes) -> None:
+    """Write a new file, and wait until it is on disk."""
     with path.open("xb") as file:
         file.write(content)
         file.flush()
@@ -223,19 +226,27 @@ def _find_misfit(tensors: Mapping[str, Tensor], config: RouterConfig) -> str | N
         "decision_weight": [L, NUM_DECISIONS, H],
         "decision_bias": [L, NUM_DECISIONS],
     }
-    for name in sorted(tensors.keys() - shapes.keys()):
-        return unknown_name("tensor", name, shapes)
+    unknown = sorted(tensors.keys() - shapes.keys())
+    if unknown:
+        return unknown_name("tensor", unknown[0], shapes)
     for name, shape in shapes.items():
         if name not in tensors:
             return f"lacks the tensor {name!r}; train the routers again"
-        tensor = tensors[name]
-        if list(tensor.shape) != shape:
-            return f"{name!r} has shape {list(tensor.shape)}, {CONFIG_FILE} asks for {shape}"
-        if tensor.dtype != torch.float32:
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            return f"{name!r} has dtype {dtype}, expected float32; save routers.float() instead"
-        if not torch.isfinite(tensor).all():
-            return f"{name!r} holds NaN or infinity; train again"
+        problem = _find_problem(name, tensors[name], shape)
+        if problem is not None:
+            return problem
+    return None
+
+
+def _find_problem(name: str, tensor: Tensor, shape: list[int]) -> str | None:
+    """Say what is wrong with a tensor; return None if it is finite float32 of the shape."""
+    if list(tensor.shape) != shape:
+        return f"{name!r} has shape {list(tensor.shape)}, {CONFIG_FILE} asks for {shape}"
+    if tensor.dtype != torch.float32:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        return f"{name!r} has dtype {dtype}, expected float32; save routers.float() instead"
+    if not torch.isfinite(tensor).all():
+        return f"{name!r} holds NaN or infinity; train again"
     return None
 
 
@@ -247,22 +258,29 @@ def check_routers(model: Any, routers: RouterStack) -> None:
     config = routers.config
     differences = _compare_base(config, describe(model))
     if differences:
+        expected = config.base_model or "another model"
         raise CheckpointError(
-            f"these routers were trained for {config.base_model or 'another model'} with "
+            f"these routers were trained for {expected} with "
             f"{', and with '.join(differences)}; load the model they belong to, or train routers "
             f"for this one"
         )
     name = getattr(unwrap_peft(model), "name_or_path", "")
     if config.base_model and name and config.base_model != name:
-        same = "the weights are the same" if config.base_fingerprint else "they have no fingerprint"
+        weights = "they have no fingerprint, so the weights may differ"
+        if config.base_fingerprint:
+            weights = "the weights are the same"
         warnings.warn(
-            f"the routers name {config.base_model!r} as their base, the model is {name!r}; {same}",
-            stacklevel=3,
+            f"the routers name {config.base_model!r} as their base, the model is {name!r}; "
+            f"{weights}",
+            stacklevel=3,  # the caller of `RoutedModel`
         )
 
 
 def _compare_base(config: RouterConfig, identity: Mapping[str, Any]) -> list[str]:
-    """List how a model differs from the base model that a config describes."""
+    """List how a model differs from the base model that a config describes.
+
+    `identity` is what `describe` returns for the model.
+    """
     differences = []
     for field in BASE_FIELDS:
         expected = getattr(config, field)
@@ -273,7 +291,10 @@ def _compare_base(config: RouterConfig, identity: Mapping[str, Any]) -> list[str
 
 
 def complete_config(config: RouterConfig, model: Any) -> RouterConfig:
-    """Return a config in which the missing facts about the base model are filled in."""
+    """Return a config with everything that it may record about the base model.
+
+    What the config records already stays.
+    """
     identity = describe(model)
     if not config.base_model:
         base = unwrap_peft(model)

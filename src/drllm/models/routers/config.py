@@ -37,10 +37,10 @@ class RouterConfig:
         base_model: Hub id, alias or path of the base model.
         base_revision: Revision of the base model, if known.
         base_class: Class name of the base model.
-        base_fingerprint: Hash over three named weight tensors of the base model.
+        base_fingerprint: The `fingerprint` of the base model's weights; empty if unknown.
         label_counts: `[L][3]`: how often each decision was the target at each layer in training;
             empty if the routers weren't trained on targets.
-        training: Settings and final metrics, for people to read. The code reads only two keys:
+        training: Settings and final metrics, for the model card. Only two keys are used otherwise:
             `rewards` and `prompt_form`, the rewards and the form of the training's prompts.
 
     Raises:
@@ -59,6 +59,7 @@ class RouterConfig:
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        """Check and convert every value, such as a list to a tuple."""
         for name, kind in typing.get_type_hints(type(self), include_extras=True).items():
             value = getattr(self, name)
             try:
@@ -66,9 +67,13 @@ class RouterConfig:
             except msgspec.ValidationError as error:
                 message = f"{name!r}: {describe_invalid(error)}; it is {reprlib.repr(value)}"
                 raise ConfigError(message) from error
-            object.__setattr__(self, name, converted)
-        if len(self.label_counts) not in (0, self.num_layers):
-            raise ConfigError("'label_counts' isn't num_layers rows of 3 counts")
+            object.__setattr__(self, name, converted)  # the dataclass is frozen
+        num_rows = len(self.label_counts)
+        if num_rows not in (0, self.num_layers):
+            raise ConfigError(
+                f"'label_counts' has {num_rows} of {self.num_layers} rows; give a row for each "
+                f"layer, or none"
+            )
 
     @classmethod
     def from_pretrained(cls, routers: Path | str, **options: Any) -> "RouterConfig":
@@ -77,6 +82,8 @@ class RouterConfig:
         Args:
             routers: A folder, or OWNER/NAME on the hub.
             options: `revision`, `token`, `cache_dir` and `local_files_only` for the hub.
+
+        Raises what `find_routers` and `read_config` raise.
         """
         return read_config(find_routers(routers, **options))
 
@@ -111,6 +118,7 @@ def read_config(folder: Path | str) -> RouterConfig:
 
 
 def _check_version(version: Any, path: Path) -> None:
+    """Refuse a config that isn't one of routers, or that a newer drllm has written."""
     if type(version) is not int or version < 1:  # True is an int too
         raise CheckpointError(
             f"{path}: 'format_version' is {version!r}; expected a whole number from 1 to "
@@ -124,10 +132,11 @@ def _check_version(version: Any, path: Path) -> None:
 
 
 def _check_keys(values: dict[str, Any], path: Path) -> None:
+    """Refuse unknown and missing keys."""
     names = [field.name for field in dataclasses.fields(RouterConfig)]
     for name in values:
         if name not in names:
-            raise CheckpointError(f"{path}: " + unknown_name("key", name, names))
+            raise CheckpointError(f"{path}: {unknown_name('key', name, names)}")
     for name in names:
         if name not in values:
             raise CheckpointError(f"{path} lacks the key {name!r}; train the routers again")

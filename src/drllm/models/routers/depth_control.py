@@ -1,6 +1,6 @@
-"""Depth control: finds the depth bias for a number of executions, and makes policies from settings.
+"""Depth control: find the depth bias for a number of executions, and make policies from settings.
 
-To find the bias, the routes of a calibration set of prompts are measured.
+The bias is found on a calibration set of prompts, whose routes are measured under several biases.
 
 Axes: N prompts, L layers.
 """
@@ -29,10 +29,10 @@ TOLERANCE = 0.25
 nearer: when a layer is skipped, later routers read other states, and a single prompt may lose
 twenty executions at once."""
 DECIMALS = 6  # decimals of a bias, few enough to copy it from a message
-RESOLUTION = 1e-5  # two biases nearer than this count as the same
+RESOLUTION = 1e-5  # bisection ends if two biases are nearer than this
 WIDEST = 2.0**19
 """The largest bias to try. If all logits are smaller, every router skips or repeats under it."""
-GRID_SIZE = 16  # number of intervals in which the search starts again after a jump
+GRID_SIZE = 16  # number of intervals in which bisection starts again if it ended at a jump
 
 
 class Calibration(NamedTuple):
@@ -65,13 +65,13 @@ def route_prompts(
     """
     _check_prompts(routed, prompts)
     routes = torch.empty(len(prompts), routed.num_layers, dtype=torch.long)
-    last_decisions = routed.driver.last_route
+    earlier_route = routed.driver.last_route
     try:
         for rows in group_by_length([len(tokens) for tokens in prompts], batch_size):
             run_prompts(routed, policy, [prompts[row] for row in rows])
             routes[rows] = routed.last_route
     finally:
-        routed.driver.set_last_route(last_decisions)
+        routed.driver.set_last_route(earlier_route)
     return routes
 
 
@@ -91,9 +91,10 @@ def _check_prompts(routed: RoutedModel, prompts: Sequence[Sequence[int]]) -> Non
 
 
 class _Recorder(Policy):
-    """Reads the inputs of some layers, and makes the same decision at each layer.
+    """Records what a function reads from the inputs of some layers; see `record_at_layers`.
 
-    The last layer that is read and all later layers are skipped: nobody needs their outputs.
+    All layers before the last layer that is read get the same decision. From that layer on, every
+    layer is skipped, since nobody needs its output.
     """
 
     def __init__(
@@ -107,7 +108,9 @@ class _Recorder(Policy):
     def decide(self, layer: int, prompts: PromptView) -> list[int]:
         if layer in self.layers:
             self.readings.append(self.read(prompts).cpu())
-        decision = self.decision if layer < max(self.layers) else 0
+        decision = 0
+        if layer < max(self.layers):
+            decision = self.decision
         return [decision] * prompts.num_rows
 
 
@@ -119,9 +122,17 @@ def record_at_layers(
     *,
     decision: int,
 ) -> Tensor:
-    """Return what a function reads from the inputs of some layers, `[N, layers, …]`.
+    """Run the prompts, and return what a function reads from the inputs of some layers.
 
-    All layers before the last layer that is read get the same decision.
+    Args:
+        routed: The model.
+        prompts: Token ids of each prompt.
+        read: Returns a tensor with a row for each prompt of a batch.
+        layers: The layers whose inputs are read.
+        decision: The decision at every layer before the last layer that is read.
+
+    Returns:
+        `[N, layers, …]` on the CPU, in the order of the prompts.
     """
     # `route_prompts` runs the longest prompts first. In this order, its batches are consecutive.
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]), reverse=True)
@@ -131,7 +142,8 @@ def record_at_layers(
     for start in range(0, len(recorder.readings), len(layers)):
         readings = recorder.readings[start : start + len(layers)]
         batch_readings.append(torch.stack(readings, dim=1))
-    return torch.cat(batch_readings)[torch.tensor(order).argsort()]
+    places = torch.tensor(order).argsort()  # of each prompt in the order that was run
+    return torch.cat(batch_readings)[places]
 
 
 def run_prompts(routed: RoutedModel, policy: Policy, prompts: Sequence[Sequence[int]]) -> None:
@@ -161,7 +173,7 @@ class _Probes:
         self.routers = routers
         self.prompts = prompts
         self.batch_size = batch_size
-        self.executions: dict[float, float] = {}
+        self.executions: dict[float, float] = {}  # measured, by bias
 
     def measure(self, bias: float) -> float:
         """Return the mean executions under a bias."""
@@ -197,9 +209,9 @@ def find_depth_bias(
     """Find the depth bias under which prompts have a target number of executions on average.
 
     Each bias is measured by routing all prompts, since a decision changes what later routers read.
-    The mean is a step function of the bias: the mean may jump over values, and it may rise as well
-    as fall. Bisection usually finds the target all the same. If bisection ends in a jump, it starts
-    again in each of 16 equal intervals.
+    The mean is a step function of the bias. It may jump over values, and it may rise as well as
+    fall. Bisection usually finds the target all the same. If bisection ends at a jump, the search
+    starts again in each of 16 equal intervals.
 
     Args:
         routed: A model with routers.
@@ -245,17 +257,19 @@ def find_depth_bias(
 
 
 def _propose_biases(measure: Callable[[float], float], target: float) -> Iterator[float]:
-    """Yield biases to measure. The next bias depends on the measurements so far."""
+    """Yield biases to measure, from the measurements so far; see `find_depth_bias`."""
     yield 0.0
     direction = 1.0 if measure(0.0) > target else -1.0
     near = 0.0
     far = direction
     yield far
+    # Double the bias until the mean is on the other side of the target.
     while (measure(far) - target) * direction > 0 and abs(far) < WIDEST:
         near = far
         far = 2 * far
         yield far
     yield from _bisect(measure, target, near, far)
+    # Bisection ended at a jump.
     grid = [round(far * step / GRID_SIZE, DECIMALS) for step in range(GRID_SIZE + 1)]
     yield from grid
     for start, end in itertools.pairwise(grid):
@@ -265,7 +279,7 @@ def _propose_biases(measure: Callable[[float], float], target: float) -> Iterato
 def _bisect(
     measure: Callable[[float], float], target: float, start: float, end: float
 ) -> Iterator[float]:
-    """Bisect between two biases, if they lie on different sides of the target."""
+    """Bisect between two biases, if their means lie on different sides of the target."""
     is_above = measure(start) > target
     if is_above == (measure(end) > target):
         return
@@ -281,10 +295,10 @@ def _bisect(
 def make_policy(
     routed: RoutedModel, config: DepthConfig, prompts: Sequence[Sequence[int]] = ()
 ) -> tuple[Policy, Calibration | None]:
-    """Return the policy of depth settings, and the calibration if a target was calibrated.
+    """Return the policy for depth settings, and the calibration if there is a target.
 
-    Without a depth setting, the policy is the model's current policy. Only `target_executions`
-    needs prompts.
+    Without a depth setting, the policy is the model's current policy. `prompts` are the calibration
+    set, which only `target_executions` needs.
     """
     setting = config.find_setting()
     routers = routed.routers
@@ -294,7 +308,7 @@ def make_policy(
         raise ConfigError(
             f"{to_flag(setting)} has no effect without routers; give --routers, or leave it out"
         )
-    if setting == "static_routing":  # the routers need not run
+    if setting == "static_routing":  # every layer is executed, whatever the routers say
         return FullPolicy(), None
     if config.target_executions is not None:
         calibration = find_depth_bias(routed, prompts, config.target_executions)
@@ -332,7 +346,10 @@ def read_calibration(path: Path) -> list[tuple[str, bool]]:
 def encode_calibration(
     prompts: Sequence[tuple[str, bool]], tokenizer: Any, *, chat: bool
 ) -> list[list[int]]:
-    """Return the tokens of calibration prompts; `chat` adds the template if it is missing."""
+    """Return the tokens of calibration prompts, as `read_calibration` returns them.
+
+    `chat` adds the chat template to prompts that aren't rendered.
+    """
     tokens = []
     for text, is_rendered in prompts:
         prompt = render(tokenizer, text, chat=chat and not is_rendered)

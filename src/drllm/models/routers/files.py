@@ -31,7 +31,8 @@ def find_routers(place: Path | str, revision: str | None = None, **options: Any)
     """
     name = str(place)
     folder = Path(place).expanduser()
-    if folder.exists() or not HUB_ID.fullmatch(name) or name.startswith("."):
+    has_hub_form = HUB_ID.fullmatch(name) is not None and not name.startswith(".")
+    if folder.exists() or not has_hub_form:
         if revision is not None:
             raise ConfigError(
                 f"the revision {revision!r} has no effect on the folder {place}; leave it out"
@@ -52,10 +53,11 @@ def find_routers(place: Path | str, revision: str | None = None, **options: Any)
 
 
 def _download(name: str, revision: str | None, options: dict[str, Any]) -> Path:
+    """Download routers from the hub, and return the folder where they are now."""
     options = {"revision": revision, "allow_patterns": FILES, **options}
     with hub.quiet():
         try:
             return Path(huggingface_hub.snapshot_download(name, **options))
-        except OfflineModeIsEnabled:  # some versions raise this even for a cached commit
+        except OfflineModeIsEnabled:  # some versions raise this although the commit is cached
             options["local_files_only"] = True
             return Path(huggingface_hub.snapshot_download(name, **options))

@@ -20,10 +20,10 @@ from drllm.models.routers.config import RouterConfig
 from drllm.models.routers.stack import RouterStack
 
 TOKEN_ADVICE = (
-    f"make one with write access in your settings on the hub, then pass it as token=... or set "
+    f"make a token with write access in your settings on the hub, then pass it as token=... or set "
     f"{hub.TOKEN_VARIABLE}"
 )
-NAME_EXAMPLE = "give OWNER/NAME, for example your-name/routers"
+NAME_ADVICE = "give OWNER/NAME, for example your-name/routers"
 
 
 def push_routers(
@@ -38,6 +38,7 @@ def push_routers(
     """Push routers with a model card to a repository on the hub, and make it if necessary.
 
     If the base model is only on this machine, its name isn't pushed, and a warning says so.
+    `RoutedModel.push_to_hub` explains the parameters.
 
     Returns:
         The commit's address.
@@ -48,7 +49,7 @@ def push_routers(
     """
     config = _remove_local_name(complete_config(routers.config, model))
     if not HUB_ID.fullmatch(repo):
-        raise CheckpointError(f"{repo!r} can't be a repository on the hub; {NAME_EXAMPLE}")
+        raise CheckpointError(f"{repo!r} can't be a repository on the hub; {NAME_ADVICE}")
     if constants.HF_HUB_OFFLINE:
         raise CheckpointError(f"can't push to {repo}: HF_HUB_OFFLINE is set; unset it to push")
     token = token or huggingface_hub.get_token()
@@ -65,7 +66,7 @@ def push_routers(
         except HFValidationError as error:
             reason = hub.first_line(error)
             raise CheckpointError(
-                f"{repo!r} can't be a repository on the hub: {reason}; {NAME_EXAMPLE}"
+                f"{repo!r} can't be a repository on the hub: {reason}; {NAME_ADVICE}"
             ) from error
         except hub.ERRORS as error:
             raise CheckpointError(f"can't push to {repo}: {_explain(repo, error)}") from error
@@ -100,7 +101,7 @@ def _remove_local_name(config: RouterConfig) -> RouterConfig:
     warnings.warn(
         f"{name!r} isn't a hub id, so the pushed routers don't name their base model; pass it as "
         f"base=... when you load them",
-        stacklevel=4,
+        stacklevel=4,  # the caller of `RoutedModel.push_to_hub`
     )
     return dataclasses.replace(config, base_model="", base_revision=None)
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-PENALTIES = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
-HELD_OUT = 0.2
+PENALTIES = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01)  # to choose from, the strongest first
+HELD_OUT = 0.2  # share of the examples that the penalty is chosen on
 LBFGS: Any = {"max_iter": 200, "tolerance_grad": 1e-5, "line_search_fn": "strong_wolfe"}
 
 
@@ -32,7 +32,7 @@ def fit_logistic(
     Args:
         inputs: Inputs of any scale; the returned map takes unscaled inputs.
         labels: Classes, counted from 0.
-        num_classes: C.
+        num_classes: C, the same for every decision.
         weights: Weight of each example, `[N]`; all equal by default.
         penalty: Weight of the penalty. None chooses, among `PENALTIES`, the penalty with which the
             map fits a held-out fifth of the examples best. The map is then fitted on all examples.
@@ -44,10 +44,11 @@ def fit_logistic(
     varies = values.amax(dim=0) > values.amin(dim=0)
     mean = values.mean(dim=0)
     deviation = torch.where(varies, values.std(dim=0, correction=0), torch.inf)
-    scaled = (values - mean) / deviation
+    scaled = (values - mean) / deviation  # 0 if an input never varies
     if penalty is None:
         penalty = _choose_penalty(scaled, labels, num_classes, weights)
     linear = _fit(scaled, labels, num_classes, weights, penalty)
+    # Build the scaling into the map, so that it takes unscaled inputs.
     linear.weight.div_(deviation)
     linear.bias.sub_(linear.weight @ mean)
     return linear.float()
@@ -58,11 +59,11 @@ def _choose_penalty(inputs: Tensor, labels: Tensor, num_classes: int, weights: T
     num_examples = len(inputs)
     order = torch.randperm(num_examples, generator=torch.Generator().manual_seed(0))
     num_held_out = round(HELD_OUT * num_examples)
-    # The weights of the held-out examples, and 0 for all other examples.
-    held_out = weights.index_fill(0, order[num_held_out:], 0.0)
+    held_out = weights.index_fill(0, order[num_held_out:], 0.0)  # 0 for examples to fit on
+    fitted = weights - held_out  # 0 for held-out examples
 
     def loss_held_out(penalty: float) -> float:
-        linear = _fit(inputs, labels, num_classes, weights - held_out, penalty)
+        linear = _fit(inputs, labels, num_classes, fitted, penalty)
         return float(_compute_loss(linear, inputs, labels, num_classes, held_out))
 
     return min(PENALTIES, key=loss_held_out)
@@ -71,7 +72,7 @@ def _choose_penalty(inputs: Tensor, labels: Tensor, num_classes: int, weights: T
 def _fit(
     inputs: Tensor, labels: Tensor, num_classes: int, weights: Tensor, penalty: float
 ) -> nn.Linear:
-    """Fit a map from scaled inputs under a penalty."""
+    """Fit a map in float64 from scaled inputs; see `fit_logistic`."""
     num_logits = labels.shape[1] * num_classes
     linear: nn.Linear = nn.utils.skip_init(  # type: ignore[no-untyped-call]
         nn.Linear, inputs.shape[1], num_logits, dtype=torch.float64

@@ -6,15 +6,15 @@ from pathlib import Path
 from drllm.errors import CheckpointError
 
 CONFIG_FILE = "router_config.json"
-HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")  # unlike `cards.HUB_ID` without paths such as ./routers
 
 
 def check_place(place: Path) -> None:
     """Raise CheckpointError if a place is neither a folder of routers nor a hub id.
 
-    Whether a hub id exists is known only when the routers are fetched.
+    A hub id is only checked for its form. Whether it exists is known when the routers are fetched.
     """
-    is_hub_id = HUB_ID.fullmatch(str(place)) is not None and not place.exists()
+    is_hub_id = _HUB_ID.fullmatch(str(place)) is not None and not place.exists()
     if not is_hub_id and not (place / CONFIG_FILE).is_file():
         raise CheckpointError(explain_missing_config(place))
 

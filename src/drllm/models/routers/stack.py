@@ -17,7 +17,7 @@ NUM_DECISIONS = 3
 
 @dataclass(frozen=True, slots=True)
 class Windows:
-    """What a router reads of a batch of prompts."""
+    """What the router of one layer reads from a batch of prompts."""
 
     means: Tensor  # [B, W, D] in float32: mean hidden state of each window, zeros past `filled`
     filled: Tensor  # [B]: number of windows that hold tokens
@@ -25,7 +25,7 @@ class Windows:
 
 
 class Spans:
-    """Where the W windows lie in a batch of prompts.
+    """The places of the W windows in a batch of prompts.
 
     In a row with n readable tokens, window w holds the readable tokens floor(w·n/W) …
     floor((w+1)·n/W) − 1. A row of n < W tokens has n windows of one token.
@@ -45,11 +45,13 @@ class Spans:
         # windows filled. Integer arithmetic only: a float division would misplace tokens.
         edges = torch.arange(num_windows + 1, device=readable.device)  # [W + 1]
         starts = (edges * count[:, None]) // self.filled.clamp(min=1)[:, None]  # [B, W + 1]
+        # Windows past `filled` are empty: they start and end behind the last token.
         starts = torch.where(edges <= self.filled[:, None], starts, count[:, None])
         first = starts[:, :-1, None]  # [B, W, 1]
         end = starts[:, 1:, None]
         rank = rank[:, None, :]  # [B, 1, T]
         inside = (rank >= first) & (rank < end) & readable[:, None, :]  # [B, W, T]
+        # The weight of each token in the mean of its window.
         self.shares = inside / inside.sum(dim=2, keepdim=True).clamp(min=1)  # [B, W, T]
         self.readable = readable
         # These two flags save a few steps in each layer. On an accelerator they stay False, since
@@ -65,7 +67,7 @@ class Spans:
         """
         hidden = hidden.float()
         if not self.is_all_readable:
-            # where(), not a product: 0 · NaN would leak what padding holds.
+            # where(), not a product: 0 · NaN is NaN, so padding would change the mean.
             hidden = torch.where(self.readable[..., None], hidden, 0.0)
         return Windows(torch.bmm(self.shares, hidden), self.filled, self.are_all_filled)
 

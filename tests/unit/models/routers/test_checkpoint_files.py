@@ -355,7 +355,7 @@ def test_a_config_without_one_of_its_fields_is_refused(folder, name):
         ({"num_window": 8}, "unknown key 'num_window'; did you mean 'num_windows'"),
         ({"num_windows": 8}, "was saved for num_windows 4, router_config.json says 8; put the co"),
         ({"num_layers": 10**12, "label_counts": []}, r"has shape \[3, 7, 5\], .* asks for"),
-        ({"label_counts": [[1, 2, 3]]}, "'label_counts' isn't num_layers rows of 3 counts"),
+        ({"label_counts": [[1, 2, 3]]}, "'label_counts' has 1 of 3 rows; give a row for"),
         ({"num_layers": 4, "label_counts": []}, "'.*' has shape .*, router_config.json asks for"),
         ({"hidden_size": 6}, r"'hidden_weight' has shape \[3, 7, 5\], .* asks for \[3, 7, 6\]"),
     ],
