@@ -408,7 +408,7 @@ def with_adapter(base: BaseModel, path: StaticPath) -> RoutedModel:
     rank = HealConfig().rank
     maps = routed.injection.linear_maps
     routed.injection.lora.create("healed", rank, rank, path.layers, maps, seed=0)
-    routed.driver.policy = routed.policy_of(path.with_adapter("healed"))
+    routed.driver.policy = routed.build_policy(path.with_adapter("healed"))
     return routed
 
 

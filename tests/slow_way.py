@@ -23,7 +23,7 @@ from drllm.models.families import NO_SUBLAYERS
 from drllm.models.routers.config import RouterConfig
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.kv_cache import RoutedCacheLayer
-from drllm.models.routing.lora import LoraWeights, layer_of_map, map_sizes
+from drllm.models.routing.lora import LoraWeights, parse_layer, read_map_sizes
 from drllm.models.routing.policies import Policy
 from drllm.models.scoring.packing import Request
 from drllm.paths import to_path
@@ -272,8 +272,8 @@ def tiny_adapter(routed: Any, layers: Sequence[int], seed: int = 0, rank: int = 
     generator = torch.Generator().manual_seed(seed)
     maps = {}
     for name, module in routed.injection.linear_maps.items():
-        if layer_of_map(name) in layers:
-            num_in, num_out = map_sizes(module)
+        if parse_layer(name) in layers:
+            num_in, num_out = read_map_sizes(module)
             a = (2 * torch.rand(rank, num_in, generator=generator) - 1) * num_in**-0.5
             maps[name] = a, 0.05 * torch.randn(num_out, rank, generator=generator)
     return LoraWeights(rank, 2.0 * rank, maps)

@@ -13,7 +13,7 @@ from drllm.errors import RoutingError
 from drllm.models.base.prompts import pad_left
 from drllm.models.routing.batch_generation import generate_many
 from drllm.models.routing.kv_cache import cache_argument
-from drllm.models.routing.lora import LoraWeights, map_sizes
+from drllm.models.routing.lora import LoraWeights, read_map_sizes
 from drllm.models.routing.routed_model import RoutedModel, attach
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.packing import Request
@@ -84,7 +84,7 @@ def test_outside_of_a_healed_path_the_model_keeps_its_bits(name, prompts):
     expected = model(ids).logits, along(plain, PLAIN, ids), along(plain, [1, 0, 2, 1, 0, 1], ids)
     states = torch.randn(1, 3, 32)
     maps = plain.injection.linear_maps
-    wide = {key: module for key, module in maps.items() if map_sizes(module)[0] == 32}
+    wide = {key: module for key, module in maps.items() if read_map_sizes(module)[0] == 32}
     mapped = {key: module(states) for key, module in wide.items()}
     plain.detach()
     routed = with_adapters(model)
@@ -236,7 +236,7 @@ def test_options_are_scored_under_the_policy_of_a_healed_path(name, tiny_model):
     for path in (PATH, StaticPath([0, 3, 1, 5])):
         routed = with_adapters(tiny_model(name))
         batch = ChoiceBatch(routed, questions, 1.0)
-        found, _ = batch.routed_scores(routed.policy_of(path))
+        found, _ = batch.routed_scores(routed.build_policy(path))
         slow = listed(tiny_model(name), path)
         expected = [slow.sums(each.context, each.continuations) for each in questions]
         assert_sums(expected, found)
@@ -410,7 +410,7 @@ def test_adapters_that_do_not_fit_are_refused(routed, message):
 def test_a_path_whose_adapter_is_not_in_the_model_is_refused(routed):
     with pytest.raises(RoutingError, match="no adapter 'c'"):
         routed.fixed(StaticPath([0, 1], "c"))
-    policy = routed.policy_of(PATH)
+    policy = routed.build_policy(PATH)
     routed.injection.lora.drop("a")
     with routed.using(policy), pytest.raises(RoutingError, match="no adapter 'a'"):
         routed(IDS)

@@ -169,7 +169,7 @@ def test_what_prompts_begin_with_is_read_once_and_every_answer_is_that_of_its_wh
     plan = PLANS[runs]
     model = tiny_model(family)
     lm = RoutedLM(tiny_base(model), batch_size=2)
-    lm.policy = lm.routed.policy_of(plan)
+    lm.policy = lm.routed.build_policy(plan)
     passes = tokens_read(lm)
     texts = [SHOTS + text for text in ASKED]
     requests = to_answer(texts, until=["\n"], max_gen_toks=8, do_sample=False)

@@ -345,7 +345,7 @@ def _follow_path(routed: RoutedModel, path: PathFile) -> tuple[Policy, PathSumma
     static_path = load_path(routed, path)
     executions = path_executions(static_path)
     summary = PathSummary(static_path.edits(routed.num_layers), executions)
-    return routed.policy_of(static_path), summary
+    return routed.build_policy(static_path), summary
 
 
 def _set_depth(

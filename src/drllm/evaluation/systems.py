@@ -323,7 +323,7 @@ class TaskRunner:
         keys = [self.harness_task.keys[place] for place in block]
         key_by_prompt = dict(zip(prompts, keys, strict=True))
         if isinstance(decides, StaticPath):
-            decides = routed.policy_of(decides)
+            decides = routed.build_policy(decides)
 
         def make_policy(batch: Sequence[str]) -> Policy:
             if not isinstance(decides, Mapping):

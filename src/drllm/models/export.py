@@ -31,7 +31,7 @@ from drllm.models.cards import CARD_FILE, render_card
 from drllm.models.healed import load_path
 from drllm.models.older_names import add_names_of_transformers_4
 from drllm.models.path_config import check_layers, reorder_config
-from drllm.models.routing.lora import name_of_layers
+from drllm.models.routing.lora import find_layers_name
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import StaticPath
 from drllm.records.healed import HealedPath
@@ -243,7 +243,7 @@ def _list_weights(
         merged: Weights with a merged adapter, by linear map. They replace the base model's weights.
     """
     layers = find_layers(base)[1]
-    prefix = name_of_layers(base, layers)
+    prefix = find_layers_name(base, layers)
     for name, weight in base.state_dict().items():
         if not name.startswith(f"{prefix}."):
             yield NamedWeight(name, weight, is_copy=False)

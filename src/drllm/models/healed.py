@@ -22,7 +22,7 @@ from drllm.errors import RecordError
 from drllm.models.base.identity import describe
 from drllm.models.base.layers import find_layers, unwrap_peft
 from drllm.models.cards import CARD_FILE, render_card
-from drllm.models.routing.lora import LoraWeights, layer_of_map, name_of_layers
+from drllm.models.routing.lora import LoraWeights, find_layers_name, parse_layer
 from drllm.paths import StaticPath
 from drllm.records.codec import sha256, write_atomically, write_json
 from drllm.records.healed import ADAPTER_CONFIG_FILE, ADAPTER_FILE, HEALED_FILE, HealedPath
@@ -121,13 +121,13 @@ def _read_weights(routed: RoutedModel, file: Path, record: HealedPath) -> LoraWe
 
 def _check_maps(file: Path, maps: Collection[str], record: HealedPath, routed: RoutedModel) -> None:
     """Refuse an adapter that isn't for every linear map of exactly the record's layers."""
-    layers = sorted({layer_of_map(name) for name in maps})
+    layers = sorted({parse_layer(name) for name in maps})
     if layers != record.adapted_layers:
         raise RecordError(
             f"{file} is for the layers {layers}, the path runs {record.adapted_layers} with it"
         )
     for name in routed.injection.linear_maps:
-        if layer_of_map(name) in layers and name not in maps:
+        if parse_layer(name) in layers and name not in maps:
             raise RecordError(f"{file} has no weights for {name}, which the path runs; heal again")
 
 
@@ -168,4 +168,4 @@ def _peft_prefix(model: Any) -> str:
     """Return the part of PEFT's tensor names before the index of a layer."""
     base = unwrap_peft(model)
     _, layers = find_layers(base)
-    return f"base_model.model.{name_of_layers(base, layers)}"
+    return f"base_model.model.{find_layers_name(base, layers)}"

@@ -206,7 +206,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         self.path_source = str(path_file.file)
         if path_file.named and path_file.named.name:
             self.path_source += f":{path_file.named.name}"
-        return self.routed.policy_of(load_path(self.routed, path_file))
+        return self.routed.build_policy(load_path(self.routed, path_file))
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False

@@ -129,7 +129,7 @@ class CommonPrefix:
     def _read_tokens(self, plan: Any, tokens: list[int]) -> _Prefix:
         """Run the model on a beginning under a plan, and return its cache and route."""
         ids = torch.tensor([tokens], device=self.routed.model.device)
-        with torch.no_grad(), self.routed.using(self.routed.policy_of(plan)):
+        with torch.no_grad(), self.routed.using(self.routed.build_policy(plan)):
             output = self.routed.model(input_ids=ids, use_cache=True, logits_to_keep=1)
         cache = next(value for value in output.values() if isinstance(value, Cache))
         return _Prefix(plan, tokens, cache, self.routed.last_route)

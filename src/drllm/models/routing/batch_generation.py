@@ -1,9 +1,9 @@
 """Answer many prompts in batches, for `drllm.generate_many` and the command line.
 
-All prompts are routed first. Then prompts with equal plans are decoded together: decoding takes as
-long as reading the weights, so skipping a layer saves time only if every row of the batch skips it.
-Each prompt passes through the model twice, once to be routed and once to be answered. To keep K and
-V of the first pass would take memory for all prompts at once.
+All prompts are routed first. Then prompts with equal plans are decoded together. A decoding step
+takes as long as reading the weights, so a skipped layer saves time only if every row of the batch
+skips it. Each prompt passes through the model twice, once to be routed and once to be answered. K
+and V of the first pass aren't kept, since this would take memory for all prompts at once.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BATCH_SIZE = 16
 _FROM_PROMPTS = "it is made from the prompts"
 _FOR_ONE_BATCH = "it serves one batch, and there are several"
 
-REFUSED = {
+REFUSED_OPTIONS = {
     "inputs": _FROM_PROMPTS,
     "input_ids": _FROM_PROMPTS,
     "inputs_embeds": _FROM_PROMPTS,
@@ -98,7 +98,7 @@ def generate_many(
             faster if answers are short or a prefill is expensive (on a CPU).
         do_sample: Sample tokens instead of taking the likeliest.
         on_progress: Called with (prompts answered, all prompts) at the start and after each batch.
-        options: Other options of `model.generate`, except `REFUSED`. With `stop_strings` or
+        options: Other options of `model.generate`, except `REFUSED_OPTIONS`. With `stop_strings` or
             `stopping_criteria` an answer's tokens may end with one more end-of-sequence token.
 
     Returns:
@@ -128,18 +128,13 @@ def generate_many(
         options.setdefault("tokenizer", routed.tokenizer)
     options |= {"max_new_tokens": max_new_tokens, "do_sample": do_sample}
     allows_padding = not any(option(name) for name in LOOKS_BACK)
-    num_answers = int(option("num_return_sequences") or 1)
-    answers: dict[int, list[GeneratedAnswer]] = {}
+    answers: dict[int, list[GeneratedAnswer]] = {}  # by the index of the prompt
     for batch in _make_batches(routed, rows, batch_size, allows_padding, route_first):
+        batch_prompts = [prompts[place] for place in batch.places]
         batch_rows = [rows[place] for place in batch.places]
-        tokens, routes = _generate_batch(routed, batch_rows, batch.policy, ends, options)
-        for number, place in enumerate(batch.places):
-            answers[place] = []
-            for answer in tokens[number * num_answers : (number + 1) * num_answers]:
-                text = routed.tokenizer.decode(answer, skip_special_tokens=True)
-                answers[place].append(
-                    GeneratedAnswer(prompts[place], text, tuple(answer), routes[number])
-                )
+        with routed.using(batch.policy):
+            batch_answers = _answer_batch(routed, batch_prompts, batch_rows, ends, options)
+        answers.update(zip(batch.places, batch_answers, strict=True))
         if on_progress is not None:
             on_progress(len(answers), len(rows))
     in_order: list[GeneratedAnswer] = []
@@ -161,7 +156,7 @@ def _check_options(
     """Refuse options that can't be given for many prompts."""
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}; give a whole number of at least 1")
-    for name, why in REFUSED.items():
+    for name, why in REFUSED_OPTIONS.items():
         if options.get(name) is not None:
             raise ConfigError(f"{name} can't be given for many prompts: {why}")
     for name in ("stop_strings", "stopping_criteria"):
@@ -172,38 +167,52 @@ def _check_options(
             )
 
 
-def _generate_batch(
+def _answer_batch(
     routed: RoutedModel,
+    prompts: Sequence[Prompt],
     rows: Sequence[Sequence[int]],
-    policy: Policy,
     ends: Sequence[int],
     options: Mapping[str, Any],
-) -> tuple[list[list[int]], list[Decisions]]:
-    """Answer one batch; return the answers' tokens and each prompt's route.
+) -> list[list[GeneratedAnswer]]:
+    """Answer one batch, and return the answers to each prompt.
 
-    The several answers of a prompt stand next to one another.
+    Args:
+        routed: The model. Its current policy decides.
+        prompts: The prompts of the batch.
+        rows: The tokens of each prompt.
+        ends: The tokens that end an answer.
+        options: Options of `generate`.
     """
     ids, mask = pad_left(rows, routed.model.device)
     # Older transformers apply the repetition penalty to padding too. So the padding repeats the
     # first token of the prompt, which is penalised anyway.
     first = ids.gather(1, mask.argmax(dim=1, keepdim=True))
     ids = torch.where(mask.bool(), ids, first)
-    with routed.using(policy):
-        output = routed.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            pad_token_id=ends[0] if ends else None,
-            return_dict_in_generate=False,
-            **options,
-        )
-    answers = [_cut_at_end(row, ends) for row in output[:, ids.shape[1] :].tolist()]
+    output = routed.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        pad_token_id=ends[0] if ends else None,
+        return_dict_in_generate=False,
+        **options,
+    )
     routes = routed.last_route.tolist()  # a row for each beam or answer
-    copies = len(routes) // len(rows)
-    return answers, [tuple(route) for route in routes[::copies]]
+    num_copies = len(routes) // len(rows)
+    outputs = output[:, ids.shape[1] :].tolist()
+    num_answers = len(outputs) // len(rows)
+    answers: list[list[GeneratedAnswer]] = []
+    for number, prompt in enumerate(prompts):
+        route = tuple(routes[number * num_copies])
+        prompt_answers = []
+        for row in outputs[number * num_answers : (number + 1) * num_answers]:
+            tokens = _cut_at_end(row, ends)
+            text = routed.tokenizer.decode(tokens, skip_special_tokens=True)
+            prompt_answers.append(GeneratedAnswer(prompt, text, tuple(tokens), route))
+        answers.append(prompt_answers)
+    return answers
 
 
 def _cut_at_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
-    """Return an answer up to its first end token, without the padding after it."""
+    """Return the tokens of an answer up to and including its first end token."""
     for length, token in enumerate(tokens, start=1):
         if token in ends:
             return tokens[:length]
@@ -224,8 +233,8 @@ def prompt_tokens(
         raise ConfigError(f"the prompt {prompt!r} has no tokens; give a text")
     if context is not None and len(tokens) + max_new_tokens > context:
         raise ConfigError(
-            f"the prompt has {len(tokens)} tokens and --max-new-tokens is {max_new_tokens}, the "
-            f"model's context holds {context}; shorten the prompt or lower --max-new-tokens"
+            f"the prompt has {len(tokens)} tokens and --max-new-tokens is {max_new_tokens}, but "
+            f"the model's context holds {context}; shorten the prompt or lower --max-new-tokens"
         )
     return tokens
 
@@ -245,11 +254,11 @@ def _make_batches(
     allows_padding: bool,
     route_first: bool,
 ) -> Iterator[_Batch]:
-    """Yield the batches. If padding isn't allowed, a batch has prompts of one length."""
+    """Yield the batches. If padding isn't allowed, all prompts of a batch have the same length."""
     plans = _find_plans(routed, rows, batch_size, route_first)
     by_length: dict[int, list[int]] = {}
     for place in sorted(range(len(rows)), key=lambda place: len(rows[place])):
-        length = 0 if allows_padding else len(rows[place])
+        length = 0 if allows_padding else len(rows[place])  # 0: all lengths together
         by_length.setdefault(length, []).append(place)
     for places in by_length.values():
         if plans is None:
@@ -265,13 +274,17 @@ def _make_batches(
 def _find_plans(
     routed: RoutedModel, rows: Sequence[Sequence[int]], batch_size: int, route_first: bool
 ) -> list[Decisions] | None:
-    """Return the decisions for each prompt, or None to batch prompts by their length alone."""
+    """Return the decisions for each prompt.
+
+    None means that the batches don't depend on plans: all prompts run one static path, they
+    fit in one batch, or the caller wants no first pass.
+    """
     policy = routed.policy
     if type(policy) in (FullPolicy, FixedPolicy):  # these policies read nothing
         view = PromptView(torch.empty(len(rows), 0, 0), torch.empty(len(rows), 0).bool())
         by_layer = [policy.decide(layer, view) for layer in range(routed.num_layers)]
         return [tuple(map(int, decisions)) for decisions in zip(*by_layer, strict=True)]
-    if isinstance(policy, PathPolicy):  # one plan for all, which decisions can't express
+    if isinstance(policy, PathPolicy):
         return None
     if not route_first or len(rows) <= batch_size:
         return None
@@ -285,8 +298,8 @@ def _split_by_plan(
     """Split a list of prompts into batches that run the fewest layers in total.
 
     A batch runs a layer as often as the row that runs it most. Among splits of equal cost, the
-    split with the fewest batches of mixed plans wins. Prompts with equal plans must stand next to
-    one another in the list.
+    split with the fewest batches of mixed plans wins. In the list, prompts with equal plans must
+    be neighbours.
 
     Source: ours; dynamic programming over where the last batch of the first n prompts starts.
     """
@@ -300,7 +313,9 @@ def _split_by_plan(
             first = plans[places[start]]
             runs = [max(pair) for pair in zip(runs, first, strict=True)]
             executions, num_mixed = costs[start]
-            splits.append((executions + sum(runs), num_mixed + (first != last), start))
+            if first != last:  # equal plans are neighbours, so the batch is mixed
+                num_mixed += 1
+            splits.append((executions + sum(runs), num_mixed, start))
         executions, num_mixed, start = min(splits)
         costs.append((executions, num_mixed))
         starts.append(start)

@@ -2,9 +2,9 @@
 
 `routed.using(...)` and `routed.fixed(...)` set an `Override`. The running pass is a `ThreadValue`.
 Both classes keep their values in context variables, which `torch.compile` can't trace. So both also
-have a plain attribute, `in_use`, which a compiled graph guards. While `in_use` is False, no context
-variable is read. A model compiles without graph breaks outside of these blocks, and with graph
-breaks inside.
+have a plain attribute, `in_use`. While it is False, no context variable is read. A compiled graph
+checks the attribute, and is compiled again if it changes. So a model compiles without graph breaks
+outside of these blocks, and with graph breaks inside.
 """
 
 import threading
@@ -26,7 +26,7 @@ class _UseCount:
 
     def __init__(self) -> None:
         self._num_set = 0
-        self.in_use = False  # whether any value is set; a graph guards this attribute
+        self.in_use = False  # whether any value is set
 
     def _count(self, change: int) -> None:
         with _count_lock:
@@ -70,14 +70,14 @@ _thread_values: ContextVar[Mapping[int, Any]] = ContextVar("current", default=Ma
 class ThreadValue(_UseCount, Generic[Value]):
     """A value of each thread, set by `begin` and dropped by `end`. The object can be pickled.
 
-    If torch is tracing when the value is set, a plain attribute keeps the value, since only one
-    thread traces at a time. A value from before the trace is looked up in the thread, by traced
-    code too.
+    If the value is set while torch traces, a plain attribute keeps it. This is safe, since only one
+    thread traces at a time. A value that was set before the trace stays a value of its thread, and
+    traced code looks it up there.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._traced: Value | None = None
+        self._traced: Value | None = None  # the value that was set while torch traced
 
     def get(self) -> Value | None:
         """Return the value, or None if it isn't set."""
@@ -101,7 +101,7 @@ class ThreadValue(_UseCount, Generic[Value]):
         """Drop the value."""
         self._traced = None
         if torch.compiler.is_compiling() and not self.in_use:
-            return
+            return  # no thread has a value, and a trace can't read the context variable
         values = dict(_thread_values.get())
         if id(self) in values:
             del values[id(self)]

@@ -39,6 +39,7 @@ class GenerateCall(NamedTuple):
     decisions: dict[int, RowDecisions]  # by layer; empty if a cache holds them
 
 
+# What the blocks of a `RoutingDriver` set: `using`, `prompt_lengths`, `reading` and `generating`.
 _policy: Override[Policy] = Override("policy")
 _lengths: Override[Tensor] = Override("prompt lengths")
 _readable: Override[Tensor] = Override("readable tokens")
@@ -46,7 +47,7 @@ _generate: Override[GenerateCall] = Override("generate call")
 
 
 class RoutingDriver(Driver):
-    """Runs the plan of every row, layer by layer.
+    """Runs every row's plan, layer by layer.
 
     The policy decides once, when a row's prompt passes through the model. The decisions are then
     pinned in the cache, or in the `generate` call if there is no cache, and all later tokens follow
@@ -55,6 +56,7 @@ class RoutingDriver(Driver):
 
     def __init__(self, policy: Policy | None = None) -> None:
         self.policy: Policy = policy or FullPolicy()
+        # The last routes `[L]`: of any thread, of each thread, and of a compiled graph.
         self._last_of_all: list[RowDecisions] = []
         self._last_by_thread: dict[int, list[RowDecisions]] = {}
         self._last_traced: list[RowDecisions] = []
@@ -91,7 +93,10 @@ class RoutingDriver(Driver):
         return _readable.set(self, readable)
 
     def generating(self, copies: int) -> AbstractContextManager[None]:
-        """Treat the block as one `generate` call: the policy decides once for a prompt's copies."""
+        """Treat the block as one `generate` call.
+
+        The policy decides once for the neighbouring rows that are copies of one prompt.
+        """
         return _generate.set(self, GenerateCall(copies, {}))
 
     @property
@@ -106,11 +111,11 @@ class RoutingDriver(Driver):
 
     def begin(self, forward: Forward) -> RoutedPass:
         """Start a pass. Refuse outputs that would be wrong if some rows skip or repeat a layer."""
-        if forward.rejected and not isinstance(self.current_policy, FullPolicy):
+        if forward.requested_outputs and not isinstance(self.current_policy, FullPolicy):
+            outputs = ", ".join(forward.requested_outputs)
             raise RoutingError(
-                f"{', '.join(forward.rejected)} can't be returned under routing: layers run zero, "
-                f"one or two times on some of the rows; use policy=FullPolicy() to see the base "
-                f"model's"
+                f"{outputs} can't be returned under routing: layers run zero, one or two times on "
+                f"some of the rows; use policy=FullPolicy() to get the outputs of the base model"
             )
         return RoutedPass(self, forward)
 
@@ -127,25 +132,25 @@ class RoutedPass(Driver):
         self.copies = 1 if self.generate is None else self.generate.copies
         # The decisions made in this pass, `[L]` at its end; empty if they were pinned earlier.
         self.route: list[RowDecisions] = []
-        self._readable: Tensor | None = None
-        # Whether every row has a real token: a scalar on the device. None if the policy doesn't
-        # read the prompt, and once the scalar was checked.
+        self._readable: Tensor | None = None  # [prompts, T]; see `PromptView`
+        # Whether every row has a real token: a scalar on the device. None if there is nothing to
+        # check: the policy doesn't read the prompt, or the scalar was checked already.
         self._has_prompts: Tensor | None = None
         self._spans: dict[tuple[int, torch.device], Spans] = {}
         # The decisions by layer of a policy that doesn't read the prompt, made all at once.
         self._by_layer: dict[int, RowDecisions] = {}
         self._has_begun = False
-        self._static_pass: PathPass | None = None
+        self._static_pass: PathPass | None = None  # runs the layers instead if there is a path
 
     def layer(self, call: LayerCall, hidden: Tensor) -> Tensor:
         """Run each row as often as its decision says, `[B, T, D]` to `[B, T, D]`."""
         if not self._has_begun:
             self._has_begun = True
-            self._static_pass = self._static_path_pass(call, hidden)
+            self._begin(call, hidden)
         if self._static_pass is not None:
             return self._static_pass.layer(call, hidden)
         entry = None if call.cache is None else routed_entry(call.cache, call.index)
-        decisions = self._pinned(entry, call.index)
+        decisions = self._find_decisions(entry, call.index)
         if decisions is None:
             decisions = self._decide(call, hidden)
             if entry is not None:
@@ -159,11 +164,11 @@ class RoutedPass(Driver):
         """See `Driver.compiles`."""
         if self.policy.reads_prompt:
             return False
-        return cache is None or _pinned_entry(cache) is not None
+        return cache is None or _find_pinned_entry(cache) is not None
 
     def adapter(self, cache: Cache | None) -> str:
         """See `Driver.adapter`."""
-        entry = None if cache is None else _pinned_entry(cache)
+        entry = None if cache is None else _find_pinned_entry(cache)
         if entry is not None:
             return "" if entry.path is None else entry.path.adapter
         return self.policy.path.adapter if isinstance(self.policy, PathPolicy) else ""
@@ -175,55 +180,62 @@ class RoutedPass(Driver):
         if self._static_pass is not None:
             self._static_pass.end()
 
-    def _static_path_pass(self, call: LayerCall, hidden: Tensor) -> PathPass | None:
-        """Return a pass along a static path, if one is pinned in the cache or is the policy."""
-        is_compiling = torch.compiler.is_compiling()
+    def _begin(self, call: LayerCall, hidden: Tensor) -> None:
+        """Use what earlier passes left in the cache, and find the static path if there is one."""
         entry = None if call.cache is None else routed_entry(call.cache, call.index)
+        is_compiling = torch.compiler.is_compiling()
         if entry is not None and not is_compiling:
             call.forward.indices = entry.indices  # the same rows run at the next token
-        if entry is not None and entry.decisions is not None:
-            if not (call.forward.rejected or is_compiling):
-                call.forward.pinned = call.cache
-            return None if entry.path is None else PathPass(entry.path)
+        if entry is None or entry.decisions is None:  # nothing is pinned yet
+            self._static_pass = self._begin_path(call, hidden)
+            return
+        if not (call.forward.requested_outputs or is_compiling):
+            call.forward.pinned_cache = call.cache
+        if entry.path is not None:
+            self._static_pass = PathPass(entry.path)
+
+    def _begin_path(self, call: LayerCall, hidden: Tensor) -> PathPass | None:
+        """Return a pass along the policy's static path, and record its route.
+
+        Return None if the policy has no path.
+        """
         if not isinstance(self.policy, PathPolicy):
             return None
         path = self.policy.path
         counts = Counter(path.layers)
         num_rows = hidden.shape[0]
-        self.driver.set_last_route(
-            [(counts[layer],) * num_rows for layer in range(call.num_layers)]
-        )
+        route = [(counts[layer],) * num_rows for layer in range(call.num_layers)]
+        self.driver.set_last_route(route)
         return PathPass(path)
 
-    def _pinned(self, entry: RoutedCacheLayer | None, layer: int) -> RowDecisions | None:
-        """Return the decisions that a layer has already; None if the policy has yet to decide."""
+    def _find_decisions(self, entry: RoutedCacheLayer | None, layer: int) -> RowDecisions | None:
+        """Return the decisions that were made for a layer; None if the policy has to decide now."""
         if layer < len(self.route):  # a checkpointed layer, recomputed in the backward pass
             return self.route[layer]
         if entry is not None:
             return entry.decisions
-        return None if self.generate is None else self.generate.decisions.get(layer)
+        if self.generate is not None:
+            return self.generate.decisions.get(layer)
+        return None
 
     def _decide(self, call: LayerCall, hidden: Tensor) -> RowDecisions:
-        """Ask the policy for the decisions of all rows at a layer, and add them to the route.
-
-        A policy that doesn't read the prompt decides for all layers at once. To ask it between two
-        layers would take several times as long, since matrix products evict its code from the
-        processor's caches.
-        """
+        """Let the policy decide for all rows at a layer, and add the decisions to the route."""
         if self._readable is None:
             self._prepare(call, hidden)
         decisions = self._by_layer.get(call.index)
         if decisions is None:
             decisions = self._ask_policy(call.index, hidden)
         if call.is_last:
-            decisions = self._execute_once_at_least(decisions)
+            decisions = self._execute_at_least_once(decisions)
         self.route.append(decisions)
         return decisions
 
     def _prepare(self, call: LayerCall, hidden: Tensor) -> None:
         """Find the tokens that the policy may read.
 
-        A policy that doesn't read the prompt is asked for its decisions at all layers.
+        A policy that doesn't read the prompt decides for all layers now. Between two layers it
+        would take several times as long, since matrix products evict its code from the caches of
+        the processor.
         """
         if self.policy.reads_prompt:
             readable = _readable_tokens(self.driver, self.attention_mask, hidden)
@@ -235,7 +247,7 @@ class RoutedPass(Driver):
         for layer in range(call.index, call.num_layers):
             self._by_layer[layer] = self._ask_policy(layer, hidden)
 
-    def _execute_once_at_least(self, decisions: RowDecisions) -> RowDecisions:
+    def _execute_at_least_once(self, decisions: RowDecisions) -> RowDecisions:
         """Let a row that skipped all layers before the last one execute the last one.
 
         Otherwise the row would answer from its embeddings (D-10).
@@ -247,12 +259,15 @@ class RoutedPass(Driver):
         return tuple(checked)
 
     def _ask_policy(self, layer: int, hidden: Tensor) -> RowDecisions:
-        """Return the policy's decisions at a layer for all rows, after checking them."""
+        """Return the policy's decisions at a layer for all rows, and check them.
+
+        The policy decides for one row per prompt, and the copies of the row get the same decisions.
+        """
         B = hidden.shape[0]
         copies = self.copies
         if B % copies:
             raise RoutingError(
-                f"the batch has {B} rows, which aren't {copies} for each prompt; give generate() "
+                f"the batch has {B} rows, which can't be {copies} for each prompt; give generate() "
                 f"one row per prompt"
             )
         assert self._readable is not None
@@ -263,16 +278,20 @@ class RoutedPass(Driver):
                 f"the policy gave {list(decisions)} at layer {layer}; expected one of 0, 1, 2 "
                 f"for each of {B // copies} prompts"
             )
-        return tuple([int(value) for value in decisions for _ in range(copies)])
+        row_decisions: list[int] = []
+        for value in decisions:
+            row_decisions += [int(value)] * copies
+        return tuple(row_decisions)
 
     def _to_numbers(self, decisions: Tensor | Sequence[int]) -> Sequence[int]:
         """Return a layer's decisions as numbers. At the first layer, refuse rows without a prompt.
 
-        Decisions on the device are transferred together with the result of this check.
+        If the decisions are on a device, they are copied to the host together with the result of
+        this check, so that the host waits only once.
         """
         has_prompts = self._has_prompts
         self._has_prompts = None
-        if has_prompts is None:  # there is nothing to check
+        if has_prompts is None:
             return decisions.tolist() if isinstance(decisions, Tensor) else decisions
         if isinstance(decisions, Tensor) and decisions.dim() == 1:
             values = torch.cat([decisions, has_prompts.to(decisions)[None]]).tolist()
@@ -308,7 +327,7 @@ class RoutedPass(Driver):
         return hidden
 
 
-def _pinned_entry(cache: Cache) -> RoutedCacheLayer | None:
+def _find_pinned_entry(cache: Cache) -> RoutedCacheLayer | None:
     """Return the entry of the first layer if decisions are pinned in it, else None."""
     first = cache.layers[0] if cache.layers else None
     if isinstance(first, RoutedCacheLayer) and first.decisions is not None:
@@ -361,27 +380,28 @@ def _real_tokens(mask: Any, hidden: Tensor) -> Tensor:
     # A real token sees itself, whatever window the layer has, and nothing after it. Padding sees
     # nothing, or all keys if the softmax must stay finite. With a static cache K > T, and the keys
     # after T aren't filled yet.
-    seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0  # [B, T, K]
-    itself = seen[:, :, :T].diagonal(dim1=1, dim2=2)
-    return itself & ~seen.triu(1).any(dim=2)
+    sees = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0  # [B, T, K]
+    sees_itself = sees[:, :, :T].diagonal(dim1=1, dim2=2)
+    sees_later = sees.triu(1).any(dim=2)
+    return sees_itself & ~sees_later
 
 
 class PathPass(Driver):
-    """One forward pass along a static path, the same for all rows.
+    """One forward pass along a static path, which all rows run.
 
     The model's loop calls the layers in order, but the path may run them in another order. A step
-    of the path runs as soon as the steps before it have run and the loop has called its layer. The
-    step gets the arguments of that call. So if the path repeats a block of layers, the block runs
-    again when the loop calls its last layer. Each layer gets the masks and positions that the base
-    model makes for it, so nothing depends on the config. With a cache, each execution of a layer
-    has its own pass in the layer's entry.
+    of the path runs as soon as the earlier steps have run and the loop has called the step's layer.
+    So if the path repeats a block of layers, the block runs again when the loop calls the last
+    layer of the block. A step gets the arguments that the loop gave to its layer, so it has the
+    right masks and positions, whatever the config says. With a cache, each execution of a layer has
+    its own pass in the layer's entry.
     """
 
     def __init__(self, path: StaticPath) -> None:
         self.path = path
-        self._left = list(reversed(path.layers))  # layers still to run, the next one last
-        self._calls: list[LayerCall] = []
-        self._entries: list[RoutedCacheLayer | None] = []
+        self._remaining = list(reversed(path.layers))  # layers still to run, the next one last
+        self._calls: list[LayerCall] = []  # the calls of the loop so far, by layer
+        self._entries: list[RoutedCacheLayer | None] = []  # the cache entries of these layers
         self._num_run: Counter[int] = Counter()  # executions so far, by layer
 
     def adapter(self, cache: Cache | None) -> str:
@@ -397,8 +417,8 @@ class PathPass(Driver):
             )
         self._calls.append(call)
         self._entries.append(self._entry(call, hidden))
-        while self._left and self._left[-1] <= call.index:
-            hidden = self._run(self._left.pop(), hidden)
+        while self._remaining and self._remaining[-1] <= call.index:
+            hidden = self._run(self._remaining.pop(), hidden)
         return hidden
 
     def end(self) -> None:

@@ -13,7 +13,7 @@ import torch
 from drllm.errors import RoutingError
 from drllm.models.routing.driver import RoutingDriver
 
-CONTINUOUS = ("generate_batch", "init_continuous_batching")
+CONTINUOUS_METHODS = ("generate_batch", "init_continuous_batching")
 """Methods of transformers that generate with continuous batching."""
 
 
@@ -21,10 +21,13 @@ CONTINUOUS = ("generate_batch", "init_continuous_batching")
 class GenerateHandle:
     """The override of a model's `generate`.
 
-    Without the override, three things would go wrong. Without a cache, `generate` would decide
-    again at every step. The beams of a prompt could get different decisions. Routers would read a
-    draft's tokens as part of the prompt. The override is a plain object, so that a model with it
-    can be copied and pickled.
+    The override prevents three mistakes:
+
+    - `generate` without a cache would decide again at every step;
+    - the beams of a prompt could get different decisions;
+    - routers would read the tokens of a draft as part of the prompt.
+
+    The override is a plain object, so that a model with it can be copied and pickled.
     """
 
     model: Any
@@ -33,7 +36,7 @@ class GenerateHandle:
     def put_on(self) -> None:
         """Override the model's methods that generate."""
         self.model.generate = self.generate
-        for name in CONTINUOUS:
+        for name in CONTINUOUS_METHODS:
             if hasattr(type(self.model), name):
                 setattr(self.model, name, self.refuse_continuous)
 
@@ -42,6 +45,7 @@ class GenerateHandle:
         option = make_option_lookup(self.model, kwargs, args)
         reads_prompt = self.driver.current_policy.reads_prompt
         _refuse_options(option, reads_prompt)
+        # A prompt has a row for each beam or, without beams, for each answer.
         copies = max(option("num_beams") or 1, option("num_return_sequences") or 1)
         has_drafts = option("assistant_model") is not None or option("prompt_lookup_num_tokens")
         with ExitStack() as stack:
@@ -64,7 +68,7 @@ class GenerateHandle:
 def take_off_overrides(model: Any) -> dict[str, Any]:
     """Take the overrides of a `GenerateHandle` off a model, and return them by name."""
     overrides = {}
-    for name in ("generate", *CONTINUOUS):
+    for name in ("generate", *CONTINUOUS_METHODS):
         override = vars(model).pop(name, None)
         if override is not None:
             overrides[name] = override
@@ -76,8 +80,8 @@ def make_option_lookup(
 ) -> Callable[[str], Any]:
     """Return a function that looks up an option of a `generate` call by name.
 
-    Keyword arguments come first, then the call's generation config, then the model's. The function
-    returns None for an option that isn't set.
+    The function looks at the keyword arguments, then at the generation config of the call, then at
+    the generation config of the model. It returns None for an option that isn't set.
     """
     config = options.get("generation_config")
     if "generation_config" not in options and len(args) > 1:
@@ -111,8 +115,8 @@ def _refuse_options(option: Callable[[str], Any], reads_prompt: bool) -> None:
     guidance = option("guidance_scale")
     if guidance not in (None, 1) and option("use_cache") is False:
         raise RoutingError(
-            f"guidance_scale={guidance} runs a second prompt, and without a cache its decisions "
-            f"can't be told from those of the first; leave use_cache on"
+            f"guidance_scale={guidance} runs a second prompt, and without a cache it would get "
+            f"the decisions of the first prompt; leave use_cache on"
         )
 
 
@@ -133,12 +137,9 @@ def _prompt_lengths(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tens
     mask = kwargs.get("attention_mask")
     if mask is not None and mask.dim() == 2:
         return torch.as_tensor(mask.sum(dim=1))
-    for prompts in (
-        kwargs.get("input_ids"),
-        kwargs.get("inputs"),
-        args[0] if args else None,
-        kwargs.get("inputs_embeds"),
-    ):
+    candidates = [kwargs.get("input_ids"), kwargs.get("inputs"), *args[:1]]
+    candidates.append(kwargs.get("inputs_embeds"))
+    for prompts in candidates:
         if prompts is not None:
             return torch.full((prompts.shape[0],), prompts.shape[1])
     return None

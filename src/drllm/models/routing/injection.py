@@ -1,9 +1,9 @@
 """Puts routing into an unmodified model: overrides of forwards, and a pair of hooks.
 
-`Injection` overrides the forward of the decoder and of each layer, and takes the overrides off. A
-`Driver` decides what runs *at* a layer. It gets a `LayerCall`, which has the layer's arguments and
-runs the layer on some of the rows. No modelling code is copied and no state-dict key changes
-(docs/decisions/0002-injection-not-forks.md).
+`Injection` overrides the forward of the decoder and of each layer, and takes the overrides off.
+When the model's loop calls a layer, a `Driver` decides what runs. It gets a `LayerCall`, which has
+the layer's arguments and can run the layer on some of the rows. No modelling code is copied and no
+state-dict key changes; docs/decisions/0002-injection-not-forks.md explains why.
 
 Axes: B rows of the batch, R rows that run, T tokens, K keys, D hidden, E rotary.
 """
@@ -28,9 +28,10 @@ from drllm.models.routing.context import Override, ThreadValue
 from drllm.models.routing.lora import LoraAdapters, LoraWeights
 
 REFUSED_OUTPUTS = ("output_attentions", "output_router_logits")
+"""Options of a forward pass that request outputs which routing can't return."""
 
 ROTARY = ("position_embeddings", "position_embeddings_global", "position_embeddings_local")
-"""Names of the arguments with cosines and sines: `[B, T, E]`, or a table `[K, E]` in which the
+"""Names of the arguments that hold cosines and sines: `[B, T, E]`, or a table `[K, E]` in which the
 layer looks up positions."""
 
 BATCH_AXES: dict[str, int | None] = {
@@ -40,28 +41,32 @@ BATCH_AXES: dict[str, int | None] = {
     "cache_position": None,
 }
 """Batch axis of each tensor argument of a layer; None for a tensor without a batch axis. Other
-tensor arguments are refused. Their shapes don't show the batch axis, since T may equal B."""
+tensor arguments are refused: a shape doesn't show which axis is the batch, since T may equal B."""
 
 CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
-"""Names of a layer's cache in all versions of transformers, to notice a cache of another class."""
+"""Names of a layer's cache argument in all versions of transformers. If the argument isn't a
+`Cache`, it is refused."""
 
-NOT_READ = ("tokenizer",)
+UNREAD_OPTIONS = ("tokenizer",)
 """Options of `generate` that reach the layers, though no layer reads them."""
 
 
 class Driver:
-    """Runs the layers of a forward pass. This class runs each layer once, as the model does."""
+    """Runs the layers of a forward pass. This class runs each layer once, as the model does.
+
+    Subclasses run layers zero, one or several times, on all rows or on some.
+    """
 
     def begin(self, forward: Forward) -> Driver:
         """Return the driver of a new forward pass. It is called before the first layer."""
         return self
 
     def layer(self, call: LayerCall, hidden: Tensor) -> Tensor:
-        """Return the state that the model's loop continues with after this layer."""
+        """Return the hidden state with which the model's loop continues after this layer."""
         return call.run(hidden)
 
     def compiles(self, cache: Cache | None) -> bool:
-        """Say whether a pass can be compiled, that is, its plan is known before it starts."""
+        """Say whether a pass can be compiled: its plan is known before it starts."""
         return True
 
     def adapter(self, cache: Cache | None) -> str:
@@ -79,31 +84,33 @@ class Forward:
     # The caller's mask: [B, K] or [B, 1, T, K]. None means no padding. A mask of another kind
     # doesn't say which tokens are padding.
     attention_mask: Any
-    rejected: tuple[str, ...]  # names of requested outputs that routing can't return
+    requested_outputs: tuple[str, ...]  # the `REFUSED_OUTPUTS` that the caller requests
     driver: Driver = field(init=False)
-    # The cache, if decisions are pinned in it and layers may run without the driver; else None.
-    pinned: Cache | None = None
+    # The cache, if decisions are pinned in it and a layer that all rows run once may run without
+    # the driver; else None.
+    pinned_cache: Cache | None = None
     visited: list[int] = field(default_factory=list)  # layers that the model's loop has called
-    # The whole argument and its part, by the argument's name and the part; each is cut once a pass.
+    # Arguments that were cut to a part, by the argument's name and the part, so that each is cut
+    # once a pass. A value is (the whole argument, its part).
     parts: dict[tuple[str, tuple[Any, ...]], tuple[Any, Any]] = field(default_factory=dict)
-    # The numbers of rows as a tensor, by the rows and the device.
+    # The results of `index`, by its arguments.
     indices: dict[tuple[tuple[int, ...], torch.device], Tensor] = field(default_factory=dict)
 
     def index(self, rows: tuple[int, ...], device: torch.device) -> Tensor:
-        """Return the numbers of rows as a tensor `[R]` on a device."""
+        """Return the numbers of rows as a tensor `[R]` on a device, which is made only once."""
         if (rows, device) not in self.indices:
             self.indices[rows, device] = on_device(rows, device)
         return self.indices[rows, device]
 
 
-_driver: Override[Driver] = Override("driver")
+_driver: Override[Driver] = Override("driver")  # see `Injection.driven_by`
 
 
 class Injection:
     """Puts a driver between a model's loop and its layers.
 
-    A probe with one token shows what the layers return and how the loop uses their outputs. Each
-    later pass must call the layers in order.
+    A pass with one token, the probe, shows what the layers return and how the loop uses it. In
+    every later pass the loop must call all layers in order.
 
     Args:
         model: The model.
@@ -119,7 +126,7 @@ class Injection:
         self.default = default
         self.decoder, self.layers = find_layers(model)
         self.num_layers = len(self.layers)
-        self.current: ThreadValue[Forward] = ThreadValue()
+        self.current: ThreadValue[Forward] = ThreadValue()  # the pass that runs in this thread
         if Injection.find(model) is not None:
             raise RoutingError(
                 "this model is routed already; use that RoutedModel, drllm.attach(...) to replace "
@@ -157,7 +164,7 @@ class Injection:
         """Take every override and hook off. Refuse if other code has put an override over ours."""
         overrides: list[LayerHandle | DecoderHandle] = [*self.handles, self.decoder_handle]
         for handle in overrides:
-            is_gone = handle.module.__dict__.get("forward") == handle.previous
+            is_gone = handle.module.__dict__.get("forward") == handle.previous  # taken off already
             if not (handle.is_on_top or is_gone):
                 raise RoutingError(
                     f"the forward of {handle.place} was overridden again after routing was "
@@ -181,7 +188,7 @@ class Injection:
         self.is_installed = False
 
     def driven_by(self, driver: Driver) -> AbstractContextManager[None]:
-        """Let another driver run the layers inside the block; with `Driver()` nothing is routed."""
+        """Let another driver run the layers inside the block. With `Driver()` nothing is routed."""
         return _driver.set(self, driver)
 
     @cached_property
@@ -191,15 +198,15 @@ class Injection:
             return find_linear_maps(self.model)
 
     def add_adapter(self, name: str, weights: LoraWeights) -> None:
-        """Put an adapter into the model. Raises what `LoraAdapters.add` raises."""
+        """Put an adapter into the model; see `LoraAdapters.add`."""
         self.lora.add(name, weights, self.linear_maps)
 
     @cached_property
     def can_drop_tokens(self) -> bool:
-        """Whether the last layer may return fewer tokens than it was given.
+        """Whether the model accepts that the last layer returns fewer tokens than its input has.
 
-        A pass of two tokens shows this. Some loops reshape the last layer's output to the shape of
-        the input, and would fail.
+        A pass with two tokens shows this. Some models reshape the output of the last layer to the
+        shape of the input, and fail.
         """
         ids = torch.zeros(1, 2, dtype=torch.long, device=self.model.device)
         with torch.no_grad(), self.driven_by(_DropToken()):
@@ -215,18 +222,17 @@ class Injection:
         """Begin a forward pass of the decoder."""
         for handle in self.handles:
             self._check_handle(handle)
-        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        if isinstance(mask, dict):  # one mask per kind of attention, all with the same padding
-            mask = next((value for value in mask.values() if value is not None), None)
+        mask = _find_mask(args, kwargs)
         _refuse_packed(kwargs, mask)
-        forward = Forward(mask, self._requested_outputs(kwargs))
-        forward.driver = (_driver.get(self) or self.default).begin(forward)
+        forward = Forward(mask, self._find_requested_outputs(kwargs))
+        driver = _driver.get(self) or self.default
+        forward.driver = driver.begin(forward)
         self.current.begin(forward)
 
     def _check_handle(self, handle: LayerHandle) -> None:
-        """Refuse a layer that lost its override. Wrap the layer's checkpointing function.
+        """Refuse a layer that lost its override, and wrap its checkpointing function.
 
-        The wrapped function lets a recomputed layer find its pass again.
+        See `RoutedRecomputation`. The function may have been set after the model was routed.
         """
         if not handle.is_on_top and handle not in _find_overrides(handle.module):
             raise RoutingError(
@@ -238,7 +244,7 @@ class Injection:
             recomputation = RoutedRecomputation(checkpoint, self.current)
             handle.module._gradient_checkpointing_func = recomputation
 
-    def _requested_outputs(self, kwargs: dict[str, Any]) -> tuple[str, ...]:
+    def _find_requested_outputs(self, kwargs: dict[str, Any]) -> tuple[str, ...]:
         """Return which of `REFUSED_OUTPUTS` a call or the config requests."""
         requested = []
         for name in REFUSED_OUTPUTS:
@@ -264,7 +270,7 @@ class Injection:
 
 
 class _DropToken(Driver):
-    """Runs no layer and returns the first of two tokens after the last one."""
+    """Runs no layer. At the last layer it returns only the first of two tokens."""
 
     def layer(self, call: LayerCall, hidden: Tensor) -> Tensor:
         return hidden[:, :1] if call.is_last else hidden
@@ -355,6 +361,19 @@ def _run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 _uncompiled: Any = torch.compiler.disable(_run)  # type: ignore[no-untyped-call]
 
 
+def _find_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the attention mask among the arguments of the decoder; None if there is no mask."""
+    mask = kwargs.get("attention_mask")
+    if "attention_mask" not in kwargs and len(args) > 1:
+        mask = args[1]
+    if not isinstance(mask, dict):
+        return mask
+    for value in mask.values():  # a mask per kind of attention, all with the same padding
+        if value is not None:
+            return value
+    return None
+
+
 def _find_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:
     """Return the cache among the arguments of a call; None if there is no cache."""
     for value in (*args, *kwargs.values()):
@@ -383,8 +402,9 @@ class LayerHandle(ForwardOverride):
         if forward is None:  # the layer is called by itself, outside of a pass
             return self.original()(hidden_states, *args, **kwargs)
         forward.visited.append(self.index)
-        if forward.pinned is not None:
-            entry = forward.pinned.layers[self.index]
+        # After the prompt, a layer that all rows run once needs no driver, which saves time.
+        if forward.pinned_cache is not None:
+            entry = forward.pinned_cache.layers[self.index]
             if entry.is_plain and len(entry.decisions) == hidden_states.shape[0]:
                 entry.begin_pass(0)
                 try:
@@ -395,10 +415,10 @@ class LayerHandle(ForwardOverride):
         output = forward.driver.layer(call, hidden_states)
         if not self.injection.returns_tuple:
             return output
-        # A layer's other outputs are right only if all rows ran the layer once. So they are
-        # returned only if they were requested and the driver allowed them.
-        extras = call.extras if forward.rejected else ()
-        return (output, *extras)
+        if not forward.requested_outputs:
+            return (output,)
+        # The driver allowed these outputs, so all rows ran the layer once and they are right.
+        return (output, *call.extras)
 
 
 class LayerCall:
@@ -424,17 +444,14 @@ class LayerCall:
         self.extras: tuple[Any, ...] = ()  # other outputs of the layer's last run
         self.cache = _find_cache(args, kwargs)
         if self.cache is None:
-            for name in CACHE_NAMES:
-                if kwargs.get(name) is not None:
-                    raise RoutingError(
-                        f"the cache of this model is a {type(kwargs[name]).__name__}, not a Cache "
-                        f"of transformers; paged and other foreign caches can't be routed"
-                    )
+            _refuse_foreign_cache(kwargs)
 
     def run(self, hidden: Tensor, rows: tuple[int, ...] | None = None) -> Tensor:
         """Execute the layer once, `[R, T, D]` to `[R, T, D]` of the same dtype.
 
-        `rows` are the R rows of the batch that the inputs belong to; None means all rows.
+        Args:
+            hidden: The layer's input for R rows of the batch.
+            rows: The numbers of these rows; None means all rows.
         """
         args = self._args
         kwargs = self._kwargs
@@ -448,9 +465,11 @@ class LayerCall:
         return result
 
     def last_tokens(self, num_tokens: int, num_past: int = 0) -> LayerCall:
-        """Return this call with every row cut to its last `num_tokens` tokens.
+        """Return this call for the last tokens of every row.
 
-        Of the keys before the T tokens, the mask keeps the last `num_past`.
+        Args:
+            num_tokens: The number of tokens.
+            num_past: How many of the keys before this pass the mask keeps, the last ones.
         """
         part = ("last", num_tokens, num_past)
         args, kwargs = self._cut(part, partial(_last_tokens, num_tokens, num_past))
@@ -459,7 +478,12 @@ class LayerCall:
     def _cut(
         self, part: tuple[Any, ...], cut: Callable[[str, Tensor], Tensor]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the arguments with every tensor cut to a part. Each part is cut once a pass."""
+        """Return the arguments with every tensor cut to a part.
+
+        Args:
+            part: Identifies the part. Every argument is cut to a part only once in a pass.
+            cut: Cuts a tensor. It gets the argument's name too.
+        """
         names = self._handle.positional
         if len(self._args) > len(names):
             raise RoutingError(
@@ -478,13 +502,13 @@ class LayerCall:
         self, name: str, value: Any, part: tuple[Any, ...], cut: Callable[[str, Tensor], Tensor]
     ) -> Any:
         """Return an argument with its tensors cut to a part."""
-        if name in NOT_READ or isinstance(value, (int, float, str, Cache, type(None))):
+        if name in UNREAD_OPTIONS or isinstance(value, (int, float, str, Cache, type(None))):
             return value
         memo = self.forward.parts
         whole, result = memo.get((name, part), (None, None))
         if whole is not value:
             is_several = isinstance(value, (tuple, list))
-            tensors = value if is_several else (value,)
+            tensors = value if is_several else (value,)  # such as cosines and sines
             _check_tensors(name, tensors, type(value).__name__)
             parts = tuple([cut(name, tensor) for tensor in tensors])
             result = parts if is_several else parts[0]
@@ -497,26 +521,26 @@ class LayerCall:
         if axis is None or (name in ROTARY and tensor.dim() == 2):
             return tensor
         if tensor.shape[axis] == 1:  # broadcast over the batch: the same for every row
-            # Some models check the mask's number of rows, and here several copies of one row run.
+            # `rows` may be several copies of one row. Some models check the mask's number of rows.
             if name == "attention_mask" and self._num_rows == 1 and tensor.dim() == 4:
                 return tensor.expand(len(rows), -1, -1, -1)
             return tensor
         if tensor.shape[axis] != self._num_rows:
             raise RoutingError(
                 f"the layers of this model take {name!r} of shape {list(tensor.shape)}, whose axis "
-                f"{axis} doesn't count the {self._num_rows} rows of the batch; routing rows apart "
-                f"would be a guess, so give every row the same decisions"
+                f"{axis} doesn't count the {self._num_rows} rows of the batch; rows can't be "
+                f"routed separately, so give every row the same decisions"
             )
         return tensor.index_select(axis, self.forward.index(rows, tensor.device))
 
 
 @dataclass(frozen=True)
 class RoutedRecomputation:
-    """Wraps a layer's checkpointing function, so that the layer is recomputed within its own pass.
+    """Wraps a layer's checkpointing function, so that a recomputed layer finds its pass again.
 
-    A backward pass calls a checkpointed layer again, after the forward pass is over and perhaps in
-    another thread. Up to transformers 5.22 the override itself is recomputed, so it has to find its
-    pass again. In later versions the checkpoint is inside the override, and this class changes
+    A backward pass calls a checkpointed layer again. By then the forward pass is over, and the
+    thread may be another. Up to transformers 5.22 the call goes through the layer's override, which
+    needs the pass. In later versions the call doesn't reach the override, and this class changes
     nothing.
     """
 
@@ -527,7 +551,7 @@ class RoutedRecomputation:
         """Run `function` under the checkpoint, now and when it is recomputed."""
         forward = self.current.get()
 
-        def within(*inner_args: Any, **inner_kwargs: Any) -> Any:
+        def run_in_pass(*inner_args: Any, **inner_kwargs: Any) -> Any:
             if forward is None or self.current.get() is forward:  # this isn't a recomputation
                 return function(*inner_args, **inner_kwargs)
             self.current.begin(forward)
@@ -536,7 +560,7 @@ class RoutedRecomputation:
             finally:
                 self.current.end()
 
-        return self.checkpoint(within, *args, **kwargs)
+        return self.checkpoint(run_in_pass, *args, **kwargs)
 
 
 def _find_overrides(layer: Any) -> list[Any]:
@@ -553,7 +577,7 @@ def _refuse_packed(kwargs: dict[str, Any], mask: Any) -> None:
     """Refuse several sequences in one row, since decisions are made for a whole row."""
     is_packed = False
     for name, value in kwargs.items():
-        if name.startswith("cu_seq_lens") and value is not None:
+        if name.startswith("cu_seq_lens") and value is not None:  # where the sequences start
             is_packed = True
     positions = kwargs.get("position_ids")
     # Without a mask, transformers begins a new sequence where the positions restart. A single
@@ -567,6 +591,16 @@ def _refuse_packed(kwargs: dict[str, Any], mask: Any) -> None:
             "packed sequences can't be routed: a row is no longer one prompt; give each prompt a "
             "row of its own, with padding"
         )
+
+
+def _refuse_foreign_cache(kwargs: dict[str, Any]) -> None:
+    """Refuse a cache that isn't a `Cache` of transformers."""
+    for name in CACHE_NAMES:
+        if kwargs.get(name) is not None:
+            raise RoutingError(
+                f"the cache of this model is a {type(kwargs[name]).__name__}, not a Cache of "
+                f"transformers; paged and other foreign caches can't be routed"
+            )
 
 
 def _check_tensors(name: str, tensors: Any, kind: str) -> None:

@@ -22,25 +22,28 @@ from drllm.models.base.devices import on_device
 from drllm.models.base.layers import is_kv
 from drllm.paths import StaticPath
 
-ROOM = 32  # number of tokens that K and V get spare room for when they are copied
+ROOM = 32  # tokens of spare room behind K and V; without room, each step would copy all tokens
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
-    """The dynamic entry of transformers with spare room, so that a step copies only its new tokens.
+    """A `DynamicLayer` with spare room, so that a step copies only its new tokens.
 
-    If gradients are recorded or a graph is compiled, all tokens are copied, as in the base class.
+    If gradients are recorded or a graph is compiled, a step copies all tokens, as `DynamicLayer`
+    does.
     """
 
     keys: Any
     values: Any
     is_initialized = False  # transformers sets this attribute only after 4.56
     _room: list[Tensor] | None = None  # K and V, with space behind them for later tokens
-    _view: Tensor | None = None  # `keys` after the last update; reordering replaces `keys`
+    # `keys` after the last update. Other methods, such as reordering, replace `keys`; then the room
+    # is out of date.
+    _view: Tensor | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Store K and V of new tokens, `[B, H, T, E]`, and return K and V of all tokens."""
         start = self.get_seq_length()
-        is_first = not start or key_states.dtype != self.keys.dtype
+        is_first = not start or key_states.dtype != self.keys.dtype  # or the model was converted
         if is_first or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return super().update(key_states, value_states, *args, **kwargs)
         new = [key_states, value_states]
@@ -73,6 +76,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         """Say whether the room holds the current keys and has space for `end` tokens."""
         if self._room is None or self.keys is not self._view:
             return False
+        # A tensor of inference mode can't be changed outside of it.
         is_writable = self._room[0].is_inference() == torch.is_inference_mode_enabled()
         return is_writable and end <= self._room[0].shape[-2]
 
@@ -90,8 +94,17 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
 
     Pass k holds K and V of exactly the rows that execute the layer more than k times. A layer that
     no row runs has a *shadow* instead of passes: an entry of the same class that stores the number
-    1 for each token, so that the class itself computes lengths and masks. `pristine` is the empty
-    entry that was in this place of the cache. Every pass starts as a copy of it.
+    1 for each token, so that the class itself computes lengths and masks.
+
+    Args:
+        pristine: The empty entry that was in this place of the cache. Every pass starts as a copy.
+
+    Attributes:
+        decisions: The pinned decisions `[B]`; None until `pin` is called.
+        path: The pinned static path, if all rows run one.
+        passes: The inner entries, one for each execution of the layer.
+        rows: The rows of each pass.
+        shadow: The shadow; None if the layer has passes.
     """
 
     max_batch_size = 0
@@ -117,7 +130,7 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         # If True, the mask code masks the places that the inner entries haven't filled yet.
         self.is_compileable = getattr(pristine, "is_compileable", False)
         self.reset()
-        self._active: CacheLayerMixin | None = None
+        self._active: CacheLayerMixin | None = None  # the pass that runs now
 
     def pin(self, decisions: tuple[int, ...], path: StaticPath | None = None) -> None:
         """Fix the decisions `[B]` of all rows, once, before the first token is stored.
@@ -129,7 +142,8 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         self.path = path
         for count in range(max(decisions)):
             self.passes.append(copy.deepcopy(self.pristine))
-            self.rows.append(tuple([r for r, value in enumerate(decisions) if value > count]))
+            rows = [row for row, value in enumerate(decisions) if value > count]
+            self.rows.append(tuple(rows))
         if not self.passes:
             self.shadow = copy.deepcopy(self.pristine)
         self.is_plain = path is None and set(decisions) == {1}
@@ -140,20 +154,24 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         return self.rows[index]
 
     def end_pass(self) -> None:
-        """Let the lengths be those of the whole entry again."""
+        """End the pass that `begin_pass` began."""
         self._active = None
 
     def lengthen_shadow(self, num_tokens: int, like: Tensor) -> None:
         """Count the tokens that passed a layer that no row runs.
 
-        After the prompt, tokens are only added up; they are stored when somebody reads the length.
-        The mask code reads the lengths of few layers, so to skip any other layer costs almost
-        nothing. `like` is any tensor of the layer's device and dtype.
+        Tokens after the prompt are only counted. They are stored when somebody reads the length.
+        The mask code reads the lengths of a few layers only, so skipping any other layer costs
+        almost nothing.
+
+        Args:
+            num_tokens: The number of tokens that passed.
+            like: Any tensor with the device and dtype of the layer.
         """
         assert self.shadow is not None
-        # A growing number isn't a constant of a compiled graph, so a graph stores tokens at once.
+        # A compiled graph would treat the count as a constant, so it stores the tokens at once.
         if self.shadow.is_initialized and not torch.compiler.is_compiling():
-            self._uncounted += num_tokens
+            self._unstored += num_tokens
         else:
             _feed_ones(self.shadow, num_tokens, like)
 
@@ -230,11 +248,11 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         return self._representative().get_mask_sizes(*args, **kwargs)
 
     def get_max_length(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the most tokens that the layer can hold."""
+        """Return how many tokens the layer can hold."""
         return self._representative().get_max_length(*args, **kwargs)
 
     def get_max_cache_shape(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the most tokens that the layer can hold, under the name of transformers 4."""
+        """Return how many tokens the layer can hold; the name of the method in transformers 4."""
         return self._representative().get_max_cache_shape(*args, **kwargs)
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -263,7 +281,7 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         self.rows = []
         self.shadow = None
         self.is_plain = False  # whether all rows run the layer once, as without routing
-        self._uncounted = 0
+        self._unstored = 0  # tokens that were counted, but that the shadow doesn't store yet
         # The indices of a `Forward`. The entry of the first layer keeps them, since the pass of the
         # next token runs the same rows.
         self.indices: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
@@ -299,9 +317,9 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         """Return all inner entries, after storing the shadow's counted tokens."""
         if self.shadow is None:
             return self.passes
-        if self._uncounted:
-            num_tokens = self._uncounted
-            self._uncounted = 0
+        if self._unstored:
+            num_tokens = self._unstored
+            self._unstored = 0
             _feed_ones(self.shadow, num_tokens, self.shadow.keys)
         return [*self.passes, self.shadow]
 
@@ -313,7 +331,7 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         return entries[0] if entries else self.pristine
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Make row r a copy of the old row `beam_idx[r]`, for each index."""
+        """Make every row r a copy of the old row `beam_idx[r]`."""
         if self.decisions is None:
             return
         old_rows = _read_indices(beam_idx)
@@ -321,13 +339,13 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         passes: list[CacheLayerMixin] = []
         rows: list[tuple[int, ...]] = []
         for entry, stored in zip(self.passes, self.rows, strict=True):
-            places = {row: place for place, row in enumerate(stored)}
-            new = [row for row, old in enumerate(old_rows) if old in places]
-            if new:
-                chosen = [places[old_rows[row]] for row in new]
-                entry.reorder_cache(on_device(chosen, entry.keys.device))
+            places = {row: place for place, row in enumerate(stored)}  # of old rows in the entry
+            new_rows = [row for row, old in enumerate(old_rows) if old in places]
+            if new_rows:
+                order = [places[old_rows[row]] for row in new_rows]
+                entry.reorder_cache(on_device(order, entry.keys.device))
                 passes.append(entry)
-                rows.append(tuple(new))
+                rows.append(tuple(new_rows))
         if self.passes and not passes:  # no pass is left, so the shadow must know the length
             self.shadow = copy.deepcopy(self.pristine)
             _feed_ones(self.shadow, length, self.passes[0].keys)
@@ -338,18 +356,19 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
 
 
 def _read_indices(indices: Tensor) -> list[int]:
-    """Return indices as numbers."""
+    """Return indices as numbers, and read the same tensor only once."""
     if indices.is_inference():  # tensors of inference mode don't count their changes
         numbers: list[int] = indices.tolist()
         return numbers
-    return _indices_of_version(indices, indices._version)
+    return _read_indices_once(indices, indices._version)
 
 
 @lru_cache(maxsize=1)
-def _indices_of_version(indices: Tensor, version: int) -> list[int]:  # noqa: ARG001
-    """Return indices as numbers. All layers of a cache get the same tensor, which is read once.
+def _read_indices_once(indices: Tensor, version: int) -> list[int]:  # noqa: ARG001
+    """Return indices as numbers. A tensor that was read last is taken from memory.
 
-    The memo's key is the tensor and its version. Each change in place raises the version.
+    All layers of a cache get the same tensor, so it is read once. `version` is a part of the key in
+    the memory: every change of the tensor in place raises its version.
     """
     return indices.tolist()
 
@@ -360,7 +379,7 @@ def _feed_ones(entry: CacheLayerMixin, num_tokens: int, like: Tensor) -> None:
     The number 0 wouldn't do: up to transformers 5.0, the length of a static entry is its number of
     nonzero keys.
     """
-    # The length is added to a range: `arange(length, …)` would read it and break a compiled graph.
+    # `arange(length, …)` would read the length, which breaks a compiled graph.
     positions = torch.arange(num_tokens, device=like.device) + entry.get_seq_length()
     ones = torch.ones(1, 1, num_tokens, 1, dtype=like.dtype, device=like.device)
     # Static entries of transformers 4.56 need cache_position; later ones ignore the mapping.

@@ -1,8 +1,9 @@
 """PEFT's LoRA adapters for healed paths. An adapter is switched on only while its path runs.
 
 While an adapter is in the model, PEFT's LoRA layers wrap the linear maps that it changes, so the
-state-dict keys differ. `remove` puts the maps back. Along other paths the LoRA layers are switched
-off: each calls its map and nothing else, so the results equal those of the base model bit by bit.
+state-dict keys differ. `LoraAdapters.remove` puts the maps back. Along other paths the LoRA layers
+are switched off. Then a LoRA layer only calls its map, so results equal those of the base model bit
+by bit.
 
 Axes: R rank.
 """
@@ -24,7 +25,7 @@ from drllm.errors import ArchitectureError, RoutingError, nearest_name
 from drllm.extras import need
 from drllm.models.base.layers import find_layers, unwrap_peft
 
-_switching = threading.Lock()
+_switching = threading.Lock()  # held while the LoRA layers of a model are switched
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -33,24 +34,28 @@ class LoraWeights:
 
     rank: int  # R
     alpha: float
-    # A `[R, in]` and B `[out, R]` by linear map, whose name is LAYER.PLACE (`find_linear_maps`).
+    # A `[R, in]` and B `[out, R]` of each linear map, by its name LAYER.PLACE; see
+    # `find_linear_maps`.
     maps: dict[str, tuple[Tensor, Tensor]]
 
     def layers(self) -> list[int]:
         """Return the layers that the adapter changes, in order."""
-        return sorted({layer_of_map(name) for name in self.maps})
+        return sorted({parse_layer(name) for name in self.maps})
 
     def num_entries(self, layer: int) -> int:
-        """Return the adapter's number of weights in a layer, one multiplication per token each."""
+        """Return how many weights the adapter has in a layer.
+
+        Each weight costs one multiplication per token.
+        """
         total = 0
         for name, (a, b) in self.maps.items():
-            if layer_of_map(name) == layer:
+            if parse_layer(name) == layer:
                 total += a.numel() + b.numel()
         return total
 
 
-def layer_of_map(name: str) -> int:
-    """Return the layer of a linear map by its name."""
+def parse_layer(name: str) -> int:
+    """Return the layer of a linear map from its name, LAYER.PLACE."""
     return int(name.partition(".")[0])
 
 
@@ -74,7 +79,7 @@ class LoraAdapters:
         self._configs: dict[str, Any] = {}  # by adapter
         self._places: dict[str, LoraPlace] = {}  # by linear map
         self._running = ""  # the adapter of the passes that run now; empty for none
-        self._num_passes = 0
+        self._num_passes = 0  # that run now, in all threads
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -107,14 +112,14 @@ class LoraAdapters:
             if key not in maps:
                 reason = nearest_name("linear map", key, maps)
                 raise RoutingError(f"the adapter {name!r} is for another model: {reason}")
-            num_in, num_out = map_sizes(maps[key])
+            num_in, num_out = read_map_sizes(maps[key])
             if [*a.shape, *b.shape] != [weights.rank, num_in, num_out, weights.rank]:
                 raise RoutingError(
                     f"the adapter {name!r} is for another model: at {key}, from {num_in} to "
                     f"{num_out}, it has A {list(a.shape)} and B {list(b.shape)}"
                 )
-        changed = {key: maps[key] for key in weights.maps}
-        self._inject(name, weights.rank, weights.alpha, changed)
+        target_maps = {key: maps[key] for key in weights.maps}
+        self._inject(name, weights.rank, weights.alpha, target_maps)
         for key, (a, b) in weights.maps.items():
             lora = self._places[key].lora
             lora.lora_A[name].weight.data.copy_(a)
@@ -135,20 +140,21 @@ class LoraAdapters:
         float32 and need gradients. Raises what `add` raises, and a RoutingError if the layers have
         no linear maps or the model's weights are offloaded.
         """
-        changed: dict[str, Any]
-        changed = {key: module for key, module in maps.items() if layer_of_map(key) in layers}
-        if not changed:
+        target_maps: dict[str, Any] = {
+            key: module for key, module in maps.items() if parse_layer(key) in layers
+        }
+        if not target_maps:
             raise RoutingError(
                 f"the layers {sorted(layers)} have no nn.Linear that can have an adapter"
             )
-        if any(module.weight.device.type == "meta" for module in changed.values()):
+        if any(module.weight.device.type == "meta" for module in target_maps.values()):
             raise RoutingError(
                 "the weights of this model are offloaded, and an adapter can't be trained beside "
                 "offloaded weights; load the model onto one device"
             )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self._inject(name, rank, alpha, changed)
+            self._inject(name, rank, alpha, target_maps)
         for place in self._find_places(name).values():
             place.lora.lora_A[name].float()
             place.lora.lora_B[name].float()
@@ -165,7 +171,7 @@ class LoraAdapters:
         return parameters
 
     def weights(self, name: str) -> LoraWeights:
-        """Return the weights of an adapter: the tensors themselves, not copies."""
+        """Return the weights of an adapter. The tensors aren't copied."""
         config = self._configs[self.check(name)]
         maps = {}
         for key, place in self._find_places(name).items():
@@ -220,7 +226,7 @@ class LoraAdapters:
 
     @contextmanager
     def running(self, name: str) -> Iterator[None]:
-        """Switch one adapter on for one pass, inside the block; with an empty name, switch none on.
+        """Switch one adapter on inside the block, for one pass. With an empty name all stay off.
 
         Raises:
             RoutingError: The model has no such adapter, or another thread runs a pass with a
@@ -261,12 +267,14 @@ class LoraAdapters:
         """Return the places of an adapter's LoRA layers, by linear map."""
         return {key: place for key, place in self._places.items() if name in place.lora.lora_A}
 
-    def _inject(self, name: str, rank: int, alpha: float, changed: Mapping[str, nn.Module]) -> None:
+    def _inject(
+        self, name: str, rank: int, alpha: float, target_maps: Mapping[str, nn.Module]
+    ) -> None:
         """Let PEFT put LoRA layers around linear maps, and leave everything else as it was."""
         self._check_new(name)
         from peft import inject_adapter_in_model
 
-        config = make_config(self._base, rank, alpha, changed)
+        config = make_config(self._base, rank, alpha, target_maps)
         gradients = [(weight, weight.requires_grad) for weight in self._base.parameters()]
         self._configs[name] = config
         try:
@@ -275,19 +283,19 @@ class LoraAdapters:
             vars(self._base).pop("peft_config", None)
             for weight, requires_grad in gradients:
                 weight.requires_grad_(requires_grad)
-            self._note_places()
+            self._record_places()
             self._switch("")
         places = self._find_places(name)
         for place in places.values():
-            _leave_meta(place.lora, name)
+            _allocate_adapter(place.lora, name)
         for parameter in self.parameters(name):
             parameter.requires_grad_(False)
-        if places.keys() != changed.keys():
+        if places.keys() != target_maps.keys():
             self.drop(name)
-            odd = ", ".join(sorted(places.keys() ^ changed.keys())[:3])
+            examples = ", ".join(sorted(places.keys() ^ target_maps.keys())[:3])
             raise ArchitectureError(
                 f"PEFT can't tell the linear maps of {type(self._base).__name__} apart by their "
-                f"names ({odd}), so it can't have an adapter"
+                f"names ({examples}), so this model can't have an adapter"
             )
 
     def _check_new(self, name: str) -> None:
@@ -309,8 +317,8 @@ class LoraAdapters:
                     "already; merge them first (merge_and_unload)"
                 )
 
-    def _note_places(self) -> None:
-        """Remember where the LoRA layers are, by linear map."""
+    def _record_places(self) -> None:
+        """Find the LoRA layers in the model, and record their places."""
         from peft.tuners.lora import LoraLayer
 
         _, layers = find_layers(self._base)
@@ -322,14 +330,19 @@ class LoraAdapters:
                     self._places[key] = LoraPlace(layer.get_submodule(parent), attribute, module)
 
 
-def _leave_meta(lora: Any, name: str) -> None:
-    """Give an adapter memory if its map's weight is offloaded, on the device where the map runs."""
-    if lora.lora_A[name].weight.device.type == "meta":
-        hook = getattr(lora.base_layer, "_hf_hook", None)  # accelerate's hook
-        device = getattr(hook, "execution_device", None)
-        device = torch.device("cpu") if device is None else torch.device(device)
-        lora.lora_A[name].to_empty(device=device)
-        lora.lora_B[name].to_empty(device=device)
+def _allocate_adapter(lora: Any, name: str) -> None:
+    """Give an adapter memory if the weight of its map is offloaded.
+
+    PEFT puts A and B where the weight is, which is the meta device. Here they get memory on the
+    device where the map runs.
+    """
+    if lora.lora_A[name].weight.device.type != "meta":
+        return
+    hook = getattr(lora.base_layer, "_hf_hook", None)  # accelerate's hook
+    device = getattr(hook, "execution_device", None)
+    device = torch.device("cpu") if device is None else torch.device(device)
+    lora.lora_A[name].to_empty(device=device)
+    lora.lora_B[name].to_empty(device=device)
 
 
 def make_config(base: Any, rank: int, alpha: float, maps: Mapping[str, nn.Module]) -> Any:
@@ -337,19 +350,19 @@ def make_config(base: Any, rank: int, alpha: float, maps: Mapping[str, nn.Module
     from peft import LoraConfig
 
     _, layers = find_layers(base)
-    prefix = name_of_layers(base, layers)
+    prefix = find_layers_name(base, layers)
     return LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]
         target_modules=sorted({key.partition(".")[2] for key in maps}),
-        layers_to_transform=sorted({layer_of_map(key) for key in maps}),
+        layers_to_transform=sorted({parse_layer(key) for key in maps}),
         layers_pattern=prefix.rpartition(".")[2],
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in maps.values()),
         task_type="CAUSAL_LM",
     )
 
 
-def name_of_layers(base: Any, layers: nn.ModuleList) -> str:
+def find_layers_name(base: Any, layers: nn.ModuleList) -> str:
     """Return the name of the list of layers in a model, such as `model.layers`."""
     for name, module in base.named_modules():
         if module is layers:
@@ -357,7 +370,7 @@ def name_of_layers(base: Any, layers: nn.ModuleList) -> str:
     raise ValueError("these aren't the layers of this model")
 
 
-def map_sizes(module: Any) -> tuple[int, int]:
+def read_map_sizes(module: Any) -> tuple[int, int]:
     """Return the input and output size of a linear map, whose weight may be packed."""
     if isinstance(module, Conv1D):
         return module.nx, module.nf

@@ -2,8 +2,8 @@
 
 A policy is a class with a method `decide`, which may read the prompt in its `PromptView`.
 `@POLICIES.register(...)` gives it a name, as in `examples/own_policy.py`. The driver pins the
-decisions and makes sure that every prompt runs at least one layer. torch is imported inside
-functions, so that `drllm ls policies` doesn't load it.
+decisions: all later tokens of the prompt follow them. It also makes every prompt run at least one
+layer. torch is imported inside functions, so that `drllm ls policies` doesn't load it.
 
 Axes: B rows, T tokens, D hidden, L layers, W windows.
 """
@@ -43,7 +43,8 @@ class PromptView:
 
     hidden: Tensor
     readable: Tensor
-    # The places of the windows, by their number and the device; shared by all layers of a pass.
+    # The places of the windows, by the number of windows and the device. All layers of a pass share
+    # this dictionary.
     spans: dict[tuple[int, torch.device], Spans] = field(default_factory=dict)
 
     @property
@@ -101,10 +102,10 @@ class FullPolicy(Policy):
 
 @POLICIES.register("fixed")
 class FixedPolicy(Policy):
-    """Follow the same decisions for every prompt.
+    """Follow decisions that were made beforehand.
 
     Args:
-        decisions: `[L]` for all rows, or `[B, L]`.
+        decisions: `[L]` for all prompts, or `[B, L]` with a row for each prompt of a batch.
         num_layers: L of the model.
 
     Raises:
@@ -119,24 +120,28 @@ class FixedPolicy(Policy):
         import torch
 
         plan = torch.as_tensor(decisions).cpu()
+        self.is_shared = plan.dim() == 1  # whether one row is for all prompts
         rows = plan.tolist() if plan.dim() == 2 else [plan.tolist()]
-        self.plan = [check_decisions(row, num_layers) for row in rows]  # [B][L]
-        self.is_shared = plan.dim() == 1  # one row for all prompts
+        self.plan = [check_decisions(row, num_layers) for row in rows]  # [B][L], or [1][L]
 
     def decide(self, layer: int, prompts: PromptView) -> Sequence[int]:
-        """Return column `layer` of the plan; refuse a batch of another size than the plan's."""
+        """Return every prompt's decision at a layer.
+
+        Raises:
+            RoutingError: There are rows for more or fewer prompts than the batch has.
+        """
         if self.is_shared:
             return [self.plan[0][layer]] * prompts.num_rows
         if len(self.plan) != prompts.num_rows:
             raise RoutingError(
                 f"decisions for {len(self.plan)} prompts were given, the batch has "
-                f"{prompts.num_rows}; give one row each, or one for all"
+                f"{prompts.num_rows}; give a row for each prompt, or one for all"
             )
         return [row[layer] for row in self.plan]
 
 
 class PathPolicy(Policy):
-    """Run one static path for all rows. Its layers may be in an order that no decisions express.
+    """Run one static path for all prompts. Unlike decisions, a path may run layers in any order.
 
     Raises:
         PathError: The path has a layer that a model of `num_layers` doesn't have.
@@ -148,12 +153,12 @@ class PathPolicy(Policy):
         self.path = path.check(num_layers)
 
     def decide(self, layer: int, prompts: PromptView) -> Sequence[int]:
-        """Return how often the path runs the layer; the driver runs the path itself."""
+        """Return how often the path runs the layer. The driver runs the path itself."""
         return [self.path.layers.count(layer)] * prompts.num_rows
 
 
 def find_shared_plan(policy: Policy, num_layers: int) -> Plan | None:
-    """Return the plan that a policy has for every prompt; None if plans may differ."""
+    """Return the plan that a policy follows for every prompt; None if plans may differ."""
     if type(policy) is FullPolicy:  # a subclass may decide otherwise
         return (1,) * num_layers
     if type(policy) is FixedPolicy and policy.is_shared:
@@ -167,9 +172,13 @@ def find_shared_plan(policy: Policy, num_layers: int) -> Plan | None:
 class RecordingPolicy(Policy):
     """Follow another policy, and record the input that every router would read.
 
-    If the other policy follows target paths, this is teacher forcing. If it follows routers, the
-    record is what they read at inference. After a forward pass `means` is `[B, L, W, D]` in float32
-    and `filled` is `[B]`.
+    If the other policy follows target paths, the record is for teacher forcing. If it follows
+    routers, the record is what they read at inference.
+
+    Attributes:
+        policy: The other policy.
+        num_windows: W of the routers.
+        filled: After a forward pass, the number of windows that hold tokens, `[B]`.
 
     Source: Dr.LLM section 3.3; recording instead of training in the loop is ours (D-09).
     """
@@ -190,7 +199,10 @@ class RecordingPolicy(Policy):
 
     @property
     def means(self) -> Tensor:
-        """Every router's input, `[B, L, W, D]`, on the device of the first layer."""
+        """After a forward pass, every router's input, `[B, L, W, D]` in float32.
+
+        It is on the device of the first layer.
+        """
         import torch
 
         device = self._means[0].device
@@ -226,7 +238,7 @@ class RouterPolicy(Policy):
         self.router_penalty = router_penalty
 
     def decide(self, layer: int, prompts: PromptView) -> Tensor | Sequence[int]:
-        """Return the routers' decisions."""
+        """Return the routers' decisions, `[B]`."""
         import torch
 
         windows = prompts.windows(self.routers.config.num_windows)
@@ -275,8 +287,9 @@ def apply_router_penalty(logits: Tensor, router_penalty: float) -> Tensor:
     """
     import torch
 
+    # The probabilities of a decision that is certain, `[3]` each.
     skip, execute, repeat = torch.eye(len(Decision), dtype=logits.dtype, device=logits.device)
-    routers = logits.softmax(dim=-1)
+    routers = logits.softmax(dim=-1)  # [B, 3]
     if router_penalty <= -0.5:
         return torch.lerp(skip.expand_as(routers), routers, (router_penalty + 1) / 0.5)
     if router_penalty <= 0.5:

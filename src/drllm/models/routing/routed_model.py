@@ -1,7 +1,7 @@
 """`RoutedModel`: a frozen Hugging Face model with a policy that decides how often each layer runs.
 
-`attach` and `detach` put routing on a model and take it off. The stages load or unwrap their base
-model with `unrouted`.
+`attach` and `detach` put routing on a model and take it off. The stages (search, training, tuning,
+evaluation) get their base model from `unrouted`.
 
 Axes: B rows, L layers.
 """
@@ -51,16 +51,16 @@ def attach(
     *,
     policy: Policy | None = None,
 ) -> RoutedModel:
-    """Put routing on a model. Routing that is on it already is replaced.
+    """Put routing on a model, in place of the routing that it may have already.
 
     Args:
-        model: As for `RoutedModel`; also a `RoutedModel`, or what `drllm.load` returns.
+        model: A model as for `RoutedModel`, a `RoutedModel`, or what `drllm.load` returns.
         routers: Trained routers, their folder, or OWNER/NAME on the hub; None for no routers.
         tokenizer: As for `RoutedModel`.
         policy: As for `RoutedModel`.
 
     Raises:
-        DrllmError: `RoutedModel` or `load_routers` refuses. The model is then as it was before.
+        DrllmError: `RoutedModel` or `load_routers` raises it. The model is then as it was before.
     """
     if isinstance(routers, (str, Path)):
         routers = load_routers(find_routers(routers))
@@ -69,7 +69,7 @@ def attach(
             tokenizer = vars(model).get("tokenizer")  # None if it isn't loaded yet
         model = model.model
     with ExitStack() as undo:
-        undo.callback(_take_off(model))
+        undo.callback(_take_off(model))  # puts the earlier routing back if the next line fails
         routed = RoutedModel(model, routers, policy=policy, tokenizer=tokenizer)
         undo.pop_all()
     return routed
@@ -94,11 +94,13 @@ def unrouted(
 ) -> Iterator[BaseModel]:
     """Yield a stage's base model, without routing inside the block.
 
+    The routing is put back after the block.
+
     Args:
-        model: The settings or the name of a model to load; or a loaded model: what `load` returns,
-            a model of transformers, or a `RoutedModel`. Its routing is put back after the block.
+        model: The settings or the name of a model to load, or a loaded model: what `load` returns,
+            a model of transformers, or a `RoutedModel`.
         tokenizer: The model's tokenizer; None takes the tokenizer that the model comes with.
-        listener: Told about the loading.
+        listener: Shows that the model is being loaded.
     """
     with ExitStack() as stack:
         if isinstance(model, (str, ModelConfig)):
@@ -151,40 +153,45 @@ def _refuse_options(names: Iterable[str], options: Mapping[str, Any]) -> None:
 
 
 def _load_base(
-    base: Any, made_for: Mapping[str, Any], folder: Path, options: Mapping[str, Any]
+    base: Any, identity: Mapping[str, Any], folder: Path, options: Mapping[str, Any]
 ) -> Any:
-    """Return the base model.
+    """Return the base model, and load it if necessary.
 
-    A name or folder is loaded. For None, the model that the files name is loaded.
+    Args:
+        base: A loaded model, the name or folder of a model, or None.
+        identity: The `id` and `revision` of the model that is loaded if `base` is None.
+        folder: The folder that names this model, for the error message.
+        options: How the model is loaded, as for `load`.
     """
     if isinstance(base, (str, Path)):
         return loading.load(str(base), revision=None, **options)
     if base is not None:
         return base
-    if not made_for.get("id"):
+    if not identity.get("id"):
         raise CheckpointError(
             f"the files in {folder} don't name their base model; give it as base=..."
         )
-    return loading.load(str(made_for["id"]), revision=made_for.get("revision"), **options)
+    return loading.load(str(identity["id"]), revision=identity.get("revision"), **options)
 
 
 class RoutedModel:
     """A base model under routing.
 
-    The model is used in place: `routed.model` is the same object, with the same weights and
-    state-dict keys. Its forward passes and its `generate` are routed, whoever calls them. A pass
-    without a cache, or with an empty cache, reads a prompt. The decisions for a prompt hold for all
-    later tokens on the same cache, or in the same `generate`. Without routers and without a policy
-    every layer is executed once, and results equal the base model's bit for bit.
+    The model isn't copied: `routed.model` is the same object, with the same weights and state-dict
+    keys. Its forward passes and its `generate` are routed, whoever calls them.
+
+    A pass without a cache, or with an empty cache, reads a prompt. The decisions for a prompt hold
+    for all later tokens on the same cache, or in the same `generate`. Without routers and without a
+    policy every layer is executed once, and results equal those of the base model bit for bit.
 
     Args:
         model: A decoder-only model of transformers, or a PEFT model around one.
         routers: Trained routers for exactly this model.
-        policy: Any other policy; give routers or a policy, not both.
+        policy: A policy that decides in place of routers. Give routers or a policy, not both.
         tokenizer: The model's tokenizer, for functions that start from texts (`search_paths`).
             None loads the tokenizer of the model's name when it is first needed.
 
-    All other attributes (`config`, `device`, `parameters()`, ...) are those of the model.
+    All other attributes (`config`, `device`, `parameters()`, ...) are the attributes of the model.
 
     Raises:
         ArchitectureError: The model's layers can't be routed exactly.
@@ -220,7 +227,7 @@ class RoutedModel:
             raise RoutingError("give routers or a policy, not both: only one of them can decide")
         if routers is not None:
             check_routers(model, routers)
-            if model.device.type != "meta":  # accelerate keeps the weights elsewhere
+            if model.device.type != "meta":  # else accelerate keeps the weights elsewhere
                 routers = routers.to(model.device)
             policy = RouterPolicy(routers)
         self.model: Any = model
@@ -241,8 +248,9 @@ class RoutedModel:
     def __repr__(self) -> str:
         base = unwrap_peft(self.model)
         name = getattr(base, "name_or_path", "")
-        parts = [type(base).__name__ + (f" {name!r}" if name else "")]
-        parts.append(f"{self.num_layers} layers")
+        parts = [type(base).__name__, f"{self.num_layers} layers"]
+        if name:
+            parts[0] += f" {name!r}"
         policy = self.driver.policy
         if isinstance(policy, PathPolicy):
             parts.append(policy.path.edits(self.num_layers))
@@ -348,13 +356,15 @@ class RoutedModel:
             _refuse_options(options.keys() - hub_options.keys(), options)
         if (folder / HEALED_FILE).is_file():
             plan = read_path(str(folder))
-            made_for = plan.record.model if plan.record else {}
-            routed = attach(_load_base(base, made_for, folder, options), None, tokenizer)
-            routed.driver.policy = routed.policy_of(load_path(routed, plan))
+            identity = plan.record.model if plan.record else {}
+            model = _load_base(base, identity, folder, options)
+            routed = attach(model, tokenizer=tokenizer)
+            routed.driver.policy = routed.build_policy(load_path(routed, plan))
             return routed
         stack = load_routers(folder)
-        made_for = {"id": stack.config.base_model, "revision": stack.config.base_revision}
-        return attach(_load_base(base, made_for, folder, options), stack, tokenizer)
+        identity = {"id": stack.config.base_model, "revision": stack.config.base_revision}
+        model = _load_base(base, identity, folder, options)
+        return attach(model, stack, tokenizer)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -383,7 +393,7 @@ class RoutedModel:
 
     @property
     def policy(self) -> Policy:
-        """The current policy: that of the innermost `using` or `fixed` block, else the model's."""
+        """The current policy: of the innermost `using` or `fixed` block, else of the model."""
         return self.driver.current_policy
 
     def generate(self, *args: Any, **inputs: Any) -> Any:
@@ -423,9 +433,9 @@ class RoutedModel:
             PathError: This model can't run the decisions or the path.
             RoutingError: The adapter of a healed path isn't in the model.
         """
-        return self.using(self.policy_of(plan))
+        return self.using(self.build_policy(plan))
 
-    def policy_of(
+    def build_policy(
         self, plan: StaticPath | Sequence[int] | Sequence[Sequence[int]] | Tensor
     ) -> Policy:
         """Return the policy that follows a plan. The plan is as for `fixed`."""
@@ -463,6 +473,7 @@ class RoutedModel:
         return detach(self.model)
 
     def _check_attached(self) -> None:
+        """Raise a RoutingError if the routing was taken off the model."""
         if not self.injection.is_installed:
             raise RoutingError(
                 "this routing was taken off the model, by detach() or by another attach(); use "
@@ -479,7 +490,7 @@ class RoutedModel:
     ) -> str | None:
         """Save the routers with a model card. The base model isn't copied.
 
-        If the folder holds routers already, all of their files are replaced, or none.
+        If the folder holds routers already, all of their files are replaced, or none if this fails.
 
         Args:
             folder: The folder; made if necessary.
@@ -492,8 +503,8 @@ class RoutedModel:
 
         Raises:
             ConfigError: One of `push_to_hub` and `repo_id` is given without the other.
-            CheckpointError: The folder can't be written, or holds a README.md that isn't the card
-                of routers; or the routers' weights aren't finite float32 any more.
+            CheckpointError: The folder can't be written, it holds a README.md that isn't a card of
+                routers, or the weights of the routers aren't finite float32 any more.
             RoutingError: There are no routers.
         """
         routers = self._check_routers()
@@ -524,8 +535,8 @@ class RoutedModel:
             The address of the commit.
 
         Raises:
-            CheckpointError: The hub or `save_pretrained` refuses, the repository is public instead
-                of private, or there is no network.
+            CheckpointError: The hub or `save_pretrained` refuses, an existing repository isn't
+                private, or there is no network.
             RoutingError: There are no routers.
         """
         routers = self._check_routers()

@@ -228,8 +228,9 @@ class PrefixSharingDriver(Driver):
 
     def begin(self, forward: Forward) -> PrefixSharingDriver:
         """Start the pass; refuse outputs that would be wrong for shared paths."""
-        if forward.rejected:
-            raise RoutingError(f"{', '.join(forward.rejected)} can't be given for shared paths")
+        if forward.requested_outputs:
+            outputs = ", ".join(forward.requested_outputs)
+            raise RoutingError(f"{outputs} can't be given for shared paths")
         return self
 
     def layer(self, call: LayerCall, hidden: Tensor) -> Tensor:

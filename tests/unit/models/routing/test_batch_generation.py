@@ -11,7 +11,7 @@ from transformers import NoRepeatNGramLogitsProcessor, StopStringCriteria
 
 from drllm.errors import ConfigError, RoutingError
 from drllm.models.routing.batch_generation import (
-    REFUSED,
+    REFUSED_OPTIONS,
     _split_by_plan,
     generate_many,
     prompt_tokens,
@@ -277,7 +277,7 @@ def test_a_stop_string_ends_each_answer_for_itself(routed, option):
     assert [answer.text for answer in answers] == expected
 
 
-@pytest.mark.parametrize("name", sorted(REFUSED))
+@pytest.mark.parametrize("name", sorted(REFUSED_OPTIONS))
 def test_options_that_several_batches_cannot_share_are_refused(routed, name):
     with pytest.raises(ConfigError, match=f"{name} can't be given for many prompts: "):
         generate_many(routed, PROMPTS[:2], **{name: object()})
