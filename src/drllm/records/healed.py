@@ -33,14 +33,11 @@ class HealPoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class Losses(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Next-token losses on held-out texts, in nats per token.
+    """Next-token losses on held-out texts, in nats per token."""
 
-    The losses are those of the full path, of the path alone, and of the healed path.
-    """
-
-    full: float
-    path: float
-    healed: float
+    full: float  # of the full path
+    path: float  # of the path without the adapter
+    healed: float  # of the path with the adapter
     num_texts: int | None = None  # not in older files
 
 

@@ -84,7 +84,8 @@ def _list_changed_settings(group: type[Settings], config: Mapping[str, Any]) -> 
 def _has_effect(group: type[Settings], name: str, values: Mapping[str, Any]) -> bool:
     """Tell whether a setting has an effect, given the other settings.
 
-    A verb refuses a setting without effect.
+    A verb refuses a setting without effect, so a command mustn't have it. A setting may name
+    another setting and the value at which it has no effect.
     """
     settings = {setting.name: setting for setting in fields(group)}
     condition = settings[name].metadata["no_effect_if"]

@@ -1,8 +1,7 @@
 """The sections of a report on an evaluation: key figures, plot, systems, routes and questions.
 
-Every claim is a finding of the evaluation or the label of a verdict; nothing is judged here. Values
-that are derived, not measured, aren't called measured. `describe_times` is for `drllm show`. Axes:
-L layers.
+Every claim is a finding of the evaluation or the label of a verdict; nothing is judged here. Only
+measured values are called measured. `describe_times` is for `drllm show`. Axes: L layers.
 """
 
 from collections.abc import Sequence

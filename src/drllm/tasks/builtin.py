@@ -1,4 +1,4 @@
-"""Tasks that need no data: `builtin_facts` and `builtin_arithmetic`, the same on every machine.
+"""Tasks that need no data folder and no hub: `builtin_facts` and `builtin_arithmetic`.
 
 The questions were written for this project. They are in `data/`, and each question names its split.
 This module doesn't import torch.

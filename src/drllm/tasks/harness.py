@@ -35,15 +35,16 @@ MAX_NEW_TOKENS = 256
 class LmEvalTask(Task):
     """A task of the harness, or all tasks of a group or of a task file.
 
-    `test` has the questions that the harness reports. The other splits share the unreported
-    questions: the training questions, or the validation questions if there are no training
-    questions and the harness reports other questions. A hash of the text decides the split. An
-    unreported question is left out if it is also reported, or if it doesn't have exactly one right
-    answer.
+    The questions that the harness reports are in `test`. The other splits share the unreported
+    questions; a hash of the text decides the split. The unreported questions are the training
+    questions of the task. If there are none, they are its validation questions, unless the harness
+    reports these. Questions that are also reported are left out, and so are questions that don't
+    have exactly one right answer.
 
-    Without unreported questions, all splits share the reported questions. Paths or routers that
-    were made on some of them are then evaluated on `test` alone. All prompts are the harness' own,
-    worked examples included.
+    If there are no unreported questions, all splits share the reported questions. Paths or routers
+    that were made on the other splits are then evaluated only on the questions of `test`.
+
+    All prompts, including worked examples, are the harness' own.
 
     Args:
         name: A name that the harness' `--tasks` accepts.
@@ -199,7 +200,9 @@ class LmEvalTask(Task):
     ) -> Example:
         """Make a question whose answer is generated; all targets of its doc are right answers."""
         task = self.tasks[leaf]
-        choices = () if task.config.doc_to_choice is None else task.doc_to_choice(doc)
+        choices: Sequence[str] = ()
+        if task.config.doc_to_choice is not None:
+            choices = task.doc_to_choice(doc)
         target = task.doc_to_target(doc)
         targets = target if isinstance(target, list) else [target]
         answers: list[str] = []

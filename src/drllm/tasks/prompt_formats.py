@@ -30,7 +30,7 @@ class PromptFormat:
             `letter` asks for an option's letter, and other rewards grade a generated answer.
             Prompts without answers have only `kl`.
         templates: Texts around `{question}` and, for generated answers, `{context}`. The first
-            template is for the search, the others are for the re-test.
+            template is for the search; all further templates are for the re-test.
         max_new_tokens: Maximum tokens of an answer; None allows the longest right answer and a few
             tokens more.
         letters: Letters that an answer may name, if the question's text lists the options.
