@@ -164,7 +164,7 @@ def test_what_older_versions_could_heal_is_refused_with_the_version(
 
 BAD = {
     "isn't the adapter that path.json": lambda f: (f / ADAPTER_FILE).write_bytes(b"other"),
-    "adapter_model.safetensors, which path.json": lambda f: (f / ADAPTER_FILE).unlink(),
+    "adapter_model.safetensors is missing": lambda f: (f / ADAPTER_FILE).unlink(),
     "holds NaN or infinity": lambda f: with_weights(
         f, lambda t: t[Q + "A.weight"].fill_(torch.nan)
     ),
