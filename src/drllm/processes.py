@@ -35,7 +35,7 @@ def count() -> int:
 
 
 def is_first() -> bool:
-    """Say whether this process is the first, which reads, writes and prints."""
+    """Tell whether this process is the first, which reads, writes and prints."""
     return count() == 1 or os.environ.get("RANK") == "0"
 
 

@@ -113,7 +113,7 @@ def _print_counts(summary: Mapping[str, Any], terminal: Terminal) -> None:
 
 
 def _list_counts(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the counts of each task, and under "all" those of all tasks if there are several."""
+    """Return the counts by task; unless there is a single task, "all" counts over all tasks."""
     counts = dict(summary.get("tasks", {}))  # older manifests don't have it
     if len(counts) == 1:
         return counts

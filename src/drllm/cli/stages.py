@@ -41,7 +41,13 @@ from drllm.records.places import check_file, check_folder, only_writer
 from drllm.records.search import SearchRecords
 from drllm.records.supervision import join_supervision
 from drllm.search.questions import SearchQuestion, collect_questions
-from drllm.supervision.select import check_settings, pick_targets, supervise, write_supervision
+from drllm.supervision.select import (
+    Supervision,
+    check_settings,
+    pick_targets,
+    supervise,
+    write_supervision,
+)
 from drllm.tasks.base import Task
 from drllm.tasks.files import FIELDS
 from drllm.tasks.registry import TASKS, get_tasks
@@ -63,6 +69,10 @@ COLUMNS = Flag(
     f"columns of a file or hub set that hold {', '.join(FIELDS)}; grader=exact sets the grader",
     placeholder="FIELD=COLUMN,...",
 )
+SWITCH_FLAGS = [
+    Flag(name, f"train on the {task} targets in data/{task}/ too", switch=True)
+    for name, task in published.SWITCHES.items()
+]
 
 
 @verb(
@@ -86,7 +96,7 @@ def search(command: CommandLine, terminal: Terminal) -> None:
     folder = Path(config.output_dir).expanduser()
     check_model_name(command)
     with terminal.busy("reading the questions"):
-        questions = collect_questions(None, config)
+        questions = collect_questions(None, config)  # None: those that the settings name
     check_settings(targets_config, {question.task for question in questions}, config)
     check_folder(folder, "--output-dir")
     _print_splits(get_tasks(config.dataset or ""), terminal)
@@ -130,17 +140,8 @@ def _write_targets(
 ) -> None:
     """Choose targets and write them, unless the file exists and must stay as it is."""
     supervision = pick_targets(records, config)
-    if output.is_file():
-        manifest = read_manifest(output, "supervision")
-        # A run that was killed before it wrote the manifest left exactly these lines.
-        if manifest is None and output.read_bytes() != to_lines(supervision).encode():
-            terminal.note(
-                f"drllm: {output} has no manifest, so drllm didn't write it; it stays as it is"
-            )
-            return
-        if manifest is not None and _is_up_to_date(manifest, output, config):
-            terminal.say(f"{output} was made from this search already")
-            return
+    if output.is_file() and _must_stay(output, supervision, config, terminal):
+        return
     if not supervision:
         terminal.note(
             f"drllm: no question has a target path, so {output.name} was not written; search more "
@@ -149,6 +150,25 @@ def _write_targets(
         return
     write_supervision(supervision, [records], output, config)
     print_targets_file(output, supervision.summary, terminal)
+
+
+def _must_stay(
+    output: Path, supervision: Supervision, config: SuperviseConfig, terminal: Terminal
+) -> bool:
+    """Tell whether an existing file of targets must stay as it is, and print why.
+
+    A user's own file stays, and so do targets that are up to date.
+    """
+    manifest = read_manifest(output, "supervision")
+    if manifest is not None:
+        is_up_to_date = _is_up_to_date(manifest, output, config)
+        if is_up_to_date:
+            terminal.say(f"{output} was made from this search already")
+        return is_up_to_date
+    if output.read_bytes() == to_lines(supervision).encode():
+        return False  # an earlier run was killed before it wrote the manifest
+    terminal.note(f"drllm: {output} has no manifest, so drllm didn't write it; it stays as it is")
+    return True
 
 
 def _is_up_to_date(manifest: Mapping[str, Any], output: Path, config: SuperviseConfig) -> bool:
@@ -160,7 +180,9 @@ def _is_up_to_date(manifest: Mapping[str, Any], output: Path, config: SuperviseC
     if search_digest not in manifest.get("inputs", {}).values():
         return False
     settings = config.to_dict()
-    return settings in (manifest.get("config"), SuperviseConfig().to_dict())
+    is_same_rule = settings == manifest.get("config")
+    names_no_rule = settings == SuperviseConfig().to_dict()
+    return is_same_rule or names_no_rule
 
 
 def _print_forecast(
@@ -180,10 +202,10 @@ def _print_forecast(
     rows = []
     for forecast in forecasts:
         num_questions = str(forecast.questions)
+        num_paths = str(forecast.paths)
         executions = f"{forecast.executions:.2e}"
         hours = f"{forecast.seconds / 3600:.3g}"
         megabytes = f"{forecast.size_bytes / 1e6:.3g}"
-        num_paths = str(forecast.paths)
         rows.append([forecast.task, num_questions, num_paths, executions, hours, megabytes])
     terminal.table("task|questions|paths|executions|hours|MB", rows, numbers_from=1)
     _print_totals(forecasts, base, config, terminal)
@@ -243,13 +265,10 @@ def supervise_verb(command: CommandLine, terminal: Terminal) -> None:
     flags=(
         Flag(
             "supervision",
-            "supervision.jsonl files to train on; default: the one in data/mcts_paths/ or data/",
+            "supervision.jsonl files to train on; default: the file in data/mcts_paths/ or data/",
             many=True,
         ),
-        *(
-            Flag(name, f"train on the {task} targets in data/{task}/ too", switch=True)
-            for name, task in published.SWITCHES.items()
-        ),
+        *SWITCH_FLAGS,
         Flag("run_name", "write the routers to checkpoints/NAME", placeholder="NAME"),
         Flag(
             "output_dir",

@@ -146,7 +146,7 @@ _NUMBERS = {
     float: re.compile(r"[+-]?(\d{1,400}(\.\d*)?|\.\d+)([eE][+-]?\d{1,5})?"),
 }
 """The texts that are read as numbers. A text with more digits stays a text, and is refused."""
-LARGEST_INT = 2**63 - 1
+LARGEST_INT = 2**63 - 1  # no number of a setting may be larger
 
 
 def list_kinds(group: type[Settings]) -> dict[str, tuple[type, ...]]:
@@ -170,7 +170,7 @@ def convert_text(value: Any, kinds: tuple[type, ...]) -> Any:
         kinds: The accepted types of the setting.
     """
     if isinstance(value, dict) and is_by_task(kinds):
-        task_kinds = _kinds_by_task(kinds)
+        task_kinds = _list_task_kinds(kinds)
         return {task: convert_text(task_value, task_kinds) for task, task_value in value.items()}
     if not isinstance(value, str):
         return value
@@ -180,8 +180,8 @@ def convert_text(value: Any, kinds: tuple[type, ...]) -> Any:
     return value
 
 
-def _kinds_by_task(kinds: tuple[type, ...]) -> tuple[type, ...]:
-    """Return the accepted types of one task's value, for a setting by task."""
+def _list_task_kinds(kinds: tuple[type, ...]) -> tuple[type, ...]:
+    """List the accepted types of a single task's value, for a setting by task."""
     hint = typing.get_args(kinds[0])[1]
     return typing.get_args(hint) or (hint,)
 
@@ -231,16 +231,18 @@ def _check(name: str, value: Any, kinds: tuple[type, ...], rules: Mapping[str, A
 def _check_by_task(
     name: str, values: Any, kinds: tuple[type, ...], rules: Mapping[str, Any]
 ) -> None:
+    """Refuse a wrong value in a setting by task; None means that no task has a value."""
     if values is None:
         return
     if not isinstance(values, dict):
         example = f"{name}: {rules['placeholder']}"
         raise ConfigError(f"{name} is {values!r}; give values by task, as in '{example}'")
     for task, value in values.items():
-        _check(f"{name} of {task}", value, _kinds_by_task(kinds), rules)
+        _check(f"{name} of {task}", value, _list_task_kinds(kinds), rules)
 
 
 def _check_bounds(name: str, value: float, rules: Mapping[str, Any]) -> None:
+    """Refuse a number outside the bounds of its field."""
     minimum = rules["minimum"]
     maximum = rules["maximum"]
     above = rules["above"]
@@ -297,7 +299,7 @@ def replace_settings(kind: type[Group], config: Group | None, settings: Mapping[
 
 
 def make_settings(kind: type[Group], values: Mapping[str, Any]) -> Group:
-    """Make a group of settings from those of the values that belong to it."""
+    """Make a group of settings from values by name; values of other groups are ignored."""
     names = [field.name for field in dataclasses.fields(kind)]
     return kind(**{name: values[name] for name in names if name in values})
 
@@ -313,11 +315,11 @@ def from_dict(kind: type[Group], values: dict[str, Any], where: str) -> Group:
     Raises:
         ConfigError: A name is unknown or was removed, or a value is wrong.
     """
-    known = list_kinds(kind)
+    known_names = list_kinds(kind)
     for name in map(str, values):
-        if name in known:
+        if name in known_names:
             continue
         if to_flag(name) in REMOVED_FLAGS:
             raise ConfigError(f"{where}: {REMOVED_FLAGS[to_flag(name)]}")
-        raise ConfigError(f"{where}: " + unknown_name("setting", name, known))
+        raise ConfigError(f"{where}: " + unknown_name("setting", name, known_names))
     return kind(**values)

@@ -114,12 +114,14 @@ class Recipe:
             self._check_healing(self.heal)
 
     def _check_routers(self) -> None:
+        """Check the sections that train routers."""
         tasks = dict.fromkeys(question.task for question in self.questions)  # each task once
         check_settings(self.supervise, list(tasks), self.search)
         self.train.check_effects()
         check_trackers(self.train.trackers)
 
     def _check_tuning(self) -> None:
+        """Check the section `tune`, and that the evaluation fits it."""
         _ = self.tuning_tasks  # reads and checks them
         if self.evaluate.max_drop is not None and self.evaluate.paths is None:
             raise ConfigError(
@@ -129,6 +131,7 @@ class Recipe:
             )
 
     def _check_healing(self, heal: config.HealConfig) -> None:
+        """Check the section `heal`, and that it names a path."""
         _ = self.healing_texts  # reads and checks them
         if self.tune is None:
             read_path(heal.require_path())
@@ -161,6 +164,7 @@ SECTIONS: dict[str, Any] = {
     "evaluate": config.EvaluateConfig,
 }
 """The class of the settings in each section of a recipe, by the name of the section."""
+SECTIONS_WITH_QUESTIONS = ("search", "evaluate", *PATHS)
 
 
 def read_recipe(path: Path, data_dir: str | None = None) -> Recipe:
@@ -199,6 +203,6 @@ def _make_group(
             f"search: 'output_dir' is {settings['output_dir']!r}; leave it out, a run writes to "
             f"the folder given as --output-dir"
         )
-    if data_dir is not None and name in ("search", "evaluate", *PATHS):
+    if data_dir is not None and name in SECTIONS_WITH_QUESTIONS:
         settings["data_dir"] = data_dir
     return from_dict(kind, settings, name)
