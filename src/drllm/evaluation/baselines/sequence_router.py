@@ -19,7 +19,7 @@ from drllm.evaluation.baselines.base import (
     average_executions,
     register,
 )
-from drllm.models.routing.policies import Policy, PromptView, apply_depth_bias, full_precision
+from drllm.models.routing.policies import Policy, PromptView, apply_depth_bias, without_autocast
 
 if TYPE_CHECKING:
     import torch
@@ -84,7 +84,7 @@ class SequenceRouterPolicy(Policy):
         """Return a layer's decisions; at the first layer, decide for all layers."""
         if layer == 0:
             inputs = prompts.mean().cpu()  # the router is on the CPU
-            with full_precision(inputs.device):
+            with without_autocast(inputs.device):
                 self._plans = make_plans(self.router, inputs, self.depth_bias)
         return self._plans[:, layer]
 

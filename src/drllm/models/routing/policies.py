@@ -57,7 +57,7 @@ class PromptView:
         from drllm.models.routers.stack import Spans
 
         device = self.hidden.device  # the layers may be on several devices
-        with full_precision(device):
+        with without_autocast(device):
             spans = self.spans.get((num_windows, device))
             if spans is None:
                 spans = Spans(self.readable.to(device), num_windows)
@@ -243,7 +243,7 @@ class RouterPolicy(Policy):
 
         windows = prompts.windows(self.routers.config.num_windows)
         device = self.routers.hidden_weight.device
-        with full_precision(device), torch.no_grad():
+        with without_autocast(device), torch.no_grad():
             logits = self.routers.layer_logits(layer, windows)
             if self.router_penalty is not None:
                 logits = apply_router_penalty(logits, self.router_penalty)
@@ -252,8 +252,11 @@ class RouterPolicy(Policy):
             return logits.argmax(dim=-1)
 
 
-def full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """Switch autocast off inside the block. Where it is off already, this costs nothing."""
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Switch autocast off inside the block, so that routers compute in float32.
+
+    If it is off already, this costs nothing.
+    """
     import torch
 
     if torch.is_autocast_enabled(device.type):
