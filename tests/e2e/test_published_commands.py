@@ -136,7 +136,7 @@ def test_without_targets_the_command_that_makes_them_is_named(refused, folder):
 def test_two_places_to_read_from_are_not_chosen_between(refused: Callable[[str], str]):
     for place in ("data", "data/mcts_paths"):
         write_targets(f"{place}/supervision.jsonl", "own")
-    assert "give the one to train on as --supervision" in refused(TRAIN)
+    assert "give the file to train on as --supervision" in refused(TRAIN)
 
 
 @pytest.mark.parametrize(
