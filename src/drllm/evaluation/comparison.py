@@ -193,7 +193,7 @@ class EvaluationContext:
             harness_task = self._render_stock_task(task, split, limit)
         else:
             harness_task = self._render_written_task(task, split, limit)
-        questions = f"{harness_task.written.name}, {limit or 'all'} of {split}"
+        questions = f"{harness_task.task.name}, {limit or 'all'} of {split}"
         self.chunks.expect(questions, {"questions_sha256": harness_task.digest()})
         return harness_task
 
@@ -207,8 +207,8 @@ class EvaluationContext:
         only_split: str | None = split
         if split == "test" and not self._may_know_questions():
             only_split = None
-        written = draw_stock_task(task, only_split, limit, config.seed, config.num_fewshot)
-        return RenderedTask(written, task.tasks, self.lm, chat=config.chat)
+        harness_task = draw_stock_task(task, only_split, limit, config.seed, config.num_fewshot)
+        return RenderedTask(harness_task, task.tasks, self.lm, chat=config.chat)
 
     def _may_know_questions(self) -> bool:
         """Tell whether something may be trained, tuned or fitted on questions of a harness task.
@@ -227,7 +227,7 @@ class EvaluationContext:
         """Write one of drllm's tasks to its task folder, and render it."""
         config = self.config
         folder = self.output / TASKS_FOLDER / split
-        [written], files = make_task_folder(
+        [harness_task], files = make_task_folder(
             [task],
             split=split,
             limit=limit,
@@ -236,7 +236,7 @@ class EvaluationContext:
             num_fewshot=config.num_fewshot,
         )
         files.write(folder)
-        return RenderedTask(written, folder, self.lm, chat=config.chat)
+        return RenderedTask(harness_task, folder, self.lm, chat=config.chat)
 
     def run_once(self, name: str, run: Callable[[KeepBlocks], SystemRun], cost: int) -> SystemRun:
         """Run a system, or return its result if it was stored before an interruption.
@@ -354,7 +354,7 @@ class TaskComparison:
         )
         self.runner = TaskRunner(context.lm, self.harness_task, config.num_texts, config.seed)
         self.source = context.sources[task.name]
-        self.notes = list(self.harness_task.written.notes)
+        self.notes = list(self.harness_task.task.notes)
         if self.source.name != task.name:
             self.notes.append(
                 f"Depths and baselines are fitted and chosen on questions of {self.source.name}, "
@@ -490,7 +490,7 @@ class TaskComparison:
         """Run a system; the label distinguishes it from other systems with the same name."""
         runner = self.runner
         return self.context.run_once(
-            f"{self.harness_task.written.name}: {plan.name}{label}",
+            f"{self.harness_task.task.name}: {plan.name}{label}",
             lambda keep: runner.run(plan.name, [plan.run], plan.depth, keep),
             runner.num_tokens,
         )

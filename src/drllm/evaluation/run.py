@@ -446,7 +446,7 @@ def _judge_runs(
     curves = []
     for task_runs, table in zip(runs, tables, strict=True):
         curves.append(task_runs.build_curve(table))
-    names = [task_runs.harness_task.written.name for task_runs in runs]
+    names = [task_runs.harness_task.task.name for task_runs in runs]
     drop_test = _test_drop(
         dict(zip(names, tables, strict=True)), dict(zip(names, curves, strict=True)), config
     )

@@ -202,7 +202,7 @@ class TaskRunner:
                 scores = [grades[metric] for grades in question_grades]
                 scores_by_draw.append(scores)
             system.metrics[metric] = _mean_over_draws(scores_by_draw)
-        system.correct = system.metrics[harness_task.written.metric]
+        system.correct = system.metrics[harness_task.task.metric]
         for place, answers in enumerate(result.answers[0]):
             system.answers.append(harness_task.answer(place, answers))
         if harness_task.has_options:

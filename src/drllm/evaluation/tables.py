@@ -83,7 +83,7 @@ class TaskRuns:
     def above_chance(self) -> bool:
         """Whether base is shown to be better than guessing; otherwise nothing is claimed."""
         lowest, _ = accuracy_interval(self.base.correct, self.config.seed)
-        return lowest > self.harness_task.written.chance
+        return lowest > self.harness_task.task.chance
 
     def build_table(self) -> tuple[results.System, ...]:
         """Return a row for each system, at the depth that the routers were trained for."""
@@ -250,12 +250,12 @@ class TaskRuns:
             header: The fields that the records of all tasks share.
             drop_test: The test of `--max-drop`, over all tasks; None without `--max-drop`.
         """
-        written = self.harness_task.written
+        task = self.harness_task.task
         evaluation = results.Evaluation(
             **header,
-            task=written.name,
-            split=self.config.get_split(written.name),
-            **{name: getattr(written, name) for name in FIELDS_FROM_TASK},
+            task=task.name,
+            split=self.config.get_split(task.name),
+            **{name: getattr(task, name) for name in FIELDS_FROM_TASK},
             num_layers=self.num_layers,
             systems=tuple(table),
             curve=tuple(curve),
@@ -281,10 +281,10 @@ class TaskRuns:
 
     def _warn_of_guessing(self) -> str:
         """Say that base may be guessing, so that nothing can be claimed."""
-        written = self.harness_task.written
+        task = self.harness_task.task
         return (
-            f"On {written.name} the base model is not shown to be above chance "
-            f'({100 * written.chance:.1f} %), so no gain and no "no loss" can be claimed here.'
+            f"On {task.name} the base model is not shown to be above chance "
+            f'({100 * task.chance:.1f} %), so no gain and no "no loss" can be claimed here.'
         )
 
     def _write_notes(self) -> list[str]:
@@ -340,7 +340,7 @@ class TaskRuns:
 
     def build_samples(self) -> list[results.Sample]:
         """Return the sample of each question, with the outcome of every system."""
-        examples = {example.id: example for example in self.harness_task.written.examples}
+        examples = {example.id: example for example in self.harness_task.task.examples}
         samples = []
         for place, example_id in enumerate(self.harness_task.ids):
             example = examples[example_id]

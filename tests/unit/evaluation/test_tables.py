@@ -43,12 +43,12 @@ def run(name, correct, setting="", executions=27.0, losses=(), num_routes=7, **v
 
 
 def runs(*systems, chance=0.25, seeds=(), notes=()):
-    written = SimpleNamespace(
+    task = SimpleNamespace(
         name="a_task", chance=chance, kind="choices", metric="acc", num_fewshot=0
     )
-    written.num_questions, written.not_asked = len(systems[0].correct), {}
+    task.num_questions, task.not_asked = len(systems[0].correct), {}
     return TaskRuns(
-        harness_task=SimpleNamespace(written=written, ids=list(range(written.num_questions))),
+        harness_task=SimpleNamespace(task=task, ids=list(range(task.num_questions))),
         systems=systems,
         notes=notes,
         config=EvaluateConfig(),

@@ -37,7 +37,7 @@ class RenderedTask:
     same in all lists, and methods take a question's place in this order.
 
     Args:
-        written: The task, described for the harness.
+        task: The task, described for the harness.
         source: The folder that the task was written to, or the harness' own tasks by name.
         lm: The model that answers.
         chat: Whether to apply the chat template, with worked examples as turns.
@@ -49,18 +49,18 @@ class RenderedTask:
     """
 
     def __init__(
-        self, written: HarnessTask, source: Path | Mapping[str, Any], lm: RoutedLM, *, chat: bool
+        self, task: HarnessTask, source: Path | Mapping[str, Any], lm: RoutedLM, *, chat: bool
     ) -> None:
-        self.written = written
+        self.task = task
         self._lm = lm
         if isinstance(source, Path):
-            source = load_harness_tasks(f"{source / written.harness_name}.yaml")
+            source = load_harness_tasks(f"{source / task.harness_name}.yaml")
         # Copies, since a task of the harness stores the requests that it built last.
-        self._tasks = {name: copy.copy(source[name]) for name in written.leaves}
+        self._tasks = {name: copy.copy(source[name]) for name in task.leaves}
         self._build_requests(chat)
         self.instances: list[list[Instance]] = []
-        for task in self._tasks.values():
-            for _, group in itertools.groupby(task.instances, lambda instance: instance.doc_id):
+        for leaf in self._tasks.values():
+            for _, group in itertools.groupby(leaf.instances, lambda instance: instance.doc_id):
                 self.instances.append(sorted(group, key=lambda instance: instance.idx))
         first_instances = [instances[0] for instances in self.instances]
         self.keys: list[Key] = [(first.task_name, first.doc_id) for first in first_instances]
@@ -77,7 +77,7 @@ class RenderedTask:
             for name, task in self._tasks.items():
                 task.set_fewshot_seed(seed=FEWSHOT_SEED)
                 task.build_all_requests(
-                    samples=self.written.places.get(name),
+                    samples=self.task.places.get(name),
                     rank=0,
                     world_size=1,
                     apply_chat_template=chat,
@@ -89,12 +89,12 @@ class RenderedTask:
     @property
     def has_options(self) -> bool:
         """Whether options are scored; otherwise answers are generated."""
-        return self.written.kind == "choices"
+        return self.task.kind == "choices"
 
     @property
     def ids(self) -> list[str]:
         """The id of each question in drllm; the rows of a task folder have it."""
-        pairs = zip(self.docs, self.written.examples, strict=True)
+        pairs = zip(self.docs, self.task.examples, strict=True)
         return [str(doc.get("drllm_id", example.id)) for doc, example in pairs]
 
     def digest(self) -> str:
@@ -173,13 +173,13 @@ class RenderedTask:
         """Return the metrics of one question, after the harness has filtered the answers."""
         name, _ = self.keys[place]
         instances = self.instances[place]
-        answers = [instance.filtered_resps[self.written.filter] for instance in instances]
+        answers = [instance.filtered_resps[self.task.filter] for instance in instances]
         values = self._tasks[name].process_results(self.docs[place], answers)
         metrics = {}
         for metric, value in values.items():
             if isinstance(value, (bool, int, float)):  # only the harness aggregates other types
                 metrics[metric] = float(value)
-        reported = self.written.metric
+        reported = self.task.metric
         if not 0 <= metrics.get(reported, -1.0) <= 1:
             raise TaskError(
                 f"the metric {reported} of task {name!r} is {values.get(reported)} for a question, "
@@ -193,7 +193,7 @@ class RenderedTask:
         logprobs = _read_logprobs(answers)
         if not logprobs:
             return str(answers[0])
-        if self.written.metric == "acc_norm":  # the harness divides by the number of characters
+        if self.task.metric == "acc_norm":  # the harness divides by the number of characters
             name, _ = self.keys[place]
             options = self._tasks[name].doc_to_choice(self.docs[place])
             logprobs = [value / len(text) for value, text in zip(logprobs, options, strict=True)]
