@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from drllm.errors import ModelError
+from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import context_length, encode, encode_continuation, render
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.answers import AnswerBatch
@@ -96,15 +97,15 @@ class TokenizedPrompt:
         return Request(self.tokens, continuations, self.num_unscored)
 
 
-def tokenize_prompt(routed: RoutedModel, prompt: Prompt) -> TokenizedPrompt:
-    """Render and tokenise a prompt and its continuations.
+def tokenize_prompt(model: RoutedModel | BaseModel, prompt: Prompt) -> TokenizedPrompt:
+    """Render and tokenise a prompt and its continuations; the model's weights aren't needed.
 
     Raises ModelError if the prompt and its longest continuation don't fit the model's context.
     Beyond the context some models fail, and others run at positions that they were never trained
     on.
     """
-    tokenizer = routed.tokenizer
-    context = context_length(routed.model)
+    tokenizer = model.tokenizer
+    context = context_length(model.model)
     text = render(tokenizer, prompt.content, chat=prompt.chat)
     if context is not None:
         _refuse_overlong(tokenizer, text, context)

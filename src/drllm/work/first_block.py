@@ -17,7 +17,8 @@ class FirstBlock:
 
     Args:
         listener: Gets one line with the time and the memory.
-        device: The model's device.
+        device: The model's device; `meta` if the model is in other processes, whose memory isn't
+            named.
     """
 
     def __init__(self, listener: Listener, device: torch.device) -> None:
@@ -43,9 +44,10 @@ class FirstBlock:
             return
         if seconds is None:
             seconds = time.monotonic() - self.start_time
-        time_left = rough_duration(seconds / share)
-        gigabytes = used_memory(self.device) / 1e9
-        self.listener.note(f"at most {time_left}, {gigabytes:.1f} GB of memory")
+        note = f"at most {rough_duration(seconds / share)}"
+        if self.device.type != "meta":
+            note += f", {used_memory(self.device) / 1e9:.1f} GB of memory"
+        self.listener.note(note)
 
 
 def used_memory(device: torch.device) -> int:

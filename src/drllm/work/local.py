@@ -26,6 +26,7 @@ class LocalExecutor:
         runtime: How the model runs.
     """
 
+    num_workers = 1
     num_sharing = 1
 
     def __init__(self, model: Any, identity: Mapping[str, Any], runtime: Mapping[str, Any]) -> None:

@@ -170,6 +170,11 @@ class RayExecutor:
             self.ray.shutdown()
 
     @property
+    def num_workers(self) -> int:
+        """How many workers there are."""
+        return self.plan.num_workers
+
+    @property
     def num_sharing(self) -> int:
         """How many workers share the memory of one machine."""
         return self.plan.num_sharing

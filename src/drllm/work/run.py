@@ -123,6 +123,10 @@ class Executor(Protocol):
     runtime: Mapping[str, Any]
 
     @property
+    def num_workers(self) -> int:
+        """How many workers there are; 1 in this process."""
+
+    @property
     def num_sharing(self) -> int:
         """How many workers share the memory of one machine."""
 

@@ -178,10 +178,11 @@ class ResultStore:
 
     def _refuse_other(self, stored: Mapping[str, Any], current: Mapping[str, Any]) -> None:
         refuse_other_run(
-            f"what {self.folder} keeps of an interrupted {self.stage}",
+            f"the interrupted {self.stage} in {self.folder}",
             stored,
             current,
-            f"give the same to resume it, choose another --output-dir, or delete {self.folder}",
+            f"give the same settings to resume it, choose another --output-dir, or delete "
+            f"{self.folder}",
         )
 
 

@@ -55,4 +55,5 @@ def test_workers_of_ray_load_the_model_by_its_folder(model_folder):
     with open_workers(config, None, ray, Listener()) as workers:
         assert workers.executor.identity == base.identity
         assert workers.base.identity == base.identity
+        assert workers.executor.num_workers == 2
         assert workers.executor.num_sharing == 2

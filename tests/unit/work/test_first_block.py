@@ -35,6 +35,12 @@ def test_the_time_of_the_whole_is_that_of_the_block_by_its_share(seconds, share,
     assert line.endswith(" GB of memory")
 
 
+def test_memory_of_other_processes_is_not_named():
+    listener = Notes()
+    FirstBlock(listener, torch.device("meta")).finish(0.1, 3.0)
+    assert listener.notes == ["at most 30 s"]
+
+
 def test_a_stage_of_one_block_says_nothing():
     listener = Notes()
     FirstBlock(listener, torch.device("cpu")).finish(1.0, 2.5)
