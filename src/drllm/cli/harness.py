@@ -21,7 +21,8 @@ from lm_eval.utils import setup_logging
 
 from drllm import processes
 from drllm.errors import ConfigError, TaskError, nearest_name
-from drllm.evaluation.lm_eval.folders import FolderFiles, HarnessTask, make_own_task_folder
+from drllm.evaluation.lm_eval.folders import FolderFiles, make_own_task_folder
+from drllm.evaluation.lm_eval.leaves import HarnessTask
 from drllm.records.codec import hash_values
 from drllm.records.places import check_folder
 from drllm.tasks.registry import is_task_name

@@ -24,8 +24,9 @@ from drllm.evaluation.baselines.base import (
     select_baselines,
 )
 from drllm.evaluation.flops import ModelShape
-from drllm.evaluation.lm_eval.folders import make_task_folder
+from drllm.evaluation.lm_eval.leaves import describe_task
 from drllm.evaluation.lm_eval.model import RoutedLM
+from drllm.evaluation.lm_eval.objects import make_task_objects
 from drllm.evaluation.lm_eval.task import RenderedTask, draw_stock_task
 from drllm.evaluation.questions import choose_fitting_split, find_sources, needs_fitting
 from drllm.evaluation.systems import BatchResult, KeepBlocks, SystemRun, TaskRunner
@@ -47,7 +48,6 @@ from drllm.tasks.harness import LmEvalTask
 from drllm.tasks.registry import TASKS
 from drllm.work.listener import OnProgress
 
-TASKS_FOLDER = "tasks"
 PARTIAL_FOLDER = "partial"
 NUM_CALIBRATION = 64
 """Default number of questions that depths and baselines are fitted on."""
@@ -133,7 +133,6 @@ class EvaluationContext:
         self.paths = paths
         self.tuned_on = tuned_on
         self.config = config
-        self.output = output
         self.progress = PlannedWork()
         self.prompts: list[list[int]] = []
         self.baselines = select_baselines(config.baselines)
@@ -177,9 +176,6 @@ class EvaluationContext:
     def render_task(self, task: Task, split: str, limit: int | None) -> RenderedTask:
         """Return the questions of a task as the harness renders them.
 
-        drllm's tasks are written to a task folder first. The harness' own tasks don't need a
-        folder.
-
         Args:
             task: The task.
             split: The split of the questions.
@@ -192,7 +188,7 @@ class EvaluationContext:
         if isinstance(task, LmEvalTask):
             harness_task = self._render_stock_task(task, split, limit)
         else:
-            harness_task = self._render_written_task(task, split, limit)
+            harness_task = self._render_own_task(task, split, limit)
         questions = f"{harness_task.task.name}, {limit or 'all'} of {split}"
         self.chunks.expect(questions, {"questions_sha256": harness_task.digest()})
         return harness_task
@@ -223,20 +219,18 @@ class EvaluationContext:
             tasks.update(routers.config.training.get("tasks", ()))
         return not tasks <= {*TASKS}
 
-    def _render_written_task(self, task: Task, split: str, limit: int | None) -> RenderedTask:
-        """Write one of drllm's tasks to its task folder, and render it."""
+    def _render_own_task(self, task: Task, split: str, limit: int | None) -> RenderedTask:
+        """Render one of drllm's tasks."""
         config = self.config
-        folder = self.output / TASKS_FOLDER / split
-        [harness_task], files = make_task_folder(
-            [task],
+        harness_task, leaves = describe_task(
+            task,
             split=split,
             limit=limit,
             seed=config.seed,
             data_dir=config.data_dir,
             num_fewshot=config.num_fewshot,
         )
-        files.write(folder)
-        return RenderedTask(harness_task, folder, self.lm, chat=config.chat)
+        return RenderedTask(harness_task, make_task_objects(leaves), self.lm, chat=config.chat)
 
     def run_once(self, name: str, run: Callable[[KeepBlocks], SystemRun], cost: int) -> SystemRun:
         """Run a system, or return its result if it was stored before an interruption.

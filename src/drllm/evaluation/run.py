@@ -6,7 +6,6 @@ block is done. If the same evaluation is started again, it reads the stored resu
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -80,8 +79,8 @@ def evaluate(
             or both.
         tasks: Tasks, names of tasks, or files of questions; None takes the config's tasks.
         config: The settings; None takes the defaults.
-        output_dir: Folder for `TASK.json` of each task, `samples.jsonl`, `latency.json` and the
-            task folder. An interrupted evaluation in this folder is resumed. None keeps no files.
+        output_dir: Folder for `TASK.json` of each task, `samples.jsonl` and `latency.json`. An
+            interrupted evaluation in this folder is resumed. None keeps no files.
         routers: Routers, or their folders. Several routers must come from the same training with
             different seeds. Baselines are compared with the first seed's routers. The other routers
             show how much the results of seeds differ. They run at every depth too, each with its
@@ -417,9 +416,6 @@ def _write_results(
     runs: Sequence[TaskRuns], header: Mapping[str, Any], config: EvaluateConfig, output: Path
 ) -> tuple[Evaluation, ...]:
     """Write the results of all tasks, and the samples; return the results."""
-    from drllm.evaluation.comparison import TASKS_FOLDER
-    from drllm.evaluation.lm_eval.folders import CACHE
-
     evaluations = _judge_runs(runs, header, config)
     for evaluation in evaluations:
         write_json(output / f"{evaluation.task}.json", evaluation)
@@ -428,8 +424,6 @@ def _write_results(
     for task_runs in runs:
         samples += task_runs.build_samples()
     write_records(output / SAMPLES_FILE, samples, manifest)
-    for cache in (output / TASKS_FOLDER).glob(f"*/{CACHE}"):
-        shutil.rmtree(cache)  # the harness' own copy of the rows
     return evaluations
 
 

@@ -4,9 +4,8 @@
     FOLDER/rows/NAME-USE-HASH.jsonl   the questions (`asked`) or worked examples (`shown`) of a leaf
     FOLDER/cache/                     the cache of `datasets`
 
-A *leaf* is a task of the harness that holds questions. A task of drllm becomes one leaf. If its set
-has several parts, it becomes a *group* with a leaf for each part. The name of a rows file has a
-hash of its content, so that `datasets` can't use old rows from its cache.
+`leaves` says what leaves and groups are. The name of a rows file has a hash of its content, so that
+`datasets` can't use old rows from its cache.
 
 This module imports neither torch nor the harness.
 """
@@ -14,79 +13,29 @@ This module imports neither torch nor the harness.
 import hashlib
 import importlib.resources
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import yaml
 
 from drllm.errors import ConfigError, TaskError, nearest_name
-from drllm.evaluation.lm_eval.graders import make_entry
+from drllm.evaluation.lm_eval.leaves import (
+    QUESTIONS,
+    WORKED_EXAMPLES,
+    HarnessTask,
+    Leaf,
+    describe_task,
+)
 from drllm.records.codec import write_atomically
-from drllm.records.splits import question_key
-from drllm.tasks.base import Function, Harness, Task, name_for_harness
-from drllm.tasks.examples import Example, QuestionRow, choose
+from drllm.tasks.base import Function, Task, name_for_harness
 from drllm.tasks.published.task import PublishedTask
 from drllm.tasks.registry import get_tasks, is_task_name, task_names
 
-PartRow: TypeAlias = tuple[str, dict[str, Any]]
-"""The row of a question in a rows file, after the name of the part of the set that it is in. The
-name is empty if the set has one part."""
-
-QUESTIONS = "asked"
-WORKED_EXAMPLES = "shown"
-"""The uses of a rows file, as they are written in its name."""
 ROWS = "rows"  # folder of the rows files below a task folder
 CACHE = "cache"  # folder for the cache of `datasets` below a task folder
-MAX_LISTED = 5  # most ids in a note on questions that aren't asked; the results list all
 SEED = 0  # seed for drawing the questions of `--limit` on the harness' command line
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HarnessTask:
-    """A task as the harness evaluates it, described for the harness and for the results.
-
-    Attributes:
-        name: The name in drllm.
-        harness_name: The name for the harness' `--tasks`.
-        leaves: Name of a leaf → the number of its questions.
-        metric: The harness' metric that is reported.
-        filter: The harness' filter of answers for this metric, mostly `none`.
-        kind: Whether options are scored or answers are generated.
-        examples: The questions of all leaves.
-        num_fewshot: The number of worked examples before each question; the largest, if the leaves
-            differ.
-        notes: Sentences for readers of the results.
-        not_asked: Id of a question that isn't asked → reason.
-        places: Name of a leaf → the places of its questions that are asked. It is set for the
-            harness' own tasks only. The leaves of a task folder have no other questions.
-    """
-
-    name: str
-    harness_name: str
-    leaves: Mapping[str, int]
-    metric: str
-    filter: str
-    kind: Literal["choices", "generated"]
-    examples: tuple[Example, ...] = field(repr=False)
-    num_fewshot: int
-    notes: tuple[str, ...]
-    not_asked: dict[str, str] = field(default_factory=dict)
-    places: Mapping[str, list[int]] = field(default_factory=dict)
-
-    @property
-    def num_questions(self) -> int:
-        """The number of questions in all leaves."""
-        return len(self.examples)
-
-    @property
-    def chance(self) -> float:
-        """The expected accuracy of guessing; 0 for generated answers."""
-        if self.kind == "generated":
-            return 0.0
-        return fmean(1 / len(example.choices) for example in self.examples)
 
 
 @dataclass
@@ -107,46 +56,28 @@ class FolderFiles:
         # The task files have the names of the rows files, which have hashes of the rows.
         return _digest(json.dumps(self.tasks, sort_keys=True))
 
-    def add_leaf(
-        self, leaf: str, file: str, rows: Mapping[str, Sequence[Any]], settings: dict[str, Any]
-    ) -> None:
-        """Add a leaf.
-
-        Args:
-            leaf: The leaf's name.
-            file: The task file of the harness that the leaf includes; empty if it includes none.
-            rows: The rows by use, `QUESTIONS` or `WORKED_EXAMPLES`.
-            settings: Further entries of the task file, with `num_fewshot`. It is set even if it is
-                0, so that a command line can't change it. Otherwise the harness would take worked
-                examples from the questions that are asked.
-        """
+    def add_leaf(self, leaf: Leaf) -> None:
+        """Add the task file of a leaf, and the files of its rows."""
         row_paths = {}
         for use in (QUESTIONS, WORKED_EXAMPLES):
-            if rows[use]:
-                row_paths[use] = self._add_rows(f"{leaf}-{use}", rows[use])
+            if leaf.rows[use]:
+                row_paths[use] = self._add_rows(f"{leaf.name}-{use}", leaf.rows[use])
         content: dict[str, Any] = {}
-        if file:
-            content["include"] = f"{importlib.resources.files('lm_eval')}/tasks/{file}"
-        self.tasks[f"{leaf}.yaml"] = {
-            **content,
-            "task": leaf,
-            "tag": None,  # otherwise the harness' own tags would select only these tasks
+        if leaf.file:
+            content["include"] = f"{importlib.resources.files('lm_eval')}/tasks/{leaf.file}"
+        source = {
             "dataset_path": "json",
             "dataset_name": None,
             "dataset_kwargs": {"data_files": row_paths, "cache_dir": CACHE},
-            "training_split": None,
-            "validation_split": None,
-            "test_split": QUESTIONS,
-            "fewshot_split": WORKED_EXAMPLES if rows[WORKED_EXAMPLES] else None,
-            **settings,
         }
+        self.tasks[f"{leaf.name}.yaml"] = {**content, **leaf.make_settings(source)}
 
-    def add_group(self, name: str, leaves: Sequence[str], metric: str) -> None:
-        """Add a group of leaves. Its metric is the mean over all questions of the leaves."""
-        self.tasks[f"{name}.yaml"] = {
-            "group": name,
-            "task": list(leaves),
-            "aggregate_metric_list": [{"metric": metric, "weight_by_size": True}],
+    def add_group(self, group: HarnessTask) -> None:
+        """Add the task file of a group. Its metric is the mean over all questions of its leaves."""
+        self.tasks[f"{group.harness_name}.yaml"] = {
+            "group": group.harness_name,
+            "task": list(group.leaves),
+            "aggregate_metric_list": [{"metric": group.metric, "weight_by_size": True}],
             "metadata": {"version": 1},
         }
 
@@ -191,7 +122,7 @@ def make_task_folder(
     data_dir: Path | str | None,
     num_fewshot: int | None = None,
 ) -> tuple[list[HarnessTask], FolderFiles]:
-    """Describe tasks to lm-evaluation-harness, and make their files without writing them.
+    """Describe tasks to the harness, and make their files without writing them.
 
     The same arguments and questions give exactly the same files.
 
@@ -208,8 +139,6 @@ def make_task_folder(
         TaskError: Two tasks have the same name for the harness, a task has no questions or too few
             worked examples, or a file can't be read.
     """
-    if num_fewshot is not None and num_fewshot < 0:
-        raise ConfigError(f"num_fewshot is {num_fewshot}; expected 0 or more worked examples")
     names = [name_for_harness(task.name) for task in tasks]
     files = FolderFiles()
     harness_tasks = []
@@ -219,154 +148,15 @@ def make_task_folder(
                 f"task {task.name!r} is given twice, or two tasks are called {name!r} in the "
                 f"harness; give one of them"
             )
-        entry = make_entry(task)
-        num_shots = num_fewshot
-        if num_shots is None:
-            num_shots = entry.shots
-        questions = _draw_questions(task, split, limit, seed, data_dir, num_shots)
-        leaves = _add_task(files, task, name, entry, questions, num_shots)
-        harness_tasks.append(
-            HarnessTask(
-                name=task.name,
-                harness_name=name,
-                leaves=leaves,
-                metric=entry.metric,
-                filter=entry.filter,
-                kind="generated" if entry.generated else "choices",
-                examples=tuple(example for example, _ in questions.to_ask),
-                num_fewshot=num_shots,
-                notes=(*entry.notes, *_describe_omissions(questions.not_asked)),
-                not_asked=questions.not_asked,
-            )
+        harness_task, leaves = describe_task(
+            task, split=split, limit=limit, seed=seed, data_dir=data_dir, num_fewshot=num_fewshot
         )
+        for leaf in leaves:
+            files.add_leaf(leaf)
+        if harness_task.is_group:
+            files.add_group(harness_task)
+        harness_tasks.append(harness_task)
     return harness_tasks, files
-
-
-@dataclass(frozen=True, slots=True)
-class _Questions:
-    """The questions of a task: those to ask, worked examples, and the reasons not to ask others."""
-
-    to_ask: list[QuestionRow]
-    worked_examples: list[QuestionRow]
-    not_asked: dict[str, str]  # id → reason
-
-
-def _draw_questions(
-    task: Task,
-    split: str,
-    limit: int | None,
-    seed: int,
-    data_dir: Path | str | None,
-    num_shots: int,
-) -> _Questions:
-    """Draw the questions to ask; questions that are worked examples are left out."""
-    questions = choose(task.rows(split, data_dir), limit, seed)
-    worked_examples: list[QuestionRow] = []
-    if num_shots:
-        try:
-            worked_examples = task.shots(split, data_dir)
-        except TaskError as error:
-            raise TaskError(
-                f"{error}; num_fewshot is {num_shots}, and 0 needs no worked examples"
-            ) from error
-    example_keys = {question_key(example.question) for example, _ in worked_examples}
-    not_asked = dict(task.skipped(split, data_dir))
-    to_ask = []
-    for example, row in questions:
-        if question_key(example.question) in example_keys:
-            not_asked[example.id] = "a worked example is the same question"
-        else:
-            to_ask.append((example, row))
-    if not to_ask:
-        raise TaskError(
-            f"task {task.name!r} has no questions in split {split!r}; give another split, or "
-            f"more questions"
-        )
-    return _Questions(to_ask, worked_examples, not_asked)
-
-
-def _describe_omissions(not_asked: Mapping[str, str]) -> list[str]:
-    """Return a note for each reason why questions aren't asked."""
-    ids_by_reason: dict[str, list[str]] = {}
-    for question_id, reason in not_asked.items():
-        ids_by_reason.setdefault(reason, []).append(question_id)
-    notes = []
-    for reason, ids in ids_by_reason.items():
-        listing = ", ".join(ids[:MAX_LISTED])
-        if len(ids) > MAX_LISTED:
-            listing += ", …"
-        notes.append(f"not asked: {len(ids)} ({listing}), since {reason}")
-    return notes
-
-
-def _add_task(
-    files: FolderFiles,
-    task: Task,
-    name: str,
-    entry: Harness,
-    questions: _Questions,
-    num_shots: int,
-) -> dict[str, int]:
-    """Add the files of a task; return its leaves with the number of their questions."""
-    question_rows = _make_rows(task, entry, questions.to_ask)
-    example_rows = _make_rows(task, entry, questions.worked_examples)
-    settings = {"num_fewshot": num_shots, **entry.settings}
-    if entry.generated and not entry.file:
-        settings["generation_kwargs"] = _make_generation_settings(entry, question_rows)
-    leaves = {}
-    for part in sorted({part for part, _ in question_rows}):
-        rows = {
-            QUESTIONS: _select_part(question_rows, part),
-            WORKED_EXAMPLES: _select_part(example_rows, part),
-        }
-        _check_shots(task, part, num_shots, len(rows[WORKED_EXAMPLES]))
-        leaf = f"{name}_{part}" if part else name
-        leaves[leaf] = len(rows[QUESTIONS])
-        files.add_leaf(leaf, entry.file.format(part=part), rows, settings)
-    if entry.part_of:
-        files.add_group(name, list(leaves), entry.metric)
-    return leaves
-
-
-def _make_rows(task: Task, entry: Harness, questions: Sequence[QuestionRow]) -> list[PartRow]:
-    """Make the rows of questions for the harness, with the parts that they are in."""
-    rows = []
-    for example, row in questions:
-        try:
-            columns = entry.make_row(example, row)
-        except TaskError as error:
-            raise TaskError(
-                f"task {task.name!r}, question {example.id!r}: {error}; the harness' prompt needs "
-                f"it"
-            ) from error
-        part = str(row[entry.part_of]) if entry.part_of else ""
-        rows.append((part, {"drllm_id": example.id, **columns}))
-    return rows
-
-
-def _select_part(rows: Sequence[PartRow], part: str) -> list[dict[str, Any]]:
-    return [row for row_part, row in rows if row_part == part]
-
-
-def _check_shots(task: Task, part: str, num_shots: int, num_available: int) -> None:
-    """Refuse to show more worked examples than a part of a task has."""
-    if num_shots <= num_available:
-        return
-    name = f"task {task.name!r}"
-    if part:
-        name += f" ({part})"
-    raise TaskError(
-        f"{name} has {num_available} worked examples to show, and num_fewshot is {num_shots}; "
-        f"give at most {num_available}"
-    )
-
-
-def _make_generation_settings(entry: Harness, rows: Sequence[PartRow]) -> dict[str, Any]:
-    """Return the options with which answers are generated, and their maximum length."""
-    max_tokens = entry.max_new_tokens
-    if max_tokens == 0:  # the rows say how long their answers may be
-        max_tokens = max(row["max_new_tokens"] for _, row in rows)
-    return {**entry.settings["generation_kwargs"], "max_gen_toks": max_tokens}
 
 
 def _digest(text: str) -> str:

@@ -3,6 +3,8 @@
 Axes: P prompts, L layers.
 """
 
+import datetime
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -43,7 +45,6 @@ from drllm.models.routing.policies import PathPolicy, Policy
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.batching import MemoryBatcher, PathSize
 from drllm.paths import Decisions
-from drllm.processes import PATIENCE, count_launched
 from drllm.records.static_paths import read_path
 from drllm.work.listener import quiet
 
@@ -62,6 +63,9 @@ DEPTH_ARGUMENTS = (*(field.name for field in fields(DepthConfig)), PUBLISHED_STA
 """Model arguments that choose the depth."""
 LOADING_ARGUMENTS = ("dtype", "revision", "trust_remote_code", "attn_implementation")
 """Model arguments for loading the base model."""
+PATIENCE = datetime.timedelta(weeks=52)
+"""How long a process waits for the others, which may have much more to do. If one dies, the wait
+ends earlier."""
 FIXED_PLAN_ADVICE = "give a fixed plan (path=FILE, or static_routing=true)"
 """The advice in messages about requests without a prompt."""
 
@@ -396,7 +400,8 @@ def _join_processes(device: str | None) -> Accelerator | None:
 
     Return None if there is only one process.
     """
-    if count_launched() <= 1:
+    num_launched = int(os.environ.get("WORLD_SIZE") or 1)  # by torchrun or accelerate
+    if num_launched <= 1:
         return None
     return Accelerator(
         cpu=device == "cpu" or not torch.cuda.is_available(),

@@ -1,6 +1,6 @@
 """Let lm-evaluation-harness ("the harness") render the questions of a task and grade the answers.
 
-The task is one of drllm's tasks, in a task folder (see `folders`), or one of the harness' own.
+The task is one of drllm's tasks, as task objects (see `objects`), or one of the harness' own.
 """
 
 import copy
@@ -12,17 +12,16 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from lm_eval.api.instance import Instance
 
 from drllm.errors import TaskError
-from drllm.evaluation.lm_eval.folders import HarnessTask
+from drllm.evaluation.lm_eval.leaves import HarnessTask
 from drllm.evaluation.lm_eval.model import RoutedLM
 from drllm.evaluation.lm_eval.scoring import HarnessRequest, OptionScore
 from drllm.tasks.examples import choose
-from drllm.tasks.harness import FEWSHOT_SEED, LmEvalTask, find_gold_indices, load_harness_tasks
+from drllm.tasks.harness import FEWSHOT_SEED, LmEvalTask, find_gold_indices
 from drllm.tuning.path_scorer import log_share
 from drllm.work.listener import quiet
 
@@ -38,7 +37,7 @@ class RenderedTask:
 
     Args:
         task: The task, described for the harness.
-        source: The folder that the task was written to, or the harness' own tasks by name.
+        leaves: Name of a leaf → the harness' task. There may be more than the task's leaves.
         lm: The model that answers.
         chat: Whether to apply the chat template, with worked examples as turns.
 
@@ -46,20 +45,19 @@ class RenderedTask:
         keys: The key of each question.
         instances: The harness' requests of each question, in the order of its options.
         docs: The row of each question.
+        leaves: Name of a leaf → the harness' task, only those of the task.
     """
 
     def __init__(
-        self, task: HarnessTask, source: Path | Mapping[str, Any], lm: RoutedLM, *, chat: bool
+        self, task: HarnessTask, leaves: Mapping[str, Any], lm: RoutedLM, *, chat: bool
     ) -> None:
         self.task = task
         self._lm = lm
-        if isinstance(source, Path):
-            source = load_harness_tasks(f"{source / task.harness_name}.yaml")
         # Copies, since a task of the harness stores the requests that it built last.
-        self._tasks = {name: copy.copy(source[name]) for name in task.leaves}
+        self.leaves = {name: copy.copy(leaves[name]) for name in task.leaves}
         self._build_requests(chat)
         self.instances: list[list[Instance]] = []
-        for leaf in self._tasks.values():
+        for leaf in self.leaves.values():
             for _, group in itertools.groupby(leaf.instances, lambda instance: instance.doc_id):
                 self.instances.append(sorted(group, key=lambda instance: instance.idx))
         first_instances = [instances[0] for instances in self.instances]
@@ -74,7 +72,7 @@ class RenderedTask:
             template = self._lm.apply_chat_template
             tokenizer_name = self._lm.tokenizer_name
         with quiet("lm_eval"), redirect_stderr(io.StringIO()):
-            for name, task in self._tasks.items():
+            for name, task in self.leaves.items():
                 task.set_fewshot_seed(seed=FEWSHOT_SEED)
                 task.build_all_requests(
                     samples=self.task.places.get(name),
@@ -93,7 +91,7 @@ class RenderedTask:
 
     @property
     def ids(self) -> list[str]:
-        """The id of each question in drllm; the rows of a task folder have it."""
+        """The id of each question in drllm; the rows of drllm's tasks have it."""
         pairs = zip(self.docs, self.task.examples, strict=True)
         return [str(doc.get("drllm_id", example.id)) for doc, example in pairs]
 
@@ -122,7 +120,7 @@ class RenderedTask:
     def golds(self, place: int) -> list[int]:
         """Return the numbers of a question's right options, at least one, from 0."""
         name, _ = self.keys[place]
-        golds = find_gold_indices(self._tasks[name], self.docs[place])
+        golds = find_gold_indices(self.leaves[name], self.docs[place])
         if not golds:
             raise TaskError(f"{name} has no right option in row {place}; leave the task out")
         return golds
@@ -141,7 +139,7 @@ class RenderedTask:
             request = self._lm.encode_request(instances[self.golds(place)[0]])
             return _predict_all(key, [*request.context, *request.continuation])
         name, doc_id = key
-        task = self._tasks[name]
+        task = self.leaves[name]
         answer = task.doc_to_target(self.docs[place])
         if isinstance(answer, list):
             answer = answer[0]
@@ -165,7 +163,7 @@ class RenderedTask:
             for instance, answer in zip(instances, question_answers, strict=True):
                 instance.resps = [answer]
                 instance.filtered_resps = {}
-        for task in self._tasks.values():
+        for task in self.leaves.values():
             task.apply_filters()
         return [self._grade_question(place) for place in range(len(self.keys))]
 
@@ -174,7 +172,7 @@ class RenderedTask:
         name, _ = self.keys[place]
         instances = self.instances[place]
         answers = [instance.filtered_resps[self.task.filter] for instance in instances]
-        values = self._tasks[name].process_results(self.docs[place], answers)
+        values = self.leaves[name].process_results(self.docs[place], answers)
         metrics = {}
         for metric, value in values.items():
             if isinstance(value, (bool, int, float)):  # only the harness aggregates other types
@@ -195,7 +193,7 @@ class RenderedTask:
             return str(answers[0])
         if self.task.metric == "acc_norm":  # the harness divides by the number of characters
             name, _ = self.keys[place]
-            options = self._tasks[name].doc_to_choice(self.docs[place])
+            options = self.leaves[name].doc_to_choice(self.docs[place])
             logprobs = [value / len(text) for value, text in zip(logprobs, options, strict=True)]
         return logprobs.index(max(logprobs))
 
