@@ -18,7 +18,7 @@ from common.quantities import QUICK, WHOLE, compare_with_full, measure_quantitie
 
 from drllm.config import TuneConfig
 from drllm.config.fields import LARGEST_INT
-from drllm.models.healed import load_path
+from drllm.models.routing.healed import install_path
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import StaticPath
 from drllm.records.static_paths import TEST, read_path_list
@@ -42,7 +42,7 @@ def main() -> None:
     base = common.base_of(options)
     routed = RoutedModel(base.model, tokenizer=base.tokenizer)
     paths = {"full": StaticPath(range(base.num_layers))}
-    paths |= {name: load_path(routed, file) for name, file in files.items()}
+    paths |= {name: install_path(routed.injection, file) for name, file in files.items()}
     options.clock = "none"
     figures: dict[str, Any] = {"of": common.describe_run(base, options), "part": TEST, "tasks": {}}
     for parts in divided:

@@ -39,8 +39,8 @@ from drllm.agreement import compute_metrics, count_baselines
 from drllm.config import TrainConfig, TuneConfig
 from drllm.config.fields import LARGEST_INT
 from drllm.errors import ConfigError
-from drllm.models.routers.depth_control import route_prompts
 from drllm.models.routers.stack import RouterStack
+from drllm.models.routing.depth_control import route_prompts
 from drllm.models.routing.policies import RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel, detach
 from drllm.paths import StaticPath, to_path

@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM
 from drllm.models.base.prompts import encode, render
 from drllm.models.export import export_path
 from drllm.paths import StaticPath
-from drllm.records.static_paths import read_path
+from drllm.records.static_paths import load_path
 from drllm.tasks.registry import get_task
 
 QUICK = {"prompts": 3, "tokens": 8}
@@ -105,7 +105,7 @@ def main() -> None:
         "full": StaticPath(range(L)),
         "path": StaticPath([at for at in range(L) if at not in middle])
         if options.path is None
-        else read_path(options.path),
+        else load_path(options.path),
     }
     examples = get_task("builtin_facts").examples("test")[: sizes["prompts"]]
     rendered = [render(base.tokenizer, each.question, chat=True) for each in examples]

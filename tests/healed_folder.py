@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from drllm.models.healed import save_healed
+from drllm.models.routing.healed import save_healed
 from drllm.models.routing.lora import LoraWeights
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import StaticPath
@@ -48,6 +48,6 @@ def written_healed(
     manifest = new_manifest("healed_path", model=identity, config={"rank": adapter.rank})
     try:
         record = HealedPath(**manifest, **values | fields)
-        return save_healed(folder, record, routed, "written")
+        return save_healed(folder, record, routed.injection, "written")
     finally:
         routed.detach()

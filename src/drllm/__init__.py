@@ -1,19 +1,58 @@
 """Layer routing for frozen Hugging Face language models: skip, execute or repeat each layer.
 
-The public names are listed in `__init__.pyi`. A name is imported when it is first used, so that
-`import drllm` doesn't load torch.
+Each public name is imported when it is first used, so that `import drllm` loads no torch.
 """
 
 import importlib
-import pkgutil
-import re
 from typing import Any
 
-_STUB = (pkgutil.get_data(__name__, "__init__.pyi") or b"").decode()
-# The stub has a line `from MODULE import NAME as NAME` for each public name.
-_PUBLIC = {name: module for module, name in re.findall(r"(?m)^from (\S+) import (\w+) as", _STUB)}
+_MODULES = {
+    "ArchitectureError": "drllm.errors",
+    "attach": "drllm.models.routing.routed_model",
+    "CheckpointError": "drllm.errors",
+    "ConfigError": "drllm.errors",
+    "DepthConfig": "drllm.config",
+    "detach": "drllm.models.routing.routed_model",
+    "DrllmError": "drllm.errors",
+    "evaluate": "drllm.evaluation.run",
+    "EvaluateConfig": "drllm.config",
+    "FixedPolicy": "drllm.models.routing.policies",
+    "FullPolicy": "drllm.models.routing.policies",
+    "get_task": "drllm.tasks.registry",
+    "heal": "drllm.tuning.heal",
+    "HealConfig": "drllm.config",
+    "load": "drllm.models.base.load",
+    "load_path": "drllm.records.static_paths",
+    "ModelConfig": "drllm.config",
+    "ModelError": "drllm.errors",
+    "PathError": "drllm.errors",
+    "POLICIES": "drllm.models.routing.policies",
+    "Policy": "drllm.models.routing.policies",
+    "PromptView": "drllm.models.routing.policies",
+    "RecordError": "drllm.errors",
+    "report": "drllm.reporting.stage",
+    "RoutedModel": "drllm.models.routing.routed_model",
+    "RouterConfig": "drllm.models.routers.config",
+    "RouterPolicy": "drllm.models.routing.policies",
+    "RouterStack": "drllm.models.routers.stack",
+    "RoutingError": "drllm.errors",
+    "search_paths": "drllm.search.run",
+    "SearchConfig": "drllm.config",
+    "sketch": "drllm.paths",
+    "StaticPath": "drllm.paths",
+    "supervise": "drllm.supervision.select",
+    "SuperviseConfig": "drllm.config",
+    "TaskError": "drllm.errors",
+    "to_decisions": "drllm.paths",
+    "to_path": "drllm.paths",
+    "train": "drllm.training.stage",
+    "TrainConfig": "drllm.config",
+    "tune": "drllm.tuning.run",
+    "TuneConfig": "drllm.config",
+}
+"""The public names and their modules; `__init__.pyi` repeats them for editors."""
 
-__all__ = list(_PUBLIC)
+__all__ = [*_MODULES]
 
 
 def __getattr__(name: str) -> Any:
@@ -21,8 +60,8 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version  # takes as long as the rest of `import drllm`
 
         return version("drllm")
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'drllm' has no attribute {name!r}")
 
 

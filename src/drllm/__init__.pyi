@@ -1,4 +1,4 @@
-"""The public names, for type checkers and editors; `__init__.py` reads them from here."""
+"""The public names, for type checkers and editors; `__init__.py` has the same list."""
 
 from drllm.config import DepthConfig as DepthConfig
 from drllm.config import EvaluateConfig as EvaluateConfig
@@ -19,11 +19,8 @@ from drllm.errors import RoutingError as RoutingError
 from drllm.errors import TaskError as TaskError
 from drllm.evaluation.run import evaluate as evaluate
 from drllm.models.base.load import load as load
-from drllm.models.export import export_path as export_path
 from drllm.models.routers.config import RouterConfig as RouterConfig
-from drllm.models.routers.depth_control import find_depth_bias as find_depth_bias
 from drllm.models.routers.stack import RouterStack as RouterStack
-from drllm.models.routing.batch_generation import generate_many as generate_many
 from drllm.models.routing.policies import POLICIES as POLICIES
 from drllm.models.routing.policies import FixedPolicy as FixedPolicy
 from drllm.models.routing.policies import FullPolicy as FullPolicy
@@ -37,6 +34,7 @@ from drllm.paths import StaticPath as StaticPath
 from drllm.paths import sketch as sketch
 from drllm.paths import to_decisions as to_decisions
 from drllm.paths import to_path as to_path
+from drllm.records.static_paths import load_path as load_path
 from drllm.reporting.stage import report as report
 from drllm.search.run import search_paths as search_paths
 from drllm.supervision.select import supervise as supervise

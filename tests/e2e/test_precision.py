@@ -77,7 +77,7 @@ def test_routers_and_paths_of_the_same_base_are_taken_with_a_warning_those_of_ot
     with pytest.raises(CheckpointError, match="base_fingerprint"):
         drllm.attach(other.model, str(tmp_path))
     with pytest.raises(ArchitectureError, match="then quantise the checkpoint"):
-        drllm.export_path(int8, drllm.StaticPath(range(5)), tmp_path / "out")
+        drllm.attach(int8).export(drllm.StaticPath(range(5)), tmp_path / "out")
 
 
 @pytest.mark.thorough

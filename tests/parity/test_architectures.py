@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from drllm.models.base.prompts import pad_left
-from drllm.models.routers.depth_control import run_prompts
+from drllm.models.routing.depth_control import run_prompts
 from drllm.models.routing.kv_cache import cache_argument
 from drllm.models.routing.policies import FixedPolicy, RecordingPolicy
 from drllm.models.routing.routed_model import RoutedModel

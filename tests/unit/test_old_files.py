@@ -14,8 +14,8 @@ import torch
 from drllm.config import ModelConfig, TrainConfig
 from drllm.errors import DrllmError, PathError, RecordError
 from drllm.models.base.load import load
-from drllm.models.healed import load_path
 from drllm.models.routers.checkpoint import load_routers
+from drllm.models.routing.healed import install_path
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import StaticPath
 from drllm.records.healed import read_healed
@@ -23,7 +23,7 @@ from drllm.records.manifest import read_manifest
 from drllm.records.removed import OLD_VERSION
 from drllm.records.results import read_latency, read_results
 from drllm.records.search import read_search
-from drllm.records.static_paths import read_path, read_path_list, read_paths
+from drllm.records.static_paths import load_path, read_path_list, read_paths
 from drllm.records.supervision import read_supervision
 from drllm.reporting.run import read_run
 from drllm.supervision.select import supervise
@@ -106,7 +106,7 @@ def test_a_run_folder_is_read_whole():
 def test_static_paths_are_read(base, folder, shortest, named):
     file = OLD / folder / "paths.json"
     assert [path.name for path in read_paths(file).paths] == ["full", "skip1", "skip2"]
-    assert read_path(f"{file}:skip2").path_for(base.identity) == StaticPath(shortest)
+    assert load_path(f"{file}:skip2").path_for(base.identity) == StaticPath(shortest)
     assert list(read_path_list(str(file))) == named  # skip1 of the first is dominated
 
 
@@ -118,7 +118,7 @@ def test_a_certificate_is_ignored_with_a_note(drllm):
     assert note in " ".join(drllm("show", file).out.split())
     assert read_paths(OLD / "tuned" / "paths.json").notes == []
     with pytest.raises(PathError, match="name one of them"):  # not the certified one
-        read_path(str(file))
+        load_path(str(file))
 
 
 def test_a_healed_path_is_read_and_computes_what_it_did(base, expected):
@@ -126,7 +126,7 @@ def test_a_healed_path_is_read_and_computes_what_it_did(base, expected):
     assert record.rank == 2
     assert [step.layer for step in record.steps] == [0, 1, 3]
     routed = RoutedModel(base.model, tokenizer=base.tokenizer)
-    path = load_path(routed, read_path(str(OLD / "healed")))
+    path = install_path(routed.injection, load_path(str(OLD / "healed")))
     with torch.no_grad(), routed.fixed(path):
         logits = routed(**base.tokenizer(expected["prompt"], return_tensors="pt")).logits[0, -1]
     healed_logits = torch.tensor(expected["healed_logits"])

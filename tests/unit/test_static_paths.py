@@ -3,7 +3,7 @@
 import pytest
 
 from drllm.errors import PathError, RecordError
-from drllm.records.static_paths import read_path, read_path_list
+from drllm.records.static_paths import load_path, read_path_list
 from paths_json import PATHS, written_paths
 
 MODEL = {"id": "owner/name", "revision": None, "class": "LlamaForCausalLM", "num_layers": 6}
@@ -12,14 +12,14 @@ MODEL |= {"hidden_size": 32, "fingerprint": "0123456789abcdef"}
 
 def test_a_path_is_found_by_its_name(tmp_path):
     file = written_paths(tmp_path / "paths.json", MODEL)
-    assert read_path(f"{file}:4.00").path_for(MODEL).layers == tuple(PATHS["4.00"])
+    assert load_path(f"{file}:4.00").path_for(MODEL).layers == tuple(PATHS["4.00"])
     with pytest.raises(PathError, match=r"did you mean '4\.00'"):
-        read_path(f"{file}:4.0")
+        load_path(f"{file}:4.0")
 
 
 def test_without_a_name_the_names_are_listed(tmp_path):
     file = written_paths(tmp_path / "paths.json", MODEL)
-    for read in (read_path, lambda given: read_path_list(given, needs_names=True)):
+    for read in (load_path, lambda given: read_path_list(given, needs_names=True)):
         with pytest.raises(PathError, match=r"name one of them.*: full, 5\.00, 4\.00, again"):
             read(str(file))
     assert list(read_path_list(str(file))) == ["5.00", "4.00", "again"]
@@ -30,7 +30,7 @@ def test_a_file_of_a_newer_version_is_answered_by_its_version_alone(tmp_path):
     file.write_text(file.read_text().replace('"schema_version": 2', '"schema_version": 99'))
     for given in (str(file), f"{file}:5.00"):
         with pytest.raises(RecordError, match=r"schema version 99.*install a newer") as caught:
-            read_path(given)
+            load_path(given)
         assert "decisions" not in str(caught.value)
 
 
@@ -61,10 +61,10 @@ def test_a_name_that_stands_in_several_files_comes_behind_that_of_the_folder_or_
 def test_paths_of_another_model_are_refused_in_one_line(tmp_path, other, said):
     file = written_paths(tmp_path / "paths.json", MODEL)
     with pytest.raises(PathError, match=f"paths of owner/name with .*{said}") as caught:
-        read_path(f"{file}:5.00").path_for({**MODEL, **other})
+        load_path(f"{file}:5.00").path_for({**MODEL, **other})
     assert "\n" not in str(caught.value)
 
 
 def test_the_same_weights_under_another_name_are_the_same_model(tmp_path):
     file = written_paths(tmp_path / "paths.json", MODEL)
-    read_path(f"{file}:5.00").path_for({**MODEL, "id": "models/copy", "revision": "abc"})
+    load_path(f"{file}:5.00").path_for({**MODEL, "id": "models/copy", "revision": "abc"})

@@ -27,7 +27,7 @@ from drllm.paths import num_executions
 from drllm.pipeline.folder import open_model
 from drllm.records.codec import write_atomically
 from drllm.records.places import check_file
-from drllm.records.static_paths import PathFile, read_path
+from drllm.records.static_paths import PathFile, load_path
 from drllm.tasks.rows import read_messages, read_rows, read_text
 from drllm.work.listener import duration
 
@@ -238,7 +238,7 @@ def _read_calibration(depth: DepthConfig) -> list[tuple[str, bool]]:
     """Read the prompts of `--calibration`, each with whether it is already rendered."""
     if depth.calibration is None:
         return []
-    from drllm.models.routers.depth_control import read_calibration
+    from drllm.models.routing.depth_control import read_calibration
 
     return read_calibration(Path(depth.calibration).expanduser())
 
@@ -258,7 +258,7 @@ def _read_path(command: CommandLine) -> PathFile | None:
     place = command.optional_path("path")
     if place is None:
         return None
-    return read_path(str(place))
+    return load_path(str(place))
 
 
 def _choose_form(config: GenerateConfig, routers: RouterStack | None) -> PromptForm:
@@ -340,9 +340,9 @@ def _read_prompt_row(values: dict[str, Any], line: int) -> PromptRow:
 
 def _follow_path(routed: RoutedModel, path: PathFile) -> tuple[Policy, PathSummary]:
     """Return the policy that runs a static path for every prompt, and its summary."""
-    from drllm.models.healed import load_path
+    from drllm.models.routing.healed import install_path
 
-    static_path = load_path(routed, path)
+    static_path = install_path(routed.injection, path)
     executions = path_executions(static_path)
     summary = PathSummary(static_path.edits(routed.num_layers), executions)
     return routed.build_policy(static_path), summary
@@ -355,7 +355,7 @@ def _set_depth(
 
     With `--target-executions`, the depth bias is searched on the calibration prompts, and printed.
     """
-    from drllm.models.routers.depth_control import encode_calibration, make_policy
+    from drllm.models.routing.depth_control import encode_calibration, make_policy
 
     form = inputs.form
     texts = []

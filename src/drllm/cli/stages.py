@@ -405,7 +405,7 @@ def heal_verb(command: CommandLine, terminal: Terminal) -> None:
     config = command.get_settings(HealConfig)
     output = command.path("output_dir")
     check_folder(output, "--output-dir")
-    path = static_paths.read_path(config.require_path())
+    path = static_paths.load_path(config.require_path())
     read_sources(config)  # finds a mistake in the texts before a model is loaded
     with terminal.busy(LOADING):
         from drllm.tuning.heal import heal
@@ -540,7 +540,7 @@ def export(command: CommandLine, terminal: Terminal) -> None:
     """Write a static path as an ordinary checkpoint."""
     check_model_name(command)
     output = command.path("output_dir")
-    path = static_paths.read_path(str(command.path("path")))
+    path = static_paths.load_path(str(command.path("path")))
     check_folder(output, "--output-dir")
     with terminal.busy(LOADING):
         from drllm.models.export import check_output, export_path

@@ -31,9 +31,9 @@ from drllm.evaluation.lm_eval.task import RenderedTask, draw_stock_task
 from drllm.evaluation.questions import choose_fitting_split, find_sources, needs_fitting
 from drllm.evaluation.systems import BatchResult, KeepBlocks, SystemRun, TaskRunner
 from drllm.evaluation.tables import TaskRuns, name_depth
-from drllm.models.routers.depth_control import find_depth_bias
 from drllm.models.routers.files import WEIGHTS_FILE
 from drllm.models.routers.stack import RouterStack
+from drllm.models.routing.depth_control import find_depth_bias
 from drllm.models.routing.policies import FullPolicy, RouterPolicy
 from drllm.models.scoring.packing import Request
 from drllm.paths import Path as LayerPath

@@ -396,13 +396,13 @@ def _run(
 def _make_harness_model(inputs: _Inputs) -> RoutedLM:
     """Return the routed model for the harness, with the adapters of healed paths."""
     from drllm.evaluation.lm_eval.model import RoutedLM
-    from drllm.models.healed import load_path
+    from drllm.models.routing.healed import install_path
 
     lm = RoutedLM(inputs.base, routers=inputs.routers.first, batch_size=inputs.config.batch_size)
     for name, weights in inputs.adapters.items():
         lm.routed.injection.add_adapter(name, weights)
     for path_file in inputs.path_files.values():
-        load_path(lm.routed, path_file)  # adds the adapter of a healed path
+        install_path(lm.routed.injection, path_file)  # adds the adapter of a healed path
     return lm
 
 

@@ -29,8 +29,8 @@ from drllm.evaluation.latency import device_clock
 from drllm.evaluation.lm_eval.model import RoutedLM
 from drllm.evaluation.lm_eval.scoring import Decides, HarnessRequest, OptionScore, Paths, Plan
 from drllm.evaluation.lm_eval.task import RenderedTask
+from drllm.models.base.batching import group_by_length
 from drllm.models.routing.policies import FixedPolicy, FullPolicy, Policy
-from drllm.models.scoring.batching import group_by_length
 from drllm.paths import Decisions, StaticPath
 from drllm.statistics.paired import Outcomes
 from drllm.tasks.examples import choose

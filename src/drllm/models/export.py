@@ -24,15 +24,15 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from drllm.errors import ArchitectureError, ConfigError, DrllmError, ModelError
 from drllm.models.base import hub
+from drllm.models.base.cards import CARD_FILE, render_card
 from drllm.models.base.layers import find_layers
 from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import context_length
-from drllm.models.cards import CARD_FILE, render_card
-from drllm.models.healed import load_path
 from drllm.models.older_names import add_names_of_transformers_4
 from drllm.models.path_config import check_layers, reorder_config
+from drllm.models.routing.core import Routing
+from drllm.models.routing.healed import install_path
 from drllm.models.routing.lora import find_layers_name
-from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import StaticPath
 from drllm.records.healed import HealedPath
 from drllm.records.identity import QUANTISED
@@ -79,7 +79,7 @@ class Export(NamedTuple):
 
 
 def export_path(
-    base: BaseModel, path: StaticPath | PathFile | Sequence[int], output: Path | str
+    base: BaseModel, path: StaticPath | PathFile | Sequence[int], output_dir: Path | str
 ) -> Export:
     """Write a path as a checkpoint that `AutoModelForCausalLM.from_pretrained` loads.
 
@@ -96,7 +96,7 @@ def export_path(
         base: The base model, which isn't routed. It isn't changed.
         path: A path, or layer indices in the order executed. The order is free, and a layer may
             come any number of times. For a `PathFile` the card says how the path was found.
-        output: The folder to make. An empty folder may exist.
+        output_dir: The folder to make. An empty folder may exist.
 
     Raises:
         PathError: The path is empty, has a layer that the model doesn't have, or is for another
@@ -109,7 +109,7 @@ def export_path(
 
     Source: ours.
     """
-    output = Path(output)
+    output = Path(output_dir)
     file: PathFile | None = None
     if isinstance(path, PathFile):
         file = path
@@ -151,10 +151,10 @@ def _run_base(
     Returns:
         The weights that differ with a merged adapter, by linear map, and the logits.
     """
-    routed = RoutedModel(model)
+    routed = Routing(model)
     try:
         if file is not None:
-            load_path(routed, file)
+            install_path(routed.injection, file)
         with routed.fixed(path):
             logits = _compute_logits(model)
         merged: dict[str, Tensor] = {}

@@ -26,7 +26,7 @@ from drllm.pipeline.recipes import Recipe
 from drllm.records import codec
 from drllm.records.healed import ADAPTER_CONFIG_FILE, ADAPTER_FILE, HEALED_FILE
 from drllm.records.places import check_folder
-from drllm.records.static_paths import PATHS_FILE, read_path
+from drllm.records.static_paths import PATHS_FILE, load_path
 from drllm.records.supervision import rejected_path
 from drllm.tasks.base import Task
 from drllm.tasks.examples import Example, choose
@@ -344,7 +344,7 @@ class RunFolder:
 
     def _make_heal(self) -> Stage:
         config = self._complete_heal_config()
-        path_file = read_path(config.require_path())
+        path_file = load_path(config.require_path())
         path_name = "" if path_file.named is None else path_file.named.name
         made_from = {
             "config": config.decisive(),

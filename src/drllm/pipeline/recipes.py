@@ -23,7 +23,7 @@ from drllm.config.files import (
 from drllm.errors import ConfigError
 from drllm.evaluation.questions import select_tasks, without_routers
 from drllm.extras import need
-from drllm.records.static_paths import PATHS_FILE, read_path
+from drllm.records.static_paths import PATHS_FILE, load_path
 from drllm.search.questions import SearchQuestion, collect_questions
 from drllm.supervision.select import check_settings
 from drllm.tasks.base import Task
@@ -134,7 +134,7 @@ class Recipe:
         """Check the section `heal`, and that it names a path."""
         _ = self.healing_texts  # reads and checks them
         if self.tune is None:
-            read_path(heal.require_path())
+            load_path(heal.require_path())
         elif heal.path is None:
             raise ConfigError(
                 "heal: no path is named; name one that tune will find, for example 'path: skip1'"

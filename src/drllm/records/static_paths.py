@@ -240,16 +240,21 @@ class PathFile:
             raise PathError(f"{self.file}: {error}") from error
 
 
-def read_path(place: str) -> PathFile:
-    """Read the path in `FILE` or `FILE:NAME`.
+def load_path(place: Path | str) -> PathFile:
+    """Read the path in `FILE` or `FILE:NAME`, for `RoutedModel.fixed`, `export` and `evaluate`.
 
-    FILE is any of `FORMS`. NAME is the name of a path in a `paths.json`.
+    FILE is any of `FORMS`. NAME is the name of a path in a `paths.json`. The model isn't needed
+    yet: the path is checked against the model that is to run it.
 
     Raises:
         RecordError: The file doesn't exist, or is of another kind.
         PathError: The name is unknown, or is missing for a `paths.json`.
+
+    Example:
+        >>> with routed.fixed(drllm.load_path("healed/")):  # doctest: +SKIP
+        ...     routed.generate(**inputs)
     """
-    content = _read_content(place)
+    content = _read_content(str(place))
     if content.paths is None:
         assert content.path is not None
         return content.path
@@ -265,12 +270,12 @@ def read_path_list(places: str, *, needs_names: bool = False) -> dict[str, PathF
     adds a prefix to names that occur in more than one file.
 
     Args:
-        places: A comma list of `FILE` or `FILE:NAME`; see `read_path`.
+        places: A comma list of `FILE` or `FILE:NAME`; see `load_path`.
         needs_names: Whether to refuse a `paths.json` without NAME; the message lists the names.
 
     Raises:
-        RecordError: As for `read_path`.
-        PathError: As for `read_path`; or a path is given twice.
+        RecordError: As for `load_path`.
+        PathError: As for `load_path`; or a path is given twice.
     """
     paths: list[tuple[str, PathFile]] = []
     for place in places.split(","):

@@ -19,10 +19,10 @@ import torch
 from drllm.config import ModelConfig, SearchConfig
 from drllm.errors import ConfigError, DrllmError, ModelError
 from drllm.extras import need
+from drllm.models.base.batching import share_memory
 from drllm.models.base.hub import quiet
 from drllm.models.base.load import load
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.models.scoring.batching import share_memory
 from drllm.records.resume import Chunks
 from drllm.records.search import FailedQuestion, SearchRecord
 from drllm.search.batch import (

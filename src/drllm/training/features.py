@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from drllm.errors import ModelError
+from drllm.models.base.batching import MemoryBatcher, PathSize, group_by_length
 from drllm.models.base.identity import describe
-from drllm.models.routers.depth_control import run_prompts
+from drllm.models.routing.depth_control import run_prompts
 from drllm.models.routing.policies import FixedPolicy, RecordingPolicy
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.models.scoring.batching import MemoryBatcher, PathSize, group_by_length
 from drllm.processes import count, from_first, share
 from drllm.records.codec import hash_values
 from drllm.records.manifest import new_manifest

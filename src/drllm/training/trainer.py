@@ -22,11 +22,11 @@ from torch.nn.utils import clip_grad_norm_
 from drllm.agreement import TRAIN, VALIDATION, Confusion, Counts, compute_metrics
 from drllm.config import TrainConfig
 from drllm.errors import ConfigError
+from drllm.models.base.batching import free_bytes
 from drllm.models.base.devices import on_device
 from drllm.models.routers.checkpoint import build_stack
 from drllm.models.routers.config import RouterConfig
 from drllm.models.routers.stack import NUM_DECISIONS, RouterStack
-from drllm.models.scoring.batching import free_bytes
 from drllm.records.splits import hash_text, question_key
 from drllm.supervision.summary import class_counts
 from drllm.training.features import Features, split_rows

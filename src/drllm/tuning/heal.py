@@ -30,18 +30,18 @@ from drllm.config.fields import make_settings, replace_settings
 from drllm.cost import path_executions
 from drllm.errors import ConfigError
 from drllm.extras import need
+from drllm.models.base.batching import group_by_length
 from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import context_length
-from drllm.models.healed import save_healed
+from drllm.models.routing.healed import save_healed
 from drllm.models.routing.routed_model import RoutedModel, unrouted
-from drllm.models.scoring.batching import group_by_length
 from drllm.models.scoring.packing import Request
 from drllm.paths import StaticPath
 from drllm.records.healed import HEALED_FILE, HealedPath, HealPoint, Losses, read_healed
 from drllm.records.manifest import new_manifest
 from drllm.records.places import only_writer
 from drllm.records.resume import Chunks, refuse_other_run
-from drllm.records.static_paths import read_path, steps_to_write
+from drllm.records.static_paths import load_path, steps_to_write
 from drllm.tasks.base import Task
 from drllm.tuning.distillation import Distillation, choose_low_precision
 from drllm.tuning.heal_texts import TextSource, Tokens, digest_sources, read_sources, split_texts
@@ -115,7 +115,7 @@ def heal(
     sources = read_sources(config, tasks, texts)
     path_file = None
     if not isinstance(path, StaticPath):  # read before the model is loaded, to fail early
-        path_file = read_path(str(path or config.require_path()))
+        path_file = load_path(str(path or config.require_path()))
     with ExitStack() as stack:
         folder = Path(output_dir or stack.enter_context(tempfile.TemporaryDirectory()))
         base = stack.enter_context(unrouted(model, tokenizer, listener))
@@ -212,7 +212,7 @@ class HealRun:
             losses = self._measure_losses()
         curve = tuple(self.state.curve)
         record = msgspec.structs.replace(self.record, curve=curve, held_out=losses)
-        healed = save_healed(self.folder, record, self.routed, ADAPTER)
+        healed = save_healed(self.folder, record, self.routed.injection, ADAPTER)
         self.chunks.remove()
         return healed
 

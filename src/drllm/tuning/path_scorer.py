@@ -16,9 +16,9 @@ import msgspec
 import numpy as np
 
 from drllm.errors import ModelError
+from drllm.models.base.batching import group_by_length
 from drllm.models.routing.batch_generation import generate_many
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.models.scoring.batching import group_by_length
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.packing import Request
 from drllm.paths import StaticPath

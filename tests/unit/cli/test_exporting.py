@@ -7,7 +7,7 @@ import pytest
 
 from drllm.errors import PathError, RecordError
 from drllm.paths import to_path
-from drllm.records.static_paths import read_path
+from drllm.records.static_paths import load_path
 from paths_json import written_paths
 
 
@@ -28,7 +28,7 @@ def written(folder: Path, text: str) -> Path:
     ],
 )
 def test_every_form_gives_its_path(tmp_path: Path, text: str, path: tuple[int, ...]) -> None:
-    assert read_path(str(written(tmp_path, text))).path(5).layers == path
+    assert load_path(str(written(tmp_path, text))).path(5).layers == path
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_every_form_gives_its_path(tmp_path: Path, text: str, path: tuple[int, .
 def test_a_file_of_another_form_is_refused_with_the_place(tmp_path, text, says):
     file = written(tmp_path, text)
     with pytest.raises((RecordError, PathError)) as caught:
-        read_path(str(file))
+        load_path(str(file))
     message = str(caught.value)
     assert says in message
     assert str(file) in message
@@ -72,14 +72,14 @@ def test_a_file_of_another_form_is_refused_with_the_place(tmp_path, text, says):
 def test_values_that_the_model_cannot_run_are_named(tmp_path, kind, values, says):
     file = written(tmp_path, json.dumps({kind: values}))
     with pytest.raises(PathError, match=f"^{file}: .*{says}"):
-        read_path(str(file)).path(5)
+        load_path(str(file)).path(5)
 
 
 def test_a_file_that_is_not_there_or_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     for name, says in (("none", "doesn't exist"), ("", "is a folder"), ("binary", "UTF-8")):
         with pytest.raises(RecordError, match=says):
-            read_path(str(tmp_path / name))
+            load_path(str(tmp_path / name))
 
 
 @pytest.fixture

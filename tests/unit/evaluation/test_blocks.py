@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drllm.evaluation.systems import BatchResult, join_blocks, separate_repeats
-from drllm.models.scoring.batching import group_by_length
+from drllm.models.base.batching import group_by_length
 from drllm.records.codec import decode, encode
 
 lengths = st.lists(st.integers(1, 500), min_size=1, max_size=60)

@@ -15,12 +15,12 @@ from drllm.evaluation.tables import TaskRuns
 from drllm.models.base.identity import fingerprint
 from drllm.models.base.load import BaseModel, load
 from drllm.models.base.prompts import encode
-from drllm.models.healed import load_path
+from drllm.models.routing.healed import install_path
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import StaticPath
 from drllm.records.codec import read_json_lines
 from drllm.records.results import read_results
-from drllm.records.static_paths import read_path, steps_to_write
+from drllm.records.static_paths import load_path, steps_to_write
 from drllm.reporting.stage import report
 from drllm.tasks.examples import choose
 from drllm.tasks.registry import get_task
@@ -90,7 +90,7 @@ def test_a_healed_path_is_a_system_like_any_other(base, evaluated, tmp_path):
     place = tmp_path / "healed"
     record = written_healed(place, base.model, base.identity, path=PATHS["four"].layers, tasks=())
     routed = RoutedModel(base.model, tokenizer=base.tokenizer)
-    path = load_path(routed, read_path(str(place)))
+    path = install_path(routed.injection, load_path(str(place)))
     adapter = routed.injection.lora.weights(record.adapter)
     listed = ListedModel(routed.detach(), path=path.layers, adapter=adapter)
     result = run(base, tmp_path / "eval", paths=str(place))

@@ -14,13 +14,13 @@ from drllm import extras
 from drllm.config import EvaluateConfig, HealConfig
 from drllm.errors import ConfigError, PathError, RecordError, TaskError
 from drllm.evaluation.run import refuse_tuning_questions
-from drllm.models.healed import load_path
+from drllm.models.routing.healed import install_path
 from drllm.models.routing.injection import LayerCall
 from drllm.models.routing.routed_model import RoutedModel, unrouted
 from drllm.paths import StaticPath
 from drllm.records.healed import HEALED_FILE, read_healed
 from drllm.records.resume import Chunks
-from drllm.records.static_paths import read_path
+from drllm.records.static_paths import load_path
 from drllm.tasks.registry import get_task
 from drllm.tuning import distillation
 from drllm.tuning import heal as healing
@@ -206,7 +206,7 @@ def test_the_folder_has_the_best_adapter_and_what_it_makes_of_the_held_out_texts
 ):
     found, folder, _ = unbroken
     with begun(routed, PATH, tmp_path) as made:
-        path = load_path(made.routed, read_path(str(folder)))
+        path = install_path(made.routed.injection, load_path(str(folder)))
         chunks = Chunks(tmp_path / "chunks", {}, stage="healing")
         tokenizer = TextTokenizer(made.routed, made.config.max_tokens, chunks, made.listener)
         texts = tokenizer.tokenize_sources(made.sources)
@@ -434,7 +434,7 @@ def test_a_time_that_is_too_short_to_train_is_noted(routed, monkeypatch):
 @pytest.mark.parametrize("split", ["search", "test"])
 def test_questions_that_it_may_have_been_trained_on_are_not_reported(unbroken, split):
     config, tasks = EvaluateConfig(split=split), [get_task("builtin_facts")]
-    plan = read_path(str(unbroken[1]))
+    plan = load_path(str(unbroken[1]))
     with pytest.raises(ConfigError, match="on test") if split == "search" else nullcontext():
         refuse_tuning_questions(plan, tasks, config)
 

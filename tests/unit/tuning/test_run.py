@@ -10,7 +10,7 @@ import pytest
 from drllm.errors import ConfigError, PathError
 from drllm.paths import StaticPath
 from drllm.records.resume import Chunks
-from drllm.records.static_paths import read_path, read_paths
+from drllm.records.static_paths import load_path, read_paths
 from drllm.statistics.verdicts import signed
 from drllm.tuning.level_lines import draw_interval
 from drllm.tuning.path_scorer import PathScorer
@@ -140,11 +140,11 @@ def test_a_finished_tuning_on_other_questions_is_refused(routed, tmp_path):
 def test_a_path_is_read_by_its_name(unbroken):
     found, folder = unbroken
     last = found.paths[-1]
-    assert read_path(f"{folder}/paths.json:{last.name}").path(6) == last.path
+    assert load_path(f"{folder}/paths.json:{last.name}").path(6) == last.path
     with pytest.raises(PathError, match="name one of them"):
-        read_path(str(folder / "paths.json"))
+        load_path(str(folder / "paths.json"))
     with pytest.raises(PathError, match="skip9"):
-        read_path(f"{folder}/paths.json:skip9")
+        load_path(f"{folder}/paths.json:skip9")
 
 
 def test_every_level_is_said_in_a_line_with_its_interval_drawn(unbroken, heard):

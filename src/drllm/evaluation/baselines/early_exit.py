@@ -111,7 +111,7 @@ def measure_confidences(
     exits, so these confidences tell where it exits at any threshold. The model needs at least two
     layers.
     """
-    from drllm.models.routers.depth_control import record_at_layers
+    from drllm.models.routing.depth_control import record_at_layers
 
     layers = range(1, routed.num_layers)
     return record_at_layers(routed, prompts, partial(measure_confidence, lens), layers, decision=1)

@@ -120,6 +120,6 @@ def read_first_inputs(routed: RoutedModel, prompts: Sequence[Sequence[int]]) -> 
 
     To save time, the prompts skip all layers that may be skipped (see `record_at_layers`).
     """
-    from drllm.models.routers.depth_control import record_at_layers
+    from drllm.models.routing.depth_control import record_at_layers
 
     return record_at_layers(routed, prompts, PromptView.mean, [0], decision=0)[:, 0]

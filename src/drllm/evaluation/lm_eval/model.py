@@ -34,18 +34,18 @@ from drllm.evaluation.lm_eval.scoring import (
     drop_repeats,
     limit_answers,
 )
+from drllm.models.base.batching import MemoryBatcher, PathSize
 from drllm.models.base.load import BaseModel, load
-from drllm.models.healed import load_path
 from drllm.models.routers.checkpoint import load_routers
-from drllm.models.routers.depth_control import encode_calibration, make_policy, read_calibration
 from drllm.models.routers.files import find_routers
 from drllm.models.routers.places import CONFIG_FILE
 from drllm.models.routers.stack import RouterStack
+from drllm.models.routing.depth_control import encode_calibration, make_policy, read_calibration
+from drllm.models.routing.healed import install_path
 from drllm.models.routing.policies import PathPolicy, Policy
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.models.scoring.batching import MemoryBatcher, PathSize
 from drllm.paths import Decisions
-from drllm.records.static_paths import read_path
+from drllm.records.static_paths import load_path
 from drllm.work.listener import quiet
 
 MAX_ROWS = 64  # the harness' default of `max_batch_size`
@@ -86,7 +86,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         base: The base model of a folder of routers, if its config names none.
         num_windows: The number of windows W. It is only compared with the routers', since trained
             routers can't change it.
-        path: FILE or FILE:NAME, a static path to run for every prompt, see `read_path`.
+        path: FILE or FILE:NAME, a static path to run for every prompt, see `load_path`.
         device: auto, cpu, cuda, cuda:1 or mps. Each of several processes gets its own GPU.
         batch_size: Rows in a pass; a question with all its continuations is one row. `auto` chooses
             by memory.
@@ -206,11 +206,11 @@ class RoutedLM(HFLM):  # type: ignore[misc]
             rival = depth.find_setting()
         if rival is not None:
             raise ConfigError(f"path={path} and {rival} would both decide; leave one out")
-        path_file = read_path(path)
+        path_file = load_path(path)
         self.path_source = str(path_file.file)
         if path_file.named and path_file.named.name:
             self.path_source += f":{path_file.named.name}"
-        return self.routed.build_policy(load_path(self.routed, path_file))
+        return self.routed.build_policy(install_path(self.routed.injection, path_file))
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False

@@ -24,10 +24,10 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from torch import Tensor
 
 from drllm.errors import TaskError
+from drllm.models.base.batching import MemoryBatcher, PathSize
 from drllm.models.base.layers import can_pack
 from drllm.models.routing.policies import FixedPolicy, Policy, find_shared_plan
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.models.scoring.batching import MemoryBatcher, PathSize
 from drllm.models.scoring.choices import ChoiceBatch, Score
 from drllm.models.scoring.packing import Request
 from drllm.paths import Decisions, StaticPath

@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from drllm.models.cards import HUB_ID, render_card
+from drllm.models.base.cards import HUB_ID, render_card
 from drllm.models.routers.config import RouterConfig
 from drllm.paths import Decision
 

@@ -8,7 +8,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 
 from drllm.errors import CheckpointError, ConfigError
 from drllm.models.base import hub
-from drllm.models.cards import CARD_FILE, HUB_ID
+from drllm.models.base.cards import CARD_FILE, HUB_ID
 from drllm.models.routers.places import CONFIG_FILE
 
 WEIGHTS_FILE = "routers.safetensors"

@@ -1,4 +1,4 @@
-"""Answer many prompts in batches, for `drllm.generate_many` and the command line.
+"""Answer many prompts in batches, for `RoutedModel.generate_many` and the command line.
 
 All prompts are routed first. Then prompts with equal plans are decoded together. A decoding step
 takes as long as reading the weights, so a skipped layer saves time only if every row of the batch
@@ -17,10 +17,10 @@ import torch
 
 from drllm.errors import ConfigError
 from drllm.models.base.prompts import Prompt, context_length, encode, pad_left, render
-from drllm.models.routers.depth_control import route_prompts
+from drllm.models.routing.core import Routing
+from drllm.models.routing.depth_control import route_prompts
 from drllm.models.routing.generate import end_tokens, make_option_lookup
 from drllm.models.routing.policies import FixedPolicy, FullPolicy, PathPolicy, Policy, PromptView
-from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import Decisions
 
 BATCH_SIZE = 16
@@ -68,7 +68,7 @@ class GeneratedAnswer:
 
 
 def generate_many(
-    routed: RoutedModel,
+    routed: Routing,
     prompts: Iterable[Prompt],
     *,
     batch_size: int = BATCH_SIZE,
@@ -168,7 +168,7 @@ def _check_options(
 
 
 def _answer_batch(
-    routed: RoutedModel,
+    routed: Routing,
     prompts: Sequence[Prompt],
     rows: Sequence[Sequence[int]],
     ends: Sequence[int],
@@ -219,9 +219,7 @@ def _cut_at_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
     return tokens
 
 
-def prompt_tokens(
-    routed: RoutedModel, prompt: Prompt, *, chat: bool, max_new_tokens: int
-) -> list[int]:
+def prompt_tokens(routed: Routing, prompt: Prompt, *, chat: bool, max_new_tokens: int) -> list[int]:
     """Return the tokens of a prompt. Refuse it if it and its answer don't fit the context."""
     if routed.tokenizer is None:
         raise ConfigError("prompts are texts; give RoutedModel its tokenizer")
@@ -248,7 +246,7 @@ class _Batch:
 
 
 def _make_batches(
-    routed: RoutedModel,
+    routed: Routing,
     rows: Sequence[Sequence[int]],
     batch_size: int,
     allows_padding: bool,
@@ -272,7 +270,7 @@ def _make_batches(
 
 
 def _find_plans(
-    routed: RoutedModel, rows: Sequence[Sequence[int]], batch_size: int, route_first: bool
+    routed: Routing, rows: Sequence[Sequence[int]], batch_size: int, route_first: bool
 ) -> list[Decisions] | None:
     """Return the decisions for each prompt.
 

@@ -61,7 +61,7 @@ class GenerateHandle:
         """Refuse continuous batching, which keeps several prompts in one row."""
         raise RoutingError(
             "continuous batching keeps several prompts in one row, and each prompt needs a row of "
-            "its own to be routed; call drllm.generate_many(routed, prompts), or detach() first"
+            "its own to be routed; call routed.generate_many(prompts), or detach() first"
         )
 
 

@@ -25,6 +25,7 @@ from drllm.errors import RoutingError
 from drllm.models.base.devices import on_device
 from drllm.models.base.layers import find_layers, find_linear_maps, probe
 from drllm.models.routing.context import Override, ThreadValue
+from drllm.models.routing.forward_override import ForwardOverride, find_overrides
 from drllm.models.routing.lora import LoraAdapters, LoraWeights
 
 REFUSED_OUTPUTS = ("output_attentions", "output_router_logits")
@@ -141,7 +142,7 @@ class Injection:
         """Return the injection that is on a model; None if the model isn't routed."""
         _, layers = find_layers(model)
         for layer in layers:
-            for override in _find_overrides(layer):
+            for override in find_overrides(layer):
                 if isinstance(override, LayerHandle):
                     return override.injection
         return None
@@ -234,7 +235,7 @@ class Injection:
 
         See `RoutedRecomputation`. The function may have been set after the model was routed.
         """
-        if not handle.is_on_top and handle not in _find_overrides(handle.module):
+        if not handle.is_on_top and handle not in find_overrides(handle.module):
             raise RoutingError(
                 f"the routing of {handle.place} was taken off the model by other code; "
                 f"make a new RoutedModel to attach it again"
@@ -274,45 +275,6 @@ class _DropToken(Driver):
 
     def layer(self, call: LayerCall, hidden: Tensor) -> Tensor:
         return hidden[:, :1] if call.is_last else hidden
-
-
-class ForwardOverride:
-    """Replaces the forward of one module.
-
-    An override is a plain object, so that a model with it can be copied and pickled.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module: Any = module
-        # The override that was on the module before ours, if there was one.
-        self.previous: Callable[..., Any] | None = module.__dict__.get("forward")
-
-    def original(self) -> Callable[..., Any]:
-        """Return the forward that the override replaced. It is looked up at each call."""
-        if self.previous is not None:
-            return self.previous
-        forward: Callable[..., Any] = type(self.module).forward.__get__(self.module)
-        return forward
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module's own forward. Subclasses override this."""
-        return self.original()(*args, **kwargs)
-
-    @property
-    def is_on_top(self) -> bool:
-        """Whether this is the outermost override of the module."""
-        return getattr(self.module.__dict__.get("forward"), "__self__", None) is self
-
-    def put_on(self) -> None:
-        """Put the override on the module. This also works after `take_off`."""
-        self.module.forward = self.forward
-
-    def take_off(self) -> None:
-        """Take the override off, if no other override lies over it."""
-        if self.is_on_top and self.previous is None:
-            del self.module.forward
-        elif self.is_on_top:
-            self.module.forward = self.previous
 
 
 class DecoderHandle(ForwardOverride):
@@ -561,16 +523,6 @@ class RoutedRecomputation:
                 self.current.end()
 
         return self.checkpoint(run_in_pass, *args, **kwargs)
-
-
-def _find_overrides(layer: Any) -> list[Any]:
-    """Return the objects whose methods wrap a layer's forward, the outermost first."""
-    overrides = []
-    forward = layer.forward
-    while forward is not None:
-        overrides.append(getattr(forward, "__self__", None))
-        forward = getattr(forward, "__wrapped__", None)  # set by accelerate's hooks
-    return overrides
 
 
 def _refuse_packed(kwargs: dict[str, Any], mask: Any) -> None:

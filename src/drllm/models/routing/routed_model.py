@@ -8,39 +8,31 @@ Axes: B rows, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import cached_property
+import builtins
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from drllm.config import ModelConfig
 from drllm.errors import CheckpointError, ConfigError, RoutingError
 from drllm.models.base import hub as base_hub
 from drllm.models.base import load as loading
-from drllm.models.base.layers import unwrap_peft
 from drllm.models.base.load import BaseModel
-from drllm.models.healed import load_path
-from drllm.models.routers.checkpoint import (
-    check_routers,
-    complete_config,
-    load_routers,
-    save_routers,
-)
+from drllm.models.base.prompts import Prompt
+from drllm.models.export import Export, export_path
+from drllm.models.routers.checkpoint import complete_config, load_routers, save_routers
 from drllm.models.routers.files import find_routers
 from drllm.models.routers.hub import push_routers
 from drllm.models.routers.stack import RouterStack
-from drllm.models.routing.driver import RoutingDriver
-from drllm.models.routing.generate import GenerateHandle, take_off_overrides
-from drllm.models.routing.injection import Driver, Injection
-from drllm.models.routing.policies import FixedPolicy, FullPolicy, PathPolicy, Policy, RouterPolicy
+from drllm.models.routing.batch_generation import BATCH_SIZE, GeneratedAnswer, generate_many
+from drllm.models.routing.core import Routing, take_off_routing
+from drllm.models.routing.depth_control import TOLERANCE, Calibration, find_depth_bias
+from drllm.models.routing.policies import Policy
 from drllm.paths import StaticPath
 from drllm.records.healed import HEALED_FILE
 from drllm.records.removed import refuse_menu
-from drllm.records.static_paths import read_path
+from drllm.records.static_paths import PathFile
 from drllm.work.listener import Listener
 
 
@@ -69,7 +61,9 @@ def attach(
             tokenizer = vars(model).get("tokenizer")  # None if it isn't loaded yet
         model = model.model
     with ExitStack() as undo:
-        undo.callback(_take_off(model))  # puts the earlier routing back if the next line fails
+        undo.callback(
+            take_off_routing(model)
+        )  # puts the earlier routing back if the next line fails
         routed = RoutedModel(model, routers, policy=policy, tokenizer=tokenizer)
         undo.pop_all()
     return routed
@@ -84,7 +78,7 @@ def detach(model: Any) -> Any:
         RoutingError: Other code has put an override over ours.
     """
     model = model.model if isinstance(model, RoutedModel) else model
-    _take_off(model)
+    take_off_routing(model)
     return model
 
 
@@ -121,25 +115,8 @@ def unrouted(
                 )
             name = str(getattr(model, "name_or_path", "") or "in memory")
             model = BaseModel(model.eval(), tokenizer, name)
-        stack.callback(_take_off(model.model))
+        stack.callback(take_off_routing(model.model))
         yield model
-
-
-def _take_off(model: Any) -> Callable[[], None]:
-    """Take the routing off a model, and return a function that puts it back."""
-    injection = Injection.find(model)
-    if injection is None:
-        return lambda: None
-    base = unwrap_peft(model)
-    injection.remove()
-    overrides = take_off_overrides(base)
-
-    def put_back() -> None:
-        injection.install()
-        for name, override in overrides.items():
-            setattr(base, name, override)
-
-    return put_back
 
 
 def _refuse_options(names: Iterable[str], options: Mapping[str, Any]) -> None:
@@ -174,7 +151,7 @@ def _load_base(
     return loading.load(str(identity["id"]), revision=identity.get("revision"), **options)
 
 
-class RoutedModel:
+class RoutedModel(Routing):
     """A base model under routing.
 
     The model isn't copied: `routed.model` is the same object, with the same weights and state-dict
@@ -201,6 +178,7 @@ class RoutedModel:
     Source: Dr.LLM section 3; injection into stock models is ours (D-01).
 
     Example:
+        >>> import torch
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
         ...                      num_hidden_layers=3, num_attention_heads=4)
@@ -210,60 +188,6 @@ class RoutedModel:
         >>> routed.last_route
         tensor([[1, 0, 2]])
     """
-
-    config: Any
-    device: torch.device
-    dtype: torch.dtype
-
-    def __init__(
-        self,
-        model: Any,
-        routers: RouterStack | None = None,
-        *,
-        policy: Policy | None = None,
-        tokenizer: Any = None,
-    ) -> None:
-        if routers is not None and policy is not None:
-            raise RoutingError("give routers or a policy, not both: only one of them can decide")
-        if routers is not None:
-            check_routers(model, routers)
-            if model.device.type != "meta":  # else accelerate keeps the weights elsewhere
-                routers = routers.to(model.device)
-            policy = RouterPolicy(routers)
-        self.model: Any = model
-        self.routers = routers
-        if tokenizer is not None:
-            self.tokenizer = tokenizer
-        self.driver = RoutingDriver(policy)
-        self.injection = Injection(model, self.driver)
-        GenerateHandle(unwrap_peft(model), self.driver).put_on()
-
-    if not TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> Any:
-            if name.startswith("_") or "model" not in self.__dict__:
-                raise AttributeError(f"'RoutedModel' object has no attribute {name!r}")
-            return getattr(self.model, name)
-
-    def __repr__(self) -> str:
-        base = unwrap_peft(self.model)
-        name = getattr(base, "name_or_path", "")
-        parts = [type(base).__name__, f"{self.num_layers} layers"]
-        if name:
-            parts[0] += f" {name!r}"
-        policy = self.driver.policy
-        if isinstance(policy, PathPolicy):
-            parts.append(policy.path.edits(self.num_layers))
-        else:
-            parts.append(type(policy).__name__)
-        if not self.injection.is_installed:
-            parts.append("taken off")
-        return f"RoutedModel({', '.join(parts)})"
-
-    def __call__(self, *args: Any, **inputs: Any) -> Any:
-        """Run the model's forward pass under routing, with the model's arguments and outputs."""
-        self._check_attached()
-        return self.model(*args, **inputs)
 
     def to(self, *args: Any, **kwargs: Any) -> RoutedModel:
         """Move or convert the model, as its own `to` does. Routers move too, and stay float32."""
@@ -330,14 +254,13 @@ class RoutedModel:
         revision: str | None = None,
         **options: Any,
     ) -> RoutedModel:
-        """Load routers or a healed path, and the base model they belong to.
+        """Load routers and the base model they belong to.
 
         Args:
             routers: A folder that `drllm train` or `save_pretrained` has written, or OWNER/NAME on
-                the hub. If there is a folder of that name, the folder is used. A folder of
-                `drllm heal` works too: the model then follows the healed path.
+                the hub. If there is a folder of that name, the folder is used.
             base: The base model, or its id or folder. None loads the base model that the routers
-                or the healed path name.
+                name.
             tokenizer: The base model's tokenizer; None loads it.
             revision: Branch, tag or commit of the routers on the hub.
             options: How the base model is loaded, as for `load`: `dtype`, `device`, `device_map`,
@@ -345,140 +268,102 @@ class RoutedModel:
                 `local_files_only` are used for the routers too.
 
         Raises:
-            CheckpointError: The routers are broken, can't be loaded, or belong to another model.
+            CheckpointError: The routers are broken, can't be loaded, or belong to another model; or
+                the folder holds a healed path, which `drllm.load_path` loads.
             ConfigError: An option has no effect, since the base model is loaded already.
             ModelError: The base model can't be loaded.
         """
         hub_options = base_hub.select_options(options)
         folder = find_routers(routers, revision, **hub_options)
         refuse_menu(folder)
+        if (folder / HEALED_FILE).is_file():
+            raise CheckpointError(
+                f"{folder} holds a healed path, not routers; attach the base model, and run it "
+                f"along the path with routed.fixed(drllm.load_path({str(folder)!r}))"
+            )
         if not (base is None or isinstance(base, (str, Path))):
             _refuse_options(options.keys() - hub_options.keys(), options)
-        if (folder / HEALED_FILE).is_file():
-            plan = read_path(str(folder))
-            identity = plan.record.model if plan.record else {}
-            model = _load_base(base, identity, folder, options)
-            routed = attach(model, tokenizer=tokenizer)
-            routed.driver.policy = routed.build_policy(load_path(routed, plan))
-            return routed
         stack = load_routers(folder)
         identity = {"id": stack.config.base_model, "revision": stack.config.base_revision}
         model = _load_base(base, identity, folder, options)
         return attach(model, stack, tokenizer)
 
-    @cached_property
-    def tokenizer(self) -> Any:
-        """The model's tokenizer; None if none was given and the model has no name."""
-        return loading.load_tokenizer(self.model)
+    def generate_many(
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        batch_size: int = BATCH_SIZE,
+        max_new_tokens: int = 64,
+        chat: bool = True,
+        route_first: bool = True,
+        **options: Any,
+    ) -> list[GeneratedAnswer]:
+        """Answer many prompts, and decode prompts with equal plans together.
 
-    @property
-    def num_layers(self) -> int:
-        """The number of layers, L."""
-        return self.injection.num_layers
+        All prompts are routed first, and then put into batches that run as few layers as possible.
+        See `batch_generation.generate_many` for the arguments, exactness and errors.
 
-    @property
-    def last_route(self) -> Tensor:
-        """The decisions for the last prompts of this thread, int `[B, L]`.
+        Example:
+            >>> routed.generate_many(["Name a metal.", "What is ice?"])  # doctest: +SKIP
+            [GeneratedAnswer(prompt='Name a metal.', ...), GeneratedAnswer(prompt='What is i...')]
+        """
+        self.check_attached()
+        return generate_many(
+            self,
+            prompts,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            chat=chat,
+            route_first=route_first,
+            **options,
+        )
 
-        In `generate`, every beam and every answer is a row of its own. If this thread ran no
-        prompt, this is the last route of any thread. For a compiled model it always is.
+    def find_depth_bias(
+        self,
+        prompts: Sequence[Sequence[int]],
+        target_executions: builtins.float,
+        *,
+        batch_size: int = 16,
+        tolerance: builtins.float = TOLERANCE,
+    ) -> Calibration:
+        """Find the depth bias under which prompts have a target number of executions on average.
+
+        See `depth_control.find_depth_bias` for the method.
+
+        Args:
+            prompts: Token ids of each prompt.
+            target_executions: Mean executions, from 1 to 2L.
+            batch_size: Prompts in a forward pass.
+            tolerance: How far the mean may be from the target.
+
+        Returns:
+            The bias for `RouterPolicy(routers, depth_bias=...)`, and what it does on the prompts.
 
         Raises:
-            RoutingError: No prompt has passed yet.
+            ConfigError: There are no routers or prompts, or the target can't be reached.
         """
-        if not self.driver.last_route:
-            raise RoutingError("no prompt has passed through this routed model yet")
-        by_layer = torch.tensor(self.driver.last_route)  # [L, B]
-        return by_layer.T.contiguous()
+        self.check_attached()
+        return find_depth_bias(
+            self, prompts, target_executions, batch_size=batch_size, tolerance=tolerance
+        )
 
-    @property
-    def policy(self) -> Policy:
-        """The current policy: of the innermost `using` or `fixed` block, else of the model."""
-        return self.driver.current_policy
+    def export(self, path: StaticPath | PathFile | Sequence[int], output_dir: Path | str) -> Export:
+        """Write a path as a checkpoint that `AutoModelForCausalLM.from_pretrained` loads.
 
-    def generate(self, *args: Any, **inputs: Any) -> Any:
-        """Generate with the model's own `generate`; decisions are made once per prompt.
+        Loading the checkpoint doesn't need drllm. A healed path's adapter is merged into the
+        weights. See `models.export.export_path` for what is checked and refused.
 
-        Arguments and outputs are those of `routed.model.generate`. Beams, sampling, several
-        answers, assisted decoding and streaming work, with a cache and without.
+        Args:
+            path: A path, also what `drllm.load_path` returns, or layer indices in the order
+                executed.
+            output_dir: The folder to make. An empty folder may exist.
 
-        Raises:
-            RoutingError: The model is detached, or an option would make decisions wrong.
-                `prefill_chunk_size` would let a policy decide on the first chunk of the prompt
-                alone. `guidance_scale` without a cache would give its second prompt the decisions
-                of the first. `assistant_early_exit` would leave out layers without routing.
+        Returns:
+            What was written: folder, layers and sizes.
         """
-        self._check_attached()
-        return self.model.generate(*args, **inputs)
-
-    def using(self, policy: Policy) -> AbstractContextManager[None]:
-        """Let another policy decide inside the block.
-
-        The block is for the thread that entered it. A thread that is started inside doesn't
-        inherit the policy: give the policy to `RoutedModel`, or open a block in that thread.
-        """
-        self._check_attached()
-        return self.driver.using(policy)
-
-    def fixed(
-        self, plan: StaticPath | Sequence[int] | Sequence[Sequence[int]] | Tensor
-    ) -> AbstractContextManager[None]:
-        """Pin decisions or a static path inside the block.
-
-        Decisions are `[L]` for every row, or `[B, L]`. A static path may run its layers in any
-        order; `last_route` then says how often each layer ran. A healed path needs the model for
-        itself: while a pass runs along it, another thread can't run another path.
-
-        Raises:
-            PathError: This model can't run the decisions or the path.
-            RoutingError: The adapter of a healed path isn't in the model.
-        """
-        return self.using(self.build_policy(plan))
-
-    def build_policy(
-        self, plan: StaticPath | Sequence[int] | Sequence[Sequence[int]] | Tensor
-    ) -> Policy:
-        """Return the policy that follows a plan. The plan is as for `fixed`."""
-        if not isinstance(plan, StaticPath):
-            return FixedPolicy(plan, self.num_layers)
-        decisions = plan.check(self.num_layers).plan(self.num_layers)
-        if not isinstance(decisions, StaticPath):
-            return FixedPolicy(decisions, self.num_layers)
-        if plan.adapter:
-            self.injection.lora.check(plan.adapter)
-        return PathPolicy(plan, self.num_layers)
-
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Run the base model inside the block. As with `using`, the block is for one thread."""
-        with self.using(FullPolicy()), self.injection.driven_by(Driver()):
-            yield
-
-    def prompt_lengths(self, lengths: Sequence[int] | Tensor) -> AbstractContextManager[None]:
-        """Tell routers where each row's prompt ends, inside the block.
-
-        Routers then read the prompt alone, never the continuation that is scored. Lengths are `[B]`
-        numbers of real tokens, at least 1.
-        """
-        return self.driver.prompt_lengths(torch.as_tensor(lengths))
-
-    def detach(self) -> Any:
-        """Take the routing off, and return the model exactly as it was before.
-
-        Raises:
-            RoutingError: The routing was taken off already, or other code has put an override over
-                ours.
-        """
-        self._check_attached()
-        return detach(self.model)
-
-    def _check_attached(self) -> None:
-        """Raise a RoutingError if the routing was taken off the model."""
-        if not self.injection.is_installed:
-            raise RoutingError(
-                "this routing was taken off the model, by detach() or by another attach(); use "
-                "drllm.attach(model, ...) to put it on again"
-            )
+        self.check_attached()
+        with unrouted(self) as base:
+            return export_path(base, path, output_dir)
 
     def save_pretrained(
         self,

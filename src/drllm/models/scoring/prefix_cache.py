@@ -11,11 +11,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
+from drllm.models.base.batching import free_bytes
 from drllm.paths import Path
 
 GIGABYTE = 1e9
+MAX_STATE_CACHE_GB = 16  # maximum size of the cache of states by default
 
 Key: TypeAlias = tuple[int, str, int, Path]
 """A state's key: the number of a `PackedRows`, the adapter, the row, and the layers run so far."""
@@ -121,3 +124,13 @@ class PrefixCache:
                 if entry is not None and entry[1] == batch:
                     del self._states[key]
             self.num_bytes -= num_bytes
+
+
+def make_prefix_cache(gigabytes: float | None, device: torch.device) -> PrefixCache:
+    """Return an empty cache of a maximum size in GB.
+
+    None means a quarter of the free memory, at most `MAX_STATE_CACHE_GB`.
+    """
+    if gigabytes is None:
+        gigabytes = min(free_bytes(device) / 4 / GIGABYTE, MAX_STATE_CACHE_GB)
+    return PrefixCache(gigabytes * GIGABYTE)

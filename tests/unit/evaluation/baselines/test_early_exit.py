@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from drllm.evaluation.baselines.early_exit import ExitPolicy, find_threshold, measure_confidences
-from drllm.models.routers.depth_control import route_prompts
+from drllm.models.routing.depth_control import route_prompts
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.logit_lens import LogitLens
 from drllm.models.scoring.packing import Request

@@ -9,7 +9,7 @@ from drllm.evaluation.baselines.sequence_router import (
     make_plans,
     read_first_inputs,
 )
-from drllm.models.routers.depth_control import route_prompts
+from drllm.models.routing.depth_control import route_prompts
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.packing import Request
 

@@ -8,7 +8,7 @@ import yaml
 from drllm.models.export import model_card
 from drllm.models.older_names import add_names_of_transformers_4
 from drllm.paths import StaticPath
-from drllm.records.static_paths import read_path
+from drllm.records.static_paths import load_path
 from paths_json import written_paths
 
 IDENTITY = {"id": "owner/name", "revision": "abc123", "fingerprint": "0123456789abcdef"}
@@ -108,7 +108,7 @@ def test_a_path_without_decisions_and_a_base_model_that_is_not_from_the_hub_are_
 
 def card_of(tmp_path, name, **options):
     identity = {**IDENTITY, "num_layers": 6}
-    file = read_path(f"{written_paths(tmp_path / 'paths.json', identity, **options)}:{name}")
+    file = load_path(f"{written_paths(tmp_path / 'paths.json', identity, **options)}:{name}")
     return model_card(identity, file.path_for(identity), "float32", 0, file)
 
 
@@ -143,6 +143,6 @@ def test_the_card_says_which_set_was_divided_anew(tmp_path):
 
 def test_the_card_of_a_path_from_another_file_claims_no_tuning(tmp_path):
     (tmp_path / "plan.json").write_text('{"path": [0, 1, 2, 3, 4]}')
-    file = read_path(str(tmp_path / "plan.json"))
+    file = load_path(str(tmp_path / "plan.json"))
     card = model_card(IDENTITY, file.path_for(IDENTITY), "float32", 0, file)
     assert "tune" not in card

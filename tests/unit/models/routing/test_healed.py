@@ -10,17 +10,25 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import drllm
 from drllm import extras
-from drllm.errors import ConfigError, DrllmError, PathError, RecordError, RoutingError
+from drllm.errors import (
+    CheckpointError,
+    ConfigError,
+    DrllmError,
+    PathError,
+    RecordError,
+    RoutingError,
+)
 from drllm.evaluation.flops import ModelShape, prompt_flops
 from drllm.models.base.load import BaseModel, load
 from drllm.models.export import MERGED_TOLERANCE, export_path
-from drllm.models.healed import load_path, save_healed
+from drllm.models.routing.healed import install_path, save_healed
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import StaticPath
 from drllm.records.codec import read_json, sha256, write_json
 from drllm.records.healed import ADAPTER_FILE, HEALED_FILE
-from drllm.records.static_paths import read_path, read_path_list
+from drllm.records.static_paths import load_path, read_path_list
 from healed_folder import PATH, written_healed
 from paths_json import written_paths
 from slow_way import LOGIT_TOLERANCE, ListedModel, tiny_adapter
@@ -51,30 +59,34 @@ def along(routed, path):
 @pytest.mark.parametrize("place", ["healed", f"healed/{HEALED_FILE}"])
 def test_a_path_is_loaded_with_the_adapter_that_it_was_saved_with(base, record, tmp_path, place):
     routed = RoutedModel(base.model)
-    path = load_path(routed, read_path(str(tmp_path / place)))
+    path = install_path(routed.injection, load_path(str(tmp_path / place)))
     assert list(routed.injection.lora.names) == [record.adapter]
     assert path == StaticPath(PATH, record.adapter)
     assert path.edits(6) == "skips layer 2, repeats layer 4, with an adapter"
     routed_logits = along(routed, path)
-    assert load_path(routed, read_path(str(tmp_path / place))) == path
+    assert install_path(routed.injection, load_path(str(tmp_path / place))) == path
     adapter = tiny_adapter(routed, [1, 3, 4, 5])
     routed.detach()
     expected = slowly(base.model, record, adapter)
     torch.testing.assert_close(routed_logits, expected, atol=LOGIT_TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("is_given", [False, True])
-def test_a_routed_model_is_made_of_the_folder_alone(base, record, tmp_path, is_given):
-    routed = RoutedModel.from_pretrained(tmp_path / "healed", base if is_given else None)
-    with torch.no_grad():
-        found = routed(IDS, use_cache=False).logits[0]
-    assert torch.equal(found, along(routed, record.path))
-    assert not torch.equal(found, along(routed, record.path.with_adapter("")))
+def test_a_healed_path_is_loaded_without_a_model_and_run_by_one(base, record, tmp_path):
+    path = drllm.load_path(tmp_path / "healed")
+    routed = drllm.attach(base)
+    logits = along(routed, path)
+    assert torch.equal(logits, along(routed, record.path))
+    assert not torch.equal(logits, along(routed, record.path.with_adapter("")))
+
+
+def test_a_healed_path_is_not_loaded_as_routers(base, record, tmp_path):
+    with pytest.raises(CheckpointError, match=r"healed path, not routers.*drllm.load_path\('"):
+        RoutedModel.from_pretrained(tmp_path / "healed", base)
 
 
 def test_an_adapter_has_the_dtype_of_the_model(base, record, tmp_path):
     routed = RoutedModel(base.model.bfloat16())
-    load_path(routed, read_path(str(tmp_path / "healed")))
+    install_path(routed.injection, load_path(str(tmp_path / "healed")))
     parameters = routed.injection.lora.parameters(record.adapter)
     assert {each.dtype for each in parameters} == {torch.bfloat16}
 
@@ -85,7 +97,7 @@ def test_peft_loads_the_folder_and_runs_all_layers_with_the_adapter(family, tiny
     model = tiny_model(family)
     written_healed(tmp_path, model, BaseModel(model, None, "tiny").identity)
     routed = RoutedModel(model)
-    path = load_path(routed, read_path(str(tmp_path)))
+    path = install_path(routed.injection, load_path(str(tmp_path)))
     expected = along(routed, StaticPath(range(6), path.adapter))
     routed.detach()
     with torch.no_grad():
@@ -97,7 +109,7 @@ def test_without_peft_a_healed_path_is_refused_in_one_line(base, record, tmp_pat
     monkeypatch.setattr(extras, "find_spec", lambda name: None)
     routed = RoutedModel(base.model)
     with pytest.raises(ConfigError, match=r'pip install "drllm\[heal\]"') as caught:
-        load_path(routed, read_path(str(tmp_path / "healed")))
+        install_path(routed.injection, load_path(str(tmp_path / "healed")))
     assert "\n" not in str(caught.value)
 
 
@@ -157,7 +169,7 @@ def test_what_older_versions_could_heal_is_refused_with_the_version(
 ):
     with_record(tmp_path / "healed", **OLD[message])
     with pytest.raises(RecordError, match=f"{message}, which only drllm up to 0.1.0.dev0") as error:
-        read_path(str(tmp_path / "healed"))
+        load_path(str(tmp_path / "healed"))
     assert "commit 3820ce17" in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -209,7 +221,7 @@ def test_a_folder_that_was_changed_is_refused_in_one_line(base, record, tmp_path
     BAD[said](tmp_path / "healed")
     routed = RoutedModel(base.model)
     with pytest.raises((RecordError, RoutingError), match=said) as caught:
-        load_path(routed, read_path(str(tmp_path / "healed")))
+        install_path(routed.injection, load_path(str(tmp_path / "healed")))
     assert "\n" not in str(caught.value)
     assert routed.injection.lora.names == ()
 
@@ -217,9 +229,9 @@ def test_a_folder_that_was_changed_is_refused_in_one_line(base, record, tmp_path
 def test_a_healed_path_of_another_model_is_refused(base, record, tmp_path, tiny_llama):
     routed = RoutedModel(tiny_llama(seed=1))
     with pytest.raises(PathError, match="fingerprint"):
-        load_path(routed, read_path(str(tmp_path / "healed")))
+        install_path(routed.injection, load_path(str(tmp_path / "healed")))
     with pytest.raises(RecordError, match="no path called 'x'"):
-        read_path(f"{tmp_path / 'healed'}:x")
+        load_path(f"{tmp_path / 'healed'}:x")
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
@@ -228,13 +240,13 @@ def test_an_export_has_the_adapter_merged_and_nothing_else(
 ):
     base = BaseModel(tiny_model(family), tiny_tokenizer, "tiny")
     written_healed(tmp_path / "healed", base.model, base.identity)
-    made = export_path(base, read_path(str(tmp_path / "healed")), tmp_path / "out")
+    made = export_path(base, load_path(str(tmp_path / "healed")), tmp_path / "out")
     assert made.path == tuple(PATH)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     with torch.no_grad():
         found = plain(IDS, use_cache=False).logits[0]
     routed = RoutedModel(base.model)
-    expected = along(routed, load_path(routed, read_path(str(tmp_path / "healed"))))
+    expected = along(routed, install_path(routed.injection, load_path(str(tmp_path / "healed"))))
     assert (found - expected).abs().max() <= MERGED_TOLERANCE * expected.std()
     card = (tmp_path / "out" / "README.md").read_text()
     assert "adapter of rank 4" in card
@@ -243,7 +255,7 @@ def test_an_export_has_the_adapter_merged_and_nothing_else(
 
 def test_an_export_in_sixteen_bits_is_checked_coarsely(base, record, tmp_path):
     coarse = load(base.name, device="cpu", dtype="bfloat16")
-    made = export_path(coarse, read_path(str(tmp_path / "healed")), tmp_path / "out")
+    made = export_path(coarse, load_path(str(tmp_path / "healed")), tmp_path / "out")
     assert made.dtype == "bfloat16"
 
 
@@ -278,16 +290,16 @@ def test_the_files_are_peft_s_and_the_card_says_what_was_trained(base, record, t
 def test_the_hub_links_a_healed_path_to_a_base_model_from_the_hub(base, record, tmp_path):
     identity = {**record.model, "id": "owner/name: one", "revision": "abc123"}
     routed = RoutedModel(base.model)
-    load_path(routed, read_path(str(tmp_path / "healed")))
+    install_path(routed.injection, load_path(str(tmp_path / "healed")))
     from_hub = msgspec.structs.replace(record, model=identity)
-    save_healed(tmp_path / "from_hub", from_hub, routed, record.adapter)
+    save_healed(tmp_path / "from_hub", from_hub, routed.injection, record.adapter)
     card = ModelCard((tmp_path / "from_hub" / "README.md").read_text())
     assert card.data.base_model == "owner/name: one"
 
 
 def test_what_an_adapter_adds_counts_as_arithmetic(base, record, tmp_path):
     routed = RoutedModel(base.model)
-    load_path(routed, read_path(str(tmp_path / "healed")))
+    install_path(routed.injection, load_path(str(tmp_path / "healed")))
     adapter = routed.injection.lora.weights(record.adapter)
     shape = ModelShape.from_model(base.model, {record.adapter: adapter})
     plain = prompt_flops(shape, record.path.with_adapter(""), 10)

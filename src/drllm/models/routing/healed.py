@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 import torch
@@ -19,24 +19,22 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from drllm.errors import RecordError
+from drllm.models.base.cards import CARD_FILE, render_card
 from drllm.models.base.identity import describe
 from drllm.models.base.layers import find_layers, unwrap_peft
-from drllm.models.cards import CARD_FILE, render_card
+from drllm.models.routing.injection import Injection
 from drllm.models.routing.lora import LoraWeights, find_layers_name, parse_layer
 from drllm.paths import StaticPath
 from drllm.records.codec import sha256, write_atomically, write_json
 from drllm.records.healed import ADAPTER_CONFIG_FILE, ADAPTER_FILE, HEALED_FILE, HealedPath
 from drllm.records.static_paths import PathFile
 
-if TYPE_CHECKING:
-    from drllm.models.routing.routed_model import RoutedModel
-
 CARD_TEMPLATE = Path(__file__).with_name("healed_card.md.j2")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes that the weights in an adapter's file may have."""
 
 
-def save_healed(folder: Path, record: HealedPath, routed: RoutedModel, adapter: str) -> HealedPath:
+def save_healed(folder: Path, record: HealedPath, injection: Injection, adapter: str) -> HealedPath:
     """Write a healed path's folder, and return its record with the adapter's hash.
 
     `path.json` is written last, so an incomplete folder is refused.
@@ -44,11 +42,11 @@ def save_healed(folder: Path, record: HealedPath, routed: RoutedModel, adapter: 
     Args:
         folder: The folder to write.
         record: The content of `path.json`, without the adapter's hash.
-        routed: The model, which has the adapter.
+        injection: The routing of the model, which has the adapter.
         adapter: The adapter's name in the model.
     """
-    lora = routed.injection.lora
-    prefix = _peft_prefix(routed.model)
+    lora = injection.lora
+    prefix = _peft_prefix(injection.model)
     tensors = {}
     for name, (a, b) in lora.weights(adapter).maps.items():
         tensors[f"{prefix}.{name}.lora_A.weight"] = a.float().cpu().contiguous()
@@ -71,7 +69,7 @@ def _describe_for_hub(record: HealedPath) -> ModelCardData:
     return metadata
 
 
-def load_path(routed: RoutedModel, path_file: PathFile) -> StaticPath:
+def install_path(injection: Injection, path_file: PathFile) -> StaticPath:
     """Return the path of a file, and put the adapter of a healed path into the model.
 
     An adapter that is in the model already isn't loaded again.
@@ -82,13 +80,13 @@ def load_path(routed: RoutedModel, path_file: PathFile) -> StaticPath:
         RoutingError: The adapter is for other linear maps, or the model can't have an adapter.
         ConfigError: PEFT isn't installed.
     """
-    name = getattr(unwrap_peft(routed.model), "name_or_path", "")
-    path = path_file.path_for({"id": name, **describe(routed.model)})
+    name = getattr(unwrap_peft(injection.model), "name_or_path", "")
+    path = path_file.path_for({"id": name, **describe(injection.model)})
     record = path_file.record
-    if isinstance(record, HealedPath) and record.adapter not in routed.injection.lora.names:
+    if isinstance(record, HealedPath) and record.adapter not in injection.lora.names:
         adapter_file = path_file.file.with_name(ADAPTER_FILE)
-        weights = _read_weights(routed, adapter_file, record)
-        routed.injection.add_adapter(record.adapter, weights)
+        weights = _read_weights(injection, adapter_file, record)
+        injection.add_adapter(record.adapter, weights)
     return path
 
 
@@ -103,30 +101,32 @@ def _list_config_values(config: Any, record: HealedPath) -> dict[str, Any]:
     return dict(sorted(values.items()))
 
 
-def _read_weights(routed: RoutedModel, file: Path, record: HealedPath) -> LoraWeights:
+def _read_weights(injection: Injection, file: Path, record: HealedPath) -> LoraWeights:
     """Read the adapter of a healed path, and check that it fits the path and the model."""
     try:
         tensors = load_file(file)
     except (SafetensorError, OSError) as error:
         raise RecordError(f"{file} can't be read: {error}") from error
-    matrices_by_map = _group_by_map(file, tensors, _peft_prefix(routed.model) + ".")
+    matrices_by_map = _group_by_map(file, tensors, _peft_prefix(injection.model) + ".")
     maps: dict[str, tuple[Tensor, Tensor]] = {}
     for name, matrices in matrices_by_map.items():
         if matrices.keys() != {"A", "B"} or matrices["A"].shape[0] != record.rank:
             raise RecordError(f"{file}: {name} has no A and B of rank {record.rank}; heal again")
         maps[name] = (matrices["A"], matrices["B"])
-    _check_maps(file, maps, record, routed)
+    _check_maps(file, maps, record, injection)
     return LoraWeights(record.rank, record.alpha, maps)
 
 
-def _check_maps(file: Path, maps: Collection[str], record: HealedPath, routed: RoutedModel) -> None:
+def _check_maps(
+    file: Path, maps: Collection[str], record: HealedPath, injection: Injection
+) -> None:
     """Refuse an adapter that isn't for every linear map of exactly the record's layers."""
     layers = sorted({parse_layer(name) for name in maps})
     if layers != record.adapted_layers:
         raise RecordError(
             f"{file} is for the layers {layers}, the path runs {record.adapted_layers} with it"
         )
-    for name in routed.injection.linear_maps:
+    for name in injection.linear_maps:
         if parse_layer(name) in layers and name not in maps:
             raise RecordError(f"{file} has no weights for {name}, which the path runs; heal again")
 

@@ -17,11 +17,11 @@ from drllm.config import DepthConfig
 from drllm.config.fields import to_flag
 from drllm.cost import mean_executions
 from drllm.errors import ConfigError, RecordError
+from drllm.models.base.batching import group_by_length
 from drllm.models.base.prompts import context_length, encode, pad_left, render
 from drllm.models.routers.stack import RouterStack
+from drllm.models.routing.core import Routing
 from drllm.models.routing.policies import FullPolicy, Policy, PromptView, RouterPolicy
-from drllm.models.routing.routed_model import RoutedModel
-from drllm.models.scoring.batching import group_by_length
 from drllm.records.codec import read_json_lines
 
 TOLERANCE = 0.25
@@ -53,7 +53,7 @@ class Calibration(NamedTuple):
 
 @torch.no_grad()
 def route_prompts(
-    routed: RoutedModel, policy: Policy, prompts: Sequence[Sequence[int]], *, batch_size: int = 16
+    routed: Routing, policy: Policy, prompts: Sequence[Sequence[int]], *, batch_size: int = 16
 ) -> Tensor:
     """Return the route of each prompt under a policy; nothing is generated.
 
@@ -75,7 +75,7 @@ def route_prompts(
     return routes
 
 
-def _check_prompts(routed: RoutedModel, prompts: Sequence[Sequence[int]]) -> None:
+def _check_prompts(routed: Routing, prompts: Sequence[Sequence[int]]) -> None:
     """Refuse an empty list, a prompt without tokens, and a prompt longer than the context."""
     if not prompts:
         raise ConfigError("there are no prompts to route; give at least one")
@@ -115,7 +115,7 @@ class _Recorder(Policy):
 
 
 def record_at_layers(
-    routed: RoutedModel,
+    routed: Routing,
     prompts: Sequence[Sequence[int]],
     read: Callable[[PromptView], Tensor],
     layers: Collection[int],
@@ -146,7 +146,7 @@ def record_at_layers(
     return torch.cat(batch_readings)[places]
 
 
-def run_prompts(routed: RoutedModel, policy: Policy, prompts: Sequence[Sequence[int]]) -> None:
+def run_prompts(routed: Routing, policy: Policy, prompts: Sequence[Sequence[int]]) -> None:
     """Run the model once over a left-padded batch of prompts under a policy."""
     ids, mask = pad_left(prompts, routed.model.device)
     with routed.using(policy):
@@ -164,7 +164,7 @@ class _Probes:
 
     def __init__(
         self,
-        routed: RoutedModel,
+        routed: Routing,
         routers: RouterStack,
         prompts: Sequence[Sequence[int]],
         batch_size: int,
@@ -198,7 +198,7 @@ class _Probes:
 
 
 def find_depth_bias(
-    routed: RoutedModel,
+    routed: Routing,
     prompts: Sequence[Sequence[int]],
     target_executions: float,
     *,
@@ -293,7 +293,7 @@ def _bisect(
 
 
 def make_policy(
-    routed: RoutedModel, config: DepthConfig, prompts: Sequence[Sequence[int]] = ()
+    routed: Routing, config: DepthConfig, prompts: Sequence[Sequence[int]] = ()
 ) -> tuple[Policy, Calibration | None]:
     """Return the policy for depth settings, and the calibration if there is a target.
 

@@ -10,16 +10,16 @@ from drllm.config import DepthConfig
 from drllm.config.fields import to_flag
 from drllm.cost import mean_executions
 from drllm.errors import ConfigError, RecordError, RoutingError
-from drllm.models.routers import depth_control
 from drllm.models.routers.config import RouterConfig
-from drllm.models.routers.depth_control import (
+from drllm.models.routers.stack import RouterStack
+from drllm.models.routing import depth_control
+from drllm.models.routing.depth_control import (
     encode_calibration,
     find_depth_bias,
     make_policy,
     read_calibration,
     route_prompts,
 )
-from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.policies import FixedPolicy, FullPolicy, Policy, RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel
 

@@ -3,18 +3,19 @@
 Results don't depend on how paths are split over passes.
 """
 
+from __future__ import annotations
+
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import psutil
 import torch
 
 from drllm.errors import ModelError
-from drllm.models.scoring.prefix_cache import GIGABYTE, PrefixCache
 from drllm.work.listener import logger
 
 Item = TypeVar("Item")
@@ -26,7 +27,6 @@ SHARE_OF_FREE_MEMORY = 0.5
 """Maximum share of the free memory for the states and logits of a pass. The rest is for activations
 inside a layer, fragments and other programs."""
 FLOAT_BYTES = 4  # bytes of a number in fp32
-MAX_STATE_CACHE_GB = 16  # maximum size of the cache of states by default
 
 _num_sharing = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # see `share_memory`
 
@@ -56,13 +56,20 @@ class PathSize:
         return int(states + logits)
 
 
+class ReservedMemory(Protocol):
+    """Memory that is set aside, such as the memory of a cache."""
+
+    max_bytes: float  # bytes that are set aside
+    num_bytes: int  # bytes in use
+
+
 @dataclass(eq=False)
 class MemoryBatcher:
     """Splits work over forward passes that fit into memory."""
 
     model: Any
-    # The cache that the passes fill. Memory for it is set aside.
-    states: PrefixCache = field(default_factory=lambda: PrefixCache(0))
+    # The memory of the cache that the passes fill, if any.
+    states: ReservedMemory | None = None
     maximum: int | None = None  # maximum paths in a pass; None for as many as fit into memory
     _limit: int = sys.maxsize  # maximum paths in a pass; lower after memory ran out
 
@@ -71,7 +78,9 @@ class MemoryBatcher:
         if self.maximum is not None:
             return min(self.maximum, self._limit)
         free = free_bytes(self.model.device)
-        reserved = self.states.max_bytes - self.states.num_bytes
+        reserved = 0.0
+        if self.states is not None:
+            reserved = self.states.max_bytes - self.states.num_bytes
         available = max(free - reserved, free / 2)  # at most half is set aside
         num_fitting = int(available * SHARE_OF_FREE_MEMORY / size.num_bytes(self.model))
         return min(max(num_fitting, 1), MAX_PATHS, self._limit)
@@ -112,7 +121,7 @@ class MemoryBatcher:
     def _describe_no_room(self, size: PathSize) -> str:
         """Say that a single path doesn't fit into memory, and what to do."""
         advice = "load the model with --dtype bfloat16, or use a device with more memory"
-        if self.states.max_bytes:
+        if self.states is not None and self.states.max_bytes:
             advice = f"lower --state-cache-gb, {advice}"
         return (
             f"a single path of {size.num_tokens} tokens doesn't fit into the memory of "
@@ -157,16 +166,6 @@ def free_bytes(device: torch.device) -> int:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(free + unused)
     return int(psutil.virtual_memory().available) // _num_sharing
-
-
-def make_prefix_cache(gigabytes: float | None, device: torch.device) -> PrefixCache:
-    """Return an empty cache of a maximum size in GB.
-
-    None means a quarter of the free memory, at most `MAX_STATE_CACHE_GB`.
-    """
-    if gigabytes is None:
-        gigabytes = min(free_bytes(device) / 4 / GIGABYTE, MAX_STATE_CACHE_GB)
-    return PrefixCache(gigabytes * GIGABYTE)
 
 
 def group_by_length(
