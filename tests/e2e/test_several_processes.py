@@ -3,7 +3,6 @@
 import importlib
 import json
 import socket
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,8 +37,6 @@ open(f"{said}.shared", "w").write(json.dumps(numbers))
 sys.exit(status)
 """
 SMALL = [
-    ("drllm.tuning.task_scorer", "MOST_PAIRS", 12),
-    ("drllm.tuning.task_scorer", "MOST_ANSWERS", 2),
     ("drllm.evaluation.systems", "MIN_BLOCK_SIZE", 2),
     ("drllm.training.features", "MAXIMUM_TOKENS", 64),
 ]
@@ -103,22 +100,7 @@ def results_in(folder: Path) -> dict[str, Any]:
     return found | {path.name: path.read_text() for path in folder.glob("samples.jsonl")}
 
 
-TUNE = "tune --device cpu --tasks builtin_facts,builtin_arithmetic --num-fit 8 --num-judged 6"
 EVALUATE = "evaluate --device cpu --tasks builtin_facts,builtin_arithmetic --limit 7 --batch-size 2"
-
-
-def test_tuning_in_two_processes_writes_the_paths_of_one_and_only_the_first_says_anything(
-    begin, model_folder, tmp_path
-):
-    words = [*TUNE.split(), "--max-skipped", "2", "--model", str(model_folder()), "--output-dir"]
-    assert main([*words, str(tmp_path / "one")]) == 0
-    assert ended(begin([*words, str(tmp_path / "two")])) == [0, 0]
-    assert results_in(tmp_path / "two") == results_in(tmp_path / "one")
-    assert [*(tmp_path / "two").iterdir()] == [tmp_path / "two" / "paths.json"]
-    assert_divided(tmp_path)
-    assert "skip1" in (tmp_path / "0.out").read_text()
-    assert "tuning" in (tmp_path / "0.err").read_text()
-    assert (tmp_path / "1.out").read_text() == (tmp_path / "1.err").read_text() == ""
 
 
 @pytest.mark.thorough
@@ -143,45 +125,22 @@ def test_an_evaluation_in_two_processes_writes_the_results_of_one(
     assert_divided(tmp_path)
 
 
-@pytest.mark.thorough
-@pytest.mark.parametrize("resumed_by", ["two", "one"])
-def test_what_two_processes_had_done_before_a_kill_is_resumed(
-    resumed_by, begin, model_folder, tmp_path
-):
-    words = [*TUNE.split(), "--max-skipped", "3", "--model", str(model_folder()), "--output-dir"]
-    assert main([*words, str(tmp_path / "undisturbed")]) == 0
-    killed, kept = tmp_path / "killed", tmp_path / "killed" / "paths.partial"
-    pair = begin([*words, str(killed)])
-    until = time.monotonic() + MOST_S
-    while (not kept.is_dir() or len([*kept.iterdir()]) < 4) and time.monotonic() < until:
-        time.sleep(0.01)
-    for process in pair:
-        process.kill()
-    assert ended(pair) == [-9, -9]
-    assert not (killed / "paths.json").exists()
-    if resumed_by == "two":
-        assert ended(begin([*words, str(killed)])) == [0, 0]
-    else:
-        assert main([*words, str(killed)]) == 0
-    assert results_in(killed) == results_in(tmp_path / "undisturbed")
-
-
-def test_what_is_wrong_is_said_by_all_in_the_same_line(begin, model_folder, tmp_path):
-    words = [*TUNE.split(), "--model", str(model_folder()), "--output-dir", str(tmp_path / "two")]
-    assert ended(begin([*words, "--max-skipped", "60"])) == [2, 2]
+def test_what_is_wrong_is_said_by_all_in_the_same_line(begin, tmp_path):
+    words = [*EVALUATE.split(), "--routers", str(tmp_path / "none"), "--output-dir", str(tmp_path)]
+    assert ended(begin(words)) == [2, 2]
     said = [(tmp_path / f"{rank}.err").read_text().splitlines()[-1] for rank in "01"]
     assert said[0] == said[1]
-    assert "--max-skipped 60" in said[0]
+    assert str(tmp_path / "none") in said[0]
 
 
-@pytest.mark.parametrize("verb", ["search", "heal"])
+@pytest.mark.parametrize("verb", ["search", "tune", "heal"])
 def test_a_verb_that_divides_nothing_is_refused_in_several_processes(verb, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     given = ["--path", "none.json:skip2"] if verb == "heal" else []
     assert main([verb, *given]) == 2
     said = capsys.readouterr().err
     assert f"drllm {verb} runs in one process, and WORLD_SIZE is 2" in said
-    assert ("--executor ray" in said) == (verb == "search")
+    assert ("--executor ray" in said) == (verb != "heal")
 
 
 def test_processes_of_a_script_of_ones_own_share_nothing_unless_told_to(

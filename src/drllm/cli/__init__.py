@@ -17,6 +17,7 @@ from drllm.cli.help import print_help, print_overview
 from drllm.cli.parser import parse
 from drllm.cli.terminal import Terminal
 from drllm.cli.verbs import FOREIGN, HELP, VERBS, find_verb
+from drllm.config import ExecutorConfig
 from drllm.errors import ConfigError, DrllmError
 from drllm.extras import need
 
@@ -101,7 +102,7 @@ def _run_verb(words: list[str], terminal: Terminal) -> int:
     num_processes = processes.count_launched()
     if num_processes > 1 and verb.resumes and not verb.shares:
         single_command = f"drllm {verb.name}"
-        if verb.name == "search":
+        if any(issubclass(group, ExecutorConfig) for group in verb.settings):
             single_command += " --executor ray"
         raise ConfigError(
             f"drllm {verb.name} runs in one process, and WORLD_SIZE is {num_processes}; start it "

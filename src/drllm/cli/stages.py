@@ -357,7 +357,6 @@ def _read_routers_folder(command: CommandLine) -> tuple[Path, str]:
         Flag("output_dir", "folder for paths.json", default="tuned/", placeholder="DIR"),
     ),
     resumes=True,
-    shares=True,
 )
 def tune_verb(command: CommandLine, terminal: Terminal) -> None:
     """Find one path with fewer layers for a whole task."""
@@ -372,8 +371,7 @@ def tune_verb(command: CommandLine, terminal: Terminal) -> None:
     with terminal.busy(LOADING):
         from drllm.tuning.run import tune
     tune(command.get_settings(ModelConfig), None, config, output, listener=terminal)
-    if is_first():
-        show_paths(output / static_paths.PATHS_FILE, terminal)
+    show_paths(output / static_paths.PATHS_FILE, terminal)
 
 
 def _print_num_questions(splits: TaskSplits, config: TuneConfig, terminal: Terminal) -> None:

@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 
 from drllm.config.constants import DATA_DIR_HELP, TASKS_HELP
-from drllm.config.fields import Settings, basic, incidental, setting
+from drllm.config.executor import ExecutorConfig
+from drllm.config.fields import basic, incidental, setting
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuneConfig(Settings):
+class TuneConfig(ExecutorConfig):
     """The search for one static path for a whole task."""
 
     tasks: str | None = basic(

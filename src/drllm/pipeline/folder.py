@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from drllm.config import EvaluateConfig, HealConfig, ModelConfig
+from drllm.config import EvaluateConfig, ExecutorConfig, HealConfig, ModelConfig
 from drllm.errors import RecordError
 from drllm.evaluation.baselines.base import needs_targets
 from drllm.pipeline.recipes import Recipe
@@ -261,6 +261,12 @@ class RunFolder:
         make = makers[name]
         return make()
 
+    def _choose_model(self, config: ExecutorConfig) -> BaseModel | ModelConfig:
+        """Return the base model of a stage; Ray's workers load it themselves."""
+        if config.executor == "ray":
+            return self.recipe.model
+        return self.load()
+
     # --- the stages: `_make_…` collects the inputs of a stage, `_run_…` runs it ------------------
 
     def _make_search(self) -> Stage:
@@ -277,8 +283,7 @@ class RunFolder:
         from drllm.search.run import search_paths
 
         recipe = self.recipe
-        # Ray's workers load the model themselves.
-        model = recipe.model if recipe.search.executor == "ray" else self.load()
+        model = self._choose_model(recipe.search)
         search_paths(model, recipe.questions, recipe.search, self.folder, listener=self.listener)
         return [self.search_file, self.folder / "search.manifest.json"]
 
@@ -339,7 +344,10 @@ class RunFolder:
     def _run_tune(self) -> list[Path]:
         from drllm.tuning.run import tune
 
-        tune(self.load(), None, self.recipe.tune, self.folder, listener=self.listener)
+        config = self.recipe.tune
+        assert config is not None
+        model = self._choose_model(config)
+        tune(model, None, config, self.folder, listener=self.listener)
         return [self.paths_file]
 
     def _make_heal(self) -> Stage:

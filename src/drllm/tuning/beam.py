@@ -73,9 +73,10 @@ class Beam:
             yield Level(saved, tuple(best))
             parents = [path for path in best if may_extend(path)]
 
-    def saved(self, path: StaticPath) -> int:
-        """Return how many layers a path saves."""
-        return self.num_layers - len(path.layers)
+    def most_candidates(self, saved: int) -> int:
+        """Return the maximum number of candidates of the level that saves `saved` layers."""
+        num_parents = 1 if saved == 1 else self.width
+        return num_parents * (self.num_layers - saved + 1)
 
     @property
     def rungs(self) -> Sequence[tuple[int, int]]:

@@ -1,7 +1,8 @@
 """Scores static paths on questions, by an objective and by their right answers.
 
 Many pairs of a path and a question are scored in shared passes. The layers that several paths begin
-with run once. The objectives are explained in `objectives`.
+with run once. The objectives are explained in `objectives`. `ScorePaths` and `GradeAnswers` do this
+for the blocks of a tuning (see `score_table`).
 
 Axes: N paths, Q questions.
 """
@@ -17,6 +18,7 @@ import numpy as np
 
 from drllm.errors import ModelError
 from drllm.models.base.batching import group_by_length
+from drllm.models.base.load import BaseModel
 from drllm.models.routing.batch_generation import generate_many
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.choices import ChoiceBatch
@@ -27,8 +29,9 @@ from drllm.statistics.intervals import Floats
 from drllm.tasks.examples import Prompt
 from drllm.tasks.rewards import grade
 from drllm.tuning.objectives import GOLD, KL, LOSS
+from drllm.work.run import BlockFunction, BlockSteps
 
-BLOCK_SIZE = 32  # questions of similar length that are scored together
+BATCH_SIZE = 32  # questions of similar length that are scored together
 WORST = -100.0  # nats in place of a value that isn't finite, so that means are finite
 
 
@@ -55,6 +58,50 @@ class Item:
 
     request: Request
     gold: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PathsToScore:
+    """A block of scores: each path is scored on each question."""
+
+    paths: Sequence[StaticPath]
+    items: Sequence[Item]
+    objective: str
+
+
+@dataclass(frozen=True)
+class ScorePaths(BlockFunction[PathsToScore, Scores]):
+    """Scores the paths of a block on its questions.
+
+    Attributes:
+        state_cache_gb: As for `PathScorer`, for each worker.
+    """
+
+    state_cache_gb: float | None
+
+    def __call__(self, prepared: RoutedModel, data: PathsToScore, steps: BlockSteps) -> Scores:
+        """Return the scores of a block."""
+        scorer = PathScorer(prepared, data.items, data.objective, self.state_cache_gb)
+        return scorer.score(data.paths)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptsToAnswer:
+    """A block of generated answers: each prompt is answered along one path."""
+
+    path: StaticPath
+    prompts: Sequence[Prompt]
+
+
+@dataclass(frozen=True)
+class GradeAnswers(BlockFunction[PromptsToAnswer, list[float]]):
+    """Generates the answers of a block, and grades them."""
+
+    def __call__(
+        self, prepared: RoutedModel, data: PromptsToAnswer, steps: BlockSteps
+    ) -> list[float]:
+        """Return the grade of each answer."""
+        return grade_answers(prepared, data.path, data.prompts)
 
 
 class PathScorer:
@@ -93,19 +140,19 @@ class PathScorer:
         objective = np.zeros((len(paths), len(places)))  # [N, Q]
         right = np.zeros((len(paths), len(places)))
         lengths = [self.items[place].request.length for place in places]
-        for block in group_by_length(lengths, BLOCK_SIZE):
-            block_places = [places[index] for index in block]
-            objective[:, block], right[:, block] = self._score_block(paths, block_places)
+        for batch in group_by_length(lengths, BATCH_SIZE):
+            batch_places = [places[index] for index in batch]
+            objective[:, batch], right[:, batch] = self._score_batch(paths, batch_places)
         return Scores(
             objective=objective.tolist(),
             right=right.tolist() if self.objective == GOLD else [],
             seconds=time.perf_counter() - started,
         )
 
-    def _score_block(
+    def _score_batch(
         self, paths: Sequence[StaticPath], places: Sequence[int]
     ) -> tuple[Floats, Floats]:
-        """Return the objectives and right answers of paths on a block's questions, `[N, Q]`."""
+        """Return the objectives and right answers of paths on a batch's questions, `[N, Q]`."""
         items = [self.items[place] for place in places]
         batch = ChoiceBatch(self.routed, [item.request for item in items], self.state_cache_gb)
         # Sorted, so that paths with a common beginning are in the same pass.
@@ -166,9 +213,11 @@ def log_share(logprobs: Sequence[float], number: int) -> float:
     return logprobs[number] - highest - math.log(total)
 
 
-def make_items(routed: RoutedModel, prompts: Sequence[Prompt], objective: str) -> list[Item]:
+def make_items(
+    model: RoutedModel | BaseModel, prompts: Sequence[Prompt], objective: str
+) -> list[Item]:
     """Return prompts as items to score by an objective. Raises what `tokenize_prompt` raises."""
-    return [_make_item(tokenize_prompt(routed, prompt), objective) for prompt in prompts]
+    return [_make_item(tokenize_prompt(model, prompt), objective) for prompt in prompts]
 
 
 def _make_item(tokenized: TokenizedPrompt, objective: str) -> Item:
@@ -179,14 +228,14 @@ def _make_item(tokenized: TokenizedPrompt, objective: str) -> Item:
     return Item(Request(tokenized.tokens, [_right_continuation(tokenized)]))
 
 
-def make_text_items(routed: RoutedModel, prompts: Sequence[Prompt]) -> list[Item]:
+def make_text_items(model: RoutedModel | BaseModel, prompts: Sequence[Prompt]) -> list[Item]:
     """Return prompts with their right answers as items to score by `LOSS`, as one text each.
 
     All tokens of a text but the first are scored.
     """
     items = []
     for prompt in prompts:
-        tokenized = tokenize_prompt(routed, prompt)
+        tokenized = tokenize_prompt(model, prompt)
         tokens = [*tokenized.tokens, *_right_continuation(tokenized)]
         items.append(Item(Request(tokens[:1], [tokens[1:]])))
     return items

@@ -7,16 +7,18 @@ from unittest import mock
 
 import pytest
 
+from drllm.config import ModelConfig
 from drllm.errors import ConfigError, PathError
 from drllm.paths import StaticPath
-from drllm.records.resume import Chunks
 from drllm.records.static_paths import load_path, read_paths
 from drllm.statistics.verdicts import signed
 from drllm.tuning.level_lines import draw_interval
 from drllm.tuning.path_scorer import PathScorer
-from drllm.tuning.run import CHUNKS_FOLDER, tune
-from drllm.tuning.task_scorer import MOST_PAIRS
+from drllm.tuning.run import PARTIAL_FOLDER, tune
+from drllm.tuning.score_table import MOST_PAIRS
 from drllm.work.listener import Listener
+from drllm.work.ray import RayExecutor
+from drllm.work.store import ResultStore
 
 SMALL = {"num_fit": 30, "num_judged": 40, "max_skipped": 2, "beam": 2}
 
@@ -50,9 +52,9 @@ def count_scored():
     """Give a list to which every scoring adds its number of paths times questions."""
     counts, score = [], PathScorer.score
 
-    def counting(self, paths, places):
-        counts.append(len(paths) * len(places))
-        return score(self, paths, places)
+    def counting(self, paths):
+        counts.append(len(paths) * len(self.items))
+        return score(self, paths)
 
     with mock.patch.object(PathScorer, "score", counting):
         yield counts
@@ -105,18 +107,18 @@ def test_every_path_is_measured_on_what_it_was_fitted_chosen_and_tested_on(unbro
 def test_the_file_is_what_was_returned_and_is_not_made_again(unbroken, routed, monkeypatch):
     found, folder = unbroken
     assert read_paths(folder / "paths.json") == found
-    assert not (folder / CHUNKS_FOLDER).exists()
+    assert not (folder / PARTIAL_FOLDER).exists()
     monkeypatch.setattr(PathScorer, "score", None)
     assert tuned(routed, folder, max_loss=10.0) == found
 
 
 def test_a_clean_up_that_was_killed_is_ended_by_the_next_start(routed, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(Chunks, "remove", lambda chunks: None)
+        patch.setattr(ResultStore, "remove", lambda store: None)
         tuned(routed, tmp_path, max_skipped=1)
-    assert (tmp_path / CHUNKS_FOLDER).exists()
+    assert (tmp_path / PARTIAL_FOLDER).exists()
     tuned(routed, tmp_path, max_skipped=1)
-    assert not (tmp_path / CHUNKS_FOLDER).exists()
+    assert not (tmp_path / PARTIAL_FOLDER).exists()
 
 
 def test_another_tuning_in_the_same_folder_is_refused(unbroken, routed):
@@ -160,12 +162,17 @@ def test_every_level_is_said_in_a_line_with_its_interval_drawn(unbroken, heard):
         assert edits.strip() == path.path.edits(6)
 
 
-def test_how_far_it_is_is_told_within_a_level_too_and_never_goes_back(unbroken, heard):
+SCORING_16_OF_24 = "scoring 6 candidate paths, question 16 of 24"
+
+
+def test_how_far_it_is_is_told_in_scores_within_a_level_too_and_never_goes_back(
+    unbroken, scored, heard
+):
     done = [done for done, _, _ in heard.progressed]
     assert done == sorted(done)
-    assert {total for _, total, _ in heard.progressed} == {2 + 1}
-    assert 0 < min(done) < 1 < max(done) == 3
-    assert heard.progressed[0][2] == "scoring 6 candidate paths, question 16 of 24"
+    assert all(done <= total for done, total, _ in heard.progressed)
+    assert heard.progressed[0] == (6 * 16, heard.progressed[1][1], SCORING_16_OF_24)
+    assert heard.progressed[-1][:2] == (sum(scored), sum(scored))
 
 
 def test_no_more_is_scored_at_once_than_a_kill_may_lose(unbroken, scored):
@@ -189,7 +196,7 @@ def test_an_interrupted_run_is_resumed_and_ends_as_an_unbroken_one(
     with count_scored() as counts:
         with pytest.raises(KeyboardInterrupt):
             tuned(routed, tmp_path, max_loss=10.0, listener=Stopped())
-        assert list((tmp_path / CHUNKS_FOLDER).iterdir())
+        assert list((tmp_path / PARTIAL_FOLDER).iterdir())
         found = tuned(routed, tmp_path, max_loss=10.0)
     assert found.paths == unbroken[0].paths
     assert sum(counts) == sum(scored), "nothing was scored twice"
@@ -237,6 +244,42 @@ def test_several_tasks_are_kept_high_together_and_each_is_measured(routed):
         "builtin_arithmetic": "next_token_loss",
     }
     assert {m.task for m in found.paths[-1].measured} == set(tasks)
+
+
+@pytest.mark.thorough
+def test_two_workers_of_ray_give_the_paths_of_one_process_also_where_one_dies(
+    model_folder, monkeypatch, tmp_path
+):
+    pytest.importorskip("ray")
+    monkeypatch.setattr("drllm.tuning.score_table.MOST_PAIRS", 12)
+    monkeypatch.setattr("drllm.tuning.score_table.MOST_ANSWERS", 2)
+    model = ModelConfig(model=str(model_folder()), device="cpu", dtype="float32")
+    tasks = ["builtin_facts", "builtin_arithmetic"]
+    settings = {"num_fit": 8, "num_judged": 6, "max_skipped": 2, "max_loss": 10.0}
+    alone = tune(model, tasks, None, tmp_path / "alone", **settings)
+    finish_job = RayExecutor._finish_job
+    killed = []
+
+    def kill_the_first(executor, seat, jobs):
+        finished = finish_job(executor, seat, jobs)
+        if not killed:
+            killed.append(seat)
+            executor.ray.kill(seat.worker)
+        return finished
+
+    monkeypatch.setattr(RayExecutor, "_finish_job", kill_the_first)
+    ray = {"executor": "ray", "num_workers": 2}
+    found = tune(model, tasks, None, tmp_path / "ray", **settings, **ray)
+    assert len(killed) == 1
+    assert found.paths == alone.paths
+    assert (found.model, found.runtime) == (alone.model, alone.runtime)
+    assert list((tmp_path / "ray").iterdir()) == [tmp_path / "ray" / "paths.json"]
+    assert tune(model, tasks, None, tmp_path / "ray", **settings) == found, "it is known again"
+
+
+def test_a_model_object_is_refused_with_ray(routed):
+    with pytest.raises(ConfigError, match="takes a model's name or folder, not a RoutedModel"):
+        tuned(routed, executor="ray")
 
 
 def test_prompts_alone_are_tuned_on_by_their_kl(drllm, model_folder, tmp_path):

@@ -1,0 +1,82 @@
+"""How far a tuning is, in pairs of a path and a question."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from drllm.records.static_paths import FIT, SELECT, TEST
+from drllm.tuning.beam import Beam, num_pairs
+from drllm.tuning.task_questions import TEXTS_OF, TaskQuestions
+from drllm.work.first_block import FirstBlock
+from drllm.work.listener import OnProgress
+
+
+@dataclass
+class TuningProgress:
+    """Counts the pairs that are scored, and about how many there are in all.
+
+    Attributes:
+        on_progress: Called with both numbers and a note.
+        first_block: Estimates the time of the tuning.
+        num_done: The pairs that are scored.
+        total: About how many pairs there are in all.
+    """
+
+    on_progress: OnProgress
+    first_block: FirstBlock
+    num_done: float = 0.0
+    total: float = 0.0
+
+    def expect(self, num_left: float, note: str = "") -> None:
+        """Set about how many pairs are left, and report the progress if there is a note."""
+        self.total = self.num_done + num_left
+        if note:
+            self.on_progress(self.num_done, self.total, note)
+
+    def add(self, num_pairs: float, seconds: float, note: str) -> None:
+        """Count pairs that were scored.
+
+        Args:
+            num_pairs: The number of the pairs.
+            seconds: The time of all scores so far, including kept scores.
+            note: What was done.
+        """
+        self.num_done += num_pairs
+        self.total = max(self.total, self.num_done)
+        self.on_progress(self.num_done, self.total, note)
+        self.first_block.finish(self.num_done / self.total, seconds)
+
+    def finish(self) -> None:
+        """Report that all is done."""
+        self.on_progress(self.total, self.total, "")
+
+
+def estimate_pairs(beam: Beam, tasks: Sequence[TaskQuestions], num_saved: int = 0) -> float:
+    """Return about how many pairs a tuning still scores; rarely more.
+
+    Args:
+        beam: The search.
+        tasks: The tasks.
+        num_saved: How many layers the last finished level saves; 0 before the first level.
+    """
+    num_fit = sum(len(task.items[FIT]) for task in tasks)
+    num_select = sum(len(task.items[SELECT]) for task in tasks)
+    all_tasks = num_fit / beam.num_questions  # a beam counts the questions of the largest task
+    total = 0.0
+    for saved in range(num_saved + 1, beam.max_saved + 1):
+        total += all_tasks * num_pairs(beam.most_candidates(saved), beam.rungs)
+        total += beam.width * num_select
+    if num_saved == 0:
+        total += num_select  # of the full path
+    return total + _estimate_test_pairs(tasks, num_paths=1 + beam.max_saved)
+
+
+def _estimate_test_pairs(tasks: Sequence[TaskQuestions], num_paths: int) -> int:
+    """Return how many pairs are scored after the search: `num_paths` paths on what is left."""
+    total = 0
+    for task in tasks:
+        num_questions = len(task.items[TEST])
+        for part in (SELECT, TEST):
+            num_questions += len(task.items[TEXTS_OF + part])
+            num_questions += len(task.prompts.get(part, []))
+        total += num_paths * num_questions + len(task.items[FIT])  # on `fit` the full path
+    return total
