@@ -43,6 +43,7 @@ from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.depth_control import route_prompts
 from drllm.models.routing.policies import RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel, detach
+from drllm.models.routing.workers import open_workers
 from drllm.paths import StaticPath, to_path
 from drllm.records.static_paths import SELECT, TEST
 from drllm.records.supervision import join_supervision
@@ -53,6 +54,7 @@ from drllm.training.features import Features, collect_features
 from drllm.training.trainer import Trainer, count_decisions
 from drllm.tuning.data_splits import split_tasks
 from drllm.tuning.objectives import GOLD, make_prompt
+from drllm.work.listener import Listener
 
 QUICK = {"questions": 8, "seeds": 1, "held_out": 4}
 WHOLE = {"questions": 300, "seeds": 3, "held_out": 150}
@@ -151,10 +153,12 @@ def main() -> None:
     targets = join_supervision(options.supervision)
     base = common.base_of(options)
     with tempfile.TemporaryDirectory() as folder:
-        store, windows = FeatureStore(Path(folder) / "features"), TrainConfig().num_windows
-        examples = collect_features(
-            base.model, base.tokenizer, targets, num_windows=windows, store=store
-        )
+        store = FeatureStore(Path(folder) / "features")
+        config = TrainConfig()
+        with open_workers(base, None, config, Listener()) as workers:
+            examples = collect_features(
+                workers, targets, num_windows=config.num_windows, store=store
+            )
         order = list(range(len(examples.labels)))
         random.Random(SEED).shuffle(order)
         held_out, rest = order[: numbers["held_out"]], order[numbers["held_out"] :]

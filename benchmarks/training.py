@@ -38,11 +38,12 @@ from common.literal_training import Literal, Walk, read_along
 from drllm.config import TrainConfig
 from drllm.config.files import PRESETS, normalise_settings, read_yaml
 from drllm.models.base.load import BaseModel
+from drllm.models.routing.workers import open_workers
 from drllm.records.manifest import new_manifest
 from drllm.records.supervision import SupervisionRecord
 from drllm.tasks.examples import OPTIONS_REWARD, choose
 from drllm.tasks.registry import get_task
-from drllm.training.feature_store import FeatureStore, Shape
+from drllm.training.feature_store import FeatureBlock, FeatureStore, Shape, name_block
 from drllm.training.features import Features, collect_features
 from drllm.training.stage import train_seed
 from drllm.training.trainer import Trainer
@@ -110,14 +111,14 @@ def pooled(
     batch_size: int | None = None,
 ) -> Features:
     """Run the feature pass, into a folder."""
-    return collect_features(
-        base.model,
-        base.tokenizer,
-        records,
-        num_windows=CONFIG.num_windows,
-        store=FeatureStore(folder),
-        batch_size=batch_size,
-    )
+    with open_workers(base, None, CONFIG, Listener()) as workers:
+        return collect_features(
+            workers,
+            records,
+            num_windows=CONFIG.num_windows,
+            store=FeatureStore(folder),
+            batch_size=batch_size,
+        )
 
 
 def literal_losses(
@@ -285,7 +286,10 @@ def repeated(features: Features, size: tuple[int, int, int], folder: Path, base:
         for start in range(0, N, WRITTEN_AT_ONCE):
             part = rows[start : start + WRITTEN_AT_ONCE]
             places = list(range(start, start + len(part)))
-            store.write_block(places, real[part], features.filled[part])
+            block = FeatureBlock(
+                targets=torch.tensor(places), filled=features.filled[part], means=real[part]
+            )
+            store.put(name_block(places), block)
     examples = {
         "identity": identity,
         "shape": (N, L, W, D),

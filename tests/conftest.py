@@ -10,6 +10,7 @@ import functools
 import gc
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import re
 import shutil
@@ -306,6 +307,30 @@ def leaving_things_open() -> Callable[[], AbstractContextManager[None]]:
             gc.collect()
 
     return quiet
+
+
+@pytest.fixture(scope="module")
+def own_ray(
+    request: pytest.FixtureRequest,
+    leaving_things_open: Callable[[], AbstractContextManager[None]],
+) -> Iterator[Any]:
+    """A Ray of this process with cores to spare, so that a test can start a third worker.
+
+    Its workers can import what lies beside the test.
+    """
+    ray = pytest.importorskip("ray")
+    with leaving_things_open(), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(request.path.parent), prepend=os.pathsep)
+        ray.init(
+            address="local",
+            num_cpus=2 * (os.cpu_count() or 1),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    yield ray
+    with leaving_things_open():
+        ray.shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -83,14 +83,16 @@ def test_a_recipe_leaves_every_file_and_nothing_else(finished_run: Path):
 
 
 @pytest.mark.thorough  # Ray, and a process that imports torch
-def test_a_recipe_may_leave_the_search_to_ray(
+def test_a_recipe_may_leave_search_and_features_to_ray(
     finished_run, recipe, tmp_path, assert_same_run, leaving_things_open
 ):
     pytest.importorskip("ray")
     by_ray = tmp_path / "ray.yaml"
-    by_ray.write_text(
-        recipe.read_text().replace("search: {", "search: {executor: ray, num_workers: 1, ")
-    )
+    text = recipe.read_text()
+    for stage in ("search", "train"):
+        assert f"{stage}: {{" in text
+        text = text.replace(f"{stage}: {{", f"{stage}: {{executor: ray, num_workers: 1, ")
+    by_ray.write_text(text)
     with leaving_things_open():
         assert main(["run", str(by_ray), "--output-dir", str(tmp_path / "run")]) == 0
     assert set(files_of(tmp_path / "run")) == FILES

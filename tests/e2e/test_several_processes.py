@@ -25,8 +25,7 @@ share, numbers = processes.share, []
 def counted(jobs):
     numbers.append(len(jobs))
     return share(jobs)
-for module in ("drllm.records.resume", "drllm.training.features"):
-    importlib.import_module(module).share = counted
+importlib.import_module("drllm.records.resume").share = counted
 if words[0] == "evaluate":  # the harness takes seconds to import
     import lm_eval.tasks
     small_manager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
@@ -38,7 +37,6 @@ sys.exit(status)
 """
 SMALL = [
     ("drllm.evaluation.systems", "MIN_BLOCK_SIZE", 2),
-    ("drllm.training.features", "MAXIMUM_TOKENS", 64),
 ]
 """So that there are several pieces of work to divide."""
 MEASURED = {"seconds", "created", "created_at", "latency", "routers"}
@@ -104,17 +102,6 @@ EVALUATE = "evaluate --device cpu --tasks builtin_facts,builtin_arithmetic --lim
 
 
 @pytest.mark.thorough
-def test_training_in_two_processes_writes_the_routers_of_one(begin, finished_run, tmp_path):
-    words = ["train", "--device", "cpu", "--supervision", str(finished_run / "supervision.jsonl")]
-    words += ["--model", _model_of(finished_run), "--num-epochs", "1", "--output"]
-    assert main([*words, str(tmp_path / "one")]) == 0
-    assert ended(begin([*words, str(tmp_path / "two")])) == [0, 0]
-    one, two = ((tmp_path / name / "routers.safetensors").read_bytes() for name in ("one", "two"))
-    assert one == two
-    assert_divided(tmp_path)
-
-
-@pytest.mark.thorough
 def test_an_evaluation_in_two_processes_writes_the_results_of_one(
     begin, finished_run, tmp_path, small_harness
 ):
@@ -133,11 +120,11 @@ def test_what_is_wrong_is_said_by_all_in_the_same_line(begin, tmp_path):
     assert str(tmp_path / "none") in said[0]
 
 
-@pytest.mark.parametrize("verb", ["search", "tune", "heal"])
+@pytest.mark.parametrize("verb", ["search", "train", "tune", "heal"])
 def test_a_verb_that_divides_nothing_is_refused_in_several_processes(verb, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    given = ["--path", "none.json:skip2"] if verb == "heal" else []
-    assert main([verb, *given]) == 2
+    given = {"heal": ["--path", "none.json:skip2"], "train": ["--supervision", "none.jsonl"]}
+    assert main([verb, *given.get(verb, [])]) == 2
     said = capsys.readouterr().err
     assert f"drllm {verb} runs in one process, and WORLD_SIZE is 2" in said
     assert ("--executor ray" in said) == (verb != "heal")
@@ -159,8 +146,3 @@ def test_a_rank_without_other_processes_means_nothing(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     assert main(["ls", "tasks"]) == 0
     assert "builtin_facts" in capsys.readouterr().out
-
-
-def _model_of(run: Path) -> str:
-    found: str = json.loads((run / "search.manifest.json").read_text())["model"]["id"]
-    return found

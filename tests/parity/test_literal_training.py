@@ -16,11 +16,13 @@ from drllm.config import TrainConfig
 from drllm.models.base.load import BaseModel
 from drllm.models.routers.checkpoint import load_routers
 from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.routing.workers import open_workers
 from drllm.records.supervision import SupervisionRecord
 from drllm.training.feature_store import FeatureStore
 from drllm.training.features import collect_features
 from drllm.training.stage import train_seed
 from drllm.training.trainer import Trainer, hold_out
+from drllm.work.listener import Listener
 
 L, W, D, H = 5, 4, 32, 16
 
@@ -171,9 +173,8 @@ def test_in_single_precision_losses_and_decisions_are_those_of_the_literal_way(
     literally, model, tiny_tokenizer, tmp_path
 ):
     store = FeatureStore(tmp_path / "features")
-    features = collect_features(
-        model, tiny_tokenizer, RECORDS, num_windows=W, store=store, batch_size=5
-    )
+    with open_workers(model, tiny_tokenizer, CONFIG, Listener()) as workers:
+        features = collect_features(workers, RECORDS, num_windows=W, store=store, batch_size=5)
     rows = train_seed(features, identity(model), CONFIG, tmp_path)
     untrained = Trainer(features, identity(model), CONFIG).stack
     literal = literal_run(literally, model, tiny_tokenizer, untrained)

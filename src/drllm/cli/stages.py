@@ -39,7 +39,7 @@ from drllm.records.healed import HEALED_FILE
 from drllm.records.manifest import read_manifest, to_lines
 from drllm.records.places import check_file, check_folder, only_writer
 from drllm.records.search import SearchRecords
-from drllm.records.supervision import join_supervision
+from drllm.records.supervision import read_targets
 from drllm.search.questions import SearchQuestion, collect_questions
 from drllm.supervision.select import (
     Supervision,
@@ -285,7 +285,6 @@ def supervise_verb(command: CommandLine, terminal: Terminal) -> None:
         ),
     ),
     resumes=True,
-    shares=True,
 )
 def train_verb(command: CommandLine, terminal: Terminal) -> None:
     """Train the routers on target paths."""
@@ -295,7 +294,7 @@ def train_verb(command: CommandLine, terminal: Terminal) -> None:
     config.check_effects()
     check_trackers(config.trackers)
     check_model_name(command)
-    join_supervision(files)  # finds a mistake in the files before a model is loaded
+    targets = read_targets(files)
     check_folder(output, output_flag)
     features = command.optional_path("features")
     if features is not None:
@@ -311,14 +310,12 @@ def train_verb(command: CommandLine, terminal: Terminal) -> None:
         )
     train(
         command.get_settings(ModelConfig),
-        files,
+        targets,
         config,
         output,
         features=features,
         listener=terminal,
     )
-    if not is_first():
-        return
     for folder in folders:
         terminal.fact("routers", folder)
         show(folder, terminal)

@@ -3,13 +3,17 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from drllm.config.fields import Settings, basic, incidental, setting
+from drllm.config.executor import ExecutorConfig
+from drllm.config.fields import basic, incidental, setting
 from drllm.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(Settings):
-    """The routers and their training; defaults are the paper's except warm-up and class weights."""
+class TrainConfig(ExecutorConfig):
+    """The routers and their training; defaults are the paper's except warm-up and class weights.
+
+    The executor computes the routers' inputs. The training itself runs in this process.
+    """
 
     num_epochs: int = basic(25, minimum=1, help="passes over the targets (paper: 25)")
     learning_rate: float = basic(

@@ -316,7 +316,8 @@ class RunFolder:
 
         config = self.recipe.train
         folder = self.routers_folder
-        train(self.load(), self.supervision_file, config, folder, listener=self.listener)
+        model = self._choose_model(config)
+        train(model, self.supervision_file, config, folder, listener=self.listener)
         files: list[Path] = []
         for seed_folder in self.seed_folders:
             files += [seed_folder / name for name in TRAINED_FILES]

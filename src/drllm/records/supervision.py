@@ -110,6 +110,24 @@ def join_supervision(paths: Sequence[Path]) -> list[SupervisionRecord]:
 
 
 @dataclass(frozen=True, slots=True)
+class TargetSet:
+    """The targets of a training.
+
+    Attributes:
+        records: The targets.
+        files: The files that they come from; none if the caller made the records.
+    """
+
+    records: Sequence[SupervisionRecord]
+    files: Sequence[Path] = ()
+
+
+def read_targets(files: Sequence[Path]) -> TargetSet:
+    """Read the targets of a training; `join_supervision` says what is refused."""
+    return TargetSet(join_supervision(files), files)
+
+
+@dataclass(frozen=True, slots=True)
 class _Target:
     """A target with its file and line, for messages."""
 

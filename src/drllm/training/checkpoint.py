@@ -19,8 +19,8 @@ from drllm.errors import CheckpointError, RecordError
 from drllm.models.routers.config import read_config
 from drllm.models.routers.files import WEIGHTS_FILE
 from drllm.records.codec import decode, encode, write_atomically
-from drllm.records.resume import differences
 from drllm.training.trainer import Trainer
+from drllm.work.store import differences
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 HEADER = "drllm.training"  # the key of the header in the file's metadata

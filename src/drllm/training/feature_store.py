@@ -27,7 +27,7 @@ from drllm.errors import RecordError
 from drllm.records.codec import describe_invalid, refuse_special_file, write_atomically, write_json
 from drllm.records.manifest import manifest_path, read_manifest
 from drllm.records.places import only_writer
-from drllm.records.resume import refuse_other_run
+from drllm.work.store import refuse_other_run
 
 FEATURES_FOLDER = "features"
 OLD_FILE = "features.safetensors"
@@ -37,6 +37,8 @@ MAX_SHARE_WITHOUT_NOTE = 0.5
 """A pass that needs a larger share of the free disk space says how much it needs."""
 NOT_DONE = 0  # value of `filled`: the target isn't pooled yet
 NOT_FINITE = -1  # value of `filled`: the target's states aren't finite
+MODEL_FIELDS = ("fingerprint", "class", "num_layers", "hidden_size")
+"""The fields of the base model in the manifest that must be the same."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 _BLOCK_FILE = re.compile(r"features-\d{6,}\.safetensors")
@@ -79,12 +81,17 @@ class BlockMeans:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Block:
-    """The content of one file of features."""
+class FeatureBlock:
+    """The features of a block of targets; the content of one file."""
 
     targets: Tensor  # [B] int64, numbers of the targets, from 0
     filled: Tensor  # [B] int64, how many windows hold tokens, or `NOT_FINITE`
-    means: Tensor  # [B, L, W, D]
+    means: Tensor  # [B, L, W, D], of any floating dtype
+
+
+def name_block(targets: Sequence[int]) -> str:
+    """Return the name of a block; no other block with missing targets has this name."""
+    return f"features-{targets[0]:06d}"
 
 
 class _Manifest(msgspec.Struct):
@@ -100,8 +107,9 @@ class _Manifest(msgspec.Struct):
 class FeatureStore:
     """A folder of features.
 
-    Use `open` first. Then write the missing blocks within `writing`, if there are any. The folder
-    is created with its first block, and other files in it are never touched.
+    Use `open` first. Then run the missing blocks within `writing`, if there are any; `work.run`
+    takes the store as `keep`. The folder is created with its first block, and other files in it are
+    never touched.
 
     Args:
         folder: The folder.
@@ -140,9 +148,14 @@ class FeatureStore:
         """The number of targets that have no features in the folder yet."""
         return int((self.filled == NOT_DONE).sum())
 
+    @property
+    def num_done(self) -> int:
+        """The number of targets whose features are in the folder."""
+        return self.shape.num_targets - self.num_missing
+
     @contextlib.contextmanager
     def writing(self, note: Callable[[str], None]) -> Iterator[None]:
-        """Lock the folder for a `with` block in which `write_block` may be called.
+        """Lock the folder for a `with` block in which `put` may be called.
 
         Args:
             note: Receives lines on the disk space that the missing blocks need, and on the targets
@@ -155,26 +168,30 @@ class FeatureStore:
         self._check_space(note)
         with self._lock():
             self._read_blocks()  # another training may have written blocks since `open`
-            has_no_block = self.num_missing == self.shape.num_targets
-            if has_no_block:
+            if self.num_done == 0:
                 write_json(self.manifest_path, self.manifest)
             yield
         self._read_blocks()  # `means` reads the new blocks too
 
-    def write_block(self, targets: Sequence[int], means: Tensor, filled: Tensor) -> None:
+    def get(self, key: str) -> FeatureBlock | None:
+        """Return None: a block that runs has only targets that are missing in the folder."""
+        return None
+
+    def put(self, key: str, result: FeatureBlock) -> FeatureBlock:
         """Write the file of a block.
 
         Args:
-            targets: `[B]`, numbers of targets that no other block has.
-            means: `[B, L, W, D]`, of any floating dtype.
-            filled: `[B]`, how many windows hold tokens, or `NOT_FINITE`.
+            key: The block's name, as `name_block` returns it.
+            result: The features of targets that no other block has.
+
+        Returns:
+            The block in its file, which doesn't take memory.
         """
-        path = self.folder / f"features-{targets[0]:06d}.safetensors"
-        filled = filled.to("cpu", torch.int64)
+        path = self.folder / f"{key}.safetensors"
         tensors = {
-            "targets": torch.tensor(targets),
-            "filled": filled,
-            "means": means.to("cpu", DTYPES[self.dtype]).contiguous(),
+            "targets": result.targets,
+            "filled": result.filled.to("cpu", torch.int64),
+            "means": result.means.to("cpu", DTYPES[self.dtype]).contiguous(),
         }
         try:
             write_atomically(path, to_safetensors(tensors))
@@ -182,13 +199,17 @@ class FeatureStore:
             cause = error.__cause__
             if not isinstance(cause, OSError):
                 raise
-            num_targets = self.shape.num_targets
-            num_done = num_targets - self.num_missing
             raise RecordError(
                 f"can't write {path}: {cause.strerror}; fix that and give the same command again, "
-                f"which resumes after {num_done} of {num_targets} targets"
+                f"which resumes after {self.num_done} of {self.shape.num_targets} targets"
             ) from cause
-        self.filled[targets] = filled
+        block = self._read_block(path)
+        self.filled[block.targets] = block.filled
+        return block
+
+    def steps_of(self, key: str) -> None:
+        """Return None: a block is pooled in one step."""
+        return
 
     def block_files(self) -> list[Path]:
         """Return the files of all blocks."""
@@ -238,10 +259,10 @@ class FeatureStore:
             blocks.append(block.means)
         self.means = BlockMeans(blocks, block_numbers, row_numbers)
 
-    def _read_block(self, path: Path) -> Block:
+    def _read_block(self, path: Path) -> FeatureBlock:
         refuse_special_file(path, "read")
         try:
-            block = Block(**load_file(path))
+            block = FeatureBlock(**load_file(path))
         except OSError as error:
             raise RecordError(f"can't read {path}: {error.strerror or error}") from error
         except (SafetensorError, TypeError) as error:  # TypeError: tensors have other names
@@ -250,7 +271,7 @@ class FeatureStore:
             raise _make_broken_error(path)
         return block
 
-    def _is_valid(self, block: Block) -> bool:
+    def _is_valid(self, block: FeatureBlock) -> bool:
         """Tell whether a block fits these features, and no earlier block has its targets."""
         num_targets, *target_shape = self.shape
         if block.targets.ndim != 1 or block.targets.dtype != torch.int64:
@@ -302,7 +323,7 @@ class FeatureStore:
 
     def _check_space(self, note: Callable[[str], None]) -> None:
         """Refuse a pass that doesn't fit on the disk; print a note if it is tight or resumed."""
-        num_targets, *target_shape = self.shape
+        _, *target_shape = self.shape
         bytes_per_target = math.prod(target_shape) * DTYPES[self.dtype].itemsize
         needed_bytes = self.num_missing * bytes_per_target
         free_bytes = shutil.disk_usage(_find_existing_parent(self.folder)).free
@@ -320,17 +341,17 @@ class FeatureStore:
             raise RecordError(f"{sentence}; {remedy}")
         if needed_bytes > MAX_SHARE_WITHOUT_NOTE * free_bytes:
             note(sentence)
-        num_done = num_targets - self.num_missing
-        if num_done > 0:
-            note(f"{num_done} of {num_targets} targets are in {self.folder} already")
+        if self.num_done > 0:
+            note(
+                f"{self.num_done} of {self.shape.num_targets} targets are in {self.folder} already"
+            )
 
 
 def _make_identity(manifest: _Manifest) -> dict[str, Any]:
     """Return the values that must be the same for features to be used again."""
-    names = ("fingerprint", "class", "num_layers", "hidden_size")
     return {
         "config": manifest.config,
-        "model": {name: manifest.model.get(name) for name in names},
+        "model": {name: manifest.model.get(name) for name in MODEL_FIELDS},
         "dtype": manifest.runtime.get("dtype"),
         "targets": manifest.targets,
         "feature_version": manifest.feature_version,

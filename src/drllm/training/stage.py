@@ -1,7 +1,8 @@
 """The stage `train`: it reads targets, and writes a folder of routers for each seed.
 
-`train` is the stage for Python users. It computes the routers' inputs once, with
-`training.features`, and then trains each seed with a `training.trainer.Trainer`.
+`train` is the stage for Python users. It reads the targets, computes the routers' inputs once, with
+`training.features`, and then trains each seed with a `training.trainer.Trainer`. The inputs may be
+computed on Ray. The trainings run in this process, and don't need the base model.
 
 A folder of routers holds `router_config.json`, `routers.safetensors`, `metrics.jsonl`,
 `layers.json` and `README.md`.
@@ -9,7 +10,6 @@ A folder of routers holds `router_config.json`, `routers.safetensors`, `metrics.
 
 import dataclasses
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -23,22 +23,21 @@ from drllm.agreement import TRAIN, VALIDATION, Counts, compute_metrics
 from drllm.config import TrainConfig
 from drllm.config.fields import replace_settings
 from drllm.errors import ConfigError
-from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import PromptForm, infer_form
 from drllm.models.routers.checkpoint import load_routers, save_routers
 from drllm.models.routers.files import WEIGHTS_FILE
 from drllm.models.routers.stack import RouterStack
-from drllm.models.routing.routed_model import unrouted
-from drllm.processes import from_first, is_first
+from drllm.models.routing.workers import Workers, open_workers
 from drllm.records.codec import encode, write_atomically
 from drllm.records.layers import LAYERS_FILE, Layers
 from drllm.records.manifest import write_or_remove
-from drllm.records.places import check_folder
+from drllm.records.places import check_folder, stage_folder
 from drllm.records.supervision import (
     RejectedQuestion,
     SupervisionRecord,
+    TargetSet,
     check_targets,
-    join_supervision,
+    read_targets,
 )
 from drllm.training.checkpoint import (
     CHECKPOINT_FILE,
@@ -48,7 +47,7 @@ from drllm.training.checkpoint import (
     save_checkpoint,
 )
 from drllm.training.feature_store import FEATURES_FOLDER, FeatureStore
-from drllm.training.features import Features, assist, collect_features
+from drllm.training.features import Features, collect_features
 from drllm.training.targets import REJECTED_FILE, describe_reasons
 from drllm.training.trackers import RUN_FILE, check_trackers, log_rows, run_trackers
 from drllm.training.trainer import DivergedError, Trainer
@@ -70,9 +69,26 @@ class PromptInfo:
     form: PromptForm | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingInputs:
+    """What the routers of all seeds are trained on.
+
+    Attributes:
+        features: The training set.
+        base_identity: Identity of the base model.
+        prompts: What the routers' config records about the prompts.
+        device: Where to train.
+    """
+
+    features: Features
+    base_identity: Mapping[str, Any]
+    prompts: PromptInfo
+    device: torch.device
+
+
 def train(
     model: Any,
-    targets: Sequence[SupervisionRecord] | Sequence[Path] | Path | str,
+    targets: TargetSet | Sequence[SupervisionRecord] | Sequence[Path] | Path | str,
     config: TrainConfig | None = None,
     output_dir: Path | str | None = None,
     *,
@@ -87,9 +103,10 @@ def train(
     interruption, bit for bit on the same machine with the same number of threads.
 
     Args:
-        model: A name or a `ModelConfig`, what `load` returns, a `RoutedModel`, or a causal language
-            model of transformers.
-        targets: The result of `drllm.supervise`; or a file `supervision.jsonl`, or several.
+        model: A name or a `ModelConfig`; without Ray also what `load` returns, a `RoutedModel`, or
+            a causal language model of transformers.
+        targets: The result of `drllm.supervise`; or a file `supervision.jsonl`, or several; or a
+            `TargetSet`, if they are read already.
         config: The settings.
         output_dir: Folder for the first seed's routers. The routers of a further seed S go to its
             folder `seed_S`. None trains a single seed in a temporary folder.
@@ -105,7 +122,7 @@ def train(
 
     Raises:
         ConfigError: A setting has no effect or can't be used, the output folder can't be written,
-            or the training diverged.
+            the workers of Ray can't be started, or the training diverged.
         RecordError: The targets don't fit the model, or the features can't be written.
         CheckpointError: The folder holds another training, or can no longer be written.
     """
@@ -115,98 +132,119 @@ def train(
         raise ConfigError(f"--num-seeds {config.num_seeds} needs a folder for the routers")
     config.check_effects()
     check_trackers(config.trackers)
-    files = _list_files(targets)
-    records: Any = targets
-    if files:
-        records = join_supervision(files)
+    target_set = _make_target_set(targets)
     with ExitStack() as stack:
         if output_dir is None:
-            temporary_folder = stack.enter_context(tempfile.TemporaryDirectory())
-            output_dir = Path(temporary_folder) / "routers"
+            output_dir = stage_folder(None, stack) / "routers"
         output = Path(output_dir)
         check_folder(output, "output")
-        base = stack.enter_context(unrouted(model, tokenizer, listener))
-        if is_first():
-            _train_seeds(base, records, files, config, output, features, listener)
-        else:  # the other processes only help to compute the inputs
-            assist(base.model, config.num_windows)
-        return from_first(lambda: load_routers(output))
+        store = FeatureStore(Path(features or output / FEATURES_FOLDER), config.feature_dtype)
+        inputs = _compute_inputs(model, tokenizer, target_set, config, store, listener)
+        _write_rejected(output, inputs.features.rejected, len(target_set.records), listener)
+        _train_seeds(inputs, config.by_seed(output), listener, None if features else store)
+        return load_routers(output)
 
 
-def _list_files(
-    targets: Sequence[SupervisionRecord] | Sequence[Path] | Path | str,
-) -> list[Path]:
-    """Return the supervision files among the targets; none if they are records."""
+def _make_target_set(
+    targets: TargetSet | Sequence[SupervisionRecord] | Sequence[Path] | Path | str,
+) -> TargetSet:
+    """Return the targets, read from files unless they are read already."""
+    if isinstance(targets, TargetSet):
+        return targets
     if isinstance(targets, str | Path):
-        return [Path(targets)]
-    return [Path(target) for target in targets if isinstance(target, str | Path)]
+        return read_targets([Path(targets)])
+    files = [Path(target) for target in targets if isinstance(target, str | Path)]
+    if files:
+        return read_targets(files)
+    records: Any = targets
+    return TargetSet(records)
+
+
+def _compute_inputs(
+    model: Any,
+    tokenizer: Any,
+    targets: TargetSet,
+    config: TrainConfig,
+    store: FeatureStore,
+    listener: Listener,
+) -> TrainingInputs:
+    """Load the base model, here or in the workers of Ray, and run it along the targets."""
+    with open_workers(model, tokenizer, config, listener) as workers:
+        identity = workers.executor.identity
+        rewards = getattr(targets.records, "rewards", ())  # an attribute of `Supervision`
+        if targets.files:
+            rewards = check_targets(targets.files, identity)
+        features = collect_features(
+            workers,
+            targets.records,
+            num_windows=config.num_windows,
+            store=store,
+            listener=listener,
+        )
+        texts = [(record.question, record.prompt) for record in targets.records]
+        form = infer_form(workers.base.tokenizer, texts)
+        return TrainingInputs(
+            features=features,
+            base_identity=identity,
+            prompts=PromptInfo(rewards=rewards, form=form),
+            device=_choose_device(workers),
+        )
+
+
+def _choose_device(workers: Workers) -> torch.device:
+    """Return where the routers are trained: where the base model is.
+
+    With Ray, the base model is in other processes. Then it is the same kind of device, if this
+    process has one.
+    """
+    device: torch.device = workers.base.model.device
+    if device.type != "meta":
+        return device
+    if workers.executor.runtime["device"] == "cuda" and torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("cpu")
 
 
 def _train_seeds(
-    base: BaseModel,
-    records: Sequence[SupervisionRecord],
-    files: Sequence[Path],
-    config: TrainConfig,
-    output: Path,
-    features_folder: Path | str | None,
+    inputs: TrainingInputs,
+    seeds: Mapping[Path, TrainConfig],
     listener: Listener,
+    temporary_store: FeatureStore | None,
 ) -> None:
-    """Compute the routers' inputs once, and train each seed that isn't done.
+    """Train the seeds that aren't done.
 
     Args:
-        base: The base model.
-        records: The targets.
-        files: The files that the targets come from; none if the caller gave records.
-        config: The settings.
-        output: The first seed's folder.
-        features_folder: A folder that keeps the routers' inputs, or None.
-        listener: Receives notes and progress.
+        inputs: What the routers are trained on.
+        seeds: The settings of each seed, by the folder of its routers.
+        listener: Receives progress.
+        temporary_store: Features to delete when all seeds are done; None keeps the features.
     """
-    rewards = getattr(records, "rewards", ())  # an attribute of `Supervision`
-    if files:
-        rewards = check_targets(files, base.identity)
-    seeds = config.by_seed(output)
-    store = FeatureStore(Path(features_folder or output / FEATURES_FOLDER), config.feature_dtype)
-    features = collect_features(
-        base.model,
-        base.tokenizer,
-        records,
-        num_windows=config.num_windows,
-        store=store,
-        listener=listener,
-    )
-    _write_rejected(output, features.rejected, len(records), listener)
-    form = infer_form(base.tokenizer, ((record.question, record.prompt) for record in records))
-    prompts = PromptInfo(rewards=rewards, form=form)
-
-    unfinished = _find_unfinished(seeds, base, features)
+    unfinished = _find_unfinished(seeds, inputs)
     for folder in unfinished:
         fit_seed(
-            features,
-            base.identity,
+            inputs.features,
+            inputs.base_identity,
             seeds[folder],
             folder,
-            prompts=prompts,
-            device=base.model.device,
+            prompts=inputs.prompts,
+            device=inputs.device,
             listener=listener,
         )
         # The features are deleted before the last checkpoint. So if the process is killed in
         # between, the training counts as unfinished, and the next call deletes both.
-        if features_folder is None and folder == unfinished[-1]:
-            store.remove()
+        if temporary_store is not None and folder == unfinished[-1]:
+            temporary_store.remove()
         remove_state(folder)
-    if features_folder is None:  # also if no seed was left to train
-        store.remove()
+    if temporary_store is not None:  # also if no seed was left to train
+        temporary_store.remove()
 
 
-def _find_unfinished(
-    seeds: Mapping[Path, TrainConfig], base: BaseModel, features: Features
-) -> list[Path]:
+def _find_unfinished(seeds: Mapping[Path, TrainConfig], inputs: TrainingInputs) -> list[Path]:
     """Return the folders whose routers aren't trained yet; refuse another training's folders."""
-    digest = features.digest
+    digest = inputs.features.digest
     unfinished = []
     for folder, config in seeds.items():
-        identity = make_identity(config, base.identity, digest)
+        identity = make_identity(config, inputs.base_identity, digest)
         if not is_done(folder, identity):
             unfinished.append(folder)
     return unfinished
@@ -309,6 +347,24 @@ def remove_state(output: Path) -> None:
     (output / CHECKPOINT_FILE).unlink(missing_ok=True)
 
 
+@dataclass(frozen=True)
+class _StepReporter:
+    """Reports the steps of a training to the progress bar and to trackers."""
+
+    trainer: Trainer
+    trackers: Sequence[Any]
+    progress: OnProgress
+
+    def __call__(self, num_done: int, counts: Counts) -> None:
+        """Report a step; `num_done` is the number of finished steps."""
+        self.progress(num_done, self.trainer.schedule.num_steps)
+        if not self.trackers:
+            return
+        rate = self.trainer.schedule.rate(num_done - 1)
+        row = {"split": "step", **compute_metrics(counts), "learning_rate": rate}
+        log_rows(self.trackers, [row], num_done)
+
+
 def _run_epochs(
     trainer: Trainer,
     identity: Mapping[str, Any],
@@ -321,21 +377,12 @@ def _run_epochs(
     Returns:
         The counts of the final routers, as `Trainer.evaluate` returns them.
     """
-    num_steps = trainer.schedule.num_steps
-
-    def on_step(num_done: int, counts: Counts) -> None:
-        progress(num_done, num_steps)
-        if trackers:
-            rate = trainer.schedule.rate(num_done - 1)
-            row = {"split": "step", **compute_metrics(counts), "learning_rate": rate}
-            log_rows(trackers, [row], num_done)
-
-    progress(trainer.steps_done, num_steps)
+    report_step = _StepReporter(trainer, trackers, progress)
+    progress(trainer.steps_done, trainer.schedule.num_steps)
     try:
         while not trainer.is_over:
-            trainer.train_epoch(on_step)
-            lines = [json.dumps(row) + "\n" for row in trainer.metrics]
-            write_atomically(output / METRICS_FILE, "".join(lines))
+            trainer.train_epoch(report_step)
+            _write_metrics(trainer, output)
             save_checkpoint(output, identity, trainer)
             rows = [row for row in trainer.metrics if row["epoch"] == trainer.epochs_done]
             log_rows(trackers, rows, trainer.steps_done)
@@ -344,6 +391,12 @@ def _run_epochs(
         # Resumed from the checkpoint, the training would diverge again.
         (output / CHECKPOINT_FILE).unlink(missing_ok=True)
         raise
+
+
+def _write_metrics(trainer: Trainer, output: Path) -> None:
+    """Write `METRICS_FILE` with the lines of the finished epochs."""
+    lines = [json.dumps(row) + "\n" for row in trainer.metrics]
+    write_atomically(output / METRICS_FILE, "".join(lines))
 
 
 def _describe_training(

@@ -17,10 +17,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from drllm.config import TrainConfig
 from drllm.models.base.load import BaseModel
+from drllm.models.routing.workers import open_workers
 from drllm.records.supervision import SupervisionRecord
 from drllm.training import stage
 from drllm.training.feature_store import FeatureStore
 from drllm.training.features import collect_features
+from drllm.work.listener import Listener
 from process_server import run_in_process
 
 L, D, CONTEXT = 3, 8, 48
@@ -89,19 +91,19 @@ CONFIG = TrainConfig(
 
 def pool(folder, number=0, *, records=None, on_progress=lambda *_: None, on_note=print, **options):
     """Pool `number` targets into a folder, three a batch."""
-    options = {"num_windows": W, "store": FeatureStore(folder), "batch_size": 3, **options}
-    model, targets = options.pop("model", MODEL), records or make_records(number)
-    return collect_features(
-        model, Letters(), targets, listener=Watching(on_progress, on_note), **options
-    )
+    options = {"store": FeatureStore(folder), "batch_size": 3, **options}
+    options["listener"] = Watching(on_progress, on_note)
+    return pooled(records or make_records(number), **options)
 
 
 def pooled(records, model=MODEL, **options):
-    """Pool targets into a temporary folder; the features stay mapped."""
-    with tempfile.TemporaryDirectory() as folder:
-        store = FeatureStore(Path(folder) / "features")
-        options = {"num_windows": W, "store": store, **options}
-        return collect_features(model, Letters(), records, **options)
+    """Pool targets in this process, into a temporary folder by default; they stay mapped."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open_workers(model, Letters(), CONFIG, Listener()) as workers,
+    ):
+        options = {"num_windows": W, "store": FeatureStore(Path(folder) / "features"), **options}
+        return collect_features(workers, records, **options)
 
 
 def train(folder, config=CONFIG, at=lambda *_: None, records=None) -> None:
