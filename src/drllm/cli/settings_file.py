@@ -11,7 +11,7 @@ from drllm.cli.verbs import VERBS, Flag, Verb, list_flags
 from drllm.config.fields import Settings, check_text, make_settings, to_flag
 from drllm.config.files import (
     PRESETS,
-    drop_empty_removed,
+    drop_null_of_removed,
     normalise_settings,
     read_sections,
     read_yaml,
@@ -37,12 +37,13 @@ def read_settings(name: str, verb: Verb) -> dict[str, Any]:
     check_text("--config", name)
     path = PRESETS.get(name) or Path(name).expanduser()
     values = _read_values(path, verb)
+    # Aliases become names: first those of settings, then those of the verb's own flags.
     for group in verb.settings:
         values = normalise_settings(group, values)
     names_by_alias = {flag.alias: flag.name for flag in verb.flags if flag.alias is not None}
     values = {names_by_alias.get(key, key): value for key, value in values.items()}
     known_names = [flag.name for flag in list_flags(verb) if not flag.positional]
-    values = drop_empty_removed(values, known_names)
+    values = drop_null_of_removed(values, known_names)
     _refuse_unknown(path, values, known_names, verb)
     try:
         for flag in verb.flags:

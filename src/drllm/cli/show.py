@@ -85,7 +85,7 @@ def show(place: Path, terminal: Terminal) -> None:
         _show_folder(place, terminal)
     elif place.suffix == ".json":
         _show_json(place, terminal)
-    elif place.suffix == ".jsonl" or not place.exists():
+    elif place.suffix == ".jsonl" or not place.exists():  # reading what is missing is an error
         _show_lines(place, terminal)
     else:
         raise RecordError(
@@ -122,8 +122,9 @@ def _find_parts(folder: Path) -> list[tuple[Path, Renderer]]:
         parts.append((unfinished, show_unfinished))
     files = [folder / name for name in RUN_PARTS]
     parts += [(file, show) for file in files if file.is_file()]
-    # A damaged result counts too: reading it raises an error that names the file.
-    if results.list_results(folder / "eval"):
+    # Any file that may be a result counts, a damaged one too: reading it raises an error that
+    # names the file.
+    if results.list_possible_results(folder / "eval"):
         parts.append((folder / "eval", show_results))
     if _holds_results(folder):
         parts.append((folder, show_results))
@@ -131,8 +132,12 @@ def _find_parts(folder: Path) -> list[tuple[Path, Renderer]]:
 
 
 def _holds_results(folder: Path) -> bool:
-    """Tell whether the folder itself holds results, as the output folder of `evaluate` does."""
-    files = results.list_results(folder)
+    """Tell whether the folder itself holds results, as the output folder of `evaluate` does.
+
+    Any folder may hold JSON files. They count as results beside a file of samples, where a damaged
+    result is an error, or if at least one of them says that it is a result.
+    """
+    files = results.list_possible_results(folder)
     if files and (folder / results.SAMPLES_FILE).is_file():
         return True
     return any(results.read_schema(file) == results.EVALUATION_SCHEMA for file in files)
@@ -201,5 +206,5 @@ LINES_RENDERERS: dict[str, tuple[str, Renderer]] = {
 }
 """What a file of JSON lines holds, and the function that prints it, by a field of its first line.
 
-The first field that the line has decides.
+If the line has several of the fields, the one that comes first in this table decides.
 """

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 HELP = ("-h", "--help", "--help-all")  # flags that print the help of a verb
 SEE_VERBS = "'drllm --help' explains the verbs"
 EXPECTED = {int: "a whole number", float: "a finite number", str: "a value", bool: "true or false"}
-"""The values of a setting by type, as messages name them."""
+"""What messages call the values of a setting that the command line can give, by type."""
 PLACEHOLDERS = {int: "N", float: "X"}
 """What the help shows in place of a value, by type. A setting may have another placeholder."""
 
@@ -107,7 +107,8 @@ class Verb:
         run: The function that runs the verb. It returns the exit status; None means 0.
         settings: Groups of settings; each setting becomes a flag.
         flags: The verb's own flags, which aren't settings.
-        model_from: Which base model is used without `--model`; empty for the default model.
+        model_from: A phrase for the help: which base model is used without `--model`, such as "the
+            model that the paths.json names". It is empty for the default model.
         resumes: Whether the same command resumes interrupted work.
         shares: Whether several processes can divide the work.
     """
@@ -160,7 +161,8 @@ VERBS = _Verbs(
         "ls": "listing",
     }
 )
-"""All verbs. A value of this dictionary is the name of the module in `drllm.cli`."""
+"""All verbs by name. Written here is the module in `drllm.cli` that has the verb; to read an entry,
+also by `values()`, imports the module and gives the `Verb`."""
 
 FOREIGN = {"lm-eval": "lm-evaluation-harness' own command line, with --model drllm"}
 """Verbs whose arguments another program reads, with their help."""

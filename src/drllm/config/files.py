@@ -168,7 +168,7 @@ def normalise_settings(group: type[Settings], values: Mapping[str, Any]) -> dict
     return settings
 
 
-def drop_empty_removed(values: Mapping[str, Any], names: Container[str]) -> dict[str, Any]:
+def drop_null_of_removed(values: Mapping[str, Any], names: Container[str]) -> dict[str, Any]:
     """Leave out settings that were removed from drllm and whose value is null.
 
     This lets old recipes run. A run of commit 3820ce17 wrote a recipe with every setting of that

@@ -20,7 +20,12 @@ from drllm.evaluation.baselines.base import (
     select_baselines,
 )
 from drllm.extras import need
-from drllm.records.results import EVALUATION_SCHEMA, LATENCY_FILE, list_results, read_schema
+from drllm.records.results import (
+    EVALUATION_SCHEMA,
+    LATENCY_FILE,
+    list_possible_results,
+    read_schema,
+)
 from drllm.statistics.verdicts import FEWEST_TEXTS
 from drllm.tasks.base import Task, load_questions
 from drllm.tasks.examples import Example
@@ -181,7 +186,7 @@ def without_routers(config: EvaluateConfig) -> EvaluateConfig:
 
 def check_output(output: Path) -> None:
     """Raise RecordError if a report would read a file of the folder as a result by mistake."""
-    for path in list_results(output):
+    for path in list_possible_results(output):
         if read_schema(path) != EVALUATION_SCHEMA:
             raise RecordError(
                 f"{path} isn't a result of an evaluation, but reports would read it as a result; "

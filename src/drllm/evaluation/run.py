@@ -39,7 +39,7 @@ from drllm.records.results import (
     Results,
     Sample,
     System,
-    list_results,
+    list_possible_results,
     read_evaluation,
 )
 from drllm.records.resume import refuse_other_run
@@ -335,7 +335,7 @@ def _make_header(inputs: _Inputs) -> dict[str, Any]:
 
 def _refuse_other_results(output: Path, header: Mapping[str, Any]) -> None:
     """Raise ConfigError if the folder has the results of another evaluation."""
-    for file in list_results(output):
+    for file in list_possible_results(output):
         refuse_other_run(
             f"the evaluation in {file}",
             _read_identity(msgspec.structs.asdict(read_evaluation(file))),

@@ -388,7 +388,7 @@ def read_result_file(path: Path, kind: type[T], schema: str) -> T:
     return read_json(path, kind)
 
 
-def list_results(folder: Path) -> list[Path]:
+def list_possible_results(folder: Path) -> list[Path]:
     """List the files in an `eval` folder that may be results, sorted by name."""
     return [
         path
@@ -401,7 +401,7 @@ def read_results(folder: Path) -> list[Result]:
     """Read every `TASK.json` in an `eval` folder, with its samples."""
     samples_by_task = _read_samples(folder / SAMPLES_FILE)
     results: dict[str, Result] = {}
-    for path in list_results(folder):
+    for path in list_possible_results(folder):
         evaluation = read_evaluation(path)
         if evaluation.task in results:
             raise RecordError(

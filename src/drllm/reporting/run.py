@@ -194,7 +194,7 @@ def _read_results(run: Run) -> None:
     """Read the results in `eval/`, or in the folder itself, where `drllm evaluate` writes them."""
     prefix = "" if _holds_results(run.folder) else "eval/"
     folder = run.folder / prefix
-    paths = results.list_results(folder)
+    paths = results.list_possible_results(folder)
     if not paths:
         run.absent.append("eval/TASK.json (accuracy and routes)")
         return
@@ -214,7 +214,7 @@ def _holds_results(folder: Path) -> bool:
     """Tell whether results lie in the folder itself; they don't if the folder has an `eval/`."""
     if (folder / "eval").is_dir():
         return False
-    schemas = [results.read_schema(path) for path in results.list_results(folder)]
+    schemas = [results.read_schema(path) for path in results.list_possible_results(folder)]
     return results.EVALUATION_SCHEMA in schemas
 
 
@@ -247,7 +247,7 @@ def _read_recipe(run: Run) -> None:
 def _refuse_empty(run: Run) -> None:
     if run.has_training or run.evaluations or run.paths or run.healed:
         return
-    for path in results.list_results(run.folder):
+    for path in results.list_possible_results(run.folder):
         read_json(path, Version)  # a damaged result raises an error that names the file
     raise RecordError(
         f"{run.folder} holds no search.jsonl, supervision.jsonl, routers/, paths.json, healed path "

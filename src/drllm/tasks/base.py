@@ -45,7 +45,8 @@ class Harness:
     metric: str = "acc"  # the harness' metric that we report
     filter: str = "none"  # the harness' filter of generated texts, applied before the metric
     shots: int = 0  # default number of worked examples before a question
-    max_new_tokens: int = 0  # maximum tokens of an answer; 0 if options are scored
+    # Maximum tokens of an answer; 0 if options are scored, or if each question has its own maximum.
+    max_new_tokens: int = 0
     part_of: str = ""  # the column that names a row's part of the set; empty for sets of one part
     notes: tuple[str, ...] = ()  # sentences for readers of the results
 

@@ -46,8 +46,8 @@ class Listener:
 
         Args:
             title: What is being done.
-            unit: What is counted, in the plural ("questions"). If it is empty, only the share of
-                the work that is done has a meaning. Each unit should take about the same time.
+            unit: What is counted, in the plural ("questions"); each unit should take about the same
+                time. If it is empty, nothing is counted, and only `done / total` has a meaning.
         """
         return nullcontext(_ignore)
 

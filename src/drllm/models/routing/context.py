@@ -63,21 +63,24 @@ class Override(_UseCount, Generic[Value]):
         return None
 
 
-# This thread's values, by the id of their `ThreadValue`.
+# This thread's values, by the id of their `ThreadValue`. All objects share one context variable,
+# since an object with a context variable of its own couldn't be pickled.
 _thread_values: ContextVar[Mapping[int, Any]] = ContextVar("current", default=MappingProxyType({}))
 
 
 class ThreadValue(_UseCount, Generic[Value]):
     """A value of each thread, set by `begin` and dropped by `end`. The object can be pickled.
 
-    If the value is set while torch traces, a plain attribute keeps it. This is safe, since only one
-    thread traces at a time. A value that was set before the trace stays a value of its thread, and
-    traced code looks it up there.
+    Code that torch traces can't read a context variable without a graph break. So a value that is
+    set while torch traces is kept in a plain attribute, which is safe, since only one thread traces
+    at a time. A value that was set before the trace is still found, at the cost of a graph break.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._traced: Value | None = None  # the value that was set while torch traced
+        # The value that was set by code under `torch.compile`, while it was traced or when the
+        # compiled code runs. Code outside of the graph reads it too.
+        self._traced: Value | None = None
 
     def get(self) -> Value | None:
         """Return the value, or None if it isn't set."""
@@ -101,7 +104,7 @@ class ThreadValue(_UseCount, Generic[Value]):
         """Drop the value."""
         self._traced = None
         if torch.compiler.is_compiling() and not self.in_use:
-            return  # no thread has a value, and a trace can't read the context variable
+            return  # no thread has a value, and to read the context variable breaks the graph
         values = dict(_thread_values.get())
         if id(self) in values:
             del values[id(self)]

@@ -1,8 +1,8 @@
 """Generate greedy answers for many (prompt, decisions) pairs at once, each until it is graded.
 
-First the prompts are read as packed rows. So the paths of one prompt share their common prefixes,
-within a call and across calls, and the prompts share their common beginning. Then the answers are
-decoded as an ordinary routed batch.
+First the prompts are read as packed rows. If paths of one prompt begin with the same layers, these
+layers run once, also in later calls. If prompts begin with the same tokens, these are read once.
+Then the answers are decoded as an ordinary routed batch.
 
 Axes: P prompts, N pairs, V vocabulary.
 """
@@ -29,11 +29,13 @@ from drllm.models.scoring.prefix_sharing import Pair, PlanPair, pack_rows
 
 Grader: TypeAlias = Callable[[int, str, bool], float | None]
 """A function that grades an answer. Its arguments are the place of the pair, the text so far, and
-whether the text is complete. It returns the grade, or None if it can't grade the text yet."""
+whether the text is complete. It returns the grade, or None if it can't grade the text yet. A
+complete text must get a grade."""
 
 MAX_IDLE_STEPS = 0.3
-"""Maximum work on finished rows before they are dropped, as a number of decoding steps of a whole
-batch. Rows aren't dropped at once, since this copies the K and V of all other rows."""
+"""Finished rows are dropped when the work that was wasted on them exceeds this many decoding steps
+of the whole batch. A step in which a quarter of the rows is finished wastes 0.25. Rows aren't
+dropped at once, since to drop them means to copy the K and V of all other rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,20 +145,20 @@ class AnswerBatch:
             The batch to decode, the logits of the next tokens, `[N, V]`, and the KL of each pair.
         """
         pairs = [draft.pair for draft in drafts]
-        unique: list[PlanPair]
+        to_run: list[PlanPair]  # each pair once; with KL also the full paths that are missing
         if kl:
-            unique = self._kl.add_full_paths(pairs)
-            num_kept = [self.rows.packed.num_own[row] for row, _ in unique]
+            to_run = self._kl.add_full_paths(pairs)
+            num_kept = [self.rows.packed.num_own[row] for row, _ in to_run]  # the prompt's tokens
         else:
-            unique = list(dict.fromkeys(pairs))
-            num_kept = [1] * len(unique)  # only the last token's logits
+            to_run = list(dict.fromkeys(pairs))
+            num_kept = [1] * len(to_run)  # only the last token's logits
         kls: dict[PlanPair, float | None] = {}
-        with self.rows.run(unique, num_kept) as driver:
+        with self.rows.run(to_run, num_kept) as driver:
             last_logits = {}
-            for pair, values in zip(unique, driver.logits, strict=True):
+            for pair, values in zip(to_run, driver.logits, strict=True):
                 last_logits[pair] = values[-1]
             if kl:
-                kls = self._kl.measure(unique, driver.logits)
+                kls = self._kl.measure(to_run, driver.logits)
             logits = torch.stack([last_logits[pair] for pair in pairs])
             cache = driver.routed_cache(pairs)
         return self._make_batch(drafts, cache, logits.device), logits, kls
@@ -248,8 +250,9 @@ class _DecodingBatch:
         self.positions = self.positions + 1
         finished = [row for row, draft in enumerate(self.drafts) if draft.grade is not None]
         if finished:
-            # At position 0 a finished row can't leave the context, and doesn't have the batch's
-            # largest position.
+            # A finished row's output isn't used. At position 0 it can't exceed the model's maximum
+            # length, nor change what depends on the largest position of the batch (such as RoPE
+            # that scales with the length).
             self.positions[on_device(finished, self.positions.device)] = 0
         with torch.no_grad(), self.routed.injection.driven_by(self.routed.driver):
             logits: Tensor = self.routed.model(

@@ -49,7 +49,7 @@ class KlFromFull:
         self._prefix_sums: dict[Plan, float] = {}  # the KL summed over the common prefix
 
     def add_full_paths(self, pairs: Sequence[PlanPair]) -> list[PlanPair]:
-        """Return the pairs to run in a pass that measures the KL of some pairs.
+        """Return the pairs to run in a pass that measures the KL of some pairs, each pair once.
 
         Full paths come first, since the other paths are compared with them. A full path is added
         for each row whose distributions aren't kept. It runs without an adapter. So if the pairs
