@@ -12,8 +12,9 @@ from lm_eval.models.huggingface import HFLM
 
 import drllm
 from drllm.errors import ConfigError, PathError, RoutingError
+from drllm.evaluation.lm_eval.generation import STEPS
 from drllm.evaluation.lm_eval.model import RoutedLM
-from drllm.evaluation.lm_eval.scoring import STEPS
+from drllm.evaluation.lm_eval.scoring import RouteCounts
 from drllm.models.base.layers import can_split
 from drllm.models.routers.checkpoint import save_routers
 from drllm.models.routing.policies import FullPolicy, RouterPolicy
@@ -280,7 +281,7 @@ def test_under_routers_every_choice_scores_as_the_questions_route_alone(base, ro
         context, continuation = lm._encode_pair(*request.args)
         [alone] = ListedModel(plain, routes[request.doc_id]).sums(context, [continuation])
         assert alone == pytest.approx(logprob, abs=LOGPROB_TOLERANCE)
-    assert lm.scorer.counts == [len(QUESTIONS), sum(map(sum, routes.values()))]
+    assert lm.scorer.counts == RouteCounts(len(QUESTIONS), sum(map(sum, routes.values())))
 
 
 def test_under_routers_the_words_of_an_option_in_the_context_do_not_move_the_route(base, routers):

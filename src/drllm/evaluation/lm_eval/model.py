@@ -5,9 +5,7 @@ Axes: P prompts, L layers.
 
 import datetime
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
 from importlib.metadata import version
 from inspect import signature
 from pathlib import Path
@@ -25,44 +23,38 @@ from tqdm import tqdm
 from drllm.config import DepthConfig, ModelConfig
 from drllm.config.fields import replace_settings
 from drllm.cost import path_executions
-from drllm.errors import CheckpointError, ConfigError, RoutingError, unknown_name
+from drllm.errors import ConfigError, RoutingError
+from drllm.evaluation.lm_eval.arguments import (
+    HFLM_ARGUMENTS,
+    LOADING_ARGUMENTS,
+    ModelSource,
+    check_batch_size,
+    check_windows,
+    read_depth,
+    refuse_unknown_arguments,
+    resolve_source,
+    select_arguments,
+)
+from drllm.evaluation.lm_eval.generation import drop_repeats, limit_answers
 from drllm.evaluation.lm_eval.prefix import CommonPrefix
 from drllm.evaluation.lm_eval.scoring import (
     HarnessRequest,
     OptionScore,
     RequestScorer,
-    drop_repeats,
-    limit_answers,
+    RouteCounts,
 )
 from drllm.models.base.batching import MemoryBatcher, PathSize
 from drllm.models.base.load import BaseModel, load
-from drllm.models.routers.checkpoint import load_routers
-from drllm.models.routers.files import find_routers
-from drllm.models.routers.places import CONFIG_FILE
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.depth_control import encode_calibration, make_policy, read_calibration
 from drllm.models.routing.healed import install_path
 from drllm.models.routing.policies import PathPolicy, Policy
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import Decisions
-from drllm.records.static_paths import load_path
+from drllm.records.static_paths import PathFile, load_path
 from drllm.work.listener import quiet
 
 MAX_ROWS = 64  # the harness' default of `max_batch_size`
-HFLM_ARGUMENTS = (
-    "add_bos_token",
-    "prefix_token_id",
-    "truncation",
-    "think_end_token",
-    "enable_thinking",
-    "chat_template_args",
-)
-"""Model arguments that are passed on to the harness' own class."""
-PUBLISHED_STATIC_ROUTING = "is_static_routing"  # `static_routing` in the code of the Dr.LLM paper
-DEPTH_ARGUMENTS = (*(field.name for field in fields(DepthConfig)), PUBLISHED_STATIC_ROUTING)
-"""Model arguments that choose the depth."""
-LOADING_ARGUMENTS = ("dtype", "revision", "trust_remote_code", "attn_implementation")
-"""Model arguments for loading the base model."""
 PATIENCE = datetime.timedelta(weeks=52)
 """How long a process waits for the others, which may have much more to do. If one dies, the wait
 ends earlier."""
@@ -123,12 +115,13 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         max_length: int | None = None,
         **arguments: Any,
     ) -> None:
-        _refuse_unknown(arguments)
-        batch_size = _check_batch_size(batch_size)
-        depth = _read_depth(arguments)
-        loading = _select_arguments(arguments, LOADING_ARGUMENTS)
-        source = _resolve_source(pretrained, routers, base)
-        _check_windows(num_windows, source.routers, pretrained)
+        parameters = [*signature(RoutedLM).parameters][:-1]  # without `arguments`
+        refuse_unknown_arguments(arguments, parameters)
+        batch_size = check_batch_size(batch_size)
+        depth = read_depth(arguments)
+        loading = select_arguments(arguments, LOADING_ARGUMENTS)
+        source = resolve_source(pretrained, routers, base)
+        check_windows(num_windows, source.routers, pretrained)
 
         accelerator = None
         if isinstance(pretrained, BaseModel):
@@ -138,35 +131,49 @@ class RoutedLM(HFLM):  # type: ignore[misc]
             if accelerator is not None:
                 device = str(accelerator.device)
             self.base = _load_base(source, device, loading)
-        with quiet("lm_eval.models.huggingface"):  # it warns if the model is loaded already
-            super().__init__(
-                self.base.model,
-                tokenizer=self.base.tokenizer,
-                batch_size=batch_size,
-                max_batch_size=max_batch_size or MAX_ROWS,
-                max_length=max_length,
-                trust_remote_code=loading.get("trust_remote_code", False),
-                **_select_arguments(arguments, HFLM_ARGUMENTS),
-            )
-        if accelerator is not None:  # the harness' class sets these only if it loads the model
-            self.accelerator = accelerator
-            self._rank = accelerator.process_index
-            self._world_size = accelerator.num_processes
-
+        self._init_hflm(
+            accelerator,
+            batch_size=batch_size,
+            max_batch_size=max_batch_size or MAX_ROWS,
+            max_length=max_length,
+            trust_remote_code=loading.get("trust_remote_code", False),
+            **select_arguments(arguments, HFLM_ARGUMENTS),
+        )
         self.routed = RoutedModel(self.base.model, source.routers, tokenizer=self.base.tokenizer)
         self.routers_source: str | None = None
         if source.routers is not None:
             self.routers_source = str(routers or pretrained)
         self.path_source: str | None = None
-        self.policy = self._make_policy(depth, path)
+        if path is None:
+            self.policy = _make_depth_policy(self.routed, depth, self.tokenizer)
+        else:
+            _refuse_second_plan(path, self.routed, depth)
+            path_file = load_path(path)
+            self.path_source = _name_path(path_file)
+            layers = install_path(self.routed.injection, path_file)
+            self.policy = self.routed.build_policy(layers)
         self.choose_policy: Callable[[list[str]], Policy] = lambda _prompts: self.policy
         self.scorer = RequestScorer(
             self.routed, self.max_length, self.batch_size, self.max_batch_size
         )
-        self.shared_counts = self.scorer.counts  # the counts of all processes
+        self.shared_counts = RouteCounts()  # the counts of all processes
         self.generated_routes: dict[str, Decisions] = {}
         self._prompts: list[str] = []  # the prompts that `_model_generate` answers next
         self._prefix = CommonPrefix(self.routed)
+
+    def _init_hflm(self, accelerator: Accelerator | None, **settings: Any) -> None:
+        """Initialise the harness' own class with the loaded base model.
+
+        Args:
+            accelerator: Knows the processes that share the work; None for one process.
+            settings: Parameters of `HFLM`.
+        """
+        with quiet("lm_eval.models.huggingface"):  # it warns if the model is loaded already
+            super().__init__(self.base.model, tokenizer=self.base.tokenizer, **settings)
+        if accelerator is not None:  # the harness' class sets these only if it loads the model
+            self.accelerator = accelerator
+            self._rank = accelerator.process_index
+            self._world_size = accelerator.num_processes
 
     @classmethod
     def create_from_arg_obj(
@@ -187,30 +194,6 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         flags = {name: value for name, value in (additional_config or {}).items() if value}
         pretrained = str(arg_dict["pretrained"])  # a name of digits is read as a number
         return cls(**{**arg_dict, "pretrained": pretrained}, **flags)
-
-    def _make_policy(self, depth: DepthConfig, path: str | None) -> Policy:
-        """Make the policy of a static path, or else of the depth settings."""
-        if path is not None:
-            return self._make_path_policy(depth, path)
-        texts: list[tuple[str, bool]] = []
-        if depth.calibration is not None:
-            texts = read_calibration(Path(depth.calibration))
-        prompts = encode_calibration(texts, self.tokenizer, chat=False)
-        policy, _ = make_policy(self.routed, depth, prompts)
-        return policy
-
-    def _make_path_policy(self, depth: DepthConfig, path: str) -> Policy:
-        """Read a static path, and make its policy; refuse routers and depth settings beside it."""
-        rival: str | None = "routers"
-        if self.routed.routers is None:
-            rival = depth.find_setting()
-        if rival is not None:
-            raise ConfigError(f"path={path} and {rival} would both decide; leave one out")
-        path_file = load_path(path)
-        self.path_source = str(path_file.file)
-        if path_file.named and path_file.named.name:
-            self.path_source += f":{path_file.named.name}"
-        return self.routed.build_policy(install_path(self.routed.injection, path_file))
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -288,7 +271,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         else:  # with several beams, a prompt has as many rows, all with its route
             rows_per_prompt = len(self.routed.last_route) // len(self._prompts)
             routes = self.routed.last_route[::rows_per_prompt]
-        self.scorer.count(routes)
+        self.scorer.counts.add(routes)
         for prompt, route in zip(self._prompts, routes.tolist(), strict=True):
             self.generated_routes[prompt] = tuple(route)
         return output
@@ -318,8 +301,10 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         """Wait for all processes, and add up their counts. The harness calls it in each process."""
         super().barrier()
         if self.world_size > 1:
-            counts = torch.tensor([self.scorer.counts], device=self.device)
-            self.shared_counts = self.all_gather(counts).sum(dim=0).tolist()
+            counts = self.scorer.counts
+            values = torch.tensor([[counts.prompts, counts.executions]], device=self.device)
+            prompts, executions = self.all_gather(values).sum(dim=0).tolist()
+            self.shared_counts = RouteCounts(prompts, executions)
 
     def get_model_info(self) -> dict[str, Any]:
         """Return the information that the harness writes into its results.
@@ -329,8 +314,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         counts = self.scorer.counts
         if self.world_size > 1:
             counts = self.shared_counts
-        prompts, total_executions = counts
-        executions: float = total_executions / max(prompts, 1)
+        executions = counts.executions / max(counts.prompts, 1)
         if isinstance(self.policy, PathPolicy):
             executions = path_executions(self.policy.path)
         return {
@@ -345,54 +329,10 @@ class RoutedLM(HFLM):  # type: ignore[misc]
                 "policy": type(self.policy).__name__,
                 "path": self.path_source,
                 "num_layers": self.routed.num_layers,
-                "prompts": prompts,
+                "prompts": counts.prompts,
                 "executions_a_forward": executions,
             },
         }
-
-
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """The routers, if there are any, and the base model to load."""
-
-    routers: RouterStack | None
-    base: str  # alias, hub id or folder
-    revision: str | None = None  # the base model's revision, if the routers name one
-
-
-def _refuse_unknown(arguments: Mapping[str, Any]) -> None:
-    """Refuse model arguments that neither drllm nor the harness' class knows."""
-    names = (*DEPTH_ARGUMENTS, *LOADING_ARGUMENTS, *HFLM_ARGUMENTS)
-    for name in arguments:
-        if name not in names:
-            named_parameters = [*signature(RoutedLM).parameters][:-1]  # without `arguments`
-            choices = (*names, *named_parameters)
-            raise ConfigError(unknown_name("model argument", name, choices))
-
-
-def _check_batch_size(batch_size: int | str | None) -> int | str:
-    """Return a batch size that the harness can read; 1 for None."""
-    if batch_size is None:
-        return 1
-    # `auto:N` is a form of `auto` that the harness has.
-    if not re.fullmatch(r"auto(:[1-9]\d*)?|[1-9]\d*", str(batch_size)):
-        raise ConfigError(f"--batch_size is '{batch_size}'; give auto or a number from 1")
-    return batch_size
-
-
-def _select_arguments(arguments: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Return the arguments with certain names."""
-    return {name: arguments[name] for name in names if name in arguments}
-
-
-def _read_depth(arguments: Mapping[str, Any]) -> DepthConfig:
-    """Return the depth settings among model arguments; refuse settings that don't fit together."""
-    settings = _select_arguments(arguments, DEPTH_ARGUMENTS)
-    if settings.pop(PUBLISHED_STATIC_ROUTING, False):
-        settings["static_routing"] = True
-    depth = replace_settings(DepthConfig, None, settings)
-    depth.check_combination()
-    return depth
 
 
 def _join_processes(device: str | None) -> Accelerator | None:
@@ -409,7 +349,7 @@ def _join_processes(device: str | None) -> Accelerator | None:
     )
 
 
-def _load_base(source: _Source, device: str | None, loading: Mapping[str, Any]) -> BaseModel:
+def _load_base(source: ModelSource, device: str | None, loading: Mapping[str, Any]) -> BaseModel:
     """Load the base model at the revision in `loading`, or else at the routers' revision."""
     settings = {
         **loading,
@@ -420,70 +360,28 @@ def _load_base(source: _Source, device: str | None, loading: Mapping[str, Any]) 
     return load(replace_settings(ModelConfig, None, settings))
 
 
-def _check_windows(
-    num_windows: int | None, routers: RouterStack | None, pretrained: str | BaseModel
-) -> None:
-    """Refuse a number of windows that isn't the routers' number."""
-    if num_windows is None:
-        return
-    if routers is None:
-        raise ConfigError(
-            f"num_windows={num_windows} needs routers, and pretrained={pretrained} isn't a "
-            f"folder of routers{_note_missing_folder(pretrained)}; give their folder, or leave "
-            f"num_windows out"
-        )
-    trained_number = routers.config.num_windows
-    if num_windows != trained_number:
-        raise CheckpointError(
-            f"num_windows is {num_windows}, but these routers were trained with {trained_number}; "
-            f"give num_windows={trained_number}, or leave it out"
-        )
+def _make_depth_policy(routed: RoutedModel, depth: DepthConfig, tokenizer: Any) -> Policy:
+    """Make the policy of the depth settings; `target_executions` needs a calibration file."""
+    texts: list[tuple[str, bool]] = []
+    if depth.calibration is not None:
+        texts = read_calibration(Path(depth.calibration))
+    prompts = encode_calibration(texts, tokenizer, chat=False)
+    policy, _ = make_policy(routed, depth, prompts)
+    return policy
 
 
-def _resolve_source(
-    pretrained: str | BaseModel, routers: str | RouterStack | None, base: str | None
-) -> _Source:
-    """Load the routers, and find the name of their base model; see `RoutedLM`."""
-    if isinstance(pretrained, str) and (Path(pretrained) / CONFIG_FILE).is_file():
-        return _resolve_router_folder(pretrained, routers, base)
-    if isinstance(routers, str):
-        routers = load_routers(find_routers(Path(routers)))
-    if isinstance(pretrained, BaseModel):
-        return _Source(routers, pretrained.name)
-    if base is not None:
-        raise ConfigError(
-            f"base={base} has no effect: pretrained={pretrained} isn't a folder of routers"
-            f"{_note_missing_folder(pretrained)}; give the base as pretrained and the routers as "
-            f"routers="
-        )
-    return _Source(routers, pretrained)
+def _refuse_second_plan(path: str, routed: RoutedModel, depth: DepthConfig) -> None:
+    """Refuse routers and depth settings beside a static path."""
+    rival: str | None = "routers"
+    if routed.routers is None:
+        rival = depth.find_setting()
+    if rival is not None:
+        raise ConfigError(f"path={path} and {rival} would both decide; leave one out")
 
 
-def _resolve_router_folder(
-    folder: str, routers: str | RouterStack | None, base: str | None
-) -> _Source:
-    """Load the routers of a folder; the base model is `base`, or else the model that they name."""
-    if routers is not None:
-        raise ConfigError(
-            f"pretrained={folder} is a folder of routers, and routers={routers} is given too; "
-            f"give the base model as pretrained, or leave routers out"
-        )
-    stack = load_routers(folder)
-    if base is not None:
-        return _Source(stack, base)
-    config = stack.config
-    if not config.base_model:
-        raise CheckpointError(
-            f"the routers in {folder} don't name their base model; give it as base=MODEL"
-        )
-    return _Source(stack, config.base_model, config.base_revision)
-
-
-def _note_missing_folder(pretrained: str | BaseModel) -> str:
-    """Return a remark if a name looks like a folder that doesn't exist; else return ""."""
-    if isinstance(pretrained, BaseModel):
-        return ""
-    folder = Path(pretrained)
-    if folder.exists() or len(folder.parts) == 1:
-        return ""
-    return " (there is no such folder)"
+def _name_path(path_file: PathFile) -> str:
+    """Return the name of a path for the results: FILE or FILE:NAME."""
+    name = str(path_file.file)
+    if path_file.named is not None and path_file.named.name:
+        name += f":{path_file.named.name}"
+    return name

@@ -9,18 +9,13 @@ read but not scored.
 Axes: P questions, L layers.
 """
 
-import copy
-import functools
 import itertools
-import math
 import os.path
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
-from lm_eval.api.instance import Instance
-from lm_eval.models.utils import normalize_gen_kwargs
 from torch import Tensor
 
 from drllm.errors import TaskError
@@ -31,7 +26,6 @@ from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.choices import ChoiceBatch, Score
 from drllm.models.scoring.packing import Request
 from drllm.paths import Decisions, StaticPath
-from drllm.work.listener import logger
 
 OptionScore: TypeAlias = tuple[float, bool]
 """A continuation's log-probability in nats, and whether it is the likeliest continuation."""
@@ -50,10 +44,6 @@ ENOUGH_TOKENS = 512
 LEAST_FILLED = 0.8
 """In a pass of `ENOUGH_TOKENS`, the least share of the columns that each row fills. The remaining
 columns are padding."""
-STEPS = 16
-"""The number of steps into which the model's context length is divided, to limit answers. The
-harness generates answers together if their maximum lengths are equal. So the length of a prompt is
-rounded up to a whole step, and prompts of similar length get the same maximum."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,18 +130,8 @@ def batch_requests(
         TaskError: A continuation is longer than the model reads; or, with `by_prompt`, the contexts
             of a question have no common beginning.
     """
-    by_question: dict[Hashable, list[int]] = {}
-    for place, request in enumerate(requests):
-        if len(request.continuation) > max_length:
-            raise TaskError(
-                f"a continuation of {_describe(request.question)} has {len(request.continuation)} "
-                f"tokens, and the model reads {max_length}; leave the task out, or use a model "
-                f"with a longer context"
-            )
-        by_question.setdefault(request.question, []).append(place)
-
     batch = RequestBatch(places=[(0, 0)] * len(requests))
-    for key, places in by_question.items():
+    for key, places in _group_by_question(requests, max_length).items():
         contexts = _cut_contexts(requests, places, max_length, to_same_room=by_prompt)
         beginning = os.path.commonprefix(list(contexts.values()))  # noqa: RUF071 (of tokens)
         if beginning:
@@ -162,12 +142,35 @@ def batch_requests(
                 f"the requests of {_describe(key)} have no prompt in common, and their route "
                 f"depends on the prompt; give a fixed plan (path=FILE, or static_routing=true)"
             )
-        places_by_context: dict[tuple[int, ...], list[int]] = {}
-        for place, context in contexts.items():
-            places_by_context.setdefault(context, []).append(place)
-        for context, context_places in places_by_context.items():
+        for context, context_places in _group_by_context(contexts).items():
             batch.add(key, context, dict.fromkeys(context_places, context), requests)
     return batch
+
+
+def _group_by_question(
+    requests: Sequence[HarnessRequest], max_length: int
+) -> dict[Hashable, list[int]]:
+    """Group the places of requests by question; refuse continuations longer than `max_length`."""
+    places_by_question: dict[Hashable, list[int]] = {}
+    for place, request in enumerate(requests):
+        if len(request.continuation) > max_length:
+            raise TaskError(
+                f"a continuation of {_describe(request.question)} has {len(request.continuation)} "
+                f"tokens, and the model reads {max_length}; leave the task out, or use a model "
+                f"with a longer context"
+            )
+        places_by_question.setdefault(request.question, []).append(place)
+    return places_by_question
+
+
+def _group_by_context(
+    contexts: Mapping[int, tuple[int, ...]],
+) -> dict[tuple[int, ...], list[int]]:
+    """Group the places of a question's requests by context."""
+    places_by_context: dict[tuple[int, ...], list[int]] = {}
+    for place, context in contexts.items():
+        places_by_context.setdefault(context, []).append(place)
+    return places_by_context
 
 
 def _cut_contexts(
@@ -211,6 +214,19 @@ def _describe(key: Hashable) -> str:
 
 
 @dataclass
+class RouteCounts:
+    """Counts routes: the number of prompts that were routed, and the sum of their executions."""
+
+    prompts: int = 0
+    executions: int = 0
+
+    def add(self, routes: Tensor) -> None:
+        """Count routes `[P, L]`."""
+        self.prompts += len(routes)
+        self.executions += int(routes.sum())
+
+
+@dataclass
 class RequestScorer:
     """Scores requests with a routed model.
 
@@ -221,19 +237,14 @@ class RequestScorer:
             model can read several continuations behind one copy of their prompt (see `can_pack`).
             Otherwise each continuation is a row. A question is never split over two passes.
         max_batch_size: Maximum rows in a pass with `auto`.
-        counts: The number of prompts that were routed, and the sum of their executions.
+        counts: Counts the routes of all prompts.
     """
 
     routed: RoutedModel
     max_length: int
     batch_size: int | str
     max_batch_size: int
-    counts: list[int] = field(default_factory=lambda: [0, 0])
-
-    def count(self, routes: Tensor) -> None:
-        """Add routes `[P, L]` to the counts."""
-        prompts, executions = self.counts
-        self.counts = [prompts + len(routes), executions + int(routes.sum())]
+    counts: RouteCounts = field(default_factory=RouteCounts)
 
     def score(
         self,
@@ -261,13 +272,8 @@ class RequestScorer:
         routes: dict[Hashable, Decisions] = {}
         for places, batch in self._batches(request_batch.questions):
             keys = [request_batch.keys[place] for place in places]
-            policy: Policy
-            if isinstance(decides, Mapping):
-                policy = FixedPolicy([decides[key] for key in keys], self.routed.num_layers)
-            else:
-                policy = decides
-            batch_scores, batch_routes = self._score_batch(batch, policy)
-            self.count(batch_routes)
+            batch_scores, batch_routes = self._score_batch(batch, self._make_policy(decides, keys))
+            self.counts.add(batch_routes)
             scores.update(zip(places, batch_scores, strict=True))
             for key, route in zip(keys, batch_routes.tolist(), strict=True):
                 routes[key] = tuple(route)
@@ -296,6 +302,12 @@ class RequestScorer:
                 plan_scores.update(zip(places, next_scores, strict=True))
             batch.forget()
         return [request_batch.answers(plan_scores) for plan_scores in scores]
+
+    def _make_policy(self, decides: Policy | Plan, keys: Sequence[Hashable]) -> Policy:
+        """Return the policy for a pass with the questions of these keys."""
+        if isinstance(decides, Mapping):
+            return FixedPolicy([decides[key] for key in keys], self.routed.num_layers)
+        return decides
 
     def _score_batch(self, batch: ChoiceBatch, policy: Policy) -> tuple[list[Score], Tensor]:
         """Score a batch's questions under a policy; return their routes `[P, L]` too.
@@ -369,101 +381,3 @@ def _fill_pass(
         if num_questions > 0 and (is_full or (is_busy and needs_padding)):
             return num_questions
     return len(order)
-
-
-def limit_answers(
-    requests: Sequence[Instance],
-    encode: Callable[[str], Sequence[int]],
-    max_length: int,
-    max_new_tokens: int,
-    *,
-    warns: bool,
-) -> list[Instance]:
-    """Limit the length of generated answers to the room that the model has for them.
-
-    The limit depends on the request's own prompt alone, so it is the same in every batch and
-    process. A request stays unchanged if the prompt and the longest answer fit into the model's
-    context, or if the answer takes at most half of the context.
-
-    Args:
-        requests: The harness' requests.
-        encode: Encodes a prompt.
-        max_length: The context: how many tokens the model reads and writes in total.
-        max_new_tokens: The maximum length of an answer if a request doesn't set it.
-        warns: Whether to log a warning about shorter answers.
-
-    Source: ours (docs/differences.md, D-27).
-    """
-    results: list[Instance] = []
-    limits: dict[tuple[str, int], list[int]] = {}  # (task, requested length) → limits
-    for request in requests:
-        prompt, settings = request.args
-        settings = dict(normalize_gen_kwargs(settings, max_new_tokens))
-        length = settings["max_gen_toks"]
-        limit = _limit_answer(prompt, length, encode, max_length)
-        if limit == length:
-            results.append(request)
-            continue
-        settings["max_gen_toks"] = limit
-        limited_request = copy.copy(request)
-        limited_request.arguments = (prompt, settings)
-        results.append(limited_request)
-        limits.setdefault((request.task_name or "a task", length), []).append(limit)
-    if warns:
-        for (task, length), task_limits in limits.items():
-            _warn_of_limits(task, length, task_limits, max_length)
-    return results
-
-
-def _limit_answer(
-    prompt: str, length: int, encode: Callable[[str], Sequence[int]], max_length: int
-) -> int:
-    """Return how many tokens an answer may have after a prompt, at most `length`."""
-    half = max_length // 2
-    if length <= half:
-        return length
-    num_read = len(encode(prompt))
-    if num_read + length <= max_length:
-        return length
-    step = max(1, max_length // STEPS)
-    num_read_rounded_up = step * math.ceil(num_read / step)
-    return max(half, max_length - num_read_rounded_up)
-
-
-def _warn_of_limits(task: str, length: int, limits: Sequence[int], max_length: int) -> None:
-    """Warn that the answers of a task have at most these numbers of tokens."""
-    most = str(max(limits))
-    if min(limits) < max(limits):
-        most = f"{min(limits)} to {max(limits)}"
-    _warn_once(
-        f"{task} asks for answers of up to {length} tokens, and the model holds {max_length} "
-        f"with the question; answers have at most {most}"
-    )
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    """Warn only once, even if several systems answer the same questions."""
-    logger.warning(message)
-
-
-def drop_repeats(requests: Sequence[Any]) -> tuple[list[Any], list[int]]:
-    """Drop the requests that the harness repeats to give each process the same number.
-
-    A request with `repeats` above 1 needs several answers, so it remains that many times.
-
-    Returns:
-        The remaining requests; and for each original request, the place of its answer among the
-        answers to the remaining requests.
-    """
-    remaining: list[Any] = []
-    answer_places: list[int] = []
-    places_by_id: dict[int, list[int]] = {}  # id of a request → its places in `remaining`
-    for request in requests:
-        request_places = places_by_id.setdefault(id(request), [])
-        num_answers = request.repeats or 1  # None if the request was made by hand
-        if len(request_places) < num_answers:
-            request_places.append(len(remaining))
-            remaining.append(request)
-        answer_places.append(request_places[-1])
-    return remaining, answer_places

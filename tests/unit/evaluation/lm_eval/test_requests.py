@@ -9,14 +9,9 @@ from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 
 from drllm.errors import TaskError
-from drllm.evaluation.lm_eval import scoring
-from drllm.evaluation.lm_eval.scoring import (
-    STEPS,
-    HarnessRequest,
-    batch_requests,
-    drop_repeats,
-    limit_answers,
-)
+from drllm.evaluation.lm_eval import generation
+from drllm.evaluation.lm_eval.generation import STEPS, drop_repeats, limit_answers
+from drllm.evaluation.lm_eval.scoring import HarnessRequest, batch_requests
 
 LONG = 1000
 CONTEXT = 160
@@ -112,7 +107,7 @@ def lengths(wanted):
 @pytest.fixture
 def task():
     """A name that nothing was said of yet."""
-    scoring._warn_once.cache_clear()
+    generation._warn_once.cache_clear()
     return next(NAMES)
 
 
