@@ -41,7 +41,7 @@ def main() -> None:
     print(f"search: {num_paths} paths of {len(records)} questions")
 
     # Supervise: choose a target path per question, the saving one closest to the whole model.
-    targets = drllm.supervise(records, output=options.output / "supervision.jsonl")
+    targets = drllm.supervise(records, output_dir=options.output)
     print(f"targets: {len(targets)}, of {targets.summary['questions']} questions")
 
     # Train routers on the targets, and attach them.

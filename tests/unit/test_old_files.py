@@ -50,7 +50,7 @@ def test_a_search_is_read_and_makes_the_same_targets(tmp_path):
     assert len(records) == 6
     assert records.model["class"] == "LlamaForCausalLM"
     assert all(record.full.executions == 4 for record in records)
-    supervise([RUN / "search.jsonl"], output=tmp_path / "supervision.jsonl", target="shortest")
+    supervise([RUN / "search.jsonl"], output_dir=tmp_path, target="shortest")
     assert read_supervision(tmp_path / "supervision.jsonl") == targets()
 
 

@@ -94,7 +94,7 @@ def test_targets_in_a_file_train_the_same_routers_and_fit_one_model_only(
     place, records, targets, tmp_path, tiny_llama, tiny_tokenizer
 ):
     file = tmp_path / "supervision.jsonl"
-    drllm.supervise(records, target="least_kl", output=file)
+    drllm.supervise(records, target="least_kl", output_dir=tmp_path)
     expected = drllm.train(place, targets, **SHORT)
     found = drllm.train(place, file, output_dir=tmp_path / "routers", **SHORT)
     assert all(map(torch.equal, expected.state_dict().values(), found.state_dict().values()))

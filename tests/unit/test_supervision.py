@@ -28,6 +28,7 @@ from drllm.supervision.select import (
     pick_targets,
     read_quotas,
     supervise,
+    supervise_to_file,
 )
 from drllm.supervision.summary import edit_effects, summarise
 from search_records import make_path, make_record
@@ -290,7 +291,7 @@ def search_file(folder: Path, *kinds: str, name: str = "search.jsonl", **model: 
 def supervised(*sources: Path, **settings: Any) -> Path:
     """Write the targets beside the first source, and return where."""
     output = sources[0].with_name("supervision.jsonl")
-    supervise(sources, SuperviseConfig(**{"target": "shortest", **settings}), output)
+    supervise(sources, SuperviseConfig(**{"target": "shortest", **settings}), output.parent)
     return output
 
 
@@ -313,7 +314,7 @@ def test_targets_are_written_with_a_manifest_of_model_settings_inputs_and_summar
     source = search_file(tmp_path, SAVING, IMPROVING, HOPELESS)
     output = tmp_path / "new" / "supervision.jsonl"
     config = SuperviseConfig(target="largest_margin")
-    found = supervise([source], config, output)
+    found = supervise([source], config, output.parent)
 
     assert tuple(read_supervision(output)) == tuple(found)
     assert [row.optimal_layer_config for row in found] == [(1, 1, 0, 0), (2, 1, 1, 0)]
@@ -341,7 +342,7 @@ def test_every_question_without_a_target_is_written_with_its_reason(tmp_path):
         record(SAVING, question="A.jsonl  0?", id="q2", task="other"),
     )
     output = tmp_path / "out" / "mine.jsonl"
-    supervise([one, two], SHORTEST, output)
+    supervise_to_file([one, two], SHORTEST, output)
 
     assert rejected(output) == [
         ("a.jsonl 0?", "facts", "a.jsonl 0?", "no valid path"),
@@ -501,7 +502,7 @@ def test_a_file_is_not_both_read_and_written(tmp_path, name):
     source = search_file(tmp_path, SAVING, LUCKY, name=name)
     before = source.read_text()
     with pytest.raises(RecordError, match=rf"{name} is both read and written"):
-        supervise([source], SHORTEST, tmp_path / "." / "out.jsonl")
+        supervise_to_file([source], SHORTEST, tmp_path / "." / "out.jsonl")
     assert source.read_text() == before
 
 
@@ -515,7 +516,7 @@ def test_what_makes_no_sense_is_refused_before_files_are_read(tmp_path):
     with pytest.raises(ConfigError, match="'facts' isn't a quota"):
         supervised(tmp_path / "gone.jsonl", quotas="facts")
     with pytest.raises(RecordError, match="no search file is given"):
-        supervise([], SHORTEST, Path("supervision.jsonl"))
+        supervise([], SHORTEST, Path())
 
 
 def target(letter: str) -> SupervisionRecord:

@@ -10,7 +10,7 @@ from drllm.cli.command_line import CommandLine
 from drllm.config import ModelConfig
 from drllm.config.fields import to_flag
 from drllm.errors import ConfigError
-from drllm.records.supervision import join_supervision, read_supervision
+from drllm.records.supervision import SUPERVISION_FILE, join_supervision, read_supervision
 
 SEARCH_FOLDERS = (Path("data/mcts_paths"), Path("data"))
 """Where the published search command writes: its `--output_dir`, and the default of that flag."""
@@ -31,7 +31,7 @@ def find_supervision_files(command: CommandLine) -> list[Path]:
 
 def _find_default_file(command: CommandLine) -> Path:
     """Return the file of targets from the published search; raise ConfigError if there is none."""
-    places = [folder / "supervision.jsonl" for folder in SEARCH_FOLDERS]
+    places = [folder / SUPERVISION_FILE for folder in SEARCH_FOLDERS]
     files = [file for file in places if file.is_file()]
     if len(files) > 1:
         raise ConfigError(
@@ -65,7 +65,7 @@ def _find_switch_file(flag: str, task: str, files: list[Path], command: CommandL
             f"{flag} has no effect: {', '.join(map(str, files))} already holds targets of "
             f"{task}; leave it out"
         )
-    file = SEARCH_FOLDERS[1] / task / "supervision.jsonl"
+    file = SEARCH_FOLDERS[1] / task / SUPERVISION_FILE
     if not file.is_file():
         raise ConfigError(
             f"{flag} needs targets of {task} in {file}, which doesn't exist; make them: "

@@ -23,6 +23,7 @@ from drllm.records.layers import LAYERS_FILE
 from drllm.records.removed import refuse_menu
 from drllm.records.search import read_search
 from drllm.records.static_paths import PATHS_FILE
+from drllm.records.supervision import SUPERVISION_FILE
 from drllm.search import CHUNKS_FOLDER
 
 Renderer = Callable[[Path, Terminal], None]
@@ -32,7 +33,7 @@ ROUTERS_FILE = "router_config.json"
 RUN_PARTS = (
     "search.jsonl",
     "search.failed.jsonl",
-    "supervision.jsonl",
+    SUPERVISION_FILE,
     f"routers/{ROUTERS_FILE}",
     PATHS_FILE,
     HEALED_FILE,

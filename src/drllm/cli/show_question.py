@@ -16,6 +16,7 @@ from drllm.errors import RecordError
 from drllm.paths import Decision, Decisions
 from drllm.records.manifest import read_manifest
 from drllm.records.search import SearchRecord, TriedPath
+from drllm.records.supervision import SUPERVISION_FILE
 from drllm.reporting.numbers import plain
 from drllm.search.actions import MAX_SKIPPED_AT_ONCE, Action
 from drllm.supervision.rules import find_candidates, is_valid
@@ -48,7 +49,7 @@ def show_question(
             f"{file} has no question with id {question_id!r}; nearest of {len(ids)}: "
             f"{', '.join(nearest_ids)}"
         )
-    manifest = read_manifest(file.with_name("supervision.jsonl"), "supervision") or {}
+    manifest = read_manifest(file.with_name(SUPERVISION_FILE), "supervision") or {}
     settings = SuperviseConfig().to_dict()
     settings.update(manifest.get("config", {}))
     for number, record in enumerate(matches):

@@ -39,13 +39,13 @@ from drllm.records.healed import HEALED_FILE
 from drllm.records.manifest import read_manifest, to_lines
 from drllm.records.places import check_file, check_folder, only_writer
 from drllm.records.search import SearchRecords
-from drllm.records.supervision import read_targets
+from drllm.records.supervision import SUPERVISION_FILE, read_targets
 from drllm.search.questions import SearchQuestion, collect_questions
 from drllm.supervision.select import (
     Supervision,
     check_settings,
     pick_targets,
-    supervise,
+    supervise_to_file,
     write_supervision,
 )
 from drllm.tasks.base import Task
@@ -110,7 +110,7 @@ def search(command: CommandLine, terminal: Terminal) -> None:
     )
     _print_search(records, folder, terminal)
     with only_writer(folder, "search", "--output-dir"):
-        _write_targets(records, targets_config, folder / "supervision.jsonl", terminal)
+        _write_targets(records, targets_config, folder / SUPERVISION_FILE, terminal)
 
 
 def _print_splits(tasks: Sequence[Task], terminal: Terminal) -> None:
@@ -254,7 +254,8 @@ def supervise_verb(command: CommandLine, terminal: Terminal) -> None:
     """Choose one target path for each searched question."""
     output = command.path("output")
     check_file(output, "--output", "supervision")
-    supervision = supervise(command.paths("search"), command.get_settings(SuperviseConfig), output)
+    config = command.get_settings(SuperviseConfig)
+    supervision = supervise_to_file(command.paths("search"), config, output)
     print_targets_file(output, supervision.summary, terminal)
 
 
@@ -510,7 +511,7 @@ def report(command: CommandLine, terminal: Terminal) -> None:
 
     place = command.optional_path("output_dir")
     folders = command.paths("run_dir")
-    files = stage.report(*folders, output=place, listener=terminal)
+    files = stage.report(*folders, output_dir=place, listener=terminal)
     terminal.fact("report", ", ".join(map(str, files)))
     if len(folders) == 1:
         show_next_steps(folders[0], terminal)

@@ -27,7 +27,7 @@ from drllm.records import codec
 from drllm.records.healed import ADAPTER_CONFIG_FILE, ADAPTER_FILE, HEALED_FILE
 from drllm.records.places import check_folder
 from drllm.records.static_paths import PATHS_FILE, load_path
-from drllm.records.supervision import rejected_path
+from drllm.records.supervision import SUPERVISION_FILE, rejected_path
 from drllm.tasks.base import Task
 from drllm.tasks.examples import Example, choose
 from drllm.work.listener import Listener, duration
@@ -172,7 +172,7 @@ class RunFolder:
         self.listener = listener
         self.manifest = read_run(folder)
         self.search_file = folder / "search.jsonl"
-        self.supervision_file = folder / "supervision.jsonl"
+        self.supervision_file = folder / SUPERVISION_FILE
         self.paths_file = folder / PATHS_FILE
         self.healed_folder = folder / "healed"
         self.routers_folder = folder / "routers"
@@ -297,16 +297,16 @@ class RunFolder:
     def _run_supervise(self) -> list[Path]:
         from drllm.supervision.select import supervise
 
-        output = self.supervision_file
-        supervise([self.search_file], self.recipe.supervise, output)
-        files = [output, self.folder / "supervision.manifest.json", rejected_path(output)]
+        supervise(self.search_file, self.recipe.supervise, self.folder)
+        file = self.supervision_file
+        files = [file, self.folder / "supervision.manifest.json", rejected_path(file)]
         return [file for file in files if file.is_file()]
 
     def _make_train(self) -> Stage:
         made_from = {
             "config": self.recipe.train.decisive(),
             "model": self.recipe.model.to_dict(),
-            "supervision.jsonl": hash_file(self.supervision_file),
+            SUPERVISION_FILE: hash_file(self.supervision_file),
         }
         return Stage(made_from, self._run_train)
 

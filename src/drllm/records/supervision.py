@@ -21,6 +21,7 @@ from drllm.records.manifest import read_manifest, read_records
 from drllm.records.search import Question
 from drllm.records.splits import question_key
 
+SUPERVISION_FILE = "supervision.jsonl"
 _FROM_QUESTION = "\ud800"
 """The default of fields that are made from the question. No file can hold this text."""
 _TARGET_FIELDS = ("question", "prompt", "optimal_layer_config")

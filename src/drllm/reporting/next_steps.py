@@ -11,6 +11,7 @@ from msgspec.structs import asdict
 from drllm.cost import share_saved
 from drllm.records.results import PERMUTED, Evaluation, Result, System
 from drllm.records.static_paths import PATHS_FILE
+from drllm.records.supervision import SUPERVISION_FILE
 from drllm.reporting.commands import (
     evaluate_command,
     search_command,
@@ -19,7 +20,7 @@ from drllm.reporting.commands import (
     write_command,
 )
 from drllm.reporting.numbers import count, difference, label, verdict_on_routed
-from drllm.reporting.run import SEARCH_FILE, SUPERVISION_FILE, Run
+from drllm.reporting.run import SEARCH_FILE, Run
 from drllm.statistics.verdicts import Verdict
 from drllm.supervision.rules import MIN_SAVING
 

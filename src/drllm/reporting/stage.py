@@ -31,7 +31,9 @@ PICTURE = r"\d{2,}-[a-z0-9-]+\.png"
 
 
 def report(
-    *runs: Path | str | Results, output: Path | str | None = None, listener: Listener = Listener()
+    *runs: Path | str | Results,
+    output_dir: Path | str | None = None,
+    listener: Listener = Listener(),
 ) -> tuple[Path, Path]:
     """Write `report.html`, and `report.md` with its figures, about one or more run folders.
 
@@ -42,9 +44,9 @@ def report(
         runs: Folders that `drllm run` or `drllm evaluate` has written, or results of
             `drllm.evaluate`, which stand for the folder that they were written to. A folder `eval`
             is a part of the run folder around it. Several runs are compared.
-        output: A folder, or the `.html` file to write. The Markdown and the folder of its figures
-            get the same name: `report.html`, `report.md`, `report_figures/`. None writes into the
-            run folder; several runs need an output.
+        output_dir: The folder for `report.html`, `report.md` and `report_figures/`. It may also be
+            an `.html` file, which gives all three its name. None writes into the run folder;
+            several runs need a folder.
         listener: Receives progress.
 
     Returns:
@@ -53,12 +55,12 @@ def report(
     Raises:
         RecordError: A folder has nothing to report, a file can't be trusted, or the output can't
             be written.
-        ConfigError: There is no run folder, there are several run folders and no output, the output
-            is another kind of file, or matplotlib is missing.
+        ConfigError: There is no run folder, there are several run folders and no `output_dir`,
+            `output_dir` is another kind of file, or matplotlib is missing.
     """
     need("report", "a report")
     folders = [_find_folder(run) for run in runs]
-    page = _choose_page(folders, output)
+    page = _choose_page(folders, output_dir)
     with listener.busy("drawing the report"):
         files = _render_files(build_document([read_run(folder) for folder in folders]), page)
     for path, content in files.items():
@@ -98,18 +100,18 @@ def _find_folder(run: Path | str | Results) -> Path:
     return run.folder.parent if run.folder.name == "eval" else run.folder
 
 
-def _choose_page(folders: Sequence[Path], output: Path | str | None) -> Path:
-    """Return the page to write, from the output that the user named; see `report`."""
+def _choose_page(folders: Sequence[Path], output_dir: Path | str | None) -> Path:
+    """Return the page to write; see `report`."""
     if not folders:
         raise ConfigError("no run folder is given; give one that 'drllm run' has written")
-    if output is None:
+    if output_dir is None:
         if len(folders) > 1:
             raise ConfigError(
                 f"{len(folders)} run folders are given and no --output; "
                 f"give a folder or an .html file for their common report"
             )
         return folders[0] / "report.html"
-    place = Path(output)
+    place = Path(output_dir)
     if place.is_dir() or not place.suffix:
         if place.is_file():
             raise RecordError(f"{place} is a file; give a folder or a file that ends in .html")

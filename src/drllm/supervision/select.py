@@ -1,8 +1,9 @@
 """Pick targets for all questions: leave out duplicates, apply the rule, then enforce quotas.
 
-`supervise` is the whole stage: from search records to `supervision.jsonl` with its manifest. A
-question may be in several search records, for example in those of two tasks. Only its first record
-counts, and the others are duplicates.
+`supervise` is the whole stage: from search records to `supervision.jsonl` with its manifest.
+`supervise_to_file` is the same with a file of any name. A question may be in several search
+records, for example in those of two tasks. Only its first record counts, and the others are
+duplicates.
 """
 
 import itertools
@@ -19,7 +20,12 @@ from drllm.records.identity import differ
 from drllm.records.manifest import new_manifest, write_or_remove, write_records
 from drllm.records.search import SearchRecord, SearchRecords, TriedPath, read_search
 from drllm.records.splits import question_key
-from drllm.records.supervision import RejectedQuestion, SupervisionRecord, rejected_path
+from drllm.records.supervision import (
+    SUPERVISION_FILE,
+    RejectedQuestion,
+    SupervisionRecord,
+    rejected_path,
+)
 from drllm.supervision import rules
 from drllm.supervision.rules import Candidates
 from drllm.supervision.summary import summarise
@@ -47,21 +53,20 @@ class Supervision(tuple[SupervisionRecord, ...]):
 def supervise(
     searches: SearchSource | Sequence[SearchRecord | SearchSource],
     config: SuperviseConfig | None = None,
-    output: Path | str | None = None,
+    output_dir: Path | str | None = None,
     **settings: Any,
 ) -> Supervision:
-    """Pick the targets of searched questions, and write them with their manifest.
+    """Pick the targets of searched questions, and write them to `supervision.jsonl`.
 
-    Questions without a target are written with their reasons to a second file beside the output.
-    It is `supervision.rejected.jsonl` if the output is `supervision.jsonl`. If every question has a
-    target, this file is removed.
+    A manifest is written beside it. Questions without a target are written with their reasons to
+    `supervision.rejected.jsonl`. If every question has a target, this file is removed.
 
     Args:
         searches: Results of `search_paths`, or `search.jsonl` files, all of the same base model.
             They may be the shards of one search. Their order is kept. A question in several
             searches counts once.
         config: The rule and the quotas.
-        output: The `supervision.jsonl` to write or to replace; None writes nothing.
+        output_dir: The folder for the files, which are replaced if they exist; None writes nothing.
         settings: Settings of `SuperviseConfig` by name; they replace the settings in `config`.
 
     Raises:
@@ -71,9 +76,21 @@ def supervise(
             question has a target. Nothing is written in these cases.
     """
     config = replace_settings(SuperviseConfig, config, settings)
-    output = None if output is None else Path(output)
+    file = None if output_dir is None else Path(output_dir) / SUPERVISION_FILE
+    return supervise_to_file(searches, config, file)
+
+
+def supervise_to_file(
+    searches: SearchSource | Sequence[SearchRecord | SearchSource],
+    config: SuperviseConfig,
+    file: Path | None,
+) -> Supervision:
+    """Do the same as `supervise`, but write the targets to a file of any name.
+
+    Questions without a target go to NAME.rejected.jsonl beside the file NAME.jsonl.
+    """
     sources = _list_sources(searches)
-    _check_files(sources, output)
+    _check_files(sources, file)
     read_quotas(config.quotas)  # wrong quotas are refused before large files are read
     all_records: list[SearchRecords] = []
     for source in sources:
@@ -87,8 +104,8 @@ def supervise(
     supervision = pick_targets(records, config)
     if not supervision:
         raise RecordError(_describe_no_targets(supervision.summary))
-    if output is not None:
-        write_supervision(supervision, all_records, output, config)
+    if file is not None:
+        write_supervision(supervision, all_records, file, config)
     return supervision
 
 

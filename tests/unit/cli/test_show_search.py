@@ -16,7 +16,7 @@ from drllm.records.codec import write_atomically
 from drllm.records.manifest import new_manifest, to_lines, write_records
 from drllm.records.search import FailedQuestion, Retest, SearchRecord
 from drllm.search import CHUNKS_FOLDER
-from drllm.supervision.select import pick_targets, supervise
+from drllm.supervision.select import pick_targets, supervise, supervise_to_file
 from search_records import make_path, make_record
 
 SHORTEST = SuperviseConfig(target="shortest")
@@ -210,7 +210,7 @@ def test_show_draws_a_question_of_a_file_or_folder(tmp_path: Path, drllm, folder
 def test_a_questions_target_follows_the_rule_of_the_supervision_next_to_it(tmp_path: Path, line_of):
     file = search_file(tmp_path)
     config = SuperviseConfig(target="least_kl", min_saving=0.5)
-    supervise([file], config, tmp_path / "supervision.jsonl")
+    supervise([file], config, tmp_path)
     assert main(["show", str(file), "--question", "q1"]) == 0
     assert line_of("target") == "#2, 2.0 executions (rule least_kl)"
 
@@ -271,7 +271,7 @@ def test_questions_without_a_target_are_counted_by_task_and_reason(tmp_path: Pat
         for n, task in enumerate(("fa[ct]s", "fa[ct]s", "other"))
     ]
     file = search_file(tmp_path, [*FOUND, *hopeless])
-    supervise(
+    supervise_to_file(
         [file],
         SuperviseConfig(target="shortest", quotas="other=1,facts=1"),
         tmp_path / "mine.jsonl",

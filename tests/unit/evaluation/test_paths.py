@@ -156,7 +156,7 @@ def test_without_routers_base_is_compared_with_the_paths(evaluated):
 def test_a_report_and_the_terminal_show_a_result_without_routers(evaluated, drllm, tmp_path):
     result, folder = evaluated
     best = result.best_path.name
-    report(folder, output=tmp_path)
+    report(folder, output_dir=tmp_path)
     page = (tmp_path / "report.md").read_text()
     assert page.startswith("# Static paths of tiny on builtin_facts")
     assert f"path {best} (the most accurate of 2" in page

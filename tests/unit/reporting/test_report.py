@@ -224,7 +224,7 @@ def quick(folder):
     [(None, "report.html"), ("new/place", "new/place/report.html"), ("one.html", "one.html")],
 )
 def test_the_report_lies_where_it_is_wanted(quick, tmp_path, output, page):
-    html, md = report(quick, output=output and tmp_path / output)
+    html, md = report(quick, output_dir=output and tmp_path / output)
     assert html == (tmp_path if output else quick) / page
     assert md == html.with_suffix(".md")
     assert html.is_file()
@@ -248,7 +248,7 @@ def test_what_cannot_be_reported_or_written_to_is_refused_and_nothing_is_written
     (tmp_path / "taken").write_text("mine", encoding="utf-8")
     before = set(tmp_path.rglob("*"))
     with pytest.raises(error, match=message):
-        report(*[tmp_path / name for name in runs], output=output and tmp_path / output)
+        report(*[tmp_path / name for name in runs], output_dir=output and tmp_path / output)
     assert set(tmp_path.rglob("*")) == before
     assert (tmp_path / "taken").read_text(encoding="utf-8") == "mine"
 
@@ -258,7 +258,7 @@ def test_figures_lie_beside_the_markdown_and_replace_those_of_an_earlier_report(
     figures.mkdir()
     for name in ("03-old-curve.png", "mine.png"):
         (figures / name).write_bytes(b"")
-    html, md = report(quick, output=tmp_path / "one.html")
+    html, md = report(quick, output_dir=tmp_path / "one.html")
     pictures = re.findall(r"^!\[(.+)\]\((one_figures/[\w-]+\.png)\)$", md.read_text(), re.MULTILINE)
     assert len(pictures) == html.read_text(encoding="utf-8").count("<figure") == 2
     for words, picture in pictures:
