@@ -26,11 +26,10 @@ from drllm.records.results import (
     System,
 )
 from drllm.records.search import Retest, SearchRecord
-from drllm.reporting.blocks import Document, Section
+from drllm.reporting.document import Document, Section, to_markdown
 from drllm.reporting.numbers import NBSP
 from drllm.reporting.run import read_run
 from drllm.reporting.sections import build_document
-from drllm.reporting.stage import to_markdown
 from drllm.statistics.exclusion import DropTest, Limits, TaskTest, Trial
 from drllm.statistics.intervals import wilson_interval
 from drllm.statistics.paired import mcnemar_exact, paired_interval

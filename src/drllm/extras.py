@@ -7,7 +7,7 @@ from drllm.errors import ConfigError
 EXTRAS = {
     "eval": ("lm_eval", "datasets"),
     "heal": ("peft",),
-    "report": ("matplotlib",),
+    "report": ("matplotlib", "markdown_it"),
     "math": ("math_verify",),
     "demo": ("gguf",),
     "ray": ("ray",),

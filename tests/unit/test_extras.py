@@ -27,7 +27,8 @@ DECLARED = {
 
 
 def distributions(modules: set[str]) -> set[str]:
-    return {canonicalize_name({"yaml": "pyyaml"}.get(module, module)) for module in modules}
+    names = {"yaml": "pyyaml", "markdown_it": "markdown-it-py"}
+    return {canonicalize_name(names.get(module, module)) for module in modules}
 
 
 def imported() -> set[str]:

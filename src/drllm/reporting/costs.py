@@ -5,7 +5,8 @@ from statistics import median
 
 from drllm.cost import share_saved
 from drllm.records.results import BASE, DECODE, PREFILL, ROUTED, Evaluation, Latency, System
-from drllm.reporting.blocks import Block, Section, Table
+from drllm.reporting.document import Section
+from drllm.reporting.markdown import Markdown, write_paragraph, write_table
 from drllm.reporting.numbers import NONE, count, milliseconds, percent, plain
 
 PHASES = {PREFILL: "reading", DECODE: "decoding"}
@@ -24,9 +25,10 @@ COST_CAPTION = (
 
 def costs_section(evaluations: Sequence[Evaluation], latency: Latency | None) -> Section:
     """Build the section on the costs of all tasks' systems."""
-    blocks: list[Block] = []
+    blocks: list[Markdown] = []
     if latency is None:
-        blocks.append("No time was measured; drllm evaluate --latency times a routed model.")
+        sentence = "No time was measured; drllm evaluate --latency times a routed model."
+        blocks.append(write_paragraph(sentence))
     else:
         blocks.append(_time_table(latency))
     rows: list[list[str]] = []
@@ -35,11 +37,11 @@ def costs_section(evaluations: Sequence[Evaluation], latency: Latency | None) ->
         for system in evaluation.systems:
             name = f"{evaluation.task}: {system.name}" if has_several_tasks else system.name
             rows.append([name, *_cost_cells(system, evaluation.num_layers)])
-    blocks.append(Table.from_rows(COST_CAPTION, COST_HEADER, rows, bold=ROUTED))
+    blocks.append(write_table(COST_CAPTION, COST_HEADER, rows, bold=ROUTED))
     return Section("Cost", blocks, folded=True)
 
 
-def _time_table(latency: Latency) -> Table:
+def _time_table(latency: Latency) -> Markdown:
     """Build the table of measured times: a row for each phase and batch size."""
     runtime = latency.runtime
     timings = latency.measured
@@ -68,7 +70,7 @@ def _time_table(latency: Latency) -> Table:
             plain(routed.executions, 2),
         ]
         rows.append(row)
-    return Table.from_rows(caption, TIME_HEADER, rows, "verdict")
+    return write_table(caption, TIME_HEADER, rows, "verdict")
 
 
 def _cost_cells(system: System, num_layers: int) -> list[str]:

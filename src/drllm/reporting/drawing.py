@@ -69,7 +69,8 @@ def _remove_foreign_parts(text: str) -> str:
     text = re.sub(foreign, "", text, flags=re.DOTALL)
     text = re.sub(r'<g id="[^"]*"', "<g", text).replace("xlink:href=", "href=")
     text = re.sub(r'<svg [^>]*(viewBox="[^"]*")[^>]*', r"<svg \1", text, count=1)
-    text = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", text)
+    text = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", text)  # an older matplotlib
+    text = re.sub(r"font-family: [^;\"]*;? ?", "", text)
     for variable, colour in VARIABLES.items():
         text = text.replace(colour, f"var(--{variable})")
     return re.sub(r">\s+<", "><", text).strip()

@@ -12,8 +12,9 @@ from drllm.cost import share_saved
 from drllm.paths import Decision, Decisions, num_executions
 from drllm.records import results
 from drllm.reporting import figures
-from drllm.reporting.blocks import Block, Figure, Listing, Section, Table, Tile, Tiles
 from drllm.reporting.costs import PHASES
+from drllm.reporting.document import Figure, Section
+from drllm.reporting.markdown import Markdown, Tile, write_list, write_paragraph, write_table
 from drllm.reporting.numbers import NONE, count, percent, plain
 from drllm.reporting.run import Run
 from drllm.reporting.tables import (
@@ -35,11 +36,11 @@ They are the first in the file, so that nobody chooses them.
 """
 
 
-def build_tiles(evaluation: results.Evaluation, latency: results.Latency | None) -> Tiles:
+def build_tiles(evaluation: results.Evaluation, latency: results.Latency | None) -> list[Tile]:
     """Build the key figures: layers saved, differences from base, most accurate system, time."""
     compared = evaluation.compared_system
     if compared is None or compared.against_base is None:
-        return Tiles([build_time_tile(latency)])
+        return [build_time_tile(latency)]
     name = evaluation.name_in_sentence(compared)
     score = evaluation.score if evaluation.is_graded else "Accuracy"
     title = f"{score}, {name} minus base"
@@ -57,7 +58,7 @@ def build_tiles(evaluation: results.Evaluation, latency: results.Latency | None)
     if best is not None and best is not compared:
         tiles.append(_build_most_accurate_tile(evaluation, best))
     tiles.append(build_time_tile(latency))
-    return Tiles(tiles)
+    return tiles
 
 
 def find_most_accurate(evaluation: results.Evaluation) -> results.System | None:
@@ -113,28 +114,28 @@ def build_sections(run: Run, evaluation: results.Result) -> list[Section]:
     return parts
 
 
-def _build_systems_blocks(evaluation: results.Evaluation) -> list[Block]:
+def _build_systems_blocks(evaluation: results.Evaluation) -> list[Markdown]:
     """Build the table of systems, and a list of all findings that aren't elsewhere in the report.
 
     The main findings are at the top, and the sentence on the limits has its own section.
     """
-    blocks: list[Block] = [results_table(evaluation)]
+    blocks = [results_table(evaluation)]
     drop_test = evaluation.drop_test
     drop_sentence = drop_test.sentence() if drop_test else None
     num_main = len(evaluation.verdict)
     lines = [finding for finding in evaluation.findings[num_main:] if finding != drop_sentence]
     lines += evaluation.notes
     if lines:
-        blocks.append(Listing(lines))
+        blocks.append(write_list(lines))
     return blocks
 
 
-def _build_drop_test_blocks(drop_test: DropTest) -> list[Block]:
+def _build_drop_test_blocks(drop_test: DropTest) -> list[Markdown]:
     """Build a sentence on whether a loss is excluded, and a list of all trials."""
     lines = [f"{trial.name}: {trial.reason() or 'passes'}." for trial in drop_test.trials]
     if drop_test.untested:
         lines.append(f"Not tested after a failure: {', '.join(drop_test.untested)}.")
-    return [drop_test.sentence(), Listing(lines)]
+    return [write_paragraph(drop_test.sentence()), write_list(lines)]
 
 
 def _build_accuracy_figure(evaluation: results.Evaluation) -> Figure:
@@ -232,7 +233,7 @@ def _grade_change(sample: results.Sample) -> float:
 
 def _build_won_and_lost_blocks(
     evaluation: results.Result, samples: Sequence[results.Sample]
-) -> list[Block]:
+) -> list[Markdown]:
     """Say how many questions change with routing, and list the first of them in a table."""
     won = [sample for sample in samples if _grade_change(sample) > 0]
     lost = [sample for sample in samples if _grade_change(sample) < 0]
@@ -242,7 +243,7 @@ def _build_won_and_lost_blocks(
     else:
         right = sum(sample.systems[results.BASE].correct >= 1 for sample in same)
         unchanged = f"{count(right)} stay right, {count(len(same) - right)} stay wrong"
-    summary = (
+    summary = write_paragraph(
         f"Of {count(len(samples))} questions {count(len(won))} are won (better with routing) and "
         f"{count(len(lost))} lost; {unchanged}."
     )
@@ -256,7 +257,7 @@ def _build_won_and_lost_blocks(
     words = "with routing|right answer|base|routed"
     header = f"question|{words}"
     rows = [_build_changed_row(sample) for sample in first_samples]
-    return [summary, Table.from_rows(caption, header, rows, words)]
+    return [summary, write_table(caption, header, rows, words)]
 
 
 def _build_changed_row(sample: results.Sample) -> list[str]:

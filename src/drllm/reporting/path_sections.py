@@ -7,7 +7,8 @@ from statistics import fmean
 from drllm.records.healed import HealedPath
 from drllm.records.static_paths import FIT, SELECT, TEST, NamedPath, PathScore, StaticPaths
 from drllm.reporting import figures
-from drllm.reporting.blocks import Block, Figure, Listing, Section, Table
+from drllm.reporting.document import Block, Figure, Section
+from drllm.reporting.markdown import Markdown, write_list, write_paragraph, write_table
 from drllm.reporting.numbers import NONE, count, difference, excluded, percent, plain, signed
 from drllm.statistics.verdicts import uncapitalize
 from drllm.work.listener import duration
@@ -106,11 +107,11 @@ def paths_section(record: StaticPaths, *, folded: bool) -> Section:
     blocks += [_path_table(record, task) for task in record.tasks]
     sentences = [*advice(record), *record.notes]
     if sentences:
-        blocks.append(Listing(sentences))
+        blocks.append(write_list(sentences))
     return Section("Static paths", blocks, folded=folded)
 
 
-def _path_table(record: StaticPaths, task: str) -> Table:
+def _path_table(record: StaticPaths, task: str) -> Markdown:
     """Build the table of `path_rows`, with a column that says what each path does."""
     rows = []
     for path, row in zip(record.paths, path_rows(record, task), strict=True):
@@ -123,7 +124,7 @@ def _path_table(record: StaticPaths, task: str) -> Table:
         f"corrected for their number."
     )
     header = COLUMNS.replace("layers|", "layers|what it does|")
-    return Table.from_rows(caption, header, rows, "what it does")
+    return write_table(caption, header, rows, "what it does")
 
 
 def _change_figures(record: StaticPaths) -> list[Block]:
@@ -179,6 +180,8 @@ def healed_section(record: HealedPath, *, folded: bool) -> Section:
         caption="KL from the full path; on training texts it is a running mean. The adapter of the "
         "lowest point on held-out texts is kept.",
     )
-    table = Table.from_rows(LOSS_CAPTION, LOSS_COLUMNS, list(loss_rows(record)))
-    blocks: list[Block] = [sentence] if folded else []
-    return Section("Healed path", [*blocks, curve, table], folded=folded)
+    table = write_table(LOSS_CAPTION, LOSS_COLUMNS, list(loss_rows(record)))
+    blocks: list[Block] = [curve, table]
+    if folded:
+        blocks.insert(0, write_paragraph(sentence))
+    return Section("Healed path", blocks, folded=folded)

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from drllm.records.results import EVALUATION_SCHEMA
-from drllm.reporting.blocks import Block, Code, Section, Table
 from drllm.reporting.commands import RUNTIME, evaluate_command, find_runtime
+from drllm.reporting.document import Section
+from drllm.reporting.markdown import Markdown, write_code, write_paragraph, write_table
 from drllm.reporting.numbers import NONE
 from drllm.reporting.run import ReportSource, Run
 
@@ -14,30 +15,31 @@ HEADER = "file|made|drllm|seed|ran on|SHA-256|made from"
 
 def provenance_section(run: Run) -> Section:
     """Build the section on the files behind a report, and on how to repeat the evaluation."""
-    blocks: list[Block] = []
+    blocks: list[Markdown] = []
     if run.model:
         identity = [f"{key} {value}" for key, value in run.model.items() if value is not None]
-        blocks.append(f"Base model: {', '.join(identity)}.")
+        blocks.append(write_paragraph(f"Base model: {', '.join(identity)}."))
     blocks.append(_source_table(run))
     libraries = _list_libraries(run)
     if libraries:
-        blocks.append(f"Libraries: {', '.join(libraries)}.")
+        blocks.append(write_paragraph(f"Libraries: {', '.join(libraries)}."))
     commands = _list_commands(run)
     if commands:
-        blocks.append(Code("Command that repeats the evaluation", "\n".join(commands)))
+        blocks.append(write_code("Command that repeats the evaluation", "\n".join(commands)))
     for evaluation in run.evaluations:
         if evaluation.not_asked:
             rows = [f"{row} ({reason})" for row, reason in evaluation.not_asked.items()]
-            blocks.append(f"Rows of {evaluation.task} that weren't asked: {'; '.join(rows)}.")
+            sentence = f"Rows of {evaluation.task} that weren't asked: {'; '.join(rows)}."
+            blocks.append(write_paragraph(sentence))
     if run.recipe:
-        blocks.append(Code("Recipe (run.yaml)", run.recipe))
+        blocks.append(write_code("Recipe (run.yaml)", run.recipe))
     return Section("Provenance", blocks, folded=True)
 
 
-def _source_table(run: Run) -> Table:
+def _source_table(run: Run) -> Markdown:
     caption = "Files that this report was made from; their manifests hold every setting."
     rows = [_source_row(source) for source in run.sources]
-    return Table.from_rows(caption, HEADER, rows, "made|ran on|SHA-256|made from")
+    return write_table(caption, HEADER, rows, "made|ran on|SHA-256|made from")
 
 
 def _source_row(source: ReportSource) -> list[str]:

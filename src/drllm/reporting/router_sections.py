@@ -17,7 +17,8 @@ from drllm.records.layers import Layers
 from drllm.records.search import SearchRecord
 from drllm.records.supervision import SupervisionRecord
 from drllm.reporting import figures
-from drllm.reporting.blocks import Block, Figure, Section, Table
+from drllm.reporting.document import Figure, Section
+from drllm.reporting.markdown import Markdown, write_paragraph, write_table
 from drllm.reporting.numbers import NONE, count, count_with_share, plain, signed
 from drllm.reporting.run import Run
 from drllm.supervision.summary import class_counts, edit_effects, summarise
@@ -45,17 +46,18 @@ def search_section(run: Run) -> Section:
     # A user's own supervision file has no summary. The counts of the search have all its numbers,
     # except those of rejected questions.
     summary = run.summary or counts
-    blocks: list[Block] = []
+    blocks: list[Markdown] = []
     if run.search:
-        blocks.append(_describe_search(run.search, counts))
-        blocks += _describe_edits(run.search)
+        blocks.append(write_paragraph(_describe_search(run.search, counts)))
+        blocks += [write_paragraph(sentence) for sentence in _describe_edits(run.search)]
     if summary.get("questions"):
         blocks.append(_path_table(summary))
     for reason, number in (summary.get("rejected") or {}).items():
         if run.summary and number:
-            blocks.append(f"{count(number)} have no target: {reason}.")
+            blocks.append(write_paragraph(f"{count(number)} have no target: {reason}."))
     if run.supervision:
-        blocks.append(_describe_targets(run.supervision, summary, run.num_layers))
+        targets = _describe_targets(run.supervision, summary, run.num_layers)
+        blocks.append(write_paragraph(targets))
     return Section("Search and targets", blocks, folded=True)
 
 
@@ -86,7 +88,7 @@ def _describe_edits(records: Sequence[SearchRecord]) -> list[str]:
     return sentences
 
 
-def _path_table(summary: Mapping[str, Any]) -> Table:
+def _path_table(summary: Mapping[str, Any]) -> Markdown:
     total = summary["questions"]
     rows: list[list[str]] = []
     for kind, description in PATH_KINDS.items():
@@ -97,7 +99,7 @@ def _path_table(summary: Mapping[str, Any]) -> Table:
             row.append(cell)
         rows.append(row)
     caption = f"Of {count(total)} questions, how many have such a path."
-    return Table.from_rows(caption, "path|before the re-test|after", rows)
+    return write_table(caption, "path|before the re-test|after", rows)
 
 
 def _describe_targets(
@@ -125,16 +127,18 @@ def _describe_targets(
 
 def router_section(run: Run) -> Section:
     """Build the section that compares the routers with decisions that ignore the question."""
-    blocks: list[Block] = []
+    blocks: list[Markdown] = []
     baselines: dict[str, Mapping[str, float | None]] = {}
     if run.layers:
         systems = run.layers.parts[run.layers.main_part]
         scores = {name: compute_metrics(counts) for name, counts in systems.items()}
         baselines = {name: values for name, values in scores.items() if name != ROUTERS}
-        blocks.append(f"{judge_routers(run.layers.parts)} {compare_by_layer(systems)}")
+        verdict = f"{judge_routers(run.layers.parts)} {compare_by_layer(systems)}"
+        blocks.append(write_paragraph(verdict))
         blocks.append(_metric_table(run.layers, scores))
     if all(epoch.split != VALIDATION for epoch in run.epochs):
-        blocks.append("No targets were held out, so there are no validation metrics.")
+        sentence = "No targets were held out, so there are no validation metrics."
+        blocks.append(write_paragraph(sentence))
     curves = _metric_curves(run, baselines)
     return Section("Router metrics", [curves, *blocks], folded=True)
 
@@ -155,7 +159,7 @@ def _metric_curves(run: Run, baselines: Mapping[str, Mapping[str, float | None]]
     )
 
 
-def _metric_table(layers: Layers, scores: Mapping[str, Mapping[str, float | None]]) -> Table:
+def _metric_table(layers: Layers, scores: Mapping[str, Mapping[str, float | None]]) -> Markdown:
     """Build the table of metrics: a row for each metric, a column for routers and each baseline."""
     rows: list[list[str]] = []
     for metric, title in METRICS.items():
@@ -167,4 +171,4 @@ def _metric_table(layers: Layers, scores: Mapping[str, Mapping[str, float | None
         f"On {layers.describe_part(layers.main_part)}, after epoch {layers.epoch}: routers, and "
         f"decisions that ignore the question."
     )
-    return Table.from_rows(caption, "|".join(["metric", *systems]), rows)
+    return write_table(caption, "|".join(["metric", *systems]), rows)

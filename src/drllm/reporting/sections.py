@@ -3,8 +3,16 @@
 from collections.abc import Sequence
 
 from drllm.records.results import Evaluation
-from drllm.reporting import blocks, evaluation_sections, path_sections
+from drllm.reporting import evaluation_sections, path_sections
 from drllm.reporting.costs import costs_section
+from drllm.reporting.document import Document, Section, lower_sections
+from drllm.reporting.markdown import (
+    Markdown,
+    write_paragraph,
+    write_steps,
+    write_tiles,
+    write_verdicts,
+)
 from drllm.reporting.next_steps import suggest_steps
 from drllm.reporting.numbers import count
 from drllm.reporting.provenance import provenance_section
@@ -20,11 +28,11 @@ HEALED = (
 BASE_IS = "Base is the same model with every layer executed once."
 
 
-def build_document(runs: Sequence[Run]) -> blocks.Document:
+def build_document(runs: Sequence[Run]) -> Document:
     """Build the report of one run, or of several runs: a comparison, then the parts of each run."""
     if len(runs) == 1:
         [run] = runs
-        return blocks.Document(
+        return Document(
             title=_write_title(run),
             about=_write_about(run),
             first=_build_first_blocks(run),
@@ -42,10 +50,10 @@ def build_document(runs: Sequence[Run]) -> blocks.Document:
     )
     sections = [compared]
     for name, run in zip(names, runs, strict=True):
-        first = [f"{_write_title(run)}. {_write_about(run)}", *_build_first_blocks(run)]
-        sections.append(blocks.Section(f"Run {name}", first))
-        sections += blocks.lower_sections(_build_sections(run))
-    return blocks.Document(f"Layer routing: {len(runs)} runs", "", [], sections)
+        about = write_paragraph(f"{_write_title(run)}. {_write_about(run)}")
+        sections.append(Section(f"Run {name}", [about, *_build_first_blocks(run)]))
+        sections += lower_sections(_build_sections(run))
+    return Document(f"Layer routing: {len(runs)} runs", "", [], sections)
 
 
 def _write_title(run: Run) -> str:
@@ -104,14 +112,15 @@ def _describe_questions(evaluation: Evaluation) -> str:
     return text
 
 
-def _build_first_blocks(run: Run) -> list[blocks.Block]:
+def _build_first_blocks(run: Run) -> list[Markdown]:
     """Build the blocks at the top: introduction, verdicts, notes and tiles."""
-    verdicts = blocks.Verdicts(_list_verdicts(run))
-    first: list[blocks.Block] = [_write_introduction(run), verdicts, *run.notes]
+    first = [write_paragraph(_write_introduction(run))]
+    first.append(write_verdicts(_list_verdicts(run)))
+    first += [write_paragraph(note) for note in run.notes]
     if len(run.evaluations) == 1:
-        first.append(evaluation_sections.build_tiles(run.evaluations[0], run.latency))
+        first.append(write_tiles(evaluation_sections.build_tiles(run.evaluations[0], run.latency)))
     elif run.evaluations:
-        first.append(blocks.Tiles([evaluation_sections.build_time_tile(run.latency)]))
+        first.append(write_tiles([evaluation_sections.build_time_tile(run.latency)]))
     return first
 
 
@@ -150,10 +159,10 @@ def _list_verdicts(run: Run) -> list[tuple[str, str]]:
     return [("", line) for line in lines]
 
 
-def _build_sections(run: Run) -> list[blocks.Section]:
+def _build_sections(run: Run) -> list[Section]:
     """Build all sections; those with details are folded and come last."""
-    shown: list[blocks.Section] = []
-    folded: list[blocks.Section] = []
+    shown: list[Section] = []
+    folded: list[Section] = []
     if len(run.evaluations) == 1:
         shown += evaluation_sections.build_sections(run, run.evaluations[0])
         folded += evaluation_sections.build_details(run.evaluations[0])
@@ -165,7 +174,7 @@ def _build_sections(run: Run) -> list[blocks.Section]:
     return [*shown, *folded, *build_stage_sections(run), provenance_section(run)]
 
 
-def _build_sections_by_task(run: Run) -> list[blocks.Section]:
+def _build_sections_by_task(run: Run) -> list[Section]:
     """Build the comparison of the tasks, then the sections of each task."""
     named = [(evaluation.task, evaluation) for evaluation in run.evaluations]
     caption = "Verdicts on accuracy are corrected for several tasks (Holm)."
@@ -175,28 +184,25 @@ def _build_sections_by_task(run: Run) -> list[blocks.Section]:
             *evaluation_sections.build_sections(run, evaluation),
             *evaluation_sections.build_details(evaluation),
         ]
-        sections.append(blocks.Section(evaluation.task, []))
-        sections += blocks.lower_sections(parts)
+        sections.append(Section(evaluation.task, []))
+        sections += lower_sections(parts)
     return sections
 
 
-def _build_next_section(run: Run) -> blocks.Section:
-    steps = suggest_steps(run)
-    texts = [text for text, _ in steps]
-    commands = [command for _, command in steps]
-    content: list[blocks.Block] = [blocks.Listing(texts, commands)]
+def _build_next_section(run: Run) -> Section:
+    blocks = [write_steps(suggest_steps(run))]
     if run.absent:
-        content.append(f"Not in this folder: {'; '.join(run.absent)}.")
-    return blocks.Section("What to do next", content)
+        blocks.append(write_paragraph(f"Not in this folder: {'; '.join(run.absent)}."))
+    return Section("What to do next", blocks)
 
 
-def build_stage_sections(run: Run) -> list[blocks.Section]:
+def build_stage_sections(run: Run) -> list[Section]:
     """Build the sections on the stages before the evaluation: paths, search and routers.
 
     Stages without files in the run folder are left out.
     """
     folded = bool(run.evaluations)
-    sections: list[blocks.Section] = []
+    sections: list[Section] = []
     if run.paths:
         sections.append(path_sections.paths_section(run.paths, folded=folded))
     if run.healed:

@@ -1,31 +1,23 @@
 """Writes the report of one or more run folders: an HTML page, and Markdown with pictures.
 
 The page contains its styles and drawings. Sections that are folded on the page are open in the
-Markdown. Markup, colours and layout are in `templates/`. Every text is escaped.
+Markdown. Both are made of the same Markdown, in which every text is escaped.
 """
 
-import html
 import re
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote
 
-import jinja2
-
-from drllm.errors import ConfigError, RecordError, printable
+from drllm.errors import ConfigError, RecordError
 from drllm.extras import need
 from drllm.records.codec import write_atomically
 from drllm.records.results import Results
-from drllm.reporting.blocks import Document
-from drllm.reporting.drawing import NARROW, WIDE, draw_png, draw_svg
-from drllm.reporting.numbers import NONE
+from drllm.reporting.document import Document, to_markdown
+from drllm.reporting.drawing import NARROW, WIDE, draw_png
 from drllm.reporting.run import read_run
 from drllm.reporting.sections import build_document
 from drllm.work.listener import Listener
 
-TEMPLATES = Path(__file__).parent / "templates"
 PICTURE = r"\d{2,}-[a-z0-9-]+\.png"
 """The file names of a report's pictures; other files in their folder belong to the user."""
 
@@ -56,7 +48,7 @@ def report(
         RecordError: A folder has nothing to report, a file can't be trusted, or the output can't
             be written.
         ConfigError: There is no run folder, there are several run folders and no `output_dir`,
-            `output_dir` is another kind of file, or matplotlib is missing.
+            `output_dir` is another kind of file, or a package of the extra `report` is missing.
     """
     need("report", "a report")
     folders = [_find_folder(run) for run in runs]
@@ -73,9 +65,11 @@ def report(
 
 def _render_files(document: Document, page: Path) -> dict[Path, str | bytes]:
     """Render the files of a report, in order: the pictures, the page and the Markdown."""
+    from drllm.reporting.page import to_html  # it needs the extra
+
     folder = page.with_name(f"{page.stem}_figures")
     files: dict[Path, str | bytes] = {}
-    for figure, name in document.figures().items():
+    for figure, name in document.name_figures().items():
         width = WIDE if figure.is_large else NARROW
         files[folder / f"{name}.png"] = draw_png(figure.draw, width)
     files[page] = to_html(document)
@@ -119,74 +113,3 @@ def _choose_page(folders: Sequence[Path], output_dir: Path | str | None) -> Path
     if place.suffix != ".html":
         raise ConfigError(f"--output is {place}; give a folder or a file that ends in .html")
     return place
-
-
-def to_html(document: Document) -> str:
-    """Render the whole page."""
-    names = document.figures()
-
-    def draw(figure: Any, width: float) -> str:
-        name = names[figure] if width == NARROW else f"{names[figure]}-wide"
-        return draw_svg(figure.draw, name, width).removeprefix("<svg")
-
-    return _render("report.html.j2", document, autoescape=True, drawn=draw)
-
-
-def to_markdown(document: Document, folder: str) -> str:
-    """Render the whole report as Markdown; its figures are the files `FOLDER/NAME.png`."""
-    names = document.figures()
-    text = _render(
-        "report.md.j2",
-        document,
-        autoescape=False,
-        place=lambda figure: quote(f"{folder}/{names[figure]}.png"),
-    )
-    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
-
-
-@cache  # the environment keeps compiled templates for the next report
-def _environment(autoescape: bool) -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=autoescape,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters |= {"md": escape, "line": escape_line, "fenced": write_code_block}
-    return environment
-
-
-def _render(template: str, document: Document, *, autoescape: bool, **values: Any) -> str:
-    page = (
-        _environment(autoescape)
-        .get_template(template)
-        .render(
-            document=document,
-            kind_of=lambda block: type(block).__name__,
-            narrow=NARROW,
-            wide=WIDE,
-            NONE=NONE,
-            **values,
-        )
-    )
-    return printable(page)
-
-
-def escape(text: str) -> str:
-    """Escape a text so that Markdown shows it unchanged, on one line."""
-    escaped = html.escape(" ".join(text.split()), quote=False)
-    escaped = re.sub(r"([\\`*\[\]|~])", r"\\\1", escaped)
-    return re.sub(r"(?<!\w)_|_(?!\w)", r"\_", escaped)  # inside a word, `_` has no meaning
-
-
-def escape_line(text: str) -> str:
-    """Escape a text at the start of a line, where some characters begin a heading or a list."""
-    return re.sub(r"^(\d*)([#+\-=.)])(?=\s|[#=]|$)", r"\1\\\2", escape(text))
-
-
-def write_code_block(text: str) -> str:
-    """Write a text as a block of code, between fences that are longer than any in the text."""
-    longest = max(map(len, re.findall("`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}\n{text.rstrip()}\n{fence}"

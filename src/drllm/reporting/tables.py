@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 from drllm.records.results import BASE, PERMUTED, ROUTED, Evaluation, Point, System
-from drllm.reporting.blocks import Table
+from drllm.reporting.markdown import Markdown, write_table
 from drllm.reporting.numbers import (
     NONE,
     count,
@@ -21,7 +21,7 @@ NamedSystem: TypeAlias = tuple[str, Evaluation, System | Point]
 """The name of a run or a task, its evaluation, and one system of the evaluation."""
 
 
-def results_table(evaluation: Evaluation) -> Table:
+def results_table(evaluation: Evaluation) -> Markdown:
     """Build the table of a task's systems, with the most accurate system first.
 
     Each system is compared with the routed model, or with base if there is no routed model.
@@ -35,9 +35,7 @@ def results_table(evaluation: Evaluation) -> Table:
     )
     compared = evaluation.compared_system
     bold = _display_name(evaluation, compared) if compared else ""
-    return Table.from_rows(
-        _results_caption(evaluation), header, rows, "verdict|verdict by loss", bold
-    )
+    return write_table(_results_caption(evaluation), header, rows, "verdict|verdict by loss", bold)
 
 
 def _results_caption(evaluation: Evaluation) -> str:
@@ -110,7 +108,7 @@ def _split_verdicts(differences: Differences | None) -> tuple[Verdict | None, Ve
     return differences.accuracy, differences.text_loss
 
 
-def systems_table(evaluation: Evaluation) -> Table:
+def systems_table(evaluation: Evaluation) -> Markdown:
     """Build the table of what each system does, and where it comes from."""
     reads = {None: NONE, True: "yes", False: "no"}
     rows = [
@@ -127,10 +125,10 @@ def systems_table(evaluation: Evaluation) -> Table:
     words = "what it does|source|fitted on|reads the question"
     header = f"system|{words}|gold log-probability"
     caption = "What each system does, and where it comes from."
-    return Table.from_rows(caption, header, rows, words)
+    return write_table(caption, header, rows, words)
 
 
-def depths_table(evaluation: Evaluation) -> Table:
+def depths_table(evaluation: Evaluation) -> Markdown:
     """Build the table of every system at every depth."""
     rows = [_depth_row(point) for point in evaluation.curve]
     caption = (
@@ -141,7 +139,7 @@ def depths_table(evaluation: Evaluation) -> Table:
         f"system|depth|layers run|{evaluation.score}, %|minus base's, points|"
         f"loss minus base's, nats|routed minus system, points|verdict on routed"
     )
-    return Table.from_rows(caption, header, rows, "depth|verdict on routed", ROUTED)
+    return write_table(caption, header, rows, "depth|verdict on routed", ROUTED)
 
 
 def _depth_row(point: Point) -> list[str]:
@@ -159,7 +157,7 @@ def _depth_row(point: Point) -> list[str]:
     ]
 
 
-def compared_table(what: str, named: Sequence[NamedSystem], caption: str) -> Table:
+def compared_table(what: str, named: Sequence[NamedSystem], caption: str) -> Markdown:
     """Build the table of the systems of several runs or tasks, each compared with its base.
 
     Args:
@@ -174,7 +172,7 @@ def compared_table(what: str, named: Sequence[NamedSystem], caption: str) -> Tab
         f"verdict against permuted routes"
     )
     rows = [_compared_row(name, evaluation, system) for name, evaluation, system in named]
-    return Table.from_rows(caption, header, rows, words)
+    return write_table(caption, header, rows, words)
 
 
 def _compared_row(name: str, evaluation: Evaluation, system: System | Point) -> list[str]:

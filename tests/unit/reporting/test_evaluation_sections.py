@@ -42,7 +42,7 @@ def test_what_is_shown_of_a_path_beside_routers_stands_in_the_verdict_and_nowher
     finding = "One path saves layers too."
     folder.static_paths(findings=(finding,))
     first, rest = report_text(folder.path).split("\n## ", 1)
-    assert f"\n**Accuracy is as high; layers are saved.**\n\n**{finding}**\n" in first
+    assert f"\n> Accuracy is as high; layers are saved.\n>\n> {finding}\n" in first
     assert "A static path runs the same layers for every question." in first
     assert finding not in rest
     shown = drllm("show", folder.path / "eval").out
@@ -51,11 +51,11 @@ def test_what_is_shown_of_a_path_beside_routers_stands_in_the_verdict_and_nowher
 
 
 def test_tiles_hold_the_verdicts_and_what_was_measured(evaluation, run):
-    _, accuracy, loss, time = build_tiles(evaluation, run.latency).tiles
+    _, accuracy, loss, time = build_tiles(evaluation, run.latency)
     assert accuracy.label == evaluation.routed.against_base.accuracy.label
     assert loss.label == evaluation.routed.against_base.text_loss.label == "worse"
     assert time.value == "too noisy to tell"
-    assert build_tiles(evaluation, None).tiles[-1].value == "not measured"
+    assert build_tiles(evaluation, None)[-1].value == "not measured"
     places = [f"{phase} {size} (0.90)" for phase in ("reading", "decoding") for size in (1, 4, 16)]
     assert describe_times(run.latency) == (
         "Measured time, routed / base by rows of a batch, 3 rounds of 16 tokens: too noisy "
@@ -66,7 +66,7 @@ def test_tiles_hold_the_verdicts_and_what_was_measured(evaluation, run):
 def test_the_most_accurate_system_that_saves_layers_has_a_tile_of_its_own(evaluation, run):
     assert find_most_accurate(evaluation).name == "routed"
     with_paths = add_paths(evaluation, 3)
-    titles = [tile.title for tile in build_tiles(with_paths, run.latency).tiles]
+    titles = [tile.title for tile in build_tiles(with_paths, run.latency)]
     assert "Most accurate that saves layers: path skip1" in titles
     best = find_most_accurate(with_paths)
     assert best.name == "skip1"
@@ -77,7 +77,7 @@ def test_the_most_accurate_system_that_saves_layers_has_a_tile_of_its_own(evalua
 def test_routes_that_run_more_layers_save_none(evaluation, factor, title):
     routed = replace(evaluation.routed, executions=evaluation.num_layers * factor)
     systems = (evaluation.base, routed, *evaluation.systems[2:])
-    tile = build_tiles(replace(evaluation, systems=systems), None).tiles[0]
+    tile = build_tiles(replace(evaluation, systems=systems), None)[0]
     assert (tile.title, tile.value.replace("\u00a0", " ")) == (title, "10.0 %")
 
 
@@ -150,7 +150,7 @@ def test_each_task_has_its_verdict_in_front_and_its_sections_below_a_comparison(
     folder.evaluation(accuracies=(0.7, 0.3, 0.3))
     folder.evaluation(task="guessed", questions=20, accuracies=(0.3, 0.4, 0.3))
     text = report_text(folder.path)
-    assert re.findall(r"^\*\*(\w+): ", text.split("\n## ")[0], re.MULTILINE) == [
+    assert re.findall(r"^> \*\*(\w+):\*\* ", text.split("\n## ")[0], re.MULTILINE) == [
         "arc_easy",
         "guessed",
     ]

@@ -191,6 +191,13 @@ def test_the_page_is_short_whole_and_legible_and_fits_the_window(browser, page, 
     assert len(colours) == 2
 
 
+def test_a_table_that_is_too_wide_scrolls_and_the_page_does_not(browser, page):
+    browser.open(page, 720)
+    browser.value(OPEN)
+    assert any(cut.startswith("TABLE") for cut in browser.value(CUT))
+    assert browser.value("document.documentElement.scrollWidth") == 720
+
+
 def test_the_pictures_of_the_markdown_open(browser, page, tmp_path):
     pictures = sorted((page.with_name("report_figures")).glob("*.png"))
     assert len(pictures) == 4

@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 
 from drllm.errors import ConfigError, RecordError
+from drllm.reporting.document import to_markdown
+from drllm.reporting.markdown import escape
 from drllm.reporting.numbers import count_with_share, plain, signed
+from drllm.reporting.page import to_html
 from drllm.reporting.run import read_run
 from drllm.reporting.sections import build_document
-from drllm.reporting.stage import escape, list_pictures, report, to_html, to_markdown
+from drllm.reporting.stage import list_pictures, report
 from run_folder import WHOLE, report_text
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "report.md"
@@ -105,12 +108,12 @@ def test_tables_name_each_cell_for_a_narrow_window_and_no_column_repeats_itself(
     tables = re.findall(r"<table.*?</table>", html, flags=re.DOTALL)
     assert len(tables) > 5
     for table in tables:
-        _, *names = re.findall(r'<th scope="col"[^>]*>(.*?)</th>', table)
+        _, *names = re.findall(r'<th [^>]*scope="col"[^>]*>(.*?)</th>', table)
         rows = re.findall(r"<tr[^>]*>(.*?)</tr>", table.split("<tbody>")[1], flags=re.DOTALL)
         columns: list[set[str]] = [set() for _ in names]
         for row in rows:
             assert row.strip().startswith('<th scope="row"')
-            cells = re.findall(r'data-label="([^"]*)">(.*?)</td>', row, flags=re.DOTALL)
+            cells = re.findall(r'data-label="([^"]*)"[^>]*>(.*?)</td>', row, flags=re.DOTALL)
             assert [label for label, _ in cells] == names
             for texts, (_, text) in zip(columns, cells, strict=True):
                 texts.add(text)
@@ -120,7 +123,7 @@ def test_tables_name_each_cell_for_a_narrow_window_and_no_column_repeats_itself(
 def test_verdict_and_tiles_stand_first_and_details_are_folded(html, md):
     assert re.findall(r"^## (.*)$", md, re.MULTILINE) == SHOWN + FOLDED
     assert re.findall(r"<h2>(.*?)</h2>", html) == SHOWN + FOLDED
-    assert html.index('class="verdict"') < html.index('class="tiles"') < html.index("<h2>")
+    assert html.index("<blockquote>") < html.index('class="tiles"') < html.index("<h2>")
     assert re.findall(r"<details [^>]*><summary><h2>(.*?)</h2>", html) == FOLDED
 
 
