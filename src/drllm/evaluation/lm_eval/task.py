@@ -52,37 +52,14 @@ class RenderedTask:
         self, task: HarnessTask, leaves: Mapping[str, Any], lm: RoutedLM, *, chat: bool
     ) -> None:
         self.task = task
-        self._lm = lm
         # Copies, since a task of the harness stores the requests that it built last.
         self.leaves = {name: copy.copy(leaves[name]) for name in task.leaves}
-        self._build_requests(chat)
-        self.instances: list[list[Instance]] = []
-        for leaf in self.leaves.values():
-            for _, group in itertools.groupby(leaf.instances, lambda instance: instance.doc_id):
-                self.instances.append(sorted(group, key=lambda instance: instance.idx))
+        self._lm = lm
+        _build_requests(self.leaves, task.places, lm, chat=chat)
+        self.instances = _group_instances(self.leaves)
         first_instances = [instances[0] for instances in self.instances]
         self.keys: list[Key] = [(first.task_name, first.doc_id) for first in first_instances]
         self.docs = [first.doc for first in first_instances]
-
-    def _build_requests(self, chat: bool) -> None:
-        """Make the harness build the requests, without its progress bars."""
-        template = None
-        tokenizer_name = ""
-        if chat:
-            template = self._lm.apply_chat_template
-            tokenizer_name = self._lm.tokenizer_name
-        with quiet("lm_eval"), redirect_stderr(io.StringIO()):
-            for name, task in self.leaves.items():
-                task.set_fewshot_seed(seed=FEWSHOT_SEED)
-                task.build_all_requests(
-                    samples=self.task.places.get(name),
-                    rank=0,
-                    world_size=1,
-                    apply_chat_template=chat,
-                    fewshot_as_multiturn=chat,
-                    chat_template=template,
-                    tokenizer_name=tokenizer_name,
-                )
 
     @property
     def has_options(self) -> bool:
@@ -134,21 +111,26 @@ class RenderedTask:
         right answer, the text is the prompt, and the loss is over all tokens but the first.
         """
         key = self.keys[place]
-        instances = self.instances[place]
         if self.has_options:
-            request = self._lm.encode_request(instances[self.golds(place)[0]])
+            gold = self.golds(place)[0]
+            request = self._lm.encode_request(self.instances[place][gold])
             return _predict_all(key, [*request.context, *request.continuation])
-        name, doc_id = key
-        task = self.leaves[name]
-        answer = task.doc_to_target(self.docs[place])
-        if isinstance(answer, list):
-            answer = answer[0]
-        if not str(answer):  # the task has no right answers, but a function that grades
+        answer = self._find_right_answer(place)
+        if not answer:  # the task has no right answers, but a function that grades
             return _predict_all(key, self.prompt_tokens[place])
-        prompt = str(instances[0].args[0])
-        arguments = (prompt, task.config.target_delimiter + str(answer))
+        name, doc_id = key
+        delimiter = self.leaves[name].config.target_delimiter
+        arguments = (str(self.instances[place][0].args[0]), delimiter + answer)
         instance = Instance("loglikelihood", {}, arguments, 0, (name, doc_id, 1))
         return self._lm.encode_request(instance)
+
+    def _find_right_answer(self, place: int) -> str:
+        """Return the first right answer to a question whose answer is generated, or ""."""
+        name, _ = self.keys[place]
+        answer = self.leaves[name].doc_to_target(self.docs[place])
+        if isinstance(answer, list):
+            answer = answer[0]
+        return str(answer)
 
     def grade(self, answers: Sequence[Sequence[OptionScore | str]]) -> list[dict[str, float]]:
         """Let the harness grade the answers to each question.
@@ -207,6 +189,45 @@ class RenderedTask:
         if len(gold_logprobs) == 1:
             return gold_logprobs[0]
         return math.log(sum(math.exp(logprob) for logprob in gold_logprobs))
+
+
+def _build_requests(
+    leaves: Mapping[str, Any], places: Mapping[str, list[int]], lm: RoutedLM, *, chat: bool
+) -> None:
+    """Make the harness build the requests of all leaves, without its progress bars.
+
+    Args:
+        leaves: The harness' tasks, which store their requests.
+        places: Name of a leaf → the places of its questions to ask; a leaf without places asks all.
+        lm: The model that answers.
+        chat: Whether to apply the chat template.
+    """
+    template = None
+    tokenizer_name = ""
+    if chat:
+        template = lm.apply_chat_template
+        tokenizer_name = lm.tokenizer_name
+    with quiet("lm_eval"), redirect_stderr(io.StringIO()):
+        for name, leaf in leaves.items():
+            leaf.set_fewshot_seed(seed=FEWSHOT_SEED)
+            leaf.build_all_requests(
+                samples=places.get(name),
+                rank=0,
+                world_size=1,
+                apply_chat_template=chat,
+                fewshot_as_multiturn=chat,
+                chat_template=template,
+                tokenizer_name=tokenizer_name,
+            )
+
+
+def _group_instances(leaves: Mapping[str, Any]) -> list[list[Instance]]:
+    """Return the requests that the leaves have built, by question, in the order of the options."""
+    groups = []
+    for leaf in leaves.values():
+        for _, group in itertools.groupby(leaf.instances, lambda instance: instance.doc_id):
+            groups.append(sorted(group, key=lambda instance: instance.idx))
+    return groups
 
 
 def _predict_all(key: Key, tokens: Sequence[int]) -> HarnessRequest:
