@@ -139,8 +139,8 @@ def _set(hub: str, file: str, folder: str, **rows: Rows) -> PublishedSet:
     """A set in one repository (`REPOSITORY:CONFIGURATION`), with the same rows in a data folder."""
     repository, _, config = hub.partition(":")
     return PublishedSet(
-        hub={(repository, config or None, split): each for split, each in rows.items()},
-        folder={f"{folder}/{split}": each for split, each in rows.items()},
+        hub={(repository, config or None, split): values for split, values in rows.items()},
+        folder={f"{folder}/{split}": values for split, values in rows.items()},
         file=file,
     )
 
@@ -217,7 +217,7 @@ def data_folder(sets, write_rows, tmp_path):
 
 
 @pytest.fixture
-def loaded(tmp_path):
+def load_folder(tmp_path):
     """A function that loads tasks of a task folder by the harness and builds their requests."""
 
     def load(*names: str, place: str = "tasks", defaults: bool = False) -> dict[str, Any]:

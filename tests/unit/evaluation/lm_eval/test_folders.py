@@ -43,21 +43,21 @@ def make_folder(names, **settings: Any):
 
 
 @pytest.fixture
-def asked(write, loaded):
+def write_and_load(write, load_folder):
     """A function that writes one task, and returns it with the harness' tasks by leaf."""
 
-    def ask(name, place="tasks", **given: Any):
-        [task] = write(name, place=place, **given)
-        return task, loaded(task.harness_name, place=place)
+    def load_task(name, place="tasks", **settings: Any):
+        [task] = write(name, place=place, **settings)
+        return task, load_folder(task.harness_name, place=place)
 
-    return ask
+    return load_task
 
 
 def requests_of(task):
     return [instance.args for instance in task.instances]
 
 
-def searched(task):
+def list_search_requests(task):
     """Return the requests of a search's own prompts."""
     prompts = [task.prompt(example, OPTIONS_REWARD) for example in task.examples("test")]
     return [(prompt.text, text) for prompt in prompts for text in prompt.continuations]
@@ -71,35 +71,39 @@ def rows_of(name, split="test"):
 
 @pytest.mark.parametrize("num_fewshot", [0, 3])
 def test_the_requests_are_those_of_the_harness_own_task_file(
-    set_name, num_fewshot, sets, asked, rendered_by_the_harness
+    set_name, num_fewshot, sets, write_and_load, rendered_by_the_harness
 ):
     if not sets[set_name].file:
         pytest.skip("the harness has no file for it")
-    task, found = asked(set_name, num_fewshot=num_fewshot)
-    assert list(found) == list(task.leaves)
+    task, leaves = write_and_load(set_name, num_fewshot=num_fewshot)
+    assert list(leaves) == list(task.leaves)
     rows = rows_of(set_name)
-    shown = get_task(set_name).shots("test") if num_fewshot else []
+    examples = get_task(set_name).shots("test") if num_fewshot else []
     for part in PARTS if "{part}" in sets[set_name].file else ("",):
-        here = [[r for _, r in each if not part or r["subject"] == part] for each in (rows, shown)]
+        here = [
+            [r for _, r in group if not part or r["subject"] == part] for group in (rows, examples)
+        ]
         file = sets[set_name].file.format(part=part)
         theirs = rendered_by_the_harness(here[0], file, here[1], num_fewshot)
-        assert requests_of(found[f"{set_name}_{part}" if part else set_name]) == theirs
-    assert task.num_questions == sum(len(one.eval_docs) for one in found.values())
+        assert requests_of(leaves[f"{set_name}_{part}" if part else set_name]) == theirs
+    assert task.num_questions == sum(len(leaf.eval_docs) for leaf in leaves.values())
     assert task.num_fewshot == num_fewshot
 
 
 def test_gsm8k_shows_five_worked_examples_unless_told_otherwise(
-    sets, asked, rendered_by_the_harness
+    sets, write_and_load, rendered_by_the_harness
 ):
-    task, found = asked("gsm8k", split="select")
+    task, leaves = write_and_load("gsm8k", split="select")
     rows = [row for _, row in rows_of("gsm8k", "select")]
-    shown = [row for _, row in rows_of("gsm8k", "fit")]
+    examples = [row for _, row in rows_of("gsm8k", "fit")]
     assert (task.num_fewshot, task.metric, task.filter) == (5, "exact_match", "flexible-extract")
-    theirs = rendered_by_the_harness(rows, "gsm8k/gsm8k.yaml", shown, None)
-    assert requests_of(found["gsm8k"]) == theirs
+    theirs = rendered_by_the_harness(rows, "gsm8k/gsm8k.yaml", examples, None)
+    assert requests_of(leaves["gsm8k"]) == theirs
 
 
-def test_the_hub_and_a_data_folder_give_the_same_requests(set_name, data_folder, loaded, tmp_path):
+def test_the_hub_and_a_data_folder_give_the_same_requests(
+    set_name, data_folder, load_folder, tmp_path
+):
     online, hub_files = make_folder(set_name, num_fewshot=2)
     offline, own_files = make_folder(set_name, num_fewshot=2, data_dir=data_folder(set_name))
     assert online == offline
@@ -108,15 +112,15 @@ def test_the_hub_and_a_data_folder_give_the_same_requests(set_name, data_folder,
     requests = []
     for place, files in (("online", hub_files), ("offline", own_files)):
         files.write(tmp_path / place)
-        tasks = loaded(online[0].harness_name, place=place)
+        tasks = load_folder(online[0].harness_name, place=place)
         requests.append([requests_of(task) for task in tasks.values()])
     assert requests[0] == requests[1]
 
 
-def test_squads_prompt_is_the_harness_own(sets, asked):
+def test_squads_prompt_is_the_harness_own(sets, write_and_load):
     from lm_eval.tasks.squadv2.task import SQuAD2
 
-    task = asked("squad_v2", num_fewshot=0)[1]["squad_v2"]
+    task = write_and_load("squad_v2", num_fewshot=0)[1]["squad_v2"]
     rows = [row for _, row in rows_of("squad_v2")]
     contexts = [context for context, _ in requests_of(task)]
     assert contexts == [SQuAD2.doc_to_text(None, row) for row in rows]
@@ -128,10 +132,10 @@ def test_squads_prompt_is_the_harness_own(sets, asked):
 
 
 @pytest.mark.parametrize("name", ["arc_easy", "arc_challenge", "hellaswag", "piqa", "mmlu_cloze"])
-def test_what_a_search_asks_is_what_an_evaluation_asks(name, sets, asked):
-    _, found = asked(name, num_fewshot=0)
-    ours = searched(get_task(name.removesuffix("_cloze")))
-    assert sorted(ours) == sorted(args for task in found.values() for args in requests_of(task))
+def test_what_a_search_asks_is_what_an_evaluation_asks(name, sets, write_and_load):
+    _, leaves = write_and_load(name, num_fewshot=0)
+    ours = list_search_requests(get_task(name.removesuffix("_cloze")))
+    assert sorted(ours) == sorted(args for task in leaves.values() for args in requests_of(task))
 
 
 @pytest.mark.usefixtures("no_environment_report")
@@ -147,28 +151,28 @@ def test_a_run_of_the_harness_reports_the_metric_that_counts_of_every_task(
     names = [*sets, *(f"dart-{level}" for level in range(1, 6)), *OURS]
     tasks = write(",".join(names), limit=6, num_fewshot=0)
     assert [task.name for task in tasks] == names
-    found = simple_evaluate(
+    report = simple_evaluate(
         model="dummy",
         tasks=[task.harness_name for task in tasks],
         task_manager=TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False),
         bootstrap_iters=0,
         num_fewshot=2,  # without effect: it would show questions that are asked
     )
-    assert set(found["n-shot"].values()) == {0}
+    assert set(report["n-shot"].values()) == {0}
     for task in tasks:
-        results = {**found["results"], **found.get("groups", {})}
+        results = {**report["results"], **report.get("groups", {})}
         assert (task.chance == 0.0) == (task.kind == "generated")
         result = results[task.harness_name][f"{task.metric},{task.filter}"]
         assert 0 <= result <= 1
-        samples = [one for leaf in task.leaves for one in found["samples"][leaf]]
-        counted = [one for one in samples if one["filter"] == task.filter]
+        samples = [sample for leaf in task.leaves for sample in report["samples"][leaf]]
+        counted = [sample for sample in samples if sample["filter"] == task.filter]
         assert len(counted) == task.num_questions == 6
-        assert len({one["doc"]["drllm_id"] for one in counted}) == 6
-        mean = sum(one[task.metric] for one in counted) / 6
+        assert len({sample["doc"]["drllm_id"] for sample in counted}) == 6
+        mean = sum(sample[task.metric] for sample in counted) / 6
         assert result == pytest.approx(mean)
 
 
-def test_options_of_ours_are_asked_byte_for_byte_as_a_search_asks_them(asked, tmp_path):
+def test_options_of_ours_are_asked_byte_for_byte_as_a_search_asks_them(write_and_load, tmp_path):
     dates = ["2001-01-01", "1999-12-31"]
     lines = [
         {
@@ -181,11 +185,11 @@ def test_options_of_ours_are_asked_byte_for_byte_as_a_search_asks_them(asked, tm
     path = tmp_path / "my days, all.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     task = FileTask(path, (), read_rows(path))
-    written, leaves = asked(task)
+    written, leaves = write_and_load(task)
     assert (written.name, written.harness_name) == ("my days, all", "my_days_all")
-    found = leaves["my_days_all"]
-    assert requests_of(found) == searched(task)
-    golds = [found.doc_to_target(doc) for doc in found.eval_docs]
+    leaf = leaves["my_days_all"]
+    assert requests_of(leaf) == list_search_requests(task)
+    golds = [leaf.doc_to_target(doc) for doc in leaf.eval_docs]
     assert golds == [example.gold for example in task.examples("test")]
 
 
@@ -193,7 +197,9 @@ def test_options_of_ours_are_asked_byte_for_byte_as_a_search_asks_them(asked, tm
     ("name", "right", "wrong"),
     [("builtin_arithmetic", "so \\boxed{{{}}}", "\\boxed{{{}1}}"), ("dates", "{}.", "on {}")],
 )
-def test_generated_answers_of_ours_are_graded_by_our_rules(name, right, wrong, asked, tmp_path):
+def test_generated_answers_of_ours_are_graded_by_our_rules(
+    name, right, wrong, write_and_load, tmp_path
+):
     if name == "dates":
         name = str(tmp_path / "dates.jsonl")
         rows = [
@@ -201,20 +207,18 @@ def test_generated_answers_of_ours_are_graded_by_our_rules(name, right, wrong, a
             for n in range(40)
         ]
         Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    written, leaves = asked(name, num_fewshot=1)
-    [found] = leaves.values()
+    written, leaves = write_and_load(name, num_fewshot=1)
+    [leaf] = leaves.values()
     task = get_task(name)
     examples = task.examples("test")
     prompts = [task.prompt(example, task.rewards[0]) for example in examples]
-    for prompt, (context, how), doc in zip(
-        prompts, requests_of(found), found.eval_docs, strict=True
-    ):
-        before, shown, after = context.rpartition(prompt.text)
+    for prompt, (context, how), doc in zip(prompts, requests_of(leaf), leaf.eval_docs, strict=True):
+        before, question, after = context.rpartition(prompt.text)
         assert before.endswith("\n\n")
-        assert (shown, after) == (prompt.text, "")
+        assert (question, after) == (prompt.text, "")
         assert how["max_gen_toks"] == max(p.max_new_tokens for p in prompts)
-        assert found.process_results(doc, [right.format(prompt.answer)]) == {"exact_match": 1.0}
-        assert found.process_results(doc, [wrong.format(prompt.answer)]) == {"exact_match": 0.0}
+        assert leaf.process_results(doc, [right.format(prompt.answer)]) == {"exact_match": 1.0}
+        assert leaf.process_results(doc, [wrong.format(prompt.answer)]) == {"exact_match": 0.0}
     assert any("search" in note for note in written.notes)
 
 
@@ -231,10 +235,10 @@ def test_no_question_that_is_asked_is_shown(set_name, sets):
                 ids[use] |= {
                     json.loads(line)["drllm_id"] for line in files.rows[place].splitlines()
                 }
-        shown = {e.id: question_key(e.question) for e, _ in task.shots(split)}
-        assert ids["shown"] <= set(shown)
+        examples = {e.id: question_key(e.question) for e, _ in task.shots(split)}
+        assert ids["shown"] <= set(examples)
         if split == "test" or set(task.files.values()) != {"single"}:
-            assert not tested & {shown[one] for one in ids["shown"]}
+            assert not tested & {examples[example_id] for example_id in ids["shown"]}
         assert not ids["shown"] & ids["asked"]
 
 
@@ -250,13 +254,15 @@ def test_a_question_that_stands_among_the_worked_examples_is_not_asked_with_them
     assert any(note.startswith("not asked: 1 (") for note in task.notes)
 
 
-def test_a_limit_draws_the_same_questions_each_time_and_only_their_parts_are_written(sets, asked):
-    both = [asked("mmlu", place=place, limit=1, seed=3) for place in ("once", "again")]
+def test_a_limit_draws_the_same_questions_each_time_and_only_their_parts_are_written(
+    sets, write_and_load
+):
+    both = [write_and_load("mmlu", place=place, limit=1, seed=3) for place in ("once", "again")]
     tasks, ids = [], []
     for task, leaves in both:
-        [found] = leaves.values()
+        [leaf] = leaves.values()
         tasks.append(task)
-        ids.append([doc["drllm_id"] for doc in found.eval_docs])
+        ids.append([doc["drllm_id"] for doc in leaf.eval_docs])
     assert tasks[0] == tasks[1]
     assert ids[0] == ids[1]
     assert (tasks[0].num_questions, len(tasks[0].leaves)) == (1, 1)
@@ -276,43 +282,43 @@ def test_the_same_questions_give_the_same_files(sets, write, tmp_path):
         assert path.stat().st_mtime_ns == time  # what datasets has cached stays valid
 
 
-def test_other_rows_are_never_read_from_an_old_cache(data_folder, asked, write_rows):
+def test_other_rows_are_never_read_from_an_old_cache(data_folder, write_and_load, write_rows):
     data_dir = data_folder("piqa")
-    before = asked("piqa", data_dir=data_dir)[1]["piqa"]
+    before = write_and_load("piqa", data_dir=data_dir)[1]["piqa"]
     rows = [{**row, "sol1": "Wait."} for row in map(dict, before.eval_docs)]
     write_rows(
         "data/piqa/validation",
         [{k: row[k] for k in ("goal", "sol1", "sol2", "label")} for row in rows],
     )
-    after = asked("piqa", data_dir=data_dir)[1]["piqa"]
+    after = write_and_load("piqa", data_dir=data_dir)[1]["piqa"]
     assert {doc["sol1"] for doc in after.eval_docs} == {"Wait."}
     assert len(requests_of(after)) == len(requests_of(before))
 
 
-def test_what_datasets_keeps_is_kept_in_the_folder(sets, asked, tmp_path, monkeypatch):
+def test_what_datasets_keeps_is_kept_in_the_folder(sets, write_and_load, tmp_path, monkeypatch):
     import datasets
 
     elsewhere = tmp_path / "elsewhere"
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(elsewhere))
-    asked("piqa")
+    write_and_load("piqa")
     assert not elsewhere.exists()
     assert list((tmp_path / "tasks" / "cache").rglob("*.arrow"))
 
 
 @pytest.mark.thorough
 def test_the_stock_harness_with_all_of_its_own_tasks_takes_ours_of_the_same_names(
-    sets, write, loaded
+    sets, write, load_folder
 ):
     write("arc_easy,mmlu", num_fewshot=0)
-    alone = loaded("arc_easy", "mmlu")
-    beside = loaded("arc_easy", "mmlu", defaults=True)
+    alone = load_folder("arc_easy", "mmlu")
+    beside = load_folder("arc_easy", "mmlu", defaults=True)
     assert {n: requests_of(t) for n, t in beside.items()} == {
         n: requests_of(t) for n, t in alone.items()
     }
 
 
 @pytest.mark.parametrize(
-    ("names", "given", "message"),
+    ("names", "settings", "message"),
     [
         ("arc_easy", {"num_fewshot": -1}, "num_fewshot is -1; expected 0 or more"),
         ("mmlu", {"num_fewshot": 6}, r"'mmlu' \(anatomy\) has 5 worked examples .* at most 5"),
@@ -321,9 +327,9 @@ def test_the_stock_harness_with_all_of_its_own_tasks_takes_ours_of_the_same_name
         ("arc_easy", {"split": "tset"}, "'tset'.*'test'"),
     ],
 )
-def test_what_cannot_be_asked_is_refused(names, given, message, sets, write):
+def test_what_cannot_be_asked_is_refused(names, settings, message, sets, write):
     with pytest.raises((ConfigError, TaskError), match=message):
-        write(names, **given)
+        write(names, **settings)
 
 
 def test_a_task_named_twice_and_an_empty_split_are_refused(write, tmp_path):
@@ -338,7 +344,7 @@ def test_a_task_named_twice_and_an_empty_split_are_refused(write, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("place", "column", "given", "message"),
+    ("place", "column", "settings", "message"),
     [
         (
             "commonsense_qa/validation",
@@ -355,13 +361,15 @@ def test_a_task_named_twice_and_an_empty_split_are_refused(write, tmp_path):
         ),
     ],
 )
-def test_what_a_data_folder_lacks_is_named(place, column, given, message, write, write_rows, sets):
+def test_what_a_data_folder_lacks_is_named(
+    place, column, settings, message, write, write_rows, sets
+):
     name = place.split("/")[0]
     rows = [{k: v for k, v in row.items() if k != column} for row in sets[name].folder[place]]
     data_dir = write_rows(f"data/{place}", rows).parents[1]
     with pytest.raises(TaskError, match=message):
-        write(name, data_dir=data_dir, **given)
-    if given:
+        write(name, data_dir=data_dir, **settings)
+    if settings:
         assert write(name, data_dir=data_dir)
 
 
@@ -375,24 +383,24 @@ REAL = {
 
 @pytest.mark.parametrize("name", REAL)
 def test_the_real_files_are_asked_as_the_harness_asks_them(
-    name, data_dir, asked, rendered_by_the_harness
+    name, data_dir, write_and_load, rendered_by_the_harness
 ):
     place, file = REAL[name]
     with gzip.open(data_dir / f"{place}.jsonl.gz", "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
-    task, leaves = asked(name, data_dir=data_dir, limit=100)
-    found, key = leaves[name], "sentence" if name == "winogrande" else "question"
-    questions = {doc[key] for doc in found.eval_docs}
+    task, leaves = write_and_load(name, data_dir=data_dir, limit=100)
+    leaf, key = leaves[name], "sentence" if name == "winogrande" else "question"
+    questions = {doc[key] for doc in leaf.eval_docs}
     of_those = [row for row in rows if row[key] in questions]
     assert task.num_questions == 100
-    assert requests_of(found) == rendered_by_the_harness(of_those, file)
+    assert requests_of(leaf) == rendered_by_the_harness(of_those, file)
 
 
 @pytest.mark.thorough
-def test_every_real_set_can_be_evaluated(data_dir, write, loaded):
+def test_every_real_set_can_be_evaluated(data_dir, write, load_folder):
     names = "arc,commonsense_qa,commonsense_qa_cloze,hellaswag,mmlu,mmlu_cloze,squad_v2,winogrande"
     tasks = write(names, data_dir=data_dir, limit=20)
     tasks += write("gsm8k", data_dir=data_dir, limit=20, split="select")
     assert [task.num_questions for task in tasks] == [20] * 10
-    found = loaded(*(task.harness_name for task in tasks))
-    assert sum(len(task.eval_docs) for task in found.values()) == 200
+    leaves = load_folder(*(task.harness_name for task in tasks))
+    assert sum(len(task.eval_docs) for task in leaves.values()) == 200

@@ -63,8 +63,8 @@ def test_base_scores_what_the_harness_scores_and_every_system_has_every_question
     assert (result.task, result.num_questions, result.metric) == (settings["task"], 12, metric)
     assert result.num_fewshot == settings.get("num_fewshot", 0)
     assert result.base.metrics == {
-        each["metric"]: pytest.approx(expected[f"{each['metric']},none"])
-        for each in settings["metric_list"]
+        metric["metric"]: pytest.approx(expected[f"{metric['metric']},none"])
+        for metric in settings["metric_list"]
     }
     assert [system.name for system in result.systems] == ["base", "routed", "permuted routes"]
     [read] = read_results(tmp_path / "eval")
@@ -104,8 +104,8 @@ def test_a_group_is_all_of_its_tasks_or_refused_with_their_names(task_file, tmp_
         path.write_text(yaml.safe_dump({"group": "both", "task": [*names]}))
         return LmEvalTask(str(path))
 
-    asked = draw_stock_task(group("larger", "again"), None, None, 0, None)
-    assert asked.leaves == {"larger": 12, "again": 12}
+    task = draw_stock_task(group("larger", "again"), None, None, 0, None)
+    assert task.leaves == {"larger": 12, "again": 12}
     with pytest.raises(TaskError, match="name one of larger, says"):
         group("larger", "says")
 
