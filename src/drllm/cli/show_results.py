@@ -11,7 +11,7 @@ from rich.text import Text
 
 from drllm.cli.terminal import Terminal
 from drllm.records import results
-from drllm.reporting.evaluation_sections import describe_times
+from drllm.reporting.key_figures import describe_times
 from drllm.reporting.next_steps import suggest_steps
 from drllm.reporting.numbers import NONE, difference, label, plain, signed, verdict_on_routed
 from drllm.reporting.run import read_run

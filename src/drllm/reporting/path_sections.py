@@ -113,9 +113,9 @@ def paths_section(record: StaticPaths, *, folded: bool) -> Section:
 
 def _path_table(record: StaticPaths, task: str) -> Markdown:
     """Build the table of `path_rows`, with a column that says what each path does."""
-    rows = []
-    for path, row in zip(record.paths, path_rows(record, task), strict=True):
-        rows.append([*row[:2], describe_path(record, path), *row[2:]])
+    rows = list(path_rows(record, task))
+    for path, row in zip(record.paths, rows, strict=True):
+        row.insert(2, describe_path(record, path))
     caption = (
         f"{task}, objective {record.objective[task]}, in nats: the value of full, and the change "
         f"from it for other paths, with 95 % intervals. Paths were fitted on fit and chosen on "

@@ -110,7 +110,10 @@ def _describe_targets(
     layers = str(lengths[0])
     if lengths[0] < lengths[-1]:
         layers = f"{lengths[0]} to {lengths[-1]}"
-    skips, executes, repeats = (sum(numbers) for numbers in zip(*class_counts(paths), strict=True))
+    counts = class_counts(paths)
+    skips = sum(layer_counts[Decision.SKIP] for layer_counts in counts)
+    executes = sum(layer_counts[Decision.EXECUTE] for layer_counts in counts)
+    repeats = sum(layer_counts[Decision.REPEAT] for layer_counts in counts)
     labels = skips + executes + repeats
     num_improving = sum(target.improving for target in targets)
     improving = count_with_share(num_improving, len(targets))

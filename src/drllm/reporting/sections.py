@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from drllm.records.results import Evaluation
-from drllm.reporting import evaluation_sections, path_sections
+from drllm.reporting import evaluation_sections, key_figures, path_sections
 from drllm.reporting.costs import costs_section
 from drllm.reporting.document import Document, Section, lower_sections
 from drllm.reporting.markdown import (
@@ -118,9 +118,9 @@ def _build_first_blocks(run: Run) -> list[Markdown]:
     first.append(write_verdicts(_list_verdicts(run)))
     first += [write_paragraph(note) for note in run.notes]
     if len(run.evaluations) == 1:
-        first.append(write_tiles(evaluation_sections.build_tiles(run.evaluations[0], run.latency)))
+        first.append(write_tiles(key_figures.build_tiles(run.evaluations[0], run.latency)))
     elif run.evaluations:
-        first.append(write_tiles([evaluation_sections.build_time_tile(run.latency)]))
+        first.append(write_tiles([key_figures.build_time_tile(run.latency)]))
     return first
 
 

@@ -8,9 +8,9 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from msgspec.structs import replace
 
+from drllm.reporting.accuracy_figure import draw_accuracy, group_curves
 from drllm.reporting.drawing import LIGHT, NARROW, WIDE, draw_png, spread_apart
-from drllm.reporting.evaluation_sections import build_tiles, describe_times, find_most_accurate
-from drllm.reporting.figures import draw_accuracy, group_curves
+from drllm.reporting.key_figures import build_tiles, describe_times, find_most_accurate
 from run_folder import WHOLE, add_paths, report_text, table_rows
 
 

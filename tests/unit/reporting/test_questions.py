@@ -6,8 +6,9 @@ import pytest
 from msgspec.structs import replace
 
 from drllm.records.results import Sample, SampleOutcome
+from drllm.reporting.changed_questions import ROWS
 from drllm.reporting.drawing import LIGHT
-from drllm.reporting.evaluation_sections import ROWS, build_sections
+from drllm.reporting.evaluation_sections import build_sections
 from run_folder import section_text, table_rows
 
 ROUTE = (1, 0, 2, *[1] * 9)
