@@ -142,21 +142,22 @@ def _compute_layout(evaluation: Evaluation, curves: Curves, width: float, height
     executions = [point.executions for point in points]
     left = min(evaluation.num_layers - 0.5, *executions)
     right = max(executions)
-    first_points = {name: curve[0] for name, curve in curves.items() if name != BASE}
-    labels = {name: _write_label(name, curves[name]) for name in first_points}
+    labelled = {name: curve for name, curve in curves.items() if name != BASE}
+    labels = {name: _write_label(name, curve) for name, curve in labelled.items()}
     num_letters = max((len(label) for label in labels.values()), default=0)
     # The labels take this share of the panel's width, and the points take what is left.
     share = min(0.6, (LETTER * num_letters + 0.3) / (width - MARGIN))
     room = (right - left) * share / (1 - share)
     low, high = _find_accuracy_range(points, evaluation.chance)
-    accuracies = [100 * point.accuracy for point in first_points.values()]
+    accuracies = [100 * curve[0].accuracy for curve in labelled.values()]
     heights: list[float] = []
     # The height of a line in percent depends on the range, and the range must hold all lines.
     for _ in range(3):
         line = LINE * (high - low) / (height - MARGIN)
         heights = spread_apart(accuracies, line)
-        low = min([low, *(place - line for place in heights)])
-        high = max([high, *(place + line / 2 for place in heights)])
+        if heights:
+            low = min(low, min(heights) - line)
+            high = max(high, max(heights) + line / 2)
     return _Layout(
         left=left,
         right=right,
@@ -165,7 +166,7 @@ def _compute_layout(evaluation: Evaluation, curves: Curves, width: float, height
         high=high,
         inches=(width - MARGIN) / (right - left + room),
         labels=labels,
-        label_heights=dict(zip(first_points, heights, strict=True)),
+        label_heights=dict(zip(labelled, heights, strict=True)),
     )
 
 
@@ -201,8 +202,14 @@ def _draw_levels(axes: Axes, evaluation: Evaluation, layout: _Layout, colours: C
     if evaluation.chance > 0:
         chance = 100 * evaluation.chance
         axes.hlines(chance, layout.left, layout.right, linestyle=":", **look)
-        offset: dict[str, Any] = {"textcoords": "offset points", "ha": "right"}
-        axes.annotate("chance", (layout.right, chance), (0, 2), color=colours["faint"], **offset)
+        axes.annotate(
+            "chance",
+            (layout.right, chance),
+            xytext=(0, 2),
+            textcoords="offset points",
+            color=colours["faint"],
+            ha="right",
+        )
 
 
 def _draw_curve(axes: Axes, points: Sequence[System | Point], style: _Style) -> None:
@@ -215,8 +222,14 @@ def _draw_curve(axes: Axes, points: Sequence[System | Point], style: _Style) -> 
     if style.is_main:
         order = 4
         size = 7
-    look: dict[str, Any] = {"color": style.colour, "markersize": size, "zorder": order}
-    axes.plot(executions, accuracies, f"{style.marker}-", **look)
+    axes.plot(
+        executions,
+        accuracies,
+        f"{style.marker}-",
+        color=style.colour,
+        markersize=size,
+        zorder=order,
+    )
 
 
 def _draw_label(
@@ -232,10 +245,15 @@ def _draw_label(
     edge = layout.left - 0.09 * layout.room
     executions, accuracy = _find_position(first)
     axes.plot([edge, executions], [height, accuracy], color=line_colour, linewidth=0.8, zorder=1)
-    weight = "bold" if style.is_main else "normal"
-    look: dict[str, Any] = {"fontweight": weight, "ha": "right", "va": "center"}
-    text = layout.labels[name]
-    axes.text(edge - 0.015 * layout.room, height, text, color=style.label_colour, **look)
+    axes.text(
+        edge - 0.015 * layout.room,
+        height,
+        layout.labels[name],
+        color=style.label_colour,
+        fontweight="bold" if style.is_main else "normal",
+        ha="right",
+        va="center",
+    )
 
 
 def _draw_intervals(axes: Axes, points: Sequence[System | Point], colour: str) -> None:
@@ -259,11 +277,24 @@ def _name_static_paths(
         if distance > least_distance:
             # The labels of the curves are left of the first point.
             align = "left" if point.executions == layout.left else "center"
-            look: dict[str, Any] = {"color": colour, "ha": align, "textcoords": "offset points"}
-            axes.annotate(point.name, _find_position(point), (3, 5), **look)
+            axes.annotate(
+                point.name,
+                _find_position(point),
+                xytext=(3, 5),
+                textcoords="offset points",
+                color=colour,
+                ha=align,
+            )
 
 
 def _name_base(axes: Axes, evaluation: Evaluation, colour: str) -> None:
     label = f"base  {100 * evaluation.base.accuracy:.1f} %"
-    look: dict[str, Any] = {"textcoords": "offset points", "ha": "right", "fontweight": "bold"}
-    axes.annotate(label, _find_position(evaluation.base), (-7, 5), color=colour, **look)
+    axes.annotate(
+        label,
+        _find_position(evaluation.base),
+        xytext=(-7, 5),
+        textcoords="offset points",
+        color=colour,
+        ha="right",
+        fontweight="bold",
+    )

@@ -38,15 +38,16 @@ def draw_routes(routes: Shares, targets: Shares | None, colours: Colours, width:
     bottom = [0.0] * len(routes)
     for decision, colour in zip(Decision, ("skip", "run", "repeat"), strict=True):
         heights = [100 * shares[decision] for shares in routes]
-        look: dict[str, Any] = {"color": colours[colour], "label": DECISION_NAMES[decision]}
-        axes.bar(layers, heights, bottom=bottom, width=0.85, **look)
+        name = DECISION_NAMES[decision]
+        axes.bar(layers, heights, bottom=bottom, width=0.85, color=colours[colour], label=name)
         bottom = [below + height for below, height in zip(bottom, heights, strict=True)]
     if targets is not None:
         skips = [100 * shares[Decision.SKIP] for shares in targets]
         left = [layer - 0.42 for layer in layers]
         right = [layer + 0.42 for layer in layers]
-        look = {"color": colours["ink"], "linewidth": 1.6, "label": "skipped by targets"}
-        axes.hlines(skips, left, right, **look)
+        axes.hlines(
+            skips, left, right, color=colours["ink"], linewidth=1.6, label="skipped by targets"
+        )
     ends = (-0.8, len(routes) - 0.2)
     axes.set(xlabel="layer", ylabel="questions, %", xlim=ends, ylim=(0, 101))
     use_whole_numbers(axes)
@@ -129,8 +130,9 @@ def _draw_metric(axes: Axes, epochs: Sequence[Epoch], key: str, colour: str) -> 
         if values:
             dashes = "-" if split == splits[-1] else ":"
             marker = "o" if len(values) == 1 else None
-            look: dict[str, Any] = {"marker": marker, "color": colour, "label": split}
-            axes.plot(numbers, values, dashes, linewidth=1.6, **look)
+            axes.plot(
+                numbers, values, dashes, marker=marker, color=colour, label=split, linewidth=1.6
+            )
 
 
 def _draw_best_baseline(axes: Axes, baselines: Mapping[str, Scores], key: str, colour: str) -> None:
@@ -141,5 +143,5 @@ def _draw_best_baseline(axes: Axes, baselines: Mapping[str, Scores], key: str, c
             values[name] = value
     if values:
         best = max(values, key=values.__getitem__)
-        look: dict[str, Any] = {"color": colour, "linewidth": 1, "linestyle": "--"}
-        axes.axhline(values[best], label=best.replace("_", " "), **look)
+        label = best.replace("_", " ")
+        axes.axhline(values[best], color=colour, linewidth=1, linestyle="--", label=label)
