@@ -70,8 +70,8 @@ def stock(base, **options):
     return HFLM(pretrained=copy.deepcopy(base.model), tokenizer=base.tokenizer, **options)
 
 
-def assert_same(expected, found):
-    for (slow, slow_greedy), (fast, fast_greedy) in zip(expected, found, strict=True):
+def assert_same(expected, scores):
+    for (slow, slow_greedy), (fast, fast_greedy) in zip(expected, scores, strict=True):
         assert slow == pytest.approx(fast, abs=LOGPROB_TOLERANCE)
         assert slow_greedy == fast_greedy
 
@@ -88,8 +88,8 @@ def test_without_routers_every_answer_is_the_harness_own(base, batch_size):
 
 def test_a_continuation_that_the_model_would_say_itself_is_greedy_in_both(base):
     plain = stock(base)
-    [said] = plain.generate_until(to_answer(["what is"], max_gen_toks=5, until=[]))
-    questions = {"what is": [said, said[:2], said[:-1] + "#"]}
+    [answer] = plain.generate_until(to_answer(["what is"], max_gen_toks=5, until=[]))
+    questions = {"what is": [answer, answer[:2], answer[:-1] + "#"]}
     expected = score(plain, instances(questions))
     assert [greedy for _, greedy in expected] == [True, True, False], "the sample must be a test"
     assert_same(expected, score(RoutedLM(base), instances(questions)))
@@ -111,32 +111,34 @@ def test_requests_of_every_kind_score_as_in_the_harness(base, requests, options)
 def test_rolling_texts_score_as_in_the_harness_under_a_fixed_plan(base):
     requests = rolling("a text " * 30, "short", "<s>begun by the prefix token")
     expected = stock(base).loglikelihood_rolling(requests, disable_tqdm=True)
-    found = RoutedLM(base).loglikelihood_rolling(requests, disable_tqdm=True)
-    assert expected == pytest.approx(found, abs=LOGPROB_TOLERANCE * 3)  # windows
+    scores = RoutedLM(base).loglikelihood_rolling(requests, disable_tqdm=True)
+    assert expected == pytest.approx(scores, abs=LOGPROB_TOLERANCE * 3)  # windows
 
 
 @pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.thorough), 3])
 def test_answers_that_there_is_no_room_for_are_the_harness_own_of_the_length_that_there_is(
     base, batch_size
 ):
-    def asked(most):
-        each = zip(QUESTIONS, most, strict=True)
-        return [to_answer([text], max_gen_toks=of, until=["a"])[0] for text, of in each]
+    def limit_each(limits):
+        pairs = zip(QUESTIONS, limits, strict=True)
+        return [to_answer([text], max_gen_toks=limit, until=["a"])[0] for text, limit in pairs]
 
     step = 96 // STEPS
     room = [96 - math.ceil(len(base.tokenizer(text).input_ids) / step) * step for text in QUESTIONS]
     assert len(set(room)) > 2, "the sample must be a test"
-    expected = stock(base).generate_until(asked(max(48, most) for most in room), disable_tqdm=True)
+    expected = stock(base).generate_until(
+        limit_each(max(48, most) for most in room), disable_tqdm=True
+    )
     lm = RoutedLM(base, batch_size=batch_size)
-    assert lm.generate_until(asked([32768] * len(room)), disable_tqdm=True) == expected
+    assert lm.generate_until(limit_each([32768] * len(room)), disable_tqdm=True) == expected
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, "auto"])
 def test_without_routers_generated_answers_are_the_harness_own(base, batch_size):
     requests = to_answer(until=["\n"], max_gen_toks=8, do_sample=False)
     expected = stock(base).generate_until(requests, disable_tqdm=True)
-    found = RoutedLM(base, batch_size=batch_size).generate_until(requests, disable_tqdm=True)
-    assert expected == found
+    answers = RoutedLM(base, batch_size=batch_size).generate_until(requests, disable_tqdm=True)
+    assert expected == answers
 
 
 TELLING_ONLY = (
@@ -185,8 +187,8 @@ def test_what_prompts_begin_with_is_read_once_and_every_answer_is_that_of_its_wh
     for text, answer in zip(texts, answers, strict=True):
         ids = torch.tensor([lm.tok_encode(text)])
         with lm.routed.using(lm.policy):
-            said = lm.routed.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
-        assert answer == tiny_tokenizer.decode(said, skip_special_tokens=True).split("\n")[0]
+            tokens = lm.routed.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+        assert answer == tiny_tokenizer.decode(tokens, skip_special_tokens=True).split("\n")[0]
 
 
 @pytest.mark.parametrize("where", ["the model's own settings", "the task's"])
@@ -288,7 +290,7 @@ def test_under_routers_the_words_of_an_option_in_the_context_do_not_move_the_rou
     lm = RoutedLM(base, routers=str(routers))
 
     def route(*names):
-        requests = [lm.encode_request(each) for each in options_in_the_context(*names)]
+        requests = [lm.encode_request(option) for option in options_in_the_context(*names)]
         return lm.scorer.score(requests, lm.policy)[1]["gap", 0]
 
     assert route("Anna", "Bo") == route("Zeno of Elea", "Cleo")
@@ -302,10 +304,10 @@ def test_under_routers_generated_answers_follow_the_route_of_their_prompt(base, 
     assert set(QUESTIONS) == set(lm.generated_routes)
     for context, text in zip(QUESTIONS, texts, strict=True):
         alone = ListedModel(plain, lm.generated_routes[context])
-        said = alone.greedy(lm.tok_encode(context), 6)
+        tokens = alone.greedy(lm.tok_encode(context), 6)
         end = lm.tokenizer.eos_token_id
-        said = said[: said.index(end)] if end in said else said
-        expected = lm.tokenizer.decode(said, skip_special_tokens=True).split("\n")[0]
+        tokens = tokens[: tokens.index(end)] if end in tokens else tokens
+        expected = lm.tokenizer.decode(tokens, skip_special_tokens=True).split("\n")[0]
         assert expected == text
 
 
@@ -358,9 +360,9 @@ def test_a_path_in_another_order_scores_and_answers_as_the_plain_model_of_its_la
     assert cached.loglikelihood_rolling(texts, disable_tqdm=True) == pytest.approx(
         lm.loglikelihood_rolling(texts, disable_tqdm=True), abs=LOGPROB_TOLERANCE
     )
-    asked = to_answer(until=["\n"], max_gen_toks=6, do_sample=False)
-    assert lm.generate_until(asked, disable_tqdm=True) == cached.generate_until(
-        asked, disable_tqdm=True
+    prompts = to_answer(until=["\n"], max_gen_toks=6, do_sample=False)
+    assert lm.generate_until(prompts, disable_tqdm=True) == cached.generate_until(
+        prompts, disable_tqdm=True
     )
     info = lm.get_model_info()["drllm"]
     assert info["path"] == f"{file}:less"
@@ -379,10 +381,10 @@ def test_a_healed_path_scores_and_answers_as_the_plain_model_with_merged_weights
         context, continuation = lm._encode_pair(*request.args)
         [alone] = slow.sums(context, [continuation])
         assert alone == pytest.approx(logprob, abs=LOGPROB_TOLERANCE)
-    asked = to_answer(until=["\n"], max_gen_toks=6, do_sample=False)
+    prompts = to_answer(until=["\n"], max_gen_toks=6, do_sample=False)
     cached = HFLM(pretrained=merged(cached=True).model, tokenizer=base.tokenizer)
-    expected = cached.generate_until(asked, disable_tqdm=True)
-    assert lm.generate_until(asked, disable_tqdm=True) == expected
+    expected = cached.generate_until(prompts, disable_tqdm=True)
+    assert lm.generate_until(prompts, disable_tqdm=True) == expected
     assert lm.get_model_info()["drllm"]["path"] == str(tmp_path / "path.json")
 
 
