@@ -20,28 +20,33 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import common
 import msgspec
+import torch
 
 from drllm.config import ModelConfig, SearchConfig
+from drllm.models.base.load import BaseModel
+from drllm.models.routing.workers import LoadRouted, Workers
 from drllm.paths import Decisions, full_decisions
 from drllm.records.manifest import to_lines
 from drllm.records.search import Retest, SearchRecord, TriedPath
-from drllm.search import ray as ray_executor
 from drllm.search.batch import BatchRecords
 from drllm.search.questions import Batch, SearchQuestion, collect_questions, split_into_batches
-from drllm.search.ray import RayExecutor
 from drllm.search.run import run_search
 from drllm.tasks.base import Task
 from drllm.tasks.examples import Example, Prompt
+from drllm.work import ray as ray_executor
 from drllm.work.listener import Listener
+from drllm.work.ray import RayExecutor
+from drllm.work.run import Block
 
 LAYERS = 30
 PATHS = 51  # of a question, as a search of 50 simulations has
@@ -145,24 +150,18 @@ class ReadyExecutor:
 
     identity = IDENTITY
     runtime = RUNTIME
+    num_workers = 1
+    num_sharing = 1
 
     def __init__(self, results: dict[int, BatchRecords]) -> None:
         self.results = results
 
-    def render_prompts(self, prompts: Sequence[Prompt]) -> list[str | None]:
-        """Return the prompts' texts."""
-        return [prompt.text for prompt in prompts]
-
-    def search(
-        self,
-        batches: Iterable[Batch],
-        config: SearchConfig,
-        chunks: Any = None,
-        on_batch_step: Any = None,
-    ) -> Iterator[tuple[Batch, BatchRecords]]:
+    def run(
+        self, blocks: Sequence[Block[Batch]], function: Any, keep: Any = None, on_step: Any = None
+    ) -> Iterator[tuple[Block[Batch], BatchRecords]]:
         """Yield the batches with their records."""
-        for batch in batches:
-            yield batch, self.results[batch.number]
+        for block in blocks:
+            yield block, self.results[block.data.number]
 
 
 class ReadyWorker:
@@ -172,18 +171,15 @@ class ReadyWorker:
     the questions' ids.
     """
 
-    def load(
-        self, model: ModelConfig, num_threads: int, num_sharing: int
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
+    def load(self, load_model: object, plan: object) -> tuple[dict[str, Any], dict[str, Any]]:
         """Load nothing, and return the identity and the runtime of a model."""
         self.results: dict[int, BatchRecords] = {}  # by the number of questions
         return IDENTITY, RUNTIME
 
-    def render_prompts(self, prompts: Sequence[Prompt]) -> list[str | None]:
-        """Return the prompts' texts."""
-        return [prompt.text for prompt in prompts]
+    def prepare(self, function: object) -> None:
+        """Prepare nothing."""
 
-    def search(self, batch: Batch, config: SearchConfig, parts: Any) -> BatchRecords:
+    def run(self, batch: Batch, store: object) -> BatchRecords:
         """Return records of the questions."""
         size = len(batch.questions)
         if size not in self.results:
@@ -192,6 +188,12 @@ class ReadyWorker:
         for record, question in zip(self.results[size].records, batch.questions, strict=True):
             records.append(msgspec.structs.replace(record, id=question.example.id))
         return BatchRecords(tuple(records))
+
+
+def make_workers(executor: Any) -> Workers:
+    """Return an executor with a base model that is never run."""
+    model = SimpleNamespace(device=torch.device("meta"))
+    return Workers(BaseModel(model, None, "ready-made"), executor)
 
 
 class BatchClock(Listener):
@@ -268,7 +270,8 @@ def run_driver(way: Way, executor: Any, questions: Sequence[SearchQuestion], out
     """Run the driver of a search once, and add its times to a way."""
     clock = BatchClock()
     way.clocks.append(clock)
-    way.run(partial(run_search, executor, questions, SearchConfig(), output, clock))
+    workers = make_workers(executor)
+    way.run(partial(run_search, workers, questions, SearchConfig(), output, clock))
 
 
 def time_in_process(
@@ -293,7 +296,7 @@ def time_with_ray(questions: Sequence[SearchQuestion], repeats: int) -> Way:
     way = Way()
     with (
         tempfile.TemporaryDirectory() as folder,
-        RayExecutor(ModelConfig(device="cpu"), num_workers=2) as executor,
+        RayExecutor(LoadRouted(ModelConfig()), device="cpu", num_workers=2) as executor,
     ):
         for repeat in range(repeats):
             run_driver(way, executor, questions, Path(folder) / str(repeat))

@@ -43,7 +43,7 @@ from drllm.records.codec import write_atomically
 from drllm.search import actions, retest, strategies
 from drllm.search.evaluator import Evaluator, Outcome, tokenize_prompt
 from drllm.search.questions import build_question
-from drllm.search.strategies import mcts, new_search, path_score, walk
+from drllm.search.strategies import Evaluation, mcts, new_search, path_score, walk
 from drllm.statistics.intervals import mean_interval
 from drllm.statistics.paired import mcnemar_exact
 from drllm.tasks.base import Task
@@ -94,31 +94,39 @@ class BlockSearch:
 
     def run(self) -> None:
         """Evaluate paths round by round, until no search can pay for another one."""
-        unfinished = list(range(len(self.searches)))
-        while unfinished:
+        proposals = {place: search.start() for place, search in enumerate(self.searches)}
+        while proposals:
             pairs: list[Pair] = []
-            for place in list(unfinished):
-                paths, is_over = self.next_paths(place)
-                pairs += [(place, path) for path in paths]
-                if is_over:
-                    unfinished.remove(place)
+            paid: list[int] = []  # places of the questions that can pay for all of their proposals
+            for place, paths in proposals.items():
+                paths_paid = self.pay_for(place, paths)
+                pairs += [(place, path) for path in paths_paid]
+                if len(paths_paid) == len(paths):
+                    paid.append(place)
             outcomes = self.evaluator.evaluate(pairs)
-            for (place, decisions), outcome in zip(pairs, outcomes, strict=True):
-                self.outcomes[place, decisions] = outcome
-                score = path_score(outcome.margin, outcome.kl)
-                self.searches[place].tell(decisions, outcome.reward, score)
+            self.outcomes.update(zip(pairs, outcomes, strict=True))
+            proposals = {place: self.advance(place, proposals[place]) for place in paid}
+            proposals = {place: paths for place, paths in proposals.items() if paths}
 
-    def next_paths(self, place: int) -> tuple[list[Decisions], bool]:
-        """Return the next paths that a question's allowance pays for, and whether it is over."""
-        proposals = self.searches[place].ask(self.config.leaves_per_round)
+    def pay_for(self, place: int, proposals: Sequence[Decisions]) -> list[Decisions]:
+        """Return the first of the proposals that a question's allowance pays for."""
         paths: list[Decisions] = []
         for decisions in proposals:
             states = self.states[place] | beginnings(decisions)
             if len(states) > self.allowance:
-                return paths, True
+                break
             self.states[place] = states
             paths.append(decisions)
-        return paths, not proposals
+        return paths
+
+    def advance(self, place: int, paths: Sequence[Decisions]) -> list[Decisions]:
+        """Tell a search what its paths are worth; return the next ones that it proposes."""
+        evaluations = []
+        for decisions in paths:
+            outcome = self.outcomes[place, decisions]
+            score = path_score(outcome.margin, outcome.kl)
+            evaluations.append(Evaluation(outcome.reward, score))
+        return self.searches[place].advance(evaluations)
 
     def retest_all(self) -> dict[Pair, Any]:
         """Complete the margins, and test paths that may become targets in other ways too."""

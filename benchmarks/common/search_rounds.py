@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from drllm.config import SearchConfig
-from drllm.search.strategies import new_search
+from drllm.search.strategies import Evaluation, new_search
 
 Pair = tuple[int, tuple[int, ...]]
 Rounds = list[list[Pair]]
@@ -22,14 +22,15 @@ def make_search_rounds(
     """
     config = SearchConfig(num_simulations=num_paths - 1, leaves_per_round=leaves)
     searches = [new_search(num_layers, config, random.Random(q)) for q in range(num_questions)]
+    paths = [search.start() for search in searches]
     rng = random.Random(0)
     rounds: Rounds = []
-    while True:
+    while any(paths):
         pairs: list[Pair] = []
         for question, search in enumerate(searches):
-            pairs += [(question, decisions) for decisions in search.ask(leaves)]
-        if not pairs:
-            return rounds
-        for question, decisions in pairs:
-            searches[question].tell(decisions, float(rng.random() < 0.5))
+            pairs += [(question, decisions) for decisions in paths[question]]
+            evaluations = [Evaluation(float(rng.random() < 0.5)) for _ in paths[question]]
+            if evaluations:
+                paths[question] = search.advance(evaluations)
         rounds.append(pairs)
+    return rounds

@@ -8,10 +8,11 @@ from random import Random
 
 from drllm.config import SearchConfig
 from drllm.paths import Decisions, sketch
+from drllm.search.strategies import Evaluation
 from drllm.search.strategies.mcts import Node, TreeSearch
 
 STORED = Path(__file__).with_name("search_tree.txt")
-CONFIG = SearchConfig(num_simulations=24, budget=1.2)
+CONFIG = SearchConfig(num_simulations=24, budget=1.2, leaves_per_round=1)
 
 
 def margin(decisions: Decisions) -> float:
@@ -26,9 +27,10 @@ def margin(decisions: Decisions) -> float:
 def draw() -> str:
     """Draw the tree: one line an edge, below its parent; a node met again is not drawn again."""
     search = TreeSearch(5, CONFIG, Random(0))
-    while paths := search.ask():
+    paths = search.start()
+    while paths:
         score = margin(*paths)
-        search.tell(*paths, float(score >= 0), score)
+        paths = search.advance([Evaluation(float(score >= 0), score)])
 
     lines = [
         "edit · decisions · simulation, reward and margin · visits and mean reward of the node",

@@ -1,5 +1,6 @@
 """What holds for every search, whatever the model, the budget, the rewards and the seed."""
 
+import dataclasses
 import itertools
 from collections import Counter
 from random import Random
@@ -12,7 +13,7 @@ from drllm.config import STOP_RULES, SearchConfig
 from drllm.cost import max_executions
 from drllm.paths import Decisions, full_decisions, num_executions
 from drllm.search.actions import apply, legal_actions
-from drllm.search.strategies import STRATEGIES, new_search
+from drllm.search.strategies import STRATEGIES, Evaluation, new_search
 from drllm.search.strategies.mcts import TreeSearch
 
 configs = st.builds(
@@ -42,29 +43,25 @@ def score_of(decisions, seed):
     return None if seed % 2 else Random(f"score {seed} {decisions}").gauss(0, 2)
 
 
-def observed(search, most, seed, scale):
-    """Take a search to its end in rounds of at most so many paths, each observed in any order.
-
-    Now and then the next paths are asked for while some are still in flight.
-    """
-    order, in_flight = Random(seed), list[Decisions]()
-    while True:
-        paths = search.ask(most)
+def finish(search, most, seed, scale):
+    """Run a search to its end, and check each round."""
+    paths = search.start()
+    while paths:
         assert len(paths) <= most
-        assert len({*paths, *in_flight}) == len(paths) + len(in_flight)
+        assert len({*paths}) == len(paths)
         assert not search.trials.keys() & {*paths}
-        in_flight += paths
-        if not in_flight:
-            return search
-        order.shuffle(in_flight)
-        for _ in range(order.randint(1, len(in_flight))):
-            decisions = in_flight.pop()
-            score = score_of(decisions, seed)
-            search.tell(decisions, get_reward(decisions, seed, scale), score)
+        paths = search.advance(
+            [
+                Evaluation(get_reward(decisions, seed, scale), score_of(decisions, seed))
+                for decisions in paths
+            ]
+        )
+    return search
 
 
 def run(num_layers, config, seed, scale, most=1):
-    return observed(new_search(num_layers, config, Random(seed)), most, seed, scale)
+    config = dataclasses.replace(config, leaves_per_round=most)
+    return finish(new_search(num_layers, config, Random(seed)), most, seed, scale)
 
 
 class Watched(TreeSearch):
@@ -74,17 +71,14 @@ class Watched(TreeSearch):
         self.steps: Counter[tuple[Decisions, Decisions]] = Counter()
         super().__init__(num_layers, config, rng)
 
-    def _select(self):
-        decisions = super()._select()
-        trail = self._trails.get(decisions, [])
+    def _count_visits(self, trail):
         self.steps.update(itertools.pairwise(node.decisions for node in trail))
-        return decisions
+        super()._count_visits(trail)
 
 
 def run_tree(num_layers, config, seed, scale, most):
-    search = Watched(num_layers, config, Random(seed))
-    observed(search, most, seed, scale)
-    return search
+    config = dataclasses.replace(config, leaves_per_round=most)
+    return finish(Watched(num_layers, config, Random(seed)), most, seed, scale)
 
 
 @given(layers, configs, seeds, scales, mosts)
@@ -100,12 +94,11 @@ def test_every_path_can_be_run_and_is_within_the_budget(num_layers, config, seed
 @given(layers, configs, seeds, scales, mosts)
 def test_a_search_never_does_more_simulations_than_asked_for(num_layers, config, seed, scale, most):
     search = run(num_layers, config, seed, scale, most)
-    assert len(search.trials) - 1 <= search.num_simulations_done <= config.num_simulations
+    assert len(search.trials) - 1 <= search.num_simulations <= config.num_simulations
     numbers = [trial.simulation for trial in search.trials.values()]
     assert len(set(numbers)) == len(numbers)
     assert set(numbers) <= set(range(config.num_simulations + 1))
-    if most == 1:
-        assert numbers == sorted(numbers)
+    assert numbers == sorted(numbers)
 
 
 @given(layers, configs, seeds, scales, mosts)
@@ -148,7 +141,7 @@ def test_the_trees_statistics_add_up(num_layers, config, seed, scale, most):
     search = run_tree(num_layers, config, seed, scale, most)
 
     assert set(search.nodes) == set(search.trials)  # one node a vector, one vector a simulation
-    assert search.root.visits == search.num_simulations_done + 1
+    assert search.root.visits == search.num_simulations + 1
     rewards = [trial.reward for trial in search.trials.values()]
     assert search.root.value_sum == pytest.approx(sum(rewards))
     left, arrived = Counter(), Counter({search.root.decisions: search.root.visits})
@@ -202,5 +195,4 @@ def test_a_search_given_enough_simulations_tries_everything_and_ends(
 @given(st.integers(1, 3), configs, seeds, scales, mosts)
 def test_every_search_of_a_tiny_model_ends_by_itself(num_layers, config, seed, scale, most):
     search = run(num_layers, config, seed, scale, most)
-    assert search.ask(most) == []
     assert len(search.trials) <= 3**num_layers - 1

@@ -321,10 +321,12 @@ def test_the_driver_is_measured_on_batches_that_are_ready_made(benchmark, tmp_pa
     questions = driver.collect_questions([driver.ManyQuestions(40)], config)
     batches = driver.split_into_batches(questions, config.block_size)
     results = {batch.number: driver.make_records(batch.questions) for batch in batches}
-    executor = driver.ReadyExecutor(results)
-    assert len(driver.run_search(executor, questions, config, tmp_path, driver.BatchClock())) == 40
+    workers = driver.make_workers(driver.ReadyExecutor(results))
+    assert len(driver.run_search(workers, questions, config, tmp_path, driver.BatchClock())) == 40
     assert {len(question.retests) for question in questions} == {4}
-    assert driver.ReadyWorker().load(ModelConfig(), 1, 1)[0] == driver.IDENTITY
+    worker = driver.ReadyWorker()
+    assert worker.load(None, None)[0] == driver.IDENTITY
+    assert worker.run(batches[0], None).records == results[0].records
 
 
 @pytest.mark.thorough

@@ -6,9 +6,9 @@ input files and output folders are refused before the base model is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from drllm.cli import published
 from drllm.cli.base_model import check_model_name, choose_model, read_routers
@@ -34,19 +34,16 @@ from drllm.models.routers.places import check_place
 from drllm.pipeline.folder import open_model
 from drllm.processes import is_first
 from drllm.records import static_paths
-from drllm.records.codec import sha256
 from drllm.records.healed import HEALED_FILE
-from drllm.records.manifest import read_manifest, to_lines
-from drllm.records.places import check_file, check_folder, only_writer
+from drllm.records.manifest import read_manifest
+from drllm.records.places import check_file, check_folder
 from drllm.records.search import SearchRecords
-from drllm.records.supervision import SUPERVISION_FILE, read_targets
+from drllm.records.supervision import read_targets
 from drllm.search.questions import SearchQuestion, collect_questions
+from drllm.search.targets import SearchTargets, supervise_search
 from drllm.supervision.select import (
-    Supervision,
     check_settings,
-    pick_targets,
     supervise_to_file,
-    write_supervision,
 )
 from drllm.tasks.base import Task
 from drllm.tasks.files import FIELDS
@@ -104,13 +101,12 @@ def search(command: CommandLine, terminal: Terminal) -> None:
         _print_forecast(questions, command, terminal)
         return
     with terminal.busy(LOADING):
-        from drllm.search.run import search_paths
-    records = search_paths(
+        from drllm.search.run import search_questions
+    records = search_questions(
         command.get_settings(ModelConfig), questions, config, folder, listener=terminal
     )
     _print_search(records, folder, terminal)
-    with only_writer(folder, "search", "--output-dir"):
-        _write_targets(records, targets_config, folder / SUPERVISION_FILE, terminal)
+    _print_targets(supervise_search(records, targets_config), terminal)
 
 
 def _print_splits(tasks: Sequence[Task], terminal: Terminal) -> None:
@@ -135,54 +131,14 @@ def _print_search(records: SearchRecords, folder: Path, terminal: Terminal) -> N
         )
 
 
-def _write_targets(
-    records: SearchRecords, config: SuperviseConfig, output: Path, terminal: Terminal
-) -> None:
-    """Choose targets and write them, unless the file exists and must stay as it is."""
-    supervision = pick_targets(records, config)
-    if output.is_file() and _must_stay(output, supervision, config, terminal):
-        return
-    if not supervision:
-        terminal.note(
-            f"drllm: no question has a target path, so {output.name} was not written; search more "
-            f"questions or simulations, or try 'drllm supervise' with another --target"
-        )
-        return
-    write_supervision(supervision, [records], output, config)
-    print_targets_file(output, supervision.summary, terminal)
-
-
-def _must_stay(
-    output: Path, supervision: Supervision, config: SuperviseConfig, terminal: Terminal
-) -> bool:
-    """Tell whether an existing file of targets must stay as it is, and print why.
-
-    A user's own file stays, and so do targets that are up to date.
-    """
-    manifest = read_manifest(output, "supervision")
-    if manifest is not None:
-        is_up_to_date = _is_up_to_date(manifest, output, config)
-        if is_up_to_date:
-            terminal.say(f"{output} was made from this search already")
-        return is_up_to_date
-    if output.read_bytes() == to_lines(supervision).encode():
-        return False  # an earlier run was killed before it wrote the manifest
-    terminal.note(f"drllm: {output} has no manifest, so drllm didn't write it; it stays as it is")
-    return True
-
-
-def _is_up_to_date(manifest: Mapping[str, Any], output: Path, config: SuperviseConfig) -> bool:
-    """Tell whether targets were made from the search beside them, by the rule of this command.
-
-    Targets that `drllm supervise` made by another rule stay if this command names no rule.
-    """
-    search_digest = sha256(output.with_name("search.jsonl"))
-    if search_digest not in manifest.get("inputs", {}).values():
-        return False
-    settings = config.to_dict()
-    is_same_rule = settings == manifest.get("config")
-    names_no_rule = settings == SuperviseConfig().to_dict()
-    return is_same_rule or names_no_rule
+def _print_targets(targets: SearchTargets, terminal: Terminal) -> None:
+    """Print the targets of a search, or why none were written."""
+    if targets.supervision is not None:
+        print_targets_file(targets.file, targets.supervision.summary, terminal)
+    elif targets.is_up_to_date:
+        terminal.say(targets.reason)
+    else:
+        terminal.note(f"drllm: {targets.reason}")
 
 
 def _print_forecast(

@@ -280,11 +280,13 @@ class RunFolder:
         return Stage(made_from, self._run_search)
 
     def _run_search(self) -> list[Path]:
-        from drllm.search.run import search_paths
+        from drllm.search.run import search_questions
 
         recipe = self.recipe
         model = self._choose_model(recipe.search)
-        search_paths(model, recipe.questions, recipe.search, self.folder, listener=self.listener)
+        search_questions(
+            model, recipe.questions, recipe.search, self.folder, listener=self.listener
+        )
         return [self.search_file, self.folder / "search.manifest.json"]
 
     def _make_supervise(self) -> Stage:

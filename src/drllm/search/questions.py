@@ -15,6 +15,7 @@ from typing import NamedTuple, TypeAlias
 from drllm.config import SearchConfig
 from drllm.config.fields import require_tasks, to_flag
 from drllm.errors import ConfigError, TaskError
+from drllm.records.codec import hash_values
 from drllm.records.splits import hash_text, question_key
 from drllm.search.strategies import STRATEGIES
 from drllm.tasks.base import Task, check_data_dir, load_questions
@@ -72,8 +73,9 @@ class Batch:
 
     @property
     def key(self) -> str:
-        """The batch's key in the `Chunks` of the search."""
-        return f"batch {self.number}"
+        """The batch's name among the kept results: its number, and a hash of its questions."""
+        questions = [(question.place, question.example.id) for question in self.questions]
+        return f"batch {self.number} {hash_values([(self.task, questions)])[:16]}"
 
 
 class TaskExamples(NamedTuple):

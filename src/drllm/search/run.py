@@ -1,30 +1,31 @@
-"""The search stage: from questions to `search.jsonl`.
+"""The search stage: from questions to `search.jsonl`, and the targets beside it.
 
-`search_paths` is the stage for Python users: it loads the model and collects the questions.
-`run_search` then searches them, and resumes an interrupted search.
+`search_paths` is the stage for Python users: it collects the questions, searches them, and picks
+their targets. `run_search` is the search itself: it makes blocks of the questions, runs those that
+an interrupted search hasn't finished, and writes the records.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from drllm.config import ModelConfig, SearchConfig
+from drllm.config import SearchConfig
 from drllm.config.fields import replace_settings
 from drllm.errors import ConfigError, RecordError, TaskError
-from drllm.models.routing.routed_model import RoutedModel, unrouted
+from drllm.models.base.prompts import render
+from drllm.models.routing.workers import Workers, open_workers
 from drllm.records.codec import hash_values
 from drllm.records.manifest import new_manifest, read_manifest, write_or_remove, write_records
 from drllm.records.places import only_writer
-from drllm.records.resume import Chunks, refuse_other_run
 from drllm.records.search import FailedQuestion, SearchRecord, SearchRecords, read_search
 from drllm.search import CHUNKS_FOLDER, FAILED_FILE, SEARCH_FILE
-from drllm.search.batch import BatchRecords, Executor, LocalExecutor
+from drllm.search.batch import BatchRecords, SearchBatch
+from drllm.search.progress import SearchProgress
 from drllm.search.questions import (
     Batch,
     QuestionSource,
@@ -32,12 +33,12 @@ from drllm.search.questions import (
     collect_questions,
     split_into_batches,
 )
-from drllm.supervision.rules import is_improving, survived
+from drllm.search.targets import supervise_search
 from drllm.work.first_block import FirstBlock
-from drllm.work.listener import Listener, OnProgress, logger
+from drllm.work.listener import Listener, logger
+from drllm.work.run import Block, run
+from drllm.work.store import ResultStore, refuse_other_run
 
-MAX_FAILED_AT_START = 16
-"""The search ends if this many questions fail before any question succeeds."""
 MAX_PROMPT_CHARACTERS = 600
 """Maximum characters of a prompt that are shown; a longer prompt is shown without its middle."""
 MIN_QUESTIONS_TO_WARN = 5
@@ -55,11 +56,13 @@ def search_paths(
     listener: Listener | None = None,
     **settings: Any,
 ) -> SearchRecords:
-    """Search the paths of questions, and write `search.jsonl` with its manifest.
+    """Search the paths of questions, and write `search.jsonl` and `supervision.jsonl`.
 
     After an interruption the same call resumes the search. Of an unfinished batch at most one step
     is lost. The records are the same as without the interruption, except for their times. A
-    question that fails every time is set aside in `search.failed.jsonl`.
+    question that fails every time is set aside in `search.failed.jsonl`. The targets in
+    `supervision.jsonl` are those of `supervise` with its default settings; a file of the user's own
+    stays as it is.
 
     Args:
         model: A name or a `ModelConfig` to load the model, the result of `load`, a `RoutedModel`,
@@ -89,126 +92,166 @@ def search_paths(
     """
     config = replace_settings(SearchConfig, config, settings)
     listener = listener or Listener()
+    questions = _collect(examples, config)
+    folder = None if output_dir is None else Path(output_dir)
+    records = search_questions(
+        model, questions, config, folder, tokenizer=tokenizer, listener=listener
+    )
+    if records.file is not None:
+        targets = supervise_search(records)
+        if targets.reason:
+            listener.note(targets.reason)
+    return records
+
+
+def _collect(
+    examples: QuestionSource | Sequence[SearchQuestion] | None, config: SearchConfig
+) -> list[SearchQuestion]:
+    """Return the questions of a search; the result of `collect_questions` stays as it is."""
     questions: list[SearchQuestion] = []
     if examples is not None and not isinstance(examples, (str, Path)):
         questions = [item for item in examples if isinstance(item, SearchQuestion)]
-    if not questions:
-        questions = collect_questions(examples, config)  # type: ignore[arg-type]
-    folder = None if output_dir is None else Path(output_dir)
-    with _start_executor(model, config, tokenizer, listener) as executor:
-        return run_search(executor, questions, config, folder, listener)
+    if questions:
+        return questions
+    return collect_questions(examples, config)  # type: ignore[arg-type]
 
 
-@contextmanager
-def _start_executor(
-    model: Any, config: SearchConfig, tokenizer: Any, listener: Listener
-) -> Iterator[Executor]:
-    """Load the model in this process, or in the workers of Ray."""
-    if config.executor == "ray":
-        if isinstance(model, str):
-            model = ModelConfig(model=model)
-        if not isinstance(model, ModelConfig):
-            raise ConfigError("--executor ray loads a model for each worker; give a ModelConfig")
-        with listener.busy("starting Ray"):
-            from drllm.search.ray import RayExecutor
+def search_questions(
+    model: Any,
+    questions: Sequence[SearchQuestion],
+    config: SearchConfig,
+    folder: Path | None = None,
+    *,
+    tokenizer: Any = None,
+    listener: Listener | None = None,
+) -> SearchRecords:
+    """Search questions as `search_paths` does, and pick no targets.
 
-            ray_executor = RayExecutor(
-                model, num_workers=config.num_workers, address=config.ray_address
-            )
-        with ray_executor:
-            yield ray_executor
-        return
-    with unrouted(model, tokenizer, listener) as base:
-        routed = RoutedModel(base.model, tokenizer=base.tokenizer)
-        try:
-            yield LocalExecutor(routed, base.identity, base.runtime)
-        finally:
-            routed.detach()
+    Args:
+        model: As in `search_paths`.
+        questions: The result of `collect_questions`.
+        config: The settings.
+        folder: The folder for the files; None writes no files.
+        tokenizer: As in `search_paths`.
+        listener: As in `search_paths`.
+    """
+    listener = listener or Listener()
+    with open_workers(model, tokenizer, config, listener) as workers:
+        return run_search(workers, questions, config, folder, listener)
 
 
 def run_search(
-    executor: Executor,
+    workers: Workers,
     questions: Sequence[SearchQuestion],
     config: SearchConfig,
     folder: Path | None = None,
     listener: Listener | None = None,
 ) -> SearchRecords:
-    """Search questions with an executor; the files and the result are those of `search_paths`.
+    """Search questions with a model that is loaded; see `search_questions`.
 
     Args:
-        executor: Searches the batches.
+        workers: The model, and who searches the batches.
         questions: The result of `collect_questions`.
         config: The settings.
         folder: The folder for the files; None writes no files.
         listener: Gets progress, one prompt of each task, and warnings.
     """
-    listener = listener or Listener()
-    texts = executor.render_prompts([question.prompt for question in questions])
-    search = _Search(
-        executor=executor,
+    search = SearchPlan(
         config=config,
-        listener=listener,
-        batches=split_into_batches(questions, config.block_size),
-        prompts=_find_first_prompts(questions, texts),
+        questions=questions,
+        texts=[_render_prompt(workers.base.tokenizer, question) for question in questions],
+        blocks=make_blocks(questions, config.block_size),
     )
+    listener = listener or Listener()
     if folder is None:
-        records, failed = search.run(chunks=None)
-        return SearchRecords.of(records, executor.identity, failed=failed)
-    identity = _make_identity(executor, questions, texts, config)
+        result = _run_blocks(workers, search, listener, store=None)
+        return SearchRecords.of(result.records, workers.executor.identity, failed=result.failed)
     with only_writer(folder, "search", "--output-dir"):
-        return _search_into(folder, search, identity)
+        return _search_into(folder, workers, search, listener)
 
 
-def _search_into(folder: Path, search: _Search, identity: Mapping[str, Any]) -> SearchRecords:
+@dataclass(frozen=True, kw_only=True)
+class SearchPlan:
+    """What is searched: the questions, in blocks of work.
+
+    Attributes:
+        config: The settings.
+        questions: The questions.
+        texts: The prompt of each question as the model reads it; None if the chat template refuses
+            the prompt.
+        blocks: The batches of the questions.
+    """
+
+    config: SearchConfig
+    questions: Sequence[SearchQuestion]
+    texts: Sequence[str | None]
+    blocks: Sequence[Block[Batch]]
+
+
+def _render_prompt(tokenizer: Any, question: SearchQuestion) -> str | None:
+    """Return a question's prompt as the model reads it; None if the chat template refuses it."""
+    try:
+        return render(tokenizer, question.prompt.content, chat=question.prompt.chat)
+    except ConfigError:  # the search of this question will raise the error again and record it
+        return None
+
+
+def make_blocks(questions: Sequence[SearchQuestion], size: int) -> list[Block[Batch]]:
+    """Divide questions into blocks of at most `size`."""
+    batches = split_into_batches(questions, size)
+    return [Block(batch.key, batch, float(batch.num_characters)) for batch in batches]
+
+
+def _search_into(
+    folder: Path, workers: Workers, search: SearchPlan, listener: Listener
+) -> SearchRecords:
     """Run or resume a search in a folder; if the search is complete, return its records."""
     file = folder / SEARCH_FILE
-    chunks = Chunks(folder / CHUNKS_FOLDER, identity, stage="search")
+    identity = _make_identity(workers, search)
+    store = ResultStore(folder / CHUNKS_FOLDER, identity, stage="search")
     manifest = read_manifest(file, "search")
     if manifest is not None:
         _refuse_other_search(file, manifest, identity)
         records_on_disk = read_search(file)
-        chunks.remove()  # a process that was killed just after it wrote the manifest left them
+        store.remove()  # a process that was killed just after it wrote the manifest left it
         return records_on_disk
-    has_chunks = chunks.open()
+    has_results = store.open()
     # The file is written when all batches are done, and its manifest after it. If a process was
-    # killed in between, the folder still has the chunks of all batches. Otherwise the file comes
+    # killed in between, the folder still has the results of all batches. Otherwise the file comes
     # from elsewhere, and must not be overwritten.
-    has_all_batches = has_chunks and all(chunks.has(batch.key) for batch in search.batches)
-    if file.exists() and not has_all_batches:
+    has_all_results = has_results and all(store.has(block.key) for block in search.blocks)
+    if file.exists() and not has_all_results:
         raise RecordError(
             f"{file} exists without its manifest, so it can't be resumed; "
             f"choose another --output-dir"
         )
-    records, failed = search.run(chunks)
-    write_or_remove(folder / FAILED_FILE, failed)
+    result = _run_blocks(workers, search, listener, store)
+    write_or_remove(folder / FAILED_FILE, result.failed)
     manifest = new_manifest(
         "search",
-        model=search.executor.identity,
+        model=workers.executor.identity,
         config=search.config.to_dict(),
-        extra={"plan": identity, "num_failed": len(failed)},
+        extra={"plan": identity, "num_failed": len(result.failed)},
     )
-    write_records(file, records, manifest)
-    chunks.remove()
-    return SearchRecords.of(records, search.executor.identity, file=file, failed=failed)
+    write_records(file, result.records, manifest)
+    store.remove()
+    return SearchRecords.of(
+        result.records, workers.executor.identity, file=file, failed=result.failed
+    )
 
 
-def _make_identity(
-    executor: Executor,
-    questions: Sequence[SearchQuestion],
-    texts: Sequence[str | None],
-    config: SearchConfig,
-) -> dict[str, Any]:
+def _make_identity(workers: Workers, search: SearchPlan) -> dict[str, Any]:
     """Return the values that identify a search; a search with other values isn't resumed."""
     prompts: list[Any] = []
-    for question in questions:
+    for question in search.questions:
         prompts += [question.prompt, *question.retests]
     return {
-        "settings": config.decisive(),
-        "model": dict(executor.identity),
-        "runtime": dict(executor.runtime),
-        "questions": len(questions),
+        "settings": search.config.decisive(),
+        "model": dict(workers.executor.identity),
+        "runtime": dict(workers.executor.runtime),
+        "questions": len(search.questions),
         "prompts_sha256": hash_values(prompts),
-        "chat_template_sha256": hash_values(texts),
+        "chat_template_sha256": hash_values(search.texts),
     }
 
 
@@ -225,203 +268,95 @@ def _refuse_other_search(
     )
 
 
-def _find_first_prompts(
-    questions: Sequence[SearchQuestion], texts: Sequence[str | None]
-) -> dict[str, str]:
-    """Return the first prompt of each task, as the model reads it.
+def _run_blocks(
+    workers: Workers, search: SearchPlan, listener: Listener, store: ResultStore | None
+) -> BatchRecords:
+    """Search all batches; return records and failed questions in the questions' order.
 
-    A prompt is None if the chat template refuses it; these are left out.
+    Batches that `store` holds already aren't searched again.
+
+    Raises TaskError if all of the first questions fail.
     """
-    prompts: dict[str, str] = {}
-    for question, text in zip(questions, texts, strict=True):
-        if text is not None:
-            prompts.setdefault(question.task, text)
-    return prompts
+    _show_prompts(search, listener)
+    config = _share_memory(search.config, workers.executor.num_sharing)
+    keep = None if store is None else store.of(BatchRecords)
+    with listener.progress("searching", "") as on_progress:
+        watch = SearchWatch(SearchProgress.of(search.blocks, on_progress), store)
+        if config.executor == "local":  # workers of Ray search several batches at a time
+            watch.first_block = FirstBlock(listener, workers.base.model.device)
+        results = run(
+            search.blocks,
+            SearchBatch(config),
+            workers.executor,
+            keep=keep,
+            on_result=watch.on_result,
+            on_step=watch.progress.report_step,
+        )
+    records, failed = _sort_by_question(results, search.questions)
+    _warn_of_no_right_answer(records, listener)
+    return BatchRecords(tuple(records), tuple(failed))
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Search:
-    """A search that is ready to run: its batches, and the executor that searches them."""
-
-    executor: Executor
-    config: SearchConfig
-    listener: Listener
-    batches: Sequence[Batch]
-    prompts: Mapping[str, str]  # for each task, one prompt as the model reads it
-
-    def run(self, chunks: Chunks | None) -> tuple[list[SearchRecord], list[FailedQuestion]]:
-        """Search all batches, and return records and failed questions in the questions' order.
-
-        Batches that `chunks` holds already aren't searched again.
-        """
-        _show_prompts(self.prompts, self.listener)
-        results = self._search_batches(chunks)
-        records: list[SearchRecord] = []
-        failed: list[FailedQuestion] = []
-        for result in results:
-            records += result.records
-            failed += result.failed
-        places = self._map_places()
-        records.sort(key=lambda record: places[record.task, record.id])
-        failed.sort(key=lambda question: places[question.task, question.id])
-        _warn_of_no_right_answer(records, self.listener)
-        return records, failed
-
-    def _map_places(self) -> dict[tuple[str, str], int]:
-        """Return the place of each question by its task and its id."""
-        places: dict[tuple[str, str], int] = {}
-        for batch in self.batches:
-            for question in batch.questions:
-                places[question.task, question.example.id] = question.place
-        return places
-
-    def _search_batches(self, chunks: Chunks | None) -> list[BatchRecords]:
-        """Return the results of all batches: first those in `chunks`, then new ones."""
-        with self.listener.progress("searching", "") as on_progress:
-            progress = SearchProgress.of(self.batches, on_progress)
-            results: list[BatchRecords] = []
-            remaining: list[Batch] = []
-            for batch in self.batches:
-                result = None if chunks is None else _read_result(chunks, batch)
-                if result is None:
-                    remaining.append(batch)
-                else:
-                    results.append(result)
-                    progress.add(batch, result, is_new=False)
-            results += self._search_remaining(remaining, chunks, progress)
-        return results
-
-    def _search_remaining(
-        self, remaining: Sequence[Batch], chunks: Chunks | None, progress: SearchProgress
-    ) -> Iterator[BatchRecords]:
-        """Search batches, keep their results, and yield them.
-
-        Raises TaskError if all of the first questions fail.
-        """
-        first_block = self._time_first_block()
-        num_characters = sum(batch.num_characters for batch in remaining)
-        results = self.executor.search(remaining, self.config, chunks, progress.report)
-        for batch, result in results:
-            if first_block is not None:
-                first_block.finish(batch.num_characters / num_characters)
-            if chunks is not None:
-                chunks.put(batch.key, result)
-            progress.add(batch, result)
-            if progress.has_only_failed:
-                if chunks is not None:
-                    chunks.remove()  # so that the next call tries these questions again
-                raise TaskError(
-                    f"none of the first {progress.num_done} questions could be searched; the "
-                    f"last one failed with: {result.failed[-1].error}"
-                )
-            yield result
-
-    def _time_first_block(self) -> FirstBlock | None:
-        """Return an object that estimates the time of the search from its first batch.
-
-        None for Ray: its workers search several batches at a time, so the time of a batch says
-        little about the search.
-        """
-        if not isinstance(self.executor, LocalExecutor):
-            return None
-        return FirstBlock(self.listener, self.executor.routed.model.device)
+def _share_memory(config: SearchConfig, num_sharing: int) -> SearchConfig:
+    """Return the settings with one worker's share of the memory for shared states."""
+    if config.state_cache_gb is None:
+        return config
+    return dataclasses.replace(config, state_cache_gb=config.state_cache_gb / num_sharing)
 
 
-def _read_result(chunks: Chunks, batch: Batch) -> BatchRecords | None:
-    """Return a batch's result from `chunks`; None if it isn't there or has other questions."""
-    result = chunks.get(batch.key, BatchRecords)
-    if result is None:
-        return None
-    result_ids = sorted(question.id for question in (*result.records, *result.failed))
-    batch_ids = sorted(question.example.id for question in batch.questions)
-    if result_ids != batch_ids:
-        return None
-    return result
+def _sort_by_question(
+    results: Sequence[BatchRecords], questions: Sequence[SearchQuestion]
+) -> tuple[list[SearchRecord], list[FailedQuestion]]:
+    """Return the records and the failed questions of all batches, in the questions' order."""
+    records: list[SearchRecord] = []
+    failed: list[FailedQuestion] = []
+    for result in results:
+        records += result.records
+        failed += result.failed
+    places = {(question.task, question.example.id): question.place for question in questions}
+    records.sort(key=lambda record: places[record.task, record.id])
+    failed.sort(key=lambda question: places[question.task, question.id])
+    return records, failed
 
 
 @dataclass
-class SearchProgress:
-    """Counts the searched questions and paths, and reports progress.
+class SearchWatch:
+    """Follows a search: reports its progress, and ends it if all of the first questions fail.
 
-    Progress is measured in characters of prompts, not in questions. Long questions come last and
-    take longer, so by questions the time left would be estimated too short.
+    Attributes:
+        progress: Counts what is done.
+        store: The results that are kept; None keeps none.
+        first_block: Estimates the time of the search from its first batch, unless it is None.
     """
 
-    num_questions: int  # of all batches
-    num_characters: int  # of all batches
-    on_progress: OnProgress
-    num_done: int = 0  # finished questions, including questions of an interrupted search
-    num_characters_done: int = 0  # characters of the finished questions
-    num_failed: int = 0  # finished questions that failed
-    num_valid: int = 0  # finished questions with a right path that survived the re-test
-    num_improving: int = 0  # of these, the questions whose full path is wrong
-    num_new_paths: int = 0  # paths run since the search was started or resumed
-    started: float = field(default_factory=time.monotonic)
+    progress: SearchProgress
+    store: ResultStore | None
+    first_block: FirstBlock | None = None
 
-    @classmethod
-    def of(cls, batches: Sequence[Batch], on_progress: OnProgress) -> SearchProgress:
-        """Return the progress of a search before its first batch."""
-        num_questions = sum(len(batch.questions) for batch in batches)
-        num_characters = sum(batch.num_characters for batch in batches)
-        return cls(num_questions, num_characters, on_progress)
-
-    def add(self, batch: Batch, result: BatchRecords, *, is_new: bool = True) -> None:
-        """Count a finished batch, and report it.
-
-        Args:
-            batch: The batch.
-            result: Its result.
-            is_new: Whether the batch was searched now, and not by an interrupted search.
-        """
-        self.num_done += len(batch.questions)
-        self.num_characters_done += batch.num_characters
-        self.num_failed += len(result.failed)
-        for record in result.records:
-            survivors = [path for path in record.paths if survived(path)]
-            if survivors:
-                self.num_valid += 1
-            if any(is_improving(path, record) for path in survivors):
-                self.num_improving += 1
-            if is_new:
-                self.num_new_paths += len(record.paths)
-        self.report(batch)
-
-    def report(self, batch: Batch, share: float = 0.0, num_paths: int = 0, step: str = "") -> None:
-        """Report progress, after a batch or after a step of an unfinished batch.
-
-        The last three arguments are for an unfinished batch, which `add` hasn't counted yet.
-
-        Args:
-            batch: The batch.
-            share: The share of the batch's work that is done.
-            num_paths: Number of the batch's paths that were run so far.
-            step: The finished step in words.
-        """
-        note = f"{self.num_done} of {self.num_questions} questions, {batch.task}"
-        if step:
-            note = f"{step}, {note}"
-        num_new_paths = self.num_new_paths + num_paths
-        if num_new_paths > 0:
-            seconds = max(time.monotonic() - self.started, 1e-9)
-            note += f", {num_new_paths / seconds:.1f} paths a second"
-        if self.num_done > 0:
-            note += f", right path for {100 * (self.num_valid / self.num_done):.0f} % of questions"
-            note += f", {100 * (self.num_improving / self.num_done):.0f} % corrected"
-        # The bar counts questions, so the share of the characters is scaled to questions.
-        num_characters_done = self.num_characters_done + share * batch.num_characters
-        share_done = num_characters_done / self.num_characters
-        self.on_progress(self.num_questions * share_done, self.num_questions, note)
-
-    @property
-    def has_only_failed(self) -> bool:
-        """Whether all questions so far failed, and they are enough to end the search."""
-        if self.num_failed < self.num_done:
-            return False
-        return self.num_failed >= min(MAX_FAILED_AT_START, self.num_questions)
+    def on_result(self, block: Block[Batch], result: BatchRecords, /, *, is_new: bool) -> None:
+        """Receive a finished batch."""
+        if is_new and self.first_block is not None:
+            num_left = self.progress.num_characters - self.progress.num_characters_done
+            self.first_block.finish(block.size / num_left)
+        self.progress.add(block, result, is_new=is_new)
+        if is_new and self.progress.has_only_failed:
+            if self.store is not None:
+                self.store.remove()  # so that the next call tries these questions again
+            raise TaskError(
+                f"none of the first {self.progress.num_done} questions could be searched; the "
+                f"last one failed with: {result.failed[-1].error}"
+            )
 
 
-def _show_prompts(prompts: Mapping[str, str], listener: Listener) -> None:
-    """Show one prompt of each task, so that users see a wrong template before hours are spent."""
+def _show_prompts(search: SearchPlan, listener: Listener) -> None:
+    """Show one prompt of each task, so that users see a wrong template before hours are spent.
+
+    Prompts that the chat template refuses are left out.
+    """
+    prompts: dict[str, str] = {}  # by task
+    for question, text in zip(search.questions, search.texts, strict=True):
+        if text is not None:
+            prompts.setdefault(question.task, text)
     for task, text in prompts.items():
         logger.info("the model reads, for example, %r", text)
         num_left_out = len(text) - MAX_PROMPT_CHARACTERS

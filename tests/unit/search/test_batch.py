@@ -10,14 +10,21 @@ from drllm.errors import ConfigError, ModelError
 from drllm.models.base.prompts import encode, render
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import full_decisions
-from drllm.records.resume import Chunks
 from drllm.records.search import FailedQuestion
 from drllm.search import evaluator, retest
-from drllm.search.batch import ATTEMPTS, search_batch, search_in_step
+from drllm.search.batch import (
+    ATTEMPTS,
+    BatchRecords,
+    SearchBatch,
+    search_batch,
+    search_in_step,
+)
 from drllm.search.evaluator import Evaluator, gold_text, tokenize_prompt
 from drllm.search.questions import Batch, build_question, collect_questions
 from drllm.tasks.examples import Prompt
 from drllm.tasks.registry import get_task
+from drllm.work.run import BlockSteps
+from drllm.work.store import ResultStore
 
 CONFIG = SearchConfig(num_simulations=4)
 
@@ -100,7 +107,8 @@ def retested(facts):
 
 def test_progress_within_a_batch_counts_new_paths_and_re_tests_up_to_all_of_them(routed, retested):
     calls = []
-    records = search_in_step(routed, retested, CONFIG, on_step=lambda *call: calls.append(call))
+    steps = BlockSteps(report=lambda *call: calls.append(call))
+    records = search_in_step(routed, retested, CONFIG, steps)
     shares, num_run, steps = zip(*calls, strict=True)
     assert list(shares) == sorted(shares)
     assert shares[0] < shares[steps.index("re-testing") - 1] < shares[-1] == 1.0
@@ -115,7 +123,7 @@ def test_an_interrupted_re_test_resumes_at_the_questions_that_it_was_at(
     routed, retested, tmp_path, monkeypatch, assert_same_run
 ):
     monkeypatch.setattr(retest, "MIN_PATHS_PER_PART", 1)
-    parts = Chunks(tmp_path, {}, stage="search").within("batch 0")
+    store = ResultStore(tmp_path, {}, stage="search").within("batch 0")
     for number in range(3):
         steps = []
 
@@ -125,10 +133,10 @@ def test_an_interrupted_re_test_resumes_at_the_questions_that_it_was_at(
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            search_in_step(routed, retested, CONFIG, parts=parts, on_step=stop)
+            search_in_step(routed, retested, CONFIG, BlockSteps(store, stop))
         assert len(list(tmp_path.glob("*retest*"))) == number + 1
         assert number == 0 or steps[-2][1] == 0, "what was kept was run again"
-    resumed = search_in_step(routed, retested, CONFIG, parts=parts)
+    resumed = search_in_step(routed, retested, CONFIG, BlockSteps(store))
     assert_same_run(resumed, search_in_step(routed, retested, CONFIG))
 
 
@@ -207,14 +215,14 @@ class Failing:
 
 def test_a_passing_failure_sets_nothing_aside(routed, batch, assert_same_run):
     with Failing(routed, ModelError("full"), times=1):
-        result = search_batch(routed, batch, CONFIG)
+        result = search_batch(routed, batch, CONFIG, BlockSteps())
     assert result.failed == ()
-    assert_same_run(result.records, search_batch(routed, batch, CONFIG).records)
+    assert_same_run(result.records, search_batch(routed, batch, CONFIG, BlockSteps()).records)
 
 
 def test_a_question_is_tried_three_times_before_it_is_set_aside(routed, batch):
     with Failing(routed, ModelError("full\n of it"), times=ATTEMPTS) as failing:
-        result = search_batch(routed, batch, CONFIG)
+        result = search_batch(routed, batch, CONFIG, BlockSteps())
     assert failing.left == 0
     [failed] = result.failed
     assert failed == FailedQuestion(
@@ -230,4 +238,41 @@ def test_a_question_is_tried_three_times_before_it_is_set_aside(routed, batch):
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ZeroDivisionError()])
 def test_what_is_no_fault_of_a_question_ends_the_search(routed, batch, error):
     with Failing(routed, error, times=1), pytest.raises(type(error)):
-        search_batch(routed, batch, CONFIG)
+        search_batch(routed, batch, CONFIG, BlockSteps())
+
+
+def test_a_batch_whose_worker_died_is_searched_question_by_question(routed, batch, assert_same_run):
+    function = SearchBatch(CONFIG)
+    parts = function.split(batch)
+    assert [part.questions for part in parts] == [(question,) for question in batch.questions]
+    results = [function(routed, part, BlockSteps()) for part in parts]
+    whole = function(routed, batch, BlockSteps())
+    assert_same_run(whole.records, function.join(batch, results).records)
+
+
+def test_a_question_on_which_too_many_workers_died_is_set_aside_alone(batch):
+    function = SearchBatch(CONFIG)
+    _, second, _ = function.split(batch)
+    lost = function.give_up(second, 3)
+    question = second.questions[0]
+    failed = FailedQuestion(
+        id=question.example.id,
+        task="builtin_facts",
+        question=question.example.question,
+        error="its worker process died",
+        attempts=3,
+    )
+    assert lost == BatchRecords((), (failed,))
+    results = [BatchRecords(("a record",)), lost, BatchRecords(("another",))]
+    assert function.join(batch, results) == BatchRecords(("a record", "another"), (failed,))
+
+
+def test_the_key_of_a_batch_names_its_questions(batch):
+    keys = {
+        Batch(0, batch.questions).key,
+        Batch(1, batch.questions).key,
+        Batch(0, batch.questions[:2]).key,
+        Batch(0, batch.questions[::-1]).key,
+    }
+    assert len(keys) == 4
+    assert Batch(0, batch.questions).key == batch.key

@@ -1,4 +1,4 @@
-import copy
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from random import Random
@@ -9,7 +9,7 @@ from drllm.config import SearchConfig
 from drllm.cost import max_executions
 from drllm.paths import Decisions, num_executions
 from drllm.search.actions import Action, apply, legal_actions
-from drllm.search.strategies import new_search
+from drllm.search.strategies import Evaluation, new_search
 from drllm.search.strategies.mcts import (
     EDITS_DRAWN,
     WIDENING_EXPONENT,
@@ -26,11 +26,12 @@ def noise(decisions: Sequence[int]) -> float:
     return Random(str(tuple(decisions))).random()
 
 
-def fly(search: TreeSearch, most: int, rounds: int, reward: Reward = noise) -> None:
-    """Observe so many rounds, the path asked last first."""
+def fly(search: TreeSearch, rounds: int, reward: Reward = noise) -> list[Decisions]:
+    """Run so many rounds; return the paths of the next one, which are in flight."""
+    paths = search.start()
     for _ in range(rounds):
-        for decisions in reversed(search.ask(most)):
-            search.tell(decisions, reward(decisions))
+        paths = search.advance([Evaluation(reward(decisions)) for decisions in paths])
+    return paths
 
 
 class Sequential:
@@ -138,11 +139,12 @@ def test_with_one_path_a_round_the_tree_is_that_of_a_sequential_search(
         reward, score = quarters(decisions)
         return reward, score if scored else None
 
-    config = SearchConfig(num_simulations=simulations, **settings)
+    config = SearchConfig(num_simulations=simulations, leaves_per_round=1, **settings)
     plain = Sequential(num_layers, config, seed, judge)
     search = TreeSearch(num_layers, config, Random(seed))
-    while paths := search.ask():
-        search.tell(*paths, *judge(*paths))
+    paths = search.start()
+    while paths:
+        paths = search.advance([Evaluation(*judge(*paths))])
 
     assert [*search.trials] == [*plain.known]
     assert [(n.decisions, n.visits, n.value_sum) for n in search.nodes.values()] == [
@@ -153,71 +155,69 @@ def test_with_one_path_a_round_the_tree_is_that_of_a_sequential_search(
         assert {action: child.decisions for action, child in children.items()} == below
 
 
+class Snapshots(TreeSearch):
+    """A tree that remembers its nodes' visits and sums before each new path."""
+
+    before: dict[Decisions, tuple[int, float]]
+
+    def _count_visits(self, trail):
+        self.before = {
+            node.decisions: (node.visits, node.value_sum) for node in self.nodes.values()
+        }
+        super()._count_visits(trail)
+
+
 def test_a_path_in_flight_counts_as_a_visit_worth_0_of_every_node_on_its_way():
-    search = TreeSearch(12, SearchConfig(num_simulations=400), Random(0))
-    fly(search, most=1, rounds=201)
-    before = {node.decisions: (node.visits, node.value_sum) for node in search.nodes.values()}
-    (decisions,) = search.ask()
+    config = SearchConfig(num_simulations=400, leaves_per_round=1)
+    search = Snapshots(12, config, Random(0))
+    (decisions,) = fly(search, rounds=201)
+    before = search.before
     lost = [
         node
         for node in search.nodes.values()
         if (node.visits, node.value_sum) != before.get(node.decisions)
     ]
+    lost_before = {node.decisions: before[node.decisions] for node in lost}
 
     assert {search.root.decisions, decisions} <= {node.decisions for node in lost}
     for node in lost:
-        visits, value_sum = before.get(node.decisions, (0, 0.0))
+        visits, value_sum = lost_before[node.decisions]
         assert (node.visits, node.value_sum) == (visits + 1, value_sum)
-    search.tell(decisions, 0.75)
+    search.config = dataclasses.replace(config, num_simulations=201)  # no path after this one
+    assert search.advance([Evaluation(0.75)]) == []
     for node in lost:
-        assert node.value_sum == before.get(node.decisions, (0, 0.0))[1] + 0.75
+        assert node.value_sum == lost_before[node.decisions][1] + 0.75
 
 
 def test_paths_in_flight_send_the_next_ones_elsewhere():
     settings = {"random_child_probability": 0.0, "length_penalty": 0.0, "num_simulations": 400}
-    search = TreeSearch(12, SearchConfig(**settings), Random(0))
-    fly(search, most=1, rounds=150)
-    assert not search.root.untried  # so that every path begins with a selection
+
+    class Trails(TreeSearch):
+        def _count_visits(self, trail):
+            self.last = [*getattr(self, "last", []), trail]
+            super()._count_visits(trail)
 
     def first_steps(most: int) -> set[Decisions]:
-        twin = copy.deepcopy(search)
-        return {
-            twin._trails[decisions][1].decisions for _ in range(most) for decisions in twin.ask()
-        }
+        search = Trails(12, SearchConfig(**settings, leaves_per_round=1), Random(0))
+        paths = fly(search, rounds=149)
+        search.last = []
+        search.config = dataclasses.replace(search.config, leaves_per_round=most)
+        search.advance([Evaluation(noise(*paths))])
+        assert not search.root.untried  # so that every path begins with a selection
+        return {trail[1].decisions for trail in search.last}
 
     assert len(first_steps(1)) == 1
     assert len(first_steps(8)) > 3
 
 
-def test_the_order_of_observing_a_round_changes_no_count():
-    """Sums are added up in another order, so that they may differ in the last bits."""
-    halves = lambda decisions: round(noise(decisions))  # noqa: E731
-    forward, backward = (
-        TreeSearch(10, SearchConfig(num_simulations=100), Random(0)) for _ in range(2)
-    )
-    for _ in range(30):
-        paths = forward.ask(8)
-        assert backward.ask(8) == paths
-        for decisions in paths:
-            forward.tell(decisions, halves(decisions))
-        for decisions in reversed(paths):
-            backward.tell(decisions, halves(decisions))
-
-    nodes, backward_nodes = (
-        [(n.decisions, n.visits, n.value_sum, [*n.children]) for n in search.nodes.values()]
-        for search in (forward, backward)
-    )
-    assert nodes == backward_nodes
-    assert forward.num_simulations_done == 100
-
-
 def test_fifty_simulations_are_both_broad_and_deep():
     """A chain has one child at each node; without widening no second edit is ever made."""
-    search = TreeSearch(30, SearchConfig(), Random(0))
-    while paths := search.ask():
-        search.tell(*paths, float(num_executions(*paths) >= 28))
+    search = TreeSearch(30, SearchConfig(leaves_per_round=1), Random(0))
+    paths = search.start()
+    while paths:
+        paths = search.advance([Evaluation(float(num_executions(*paths) >= 28))])
     assert 30 <= len(search.root.children) <= 36
-    assert search.num_simulations_done - len(search.root.children) >= 14
+    assert search.num_simulations - len(search.root.children) >= 14
 
 
 L = 12
@@ -242,12 +242,16 @@ def times_found(strategy: str, num_simulations: int, **settings: float) -> int:
     for seed in range(20):
         # The walk meets some paths twice; it goes on until it has evaluated as many as the tree.
         config = SearchConfig(
-            strategy=strategy, num_simulations=4 * num_simulations, stop_rule="exhaust", **settings
+            strategy=strategy,
+            num_simulations=4 * num_simulations,
+            stop_rule="exhaust",
+            leaves_per_round=1,
+            **settings,
         )
         search, reward = new_search(L, config, Random(seed)), joint_edits(seed)
+        paths = search.start()
         while len(search.trials) <= num_simulations:
-            (decisions,) = search.ask()
-            search.tell(decisions, reward(decisions))
+            paths = search.advance([Evaluation(reward(*paths))])
         found += max(trial.reward for trial in search.trials.values()) == 1.0
     return found
 

@@ -12,19 +12,22 @@ from listeners import RecordingListener
 import drllm
 from drllm.config import SearchConfig
 from drllm.errors import ConfigError, RecordError, TaskError
+from drllm.models.base.load import BaseModel
 from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.routing.workers import Workers
 from drllm.records import codec
 from drllm.records.codec import read_json_lines
 from drllm.records.manifest import manifest_path
 from drllm.records.search import FailedQuestion, read_search
 from drllm.records.splits import find_split
 from drllm.search import CHUNKS_FOLDER, count_kept_batches, retest
-from drllm.search.batch import LocalExecutor
+from drllm.search import targets as search_targets
 from drllm.search.evaluator import Evaluator
 from drllm.search.questions import collect_questions, split_into_batches
 from drllm.search.run import run_search
 from drllm.tasks.examples import choose
 from drllm.tasks.registry import get_task
+from drllm.work.local import LocalExecutor
 
 IDENTITY = {"id": "tiny", "num_layers": 6, "fingerprint": "0"}
 RUNTIME = {"dtype": "float32", "device": "cpu", "attn_implementation": "sdpa"}
@@ -36,8 +39,9 @@ def settings(**values):
 
 def run(routed, folder, tasks, listener=None, runtime=RUNTIME, identity=IDENTITY, **values):
     config = settings(**values)
-    executor = LocalExecutor(routed, identity, runtime)
-    return run_search(executor, collect_questions(tasks, config), config, folder, listener)
+    base = BaseModel(routed.model, routed.tokenizer, "tiny")
+    workers = Workers(base, LocalExecutor(routed, identity, runtime))
+    return run_search(workers, collect_questions(tasks, config), config, folder, listener)
 
 
 def interrupt(routed, folder, tasks, questions, **values):
@@ -391,15 +395,6 @@ def test_a_task_of_which_nothing_is_answered_right_is_warned_about_with_an_answe
         assert not any("answers none" in note for note in other.notes)
 
 
-def test_a_chunk_of_other_questions_is_searched_again(
-    routed, facts, tmp_path, unbroken, assert_same_run
-):
-    interrupt(routed, tmp_path, [facts], 2.5)
-    [file] = [file for name, file in chunks(tmp_path).items() if name.count(".") == 1]
-    file.write_text('{"records":[],"failed":[]}')
-    assert_same_run(unbroken, run(routed, tmp_path, [facts]))
-
-
 def test_what_a_kill_left_half_written_is_cleared_away(routed, facts, tmp_path):
     ended = subprocess.Popen(["true"])
     ended.wait()
@@ -504,3 +499,47 @@ def test_a_run_in_which_every_question_fails_ends_with_the_reason_and_soon(
     with pytest.raises(TaskError, match=message):
         run(routed, tmp_path, [facts], limit=limit)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def with_targets(routed, facts, tmp_path):
+    """A function that searches into a folder from Python, and returns what it said."""
+
+    def search(**values):
+        listener = RecordingListener()
+        drllm.search_paths(routed, [facts], settings(**values), tmp_path, listener=listener)
+        return listener.notes
+
+    return search
+
+
+def test_a_search_with_a_folder_leaves_targets_as_supervise_makes_them(with_targets, tmp_path):
+    with_targets()
+    other = tmp_path / "other"
+    assert drllm.supervise(tmp_path / "search.jsonl", output_dir=other)
+    left, made = (folder / "supervision.jsonl" for folder in (tmp_path, other))
+    assert left.read_text() == made.read_text()
+    first, second = (json.loads(manifest_path(file).read_text()) for file in (left, made))
+    assert {**first, "created": ""} == {**second, "created": ""}
+
+
+def test_targets_beside_a_complete_search_stay_and_so_does_a_file_of_ones_own(
+    with_targets, tmp_path
+):
+    with_targets()
+    output = tmp_path / "supervision.jsonl"
+    before = output.stat().st_mtime_ns
+    assert with_targets() == [f"{output} was made from this search already"]
+    assert output.stat().st_mtime_ns == before
+    manifest_path(output).unlink()
+    output.write_text("mine")
+    [note] = with_targets()
+    assert note == f"{output} has no manifest, so drllm didn't write it; it stays as it is"
+    assert output.read_text() == "mine"
+
+
+def test_a_search_without_targets_says_so_and_leaves_no_file(with_targets, tmp_path, monkeypatch):
+    monkeypatch.setattr(search_targets, "pick_targets", lambda records, config: ())
+    *_, note = with_targets()
+    assert note.startswith("no question has a target path, so supervision.jsonl was not written")
+    assert not (tmp_path / "supervision.jsonl").exists()

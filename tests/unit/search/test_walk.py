@@ -3,14 +3,16 @@ from random import Random
 
 from drllm.config import SearchConfig
 from drllm.search.actions import apply, legal_actions
+from drllm.search.strategies import Evaluation
 from drllm.search.strategies.walk import WalkSearch
 
 
 def walk(num_layers: int, reward: float = 0.0, seed: int = 0, **settings: object) -> WalkSearch:
     """Walk to the end, every path being worth the same."""
     search = WalkSearch(num_layers, SearchConfig(strategy="walk", **settings), Random(seed))
-    while paths := search.ask():
-        search.tell(*paths, reward)
+    paths = search.start()
+    while paths:
+        paths = search.advance([Evaluation(reward)] * len(paths))
     return search
 
 
@@ -44,7 +46,7 @@ def test_a_walk_at_its_end_starts_again_from_the_full_path():
 
 def test_a_path_met_again_counts_as_a_simulation_and_leaves_a_gap_in_their_numbers():
     search = walk(3, num_simulations=200)
-    assert search.num_simulations_done == 200
+    assert search.num_simulations == 200
     numbers = [trial.simulation for trial in search.trials.values()]
     assert numbers == sorted(set(numbers))
     assert numbers[0] == 0

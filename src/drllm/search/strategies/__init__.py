@@ -1,13 +1,14 @@
-"""Strategies: choose which path of a question is tried next, and when its search ends.
+"""Strategies: choose which paths of a question are tried next, and when its search ends.
 
 A strategy is a class with `@STRATEGIES.register("name")`, in a module of its own in this package. A
-strategy never sees a model: its caller asks for paths, runs them, and tells their rewards. This
+strategy never sees a model: it yields the paths of a round, and receives their evaluations. This
 package doesn't import torch.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Generator, Sequence
 from random import Random
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, TypeAlias
 
 from drllm.config import SearchConfig
 from drllm.cost import max_executions
@@ -15,27 +16,45 @@ from drllm.paths import Decisions, full_decisions, num_executions
 from drllm.registry import Registry
 
 
+class Evaluation(NamedTuple):
+    """What a path is worth on the question, as the evaluator tells a strategy."""
+
+    reward: float  # in [0, 1]; 1 is a right answer
+    score: float | None = None  # ranks paths of equal reward, see `path_score`; None if unknown
+
+
 class Trial(NamedTuple):
     """The result of one path on the question."""
 
     simulation: int  # number of the simulation that tried the path, from 1; 0 for the full path
-    reward: float  # in [0, 1]; 1 is a right answer
-    score: float | None = None  # ranks paths of equal reward, see `path_score`; None if unknown
+    reward: float  # see `Evaluation`
+    score: float | None = None  # see `Evaluation`
+
+
+Rounds: TypeAlias = Generator[list[Decisions], Sequence[Evaluation], None]
+"""A search under way: yields the paths of each round, and is sent their evaluations."""
 
 
 class PathSearch(ABC):
     """A search over the paths of one question.
 
-    The caller gets paths from `ask`, evaluates them, and passes their rewards to `tell`. In between
-    a path is in flight. The caller can so search many questions at a time, and evaluate all their
-    paths in one batch. The search is over when `ask` returns nothing while no path is in flight.
+    A strategy writes the whole search in `run`: the full path comes first, alone, and then rounds
+    of new paths. The caller evaluates the paths of many questions at a time:
 
-    The full path comes first, alone. Every other path counts as a simulation. Subclasses choose the
-    other paths in `_select`, and draw random numbers only from `_rng`.
+        paths = search.start()
+        while paths:
+            paths = search.advance([evaluate(path) for path in paths])
+
+    Every path but the full path counts as a simulation. Random numbers are drawn only from `rng`,
+    so that a search can be repeated.
 
     Attributes:
-        trials: The trial of every path whose reward is known, in the order of `tell`.
+        trials: The trial of every path that was evaluated, in the order of the rounds.
+        in_flight: The paths that are chosen and not yet evaluated, with the numbers of their
+            simulations.
+        num_simulations: Number of simulations, those of paths in flight included.
         limit: Maximum executions of a path.
+        is_over: Whether a path has ended the search by the stop rule.
         own_settings: Names of the settings of `SearchConfig` that only this strategy reads.
     """
 
@@ -44,65 +63,61 @@ class PathSearch(ABC):
     def __init__(self, num_layers: int, config: SearchConfig, rng: Random) -> None:
         self.num_layers = num_layers
         self.config = config
+        self.rng = rng
         self.limit = max_executions(config.budget, num_layers)
+        self.full_path = full_decisions(num_layers)
         self.trials: dict[Decisions, Trial] = {}
-        self.num_simulations_done = 0
-        self._rng = rng
-        self._full = full_decisions(num_layers)
-        self._in_flight: dict[Decisions, int] = {}  # path → number of its simulation
-        self._is_over = False
+        self.in_flight: dict[Decisions, int] = {}
+        self.num_simulations = 0
+        self.is_over = False
 
-    def ask(self, maximum: int = 1) -> list[Decisions]:
-        """Return up to `maximum` new paths to evaluate.
+    @abstractmethod
+    def run(self) -> Rounds:
+        """Yield the new paths of each round, and receive their evaluations in the same order.
 
-        The list is empty when the search is over, and when the next choice needs the reward of a
-        path in flight.
+        The first round is the full path alone. Later rounds have at most `round_size` paths, of
+        which each goes through `begin` and `record`. The search ends when `is_over` is set, or when
+        nothing new is left to try.
         """
-        if self._is_over:
-            return []
-        if not self.trials:
-            return self._ask_full_path()
-        paths: list[Decisions] = []
-        while len(paths) < maximum and self._num_begun < self.config.num_simulations:
-            decisions = self._select()
-            if decisions is None:
-                break
-            self._in_flight[decisions] = self._num_begun + 1
-            paths.append(decisions)
-        # If no path is in flight now, no reward can come that would lead to more paths.
-        self._is_over = not self._in_flight
-        return paths
 
-    def tell(self, decisions: Decisions, reward: float, score: float | None = None) -> None:
-        """Record the reward of a path in flight, even if the search is over.
+    def start(self) -> list[Decisions]:
+        """Begin the search; return the paths of its first round."""
+        self._rounds = self.run()
+        return next(self._rounds)
+
+    def advance(self, evaluations: Sequence[Evaluation]) -> list[Decisions]:
+        """Return the paths of the next round; none if the search is over.
 
         Args:
-            decisions: The path.
-            reward: Its reward, in [0, 1].
-            score: Ranks paths of equal reward; see `path_score`. A score helps a strategy to choose
-                edits, and is never part of the reward.
-        """
-        if not 0 <= reward <= 1:
-            raise ValueError(f"reward {reward} is not in [0, 1]")
-        simulation = self._in_flight.pop(decisions)
-        if simulation > 0:
-            self.num_simulations_done += 1
-        self.trials[decisions] = Trial(simulation, reward, score)
-        self._backup(decisions, reward)
-        if self._stops_at(decisions, reward):
-            self._is_over = True
+            evaluations: The evaluations of this round's paths, in their order.
 
-    def _ask_full_path(self) -> list[Decisions]:
-        """Return the full path; nothing if it is in flight already."""
-        if self._in_flight:
+        Raises ValueError if a reward is not in [0, 1].
+        """
+        for evaluation in evaluations:
+            if not 0 <= evaluation.reward <= 1:
+                raise ValueError(f"reward {evaluation.reward} is not in [0, 1]")
+        try:
+            return self._rounds.send(evaluations)
+        except StopIteration:
             return []
-        self._in_flight[self._full] = 0
-        return [self._full]
 
     @property
-    def _num_begun(self) -> int:
-        """Number of simulations that are finished or in flight."""
-        return self.num_simulations_done + len(self._in_flight)
+    def round_size(self) -> int:
+        """The maximum number of paths of a round that begins now."""
+        num_left = self.config.num_simulations - self.num_simulations
+        return min(self.config.leaves_per_round, num_left)
+
+    def begin(self, decisions: Decisions) -> None:
+        """Count a new path as a simulation; the path is in flight until `record`."""
+        self.num_simulations += 1
+        self.in_flight[decisions] = self.num_simulations
+
+    def record(self, decisions: Decisions, evaluation: Evaluation) -> None:
+        """Add the trial of the full path or of a path in flight, and apply the stop rule."""
+        simulation = self.in_flight.pop(decisions, 0)  # the full path is no simulation
+        self.trials[decisions] = Trial(simulation, evaluation.reward, evaluation.score)
+        if self._stops_at(decisions, evaluation.reward):
+            self.is_over = True
 
     def _stops_at(self, decisions: Decisions, reward: float) -> bool:
         """Tell whether the stop rule ends the search after this path.
@@ -112,26 +127,13 @@ class PathSearch(ABC):
         of layers: at least 1 under the rule `paper`, and at least 2 under `released`.
         """
         rule = self.config.stop_rule
-        if rule == "exhaust" or decisions == self._full or reward < 1:
+        if rule == "exhaust" or decisions == self.full_path or reward < 1:
             return False
-        if self.trials[self._full].reward < 1:
+        if self.trials[self.full_path].reward < 1:
             return True
         num_saved = self.num_layers - num_executions(decisions)
         min_saved = 2 if rule == "released" else 1
         return num_saved >= min_saved
-
-    @abstractmethod
-    def _select(self) -> Decisions | None:
-        """Return a path that wasn't tried before and isn't in flight.
-
-        Returns None if no path is left, or if the choice needs the reward of a path in flight.
-        """
-
-    def _backup(self, decisions: Decisions, reward: float) -> None:  # noqa: B027
-        """Learn from the reward of the full path or of a path that `_select` returned.
-
-        Does nothing here; a strategy that uses rewards overrides it.
-        """
 
 
 def path_score(margin: float | None, kl: float | None) -> float | None:

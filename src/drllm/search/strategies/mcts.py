@@ -7,11 +7,12 @@ share a node, so the tree is in fact a graph. This module doesn't import torch.
 import math
 from dataclasses import dataclass, field
 from random import Random
+from typing import TypeAlias
 
 from drllm.config import SearchConfig
 from drllm.paths import Decision, Decisions, num_executions
 from drllm.search.actions import Action, apply, legal_actions
-from drllm.search.strategies import STRATEGIES, PathSearch
+from drllm.search.strategies import STRATEGIES, Evaluation, PathSearch, Rounds
 
 WIDENING_FACTOR = 5.0
 WIDENING_EXPONENT = 0.5
@@ -41,6 +42,10 @@ class Node:
     def room(self) -> int:
         """The maximum number of open children."""
         return math.ceil(WIDENING_FACTOR * float(self.visits**WIDENING_EXPONENT))
+
+
+Trail: TypeAlias = list[Node]
+"""The nodes that a simulation passes through, from the root to its new path."""
 
 
 @dataclass(slots=True)
@@ -89,44 +94,89 @@ class TreeSearch(PathSearch):
     def __init__(self, num_layers: int, config: SearchConfig, rng: Random) -> None:
         super().__init__(num_layers, config, rng)
         self.nodes: dict[Decisions, Node] = {}
-        self.root = self._get_node(self._full)
-        self.root.visits = 1  # the evaluation of the full path, which comes first
-        # The trail of a path in flight: the nodes from the root to the path.
-        self._trails: dict[Decisions, list[Node]] = {self._full: [self.root]}
+        self.root = self._get_node(self.full_path)
         self._gains: dict[tuple[int, int], EditGain] = {}  # by (layer, decision)
         self._all_gains = EditGain()  # sum over all layers and decisions
 
-    def _select(self) -> Decisions | None:
-        """Go down from the root to a path that is new; None if the whole tree is closed."""
-        trail = [self.root]
+    def run(self) -> Rounds:
+        """Select, expand, evaluate and back up, round by round; the class explains each."""
+        self._count_visits([self.root])
+        [evaluation] = yield [self.full_path]
+        self._back_up([self.root], evaluation)
+        while not self.is_over:
+            trails: list[Trail] = []
+            for _ in range(self.round_size):
+                trail = [self.root]
+                while trail and trail[-1].visits > 0:  # until the trail ends at a new node
+                    self._select(trail)
+                    self._expand(trail)
+                if not trail:  # the whole tree is closed
+                    break
+                self._count_visits(trail)
+                self.begin(trail[-1].decisions)
+                trails.append(trail)
+            if not trails:
+                return
+            evaluations = yield [trail[-1].decisions for trail in trails]
+            for trail, evaluation in zip(trails, evaluations, strict=True):
+                self._back_up(trail, evaluation)
+
+    def _select(self, trail: Trail) -> None:
+        """Go down from the end of a trail to a node that gets another child.
+
+        Nodes below which nothing new is left are closed and leave the trail. The trail is empty
+        afterwards if the root is one of them.
+        """
         while trail:
             node = trail[-1]
             open_children = node.open_children
             if node.untried and len(open_children) < node.room:
-                child = self._expand(node)
-            elif open_children:
-                child = self._select_child(node, open_children)
-            else:  # nothing new is left below this node
+                return
+            if open_children:
+                trail.append(self._select_child(node, open_children))
+            else:
                 node.is_closed = True
                 trail.pop()
-                continue
-            trail.append(child)
-            is_new = child.visits == 0
-            if is_new:
-                self._start_simulation(trail)
-                return child.decisions
-        return None
 
-    def _start_simulation(self, trail: list[Node]) -> None:
-        """Remember a path's trail, and count a visit without reward on each of its nodes."""
+    def _expand(self, trail: Trail) -> None:
+        """Add a child to the last node of a trail, and go there; do nothing if there is no node.
+
+        The child comes from the most promising of a few untried edits. If the edit leads to known
+        decisions, their node becomes the child, which has visits then.
+        """
+        if not trail:
+            return
+        node = trail[-1]
+        edits = self._list_edits(node)
+        num_drawn = 1
+        if self._gains:  # before any score is known, all edits promise the same
+            num_drawn = EDITS_DRAWN
+        candidates = [self.rng.choice(edits) for _ in range(num_drawn)]
+        action = max(candidates, key=self._promise)
+        node.untried.remove(action)
+        child = self._get_node(apply(node.decisions, action))
+        node.children[action] = child
+        trail.append(child)
+
+    def _count_visits(self, trail: Trail) -> None:
+        """Count a visit of each node; until its reward is known, it is a virtual loss."""
         for node in trail:
             node.visits += 1
-        self._trails[trail[-1].decisions] = trail
+
+    def _back_up(self, trail: Trail, evaluation: Evaluation) -> None:
+        """Add a path's reward to the nodes of its trail, and its gain in score to its edits."""
+        decisions = trail[-1].decisions
+        self.record(decisions, evaluation)
+        for node in trail:
+            node.value_sum += evaluation.reward
+        full_score = self.trials[self.full_path].score
+        if full_score is not None and evaluation.score is not None:
+            self._add_gain(decisions, evaluation.score - full_score)
 
     def _select_child(self, node: Node, children: list[Node]) -> Node:
         """Return the child that `_rank` puts first or, with a small probability, a random child."""
-        if self._rng.random() < self.config.random_child_probability:
-            return self._rng.choice(children)
+        if self.rng.random() < self.config.random_child_probability:
+            return self.rng.choice(children)
         return max(children, key=lambda child: self._rank(node, child))
 
     def _rank(self, parent: Node, child: Node) -> tuple[float, float]:
@@ -140,19 +190,6 @@ class TreeSearch(PathSearch):
         if trial is not None and trial.score is not None:
             score = trial.score
         return value + exploration - length, score
-
-    def _expand(self, node: Node) -> Node:
-        """Add a child to a node by the most promising of a few untried edits."""
-        edits = self._list_edits(node)
-        num_drawn = 1
-        if self._gains:  # before any score is known, all edits promise the same
-            num_drawn = EDITS_DRAWN
-        candidates = [self._rng.choice(edits) for _ in range(num_drawn)]
-        action = max(candidates, key=self._promise)
-        node.untried.remove(action)
-        child = self._get_node(apply(node.decisions, action))
-        node.children[action] = child
-        return child
 
     def _list_edits(self, node: Node) -> list[Action]:
         """Return a node's untried edits; only the skips if its path is right and skips are left."""
@@ -177,15 +214,6 @@ class TreeSearch(PathSearch):
             gain = self._gains.get((layer, int(action.decision)), EditGain())
             promise += (mean_of_all + gain.total) / (1 + gain.num_paths)
         return promise
-
-    def _backup(self, decisions: Decisions, reward: float) -> None:
-        """Add a path's reward to the nodes of its trail, and its gain in score to its edits."""
-        for node in self._trails.pop(decisions):
-            node.value_sum += reward
-        full_score = self.trials[self._full].score
-        score = self.trials[decisions].score
-        if full_score is not None and score is not None:
-            self._add_gain(decisions, score - full_score)
 
     def _add_gain(self, decisions: Decisions, gain: float) -> None:
         """Divide a path's gain over the full path evenly among its edited layers."""

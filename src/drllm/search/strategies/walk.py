@@ -1,11 +1,8 @@
 """The search of the paper's published code: a chain of random edits that ignores all rewards."""
 
-from random import Random
-
-from drllm.config import SearchConfig
 from drllm.paths import Decisions
 from drllm.search.actions import apply, legal_actions
-from drllm.search.strategies import STRATEGIES, PathSearch
+from drllm.search.strategies import STRATEGIES, PathSearch, Rounds
 
 
 @STRATEGIES.register("walk")
@@ -22,21 +19,28 @@ class WalkSearch(PathSearch):
         child, so the tree is a chain.
     """
 
-    def __init__(self, num_layers: int, config: SearchConfig, rng: Random) -> None:
-        super().__init__(num_layers, config, rng)
-        self._last = self._full
-
-    def _select(self) -> Decisions | None:
-        """Edit the last path until a new path comes up or all simulations are used."""
-        while self._num_begun < self.config.num_simulations:
-            actions = legal_actions(self._last, self.limit)
-            if not actions and self._last == self._full:
-                return None  # even the full path has no legal edit
-            if not actions:
-                self._last = self._full
-                continue
-            self._last = apply(self._last, self._rng.choice(actions))
-            if self._last not in self.trials and self._last not in self._in_flight:
-                return self._last
-            self.num_simulations_done += 1  # a path that was tried before
-        return None
+    def run(self) -> Rounds:
+        """Edit the last path again and again; have the paths of each round evaluated together."""
+        path = self.full_path
+        [evaluation] = yield [path]
+        self.record(path, evaluation)
+        while not self.is_over:
+            paths: list[Decisions] = []
+            while len(paths) < self.config.leaves_per_round and self.round_size > 0:
+                actions = legal_actions(path, self.limit)
+                if not actions:
+                    path = self.full_path
+                    actions = legal_actions(path, self.limit)
+                if not actions:  # even the full path has no legal edit
+                    break
+                path = apply(path, self.rng.choice(actions))
+                if path in self.trials or path in self.in_flight:
+                    self.num_simulations += 1
+                else:
+                    self.begin(path)
+                    paths.append(path)
+            if not paths:
+                return
+            evaluations = yield paths
+            for decisions, evaluation in zip(paths, evaluations, strict=True):
+                self.record(decisions, evaluation)
