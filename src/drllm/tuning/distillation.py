@@ -160,10 +160,9 @@ class StatesPass(PathPass):
     """
 
     def __init__(self, path: StaticPath, start: Tensor | None = None, num_run: int = 0) -> None:
-        super().__init__(path)
+        super().__init__(path, num_run)
         self.start = start
         self.states: list[Tensor] = []
-        self._left = list(reversed(path.layers[num_run:]))  # layers still to run, the next one last
 
     def layer(self, call: LayerCall, hidden: Tensor) -> Tensor:
         """Run the layers of the path that come at this call, `[B, T, D]` to `[B, T, D]`."""

@@ -395,11 +395,16 @@ class PathPass(Driver):
     layer of the block. A step gets the arguments that the loop gave to its layer, so it has the
     right masks and positions, whatever the config says. With a cache, each execution of a layer has
     its own pass in the layer's entry.
+
+    Args:
+        path: The path.
+        num_run: How many layers of the path have run already, in another pass.
     """
 
-    def __init__(self, path: StaticPath) -> None:
+    def __init__(self, path: StaticPath, num_run: int = 0) -> None:
         self.path = path
-        self._remaining = list(reversed(path.layers))  # layers still to run, the next one last
+        # Layers still to run, the next one last.
+        self._remaining = list(reversed(path.layers[num_run:]))
         self._calls: list[LayerCall] = []  # the calls of the loop so far, by layer
         self._entries: list[RoutedCacheLayer | None] = []  # the cache entries of these layers
         self._num_run: Counter[int] = Counter()  # executions so far, by layer
