@@ -160,7 +160,8 @@ def test_healing_waits_once_a_step_and_heals_as_on_the_cpu(
     kls, expected = ([p.held_out_kl for p in run.curve] for run in (healed, healed_on_cpu))
     assert kls == pytest.approx(expected, abs=1e-4)
     waits = own_waits(events)
-    assert [waits[line] for line in waits if "tuning/heal.py" in line and "item" in line] == [3]
+    of_steps = [waits[line] for line in waits if "heal_training.py" in line and "item" in line]
+    assert of_steps == [3]
 
 
 def tuned(model, tokenizer):

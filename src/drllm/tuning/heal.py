@@ -1,71 +1,56 @@
 """The stage `heal`: train an adapter for a path that skips layers.
 
-PEFT puts a LoRA adapter on the layers of the path, and only the adapter is trained. The loss is the
-mean KL between the next-token distributions of the path and of the full path (see `distillation`).
-Some texts are held out (see `heal_texts`). At regular intervals a *check* measures the KL on these
-texts. The adapter of the check with the lowest KL is the result. An interrupted run resumes, and
-ends with the same adapter.
+PEFT puts a LoRA adapter on the layers of the path, and only the adapter is trained (see
+`heal_training`), on texts of which some are held out (see `heal_texts`). An interrupted run
+resumes, and ends with the same adapter.
 """
 
 import itertools
-import math
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from random import Random
-from statistics import fmean
 from typing import Any
 
 import msgspec
 import torch
-from safetensors.torch import load as from_safetensors
-from safetensors.torch import save as to_safetensors
-from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
 
 from drllm.config import HealConfig
 from drllm.config.fields import make_settings, replace_settings
 from drllm.cost import path_executions
 from drllm.errors import ConfigError
 from drllm.extras import need
-from drllm.models.base.batching import group_by_length
 from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import context_length
 from drllm.models.routing.healed import save_healed
 from drllm.models.routing.routed_model import RoutedModel, unrouted
-from drllm.models.scoring.packing import Request
 from drllm.paths import StaticPath
-from drllm.records.healed import HEALED_FILE, HealedPath, HealPoint, Losses, read_healed
+from drllm.records.healed import HEALED_FILE, HealedPath, Losses, read_healed
 from drllm.records.manifest import new_manifest
 from drllm.records.places import only_writer
-from drllm.records.resume import Chunks, refuse_other_run
 from drllm.records.static_paths import load_path, steps_to_write
 from drllm.tasks.base import Task
-from drllm.tuning.distillation import Distillation, choose_low_precision
-from drllm.tuning.heal_texts import TextSource, Tokens, digest_sources, read_sources, split_texts
+from drllm.tuning.distillation import choose_low_precision
+from drllm.tuning.heal_checks import measure_losses
+from drllm.tuning.heal_texts import (
+    SplitTexts,
+    TextSource,
+    Tokens,
+    digest_sources,
+    read_sources,
+    split_texts,
+)
 from drllm.tuning.heal_tokens import TextTokenizer
-from drllm.tuning.objectives import KL, LOSS
-from drllm.tuning.path_scorer import Item, PathScorer
+from drllm.tuning.heal_training import AdapterTraining, make_batches
 from drllm.work.first_block import FirstBlock
-from drllm.work.listener import Listener
+from drllm.work.listener import Listener, OnProgress
+from drllm.work.store import ResultStore, refuse_other_run
 
-CHUNKS_FOLDER = "heal.partial"
-STATE_KEY = "training"  # the key of the training's state in the folder of chunks
+PARTIAL_FOLDER = "heal.partial"
 ADAPTER = "healed"  # the adapter's name while it is trained
-STEPS = 250  # training steps, unless a number or a time is given
-PATIENCE = 3  # the training ends after this many checks in a row without a lower KL
-CHECKS = 10  # the number of checks in a training, besides the check before the first step
-WARM_UP = 0.05  # share of the training in which the learning rate rises
-MAX_GRAD_NORM = 1.0
 SAVE_SECONDS = 60  # a killed run loses about this much work
-STATE_CACHE_GB = 1.0  # for states that paths share while texts are measured
-STEPS_AHEAD = 16  # the sequences of this many steps are drawn, and sorted into batches, together
-FINAL_CHECKS = 3
-"""The time of this many checks is set aside for the measurements after the last step. These are a
-check, which runs two paths, and the losses by source, which run three. So they take less time than
-three checks."""
 
 
 def heal(
@@ -131,22 +116,11 @@ def heal(
         return run.run()
 
 
-class _State(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """The state of a training, which is saved."""
-
-    step: int = 0  # steps done
-    tokens: int = 0  # tokens trained on
-    seconds: float = 0.0  # duration of all steps and checks
-    check_seconds: float = 0.0  # duration of the longest check
-    train_kl: float | None = None  # a running mean over the last steps
-    curve: list[HealPoint] = []  # one point for each check
-    tensors: bytes = b""  # parameters and optimiser, as a file of safetensors; set by `_save`
-
-
+@dataclass(frozen=True)
 class HealRun:
-    """One run of the stage: it tokenizes texts, trains an adapter, and measures losses.
+    """One run of the stage: it prepares texts, trains and checks an adapter, and saves it.
 
-    Args:
+    Attributes:
         base: The model.
         routed: The same model with its layers routed.
         path: The path to heal.
@@ -155,68 +129,65 @@ class HealRun:
         config: The settings.
         folder: The folder for the healed path.
         listener: Receives progress and notes.
-
-    Attributes:
-        plain: The path without an adapter.
-        healed: The path with the adapter that is trained.
-        full: The full path.
-        held_out: Name of a source → its held-out sequences.
-        parameters: The adapter's weights.
-        best: The weights at the check with the lowest KL so far.
     """
 
-    def __init__(
-        self,
-        base: BaseModel,
-        routed: RoutedModel,
-        path: StaticPath,
-        name: str,
-        sources: Sequence[TextSource],
-        config: HealConfig,
-        folder: Path,
-        listener: Listener,
-    ) -> None:
-        self.base = base
-        self.routed = routed
-        self.plain = path.check(routed.num_layers).with_adapter("")
-        self.healed = path.with_adapter(ADAPTER)
-        self.full = StaticPath(range(routed.num_layers))
-        self.name = name
-        self.sources = sources
-        self.config = config
-        self.folder = folder
-        self.listener = listener
-        self.low_precision = choose_low_precision(base.model) if config.autocast else None
-        self.state = _State()
-        self.held_out: dict[str, list[Tokens]] = {}
-        self.parameters: list[nn.Parameter] = []
-        self.best: list[Tensor] = []
+    base: BaseModel
+    routed: RoutedModel
+    path: StaticPath
+    name: str
+    sources: Sequence[TextSource]
+    config: HealConfig
+    folder: Path
+    listener: Listener
+
+    @property
+    def full(self) -> StaticPath:
+        """The full path."""
+        return StaticPath(range(self.routed.num_layers))
+
+    @property
+    def plain(self) -> StaticPath:
+        """The path without an adapter."""
+        return self.path.check(self.routed.num_layers).with_adapter("")
+
+    @property
+    def healed(self) -> StaticPath:
+        """The path with the adapter that is trained."""
+        return self.path.with_adapter(ADAPTER)
+
+    @property
+    def adapted_layers(self) -> list[int]:
+        """The layers that the adapter changes, in order."""
+        first_layer = self.config.first_layer
+        return sorted({layer for layer in self.plain.layers if layer >= first_layer})
+
+    @property
+    def low_precision(self) -> torch.dtype | None:
+        """A dtype to compute in faster; None computes in the model's dtype."""
+        return choose_low_precision(self.base.model) if self.config.autocast else None
 
     def run(self) -> HealedPath:
         """Train, or return the result of an earlier run with the same settings."""
-        self.check()
-        self.record = self._new_record()
-        self.chunks = Chunks(self.folder / CHUNKS_FOLDER, _identity(self.record), stage="healing")
-        finished = self._read_finished()
+        self.check_settings()
+        record = self.make_record()
+        store = ResultStore(self.folder / PARTIAL_FOLDER, _identity(record), stage="healing")
+        finished = self.read_finished(record)
         if finished is not None:
+            store.remove()  # the earlier run may have been killed before it removed them
             return finished
-        self.add_adapter()
-        self.chunks.open()
-        sequences = self._read_texts()
+        training = self.begin_training()
+        store.open()
+        texts = self.prepare_texts(store)
         with self.listener.progress("healing", "") as on_progress:
-            self._resume()
-            for message in self._train(sequences):
-                on_progress(min(self._progress, 1.0), 1.0, message)
+            training.resume(store)
+            self.train(training, texts, store, on_progress)
             on_progress(1.0, 1.0)
-        with self.listener.busy("measuring the losses by source"):
-            losses = self._measure_losses()
-        curve = tuple(self.state.curve)
-        record = msgspec.structs.replace(self.record, curve=curve, held_out=losses)
-        healed = save_healed(self.folder, record, self.routed.injection, ADAPTER)
-        self.chunks.remove()
+        losses = self.measure_losses(texts)
+        healed = self.save(record, training, losses)
+        store.remove()
         return healed
 
-    def check(self) -> None:
+    def check_settings(self) -> None:
         """Refuse settings that don't fit the model or the path."""
         config = self.config
         context = context_length(self.base.model)
@@ -225,39 +196,13 @@ class HealRun:
                 f"--max-tokens is {config.max_tokens}, and this model reads {context} tokens; give "
                 f"at most {context}"
             )
-        if not self._adapted_layers():
+        if not self.adapted_layers:
             raise ConfigError(
                 f"--first-layer {config.first_layer} leaves no layer that can have an adapter; "
                 f"give at most {max(self.plain.layers)}"
             )
 
-    def add_adapter(self) -> None:
-        """Put a new adapter into the model, and create its optimiser and loss."""
-        rank = self.config.rank
-        self.parameters = self.routed.injection.lora.create(
-            ADAPTER,
-            rank=rank,
-            alpha=rank,  # a scaling of 1, so that a learning rate means the same at every rank
-            layers=self._adapted_layers(),
-            maps=self.routed.injection.linear_maps,
-            seed=self.config.seed,
-        )
-        self.best = [parameter.detach().clone() for parameter in self.parameters]
-        self.optimizer = torch.optim.AdamW(self.parameters, weight_decay=0.0)
-        self.distillation = Distillation(
-            self.routed,
-            self.healed,
-            min(self._adapted_layers()),
-            self.parameters,
-            self.low_precision,
-        )
-
-    def _adapted_layers(self) -> list[int]:
-        """Return the layers that the adapter changes, in order."""
-        first_layer = self.config.first_layer
-        return sorted({layer for layer in self.plain.layers if layer >= first_layer})
-
-    def _new_record(self) -> HealedPath:
+    def make_record(self) -> HealedPath:
         """Return the record of this run; the curve, the losses and the adapter come later."""
         autocast = str(self.low_precision).removeprefix("torch.")
         manifest = new_manifest(
@@ -280,7 +225,7 @@ class HealRun:
             runtime={**self.base.runtime, "autocast": autocast},
         )
 
-    def _read_finished(self) -> HealedPath | None:
+    def read_finished(self, record: HealedPath) -> HealedPath | None:
         """Return the result that the folder already has; refuse the result of another run."""
         file = self.folder / HEALED_FILE
         if not file.exists():
@@ -288,227 +233,86 @@ class HealRun:
         healed = read_healed(file)
         remedy = "choose another --output-dir, or delete the old one"
         name = f"the healed path in {file}"
-        refuse_other_run(name, _identity(healed), _identity(self.record), remedy)
-        self.chunks.remove()  # the earlier run may have been killed before it removed them
+        refuse_other_run(name, _identity(healed), _identity(record), remedy)
         return healed
 
-    def _read_texts(self) -> dict[str, list[Tokens]]:
-        """Tokenize the texts; set `held_out`, and return the sequences to train on by source."""
-        tokenizer = TextTokenizer(self.routed, self.config.max_tokens, self.chunks, self.listener)
+    def begin_training(self) -> AdapterTraining:
+        """Put a new adapter into the model, and return its training."""
+        rank = self.config.rank
+        parameters = self.routed.injection.lora.create(
+            ADAPTER,
+            rank=rank,
+            alpha=rank,  # a scaling of 1, so that a learning rate means the same at every rank
+            layers=self.adapted_layers,
+            maps=self.routed.injection.linear_maps,
+            seed=self.config.seed,
+        )
+        first_layer = min(self.adapted_layers)
+        return AdapterTraining(
+            self.routed, self.healed, first_layer, parameters, self.config, self.low_precision
+        )
+
+    def prepare_texts(self, store: ResultStore) -> SplitTexts:
+        """Tokenize the texts, and hold some out."""
+        tokenizer = TextTokenizer(self.routed, self.config.max_tokens, store, self.listener)
         texts = tokenizer.tokenize_sources(self.sources)
-        split = split_texts(texts, self.config)
-        self.held_out = split.held_out
-        return split.to_train
+        return split_texts(texts, self.config)
 
-    # --- training ---
-
-    @property
-    def _progress(self) -> float:
-        """The share of the training that is done, by steps or by time; above 1 if it took longer.
-
-        If the settings limit both, the larger share counts.
-        """
-        steps = self.config.steps
-        minutes = self.config.minutes
-        if steps is None and minutes is None:
-            steps = STEPS
-        share = 0.0
-        if steps is not None:
-            share = self.state.step / steps
-        if minutes is not None:
-            share = max(share, self._share_of_time(60 * minutes))
-        return share
-
-    def _share_of_time(self, seconds: float) -> float:
-        """Return the share of the training's time that is over.
-
-        `seconds` is the time for the training and for the measurements after it.
-        """
-        training_seconds = seconds - FINAL_CHECKS * self.state.check_seconds
-        if training_seconds <= 0:
-            return 1.0
-        return self.state.seconds / training_seconds
-
-    @property
-    def _is_over(self) -> bool:
-        """Whether the training is complete, or too many checks in a row show no lower KL."""
-        kls = [point.held_out_kl for point in self.state.curve]
-        best_check = kls.index(min(kls))
-        num_checks_since = len(kls) - 1 - best_check
-        return self._progress >= 1 or num_checks_since >= PATIENCE
-
-    def _train(self, sequences: Mapping[str, Sequence[Tokens]]) -> Iterator[str]:
-        """Train to the end, and yield a message after each step; then use the best adapter.
-
-        Args:
-            sequences: Name of a source → the sequences to train on.
-        """
-        state = self.state
-        last_save = 0.0  # so the state is saved before the first step
-        if not state.curve:
-            self._check_held_out()
+    def train(
+        self,
+        training: AdapterTraining,
+        texts: SplitTexts,
+        store: ResultStore,
+        on_progress: OnProgress,
+    ) -> None:
+        """Train to the end, with checks and saves on the way; then use the best adapter."""
+        held_out: list[Tokens] = []
+        for source_texts in texts.held_out.values():
+            held_out += source_texts
+        if not training.state.curve:
+            self.check(training, held_out)
         first_block = FirstBlock(self.listener, self.base.model.device)
+        last_save = 0.0  # so the state is saved before the first step
+        batches = make_batches(texts.to_train, self.config)
         # A resumed training skips the batches of the steps that are done.
-        for batch in itertools.islice(make_batches(sequences, self.config), state.step, None):
+        for batch in itertools.islice(batches, training.state.step, None):
             if time.monotonic() - last_save > SAVE_SECONDS:
-                self._save()
+                training.save(store)
                 last_save = time.monotonic()
-            if self._is_over:
+            if training.is_over:
                 break
-            before = self._progress
-            self._step(batch)
-            first_block.finish((self._progress - before) / (1 - before))  # of this run's work
-            if int(min(self._progress, 1.0) * CHECKS) > int(before * CHECKS):  # a tenth is done
-                self._check_held_out()
-            kl = state.curve[-1].held_out_kl
-            yield f"step {state.step}, KL {state.train_kl:.3f}, on held-out texts {kl:.3f}"
-        if state.step == 0:
+            before = training.progress
+            num_parts_done = training.num_parts_done
+            training.step(batch)
+            first_block.finish((training.progress - before) / (1 - before))  # of this run's work
+            if training.num_parts_done > num_parts_done:
+                self.check(training, held_out)
+            on_progress(min(training.progress, 1.0), 1.0, training.describe())
+        if training.state.step == 0:
             self.listener.note(
                 f"--minutes {self.config.minutes} left no time to train: measuring the held-out "
-                f"texts once takes {state.check_seconds:.0f} s; give more minutes, or a lower "
-                f"--num-held-out"
+                f"texts once takes {training.state.check_seconds:.0f} s; give more minutes, or a "
+                f"lower --num-held-out"
             )
-        with torch.no_grad():
-            for parameter, best in zip(self.parameters, self.best, strict=True):
-                parameter.copy_(best)
+        training.use_best()
 
-    def _step(self, batch: Sequence[Tokens]) -> None:
-        """Train on one batch."""
-        started = time.perf_counter()
-        state = self.state
-        rate = learning_rate(self.config.learning_rate, self._progress)
-        kl = float(self.distillation.compute_gradients(batch))  # waits for the device
-        if not math.isfinite(kl):
-            raise ConfigError(
-                f"the KL became {kl} at a learning rate of up to "
-                f"{self.config.learning_rate:.3g}; heal with a lower --learning-rate"
-            )
-        clip_grad_norm_(self.parameters, MAX_GRAD_NORM)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        mean = kl if state.train_kl is None else state.train_kl
-        state.train_kl = 0.9 * mean + 0.1 * kl
-        state.step += 1
-        state.tokens += sum(map(len, batch))
-        state.seconds += time.perf_counter() - started
+    def check(self, training: AdapterTraining, held_out: Sequence[Tokens]) -> None:
+        """Measure the KL on the held-out texts, and note it."""
+        point = training.check(held_out)
+        self.listener.note(f"step {point.step}: KL {point.held_out_kl:.3f} on held-out texts")
 
-    # --- measurements ---
+    def measure_losses(self, texts: SplitTexts) -> dict[str, Losses]:
+        """Return the next-token losses on the held-out texts, by source."""
+        with self.listener.busy("measuring the losses by source"):
+            return measure_losses(self.routed, self.full, self.plain, self.healed, texts.held_out)
 
-    def _check_held_out(self) -> None:
-        """Measure the KL on the held-out texts, and store the adapter if it is the best so far."""
-        started = time.perf_counter()
-        state = self.state
-        texts: list[Tokens] = []
-        for source_texts in self.held_out.values():
-            texts += source_texts
-        with self.distillation.precision():
-            [kl] = self._measure_means(KL, [self.healed], texts)
-        if all(kl < point.held_out_kl for point in state.curve):
-            self.best = [parameter.detach().clone() for parameter in self.parameters]
-        seconds = time.perf_counter() - started
-        state.check_seconds = max(state.check_seconds, seconds)
-        state.seconds = round(state.seconds + seconds, 3)
-        point = HealPoint(
-            step=state.step,
-            tokens=state.tokens,
-            seconds=state.seconds,
-            train_kl=state.train_kl,
-            held_out_kl=kl,
-        )
-        state.curve.append(point)
-        self.listener.note(f"step {state.step}: KL {kl:.3f} on held-out texts")
-
-    def _measure_losses(self) -> dict[str, Losses]:
-        """Return the next-token losses on the held-out texts, by source, along three paths."""
-        losses = {}
-        for name, texts in self.held_out.items():
-            paths = [self.full, self.plain, self.healed]
-            full, plain, healed = self._measure_means(LOSS, paths, texts)
-            losses[name] = Losses(full=full, path=plain, healed=healed, num_texts=len(texts))
-        return losses
-
-    @torch.no_grad()
-    def _measure_means(
-        self, objective: str, paths: Sequence[StaticPath], texts: Sequence[Tokens]
-    ) -> list[float]:
-        """Return the mean KL (`KL`) or next-token loss (`LOSS`) of texts along each path."""
-        items = []
-        for text in texts:
-            if objective == KL:  # the KL is over the prompt, but a request needs a continuation
-                request = Request(text, [text[:1]])
-            else:
-                request = Request(text[:1], [text[1:]])
-            items.append(Item(request))
-        scorer = PathScorer(self.routed, items, objective, STATE_CACHE_GB)
-        objectives = scorer.score(paths).objective  # of each path on each text; larger is better
-        return [-fmean(values) for values in objectives]
-
-    # --- saving and resuming ---
-
-    def _save(self) -> None:
-        """Save the state of the training, with the weights and the optimiser, for `_resume`."""
-        tensors: dict[str, Tensor] = {}
-        for number, parameter in enumerate(self.parameters):
-            tensors[f"{number} weight"] = parameter.detach().cpu()
-            tensors[f"{number} best"] = self.best[number].cpu()
-            for part, tensor in self.optimizer.state[parameter].items():
-                tensors[f"{number} {part}"] = tensor.cpu()
-        self.state.tensors = to_safetensors(tensors)
-        self.chunks.put(STATE_KEY, self.state)
-
-    @torch.no_grad()
-    def _resume(self) -> None:
-        """Load the state that was saved, if there is one."""
-        state = self.chunks.get(STATE_KEY, _State)
-        if state is None:
-            return
-        for name, tensor in from_safetensors(state.tensors).items():
-            number, _, part = name.partition(" ")
-            parameter = self.parameters[int(number)]
-            if part == "weight":
-                parameter.copy_(tensor)
-            elif part == "best":
-                self.best[int(number)].copy_(tensor)
-            elif tensor.dim() == 0:  # the optimiser's number of steps, which stays on the CPU
-                self.optimizer.state[parameter][part] = tensor
-            else:
-                self.optimizer.state[parameter][part] = tensor.to(parameter.device)
-        self.state = state
-
-
-def learning_rate(peak: float, progress: float) -> float:
-    """Return the learning rate at a share of the training: linear warm-up times cosine decay."""
-    rise = min(1.0, (progress + 0.001) / WARM_UP)  # above 0 at the first step
-    fall = 0.5 * (1 + math.cos(math.pi * progress))
-    return peak * rise * fall
-
-
-def make_batches(
-    by_source: Mapping[str, Sequence[Tokens]], config: HealConfig
-) -> Iterator[list[Tokens]]:
-    """Yield a batch of sequences for each step, without end.
-
-    The same settings and sequences give the same batches. Each source gives the same number of
-    sequences, drawn at random. The sequences of a batch have similar lengths, and fit into
-    `batch_size` times `max_tokens` tokens.
-
-    Args:
-        by_source: Name of a source → its sequences.
-        config: The settings.
-    """
-    random = Random(config.seed)
-    max_tokens = config.batch_size * config.max_tokens
-    num_per_source = math.ceil(STEPS_AHEAD * config.batch_size / len(by_source))
-    while True:
-        sequences: list[Tokens] = []
-        for source_sequences in by_source.values():
-            sequences += random.choices(source_sequences, k=num_per_source)
-        lengths = [len(sequence) for sequence in sequences]
-        groups = group_by_length(lengths, len(sequences), max_tokens)
-        random.shuffle(groups)
-        for rows in groups:
-            yield [sequences[row] for row in rows]
+    def save(
+        self, record: HealedPath, training: AdapterTraining, losses: dict[str, Losses]
+    ) -> HealedPath:
+        """Write the healed path, and return its record."""
+        curve = tuple(training.state.curve)
+        record = msgspec.structs.replace(record, curve=curve, held_out=losses)
+        return save_healed(self.folder, record, self.routed.injection, ADAPTER)
 
 
 def _identity(record: HealedPath) -> dict[str, Any]:

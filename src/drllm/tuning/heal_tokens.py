@@ -8,12 +8,12 @@ from drllm.models.base.prompts import Prompt as Conversation
 from drllm.models.base.prompts import context_length, encode, render
 from drllm.models.routing.batch_generation import generate_many
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.records.resume import Chunks
 from drllm.tuning.heal_texts import TextSource, Tokens
 from drllm.tuning.path_scorer import make_text_items
 from drllm.work.listener import Listener
+from drllm.work.store import ResultStore
 
-ANSWERS_AT_ONCE = 32  # prompts that are answered, and stored, together
+ANSWERS_AT_ONCE = 32  # prompts that are answered, and kept, together
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +23,13 @@ class TextTokenizer:
     Args:
         routed: The model; prompts without answers are answered along its full path.
         max_tokens: Maximum tokens of a generated answer, and of a sequence to train on.
-        chunks: Stores the generated answers.
+        store: Keeps the generated answers.
         listener: Gets a note if texts are longer than `max_tokens`.
     """
 
     routed: RoutedModel
     max_tokens: int
-    chunks: Chunks
+    store: ResultStore
     listener: Listener
 
     def tokenize_sources(self, sources: Sequence[TextSource]) -> dict[str, list[Tokens]]:
@@ -52,13 +52,13 @@ class TextTokenizer:
         return texts
 
     def _answer_source(self, source: TextSource) -> list[Tokens]:
-        """Answer the prompts of a source, or read the stored answers."""
+        """Answer the prompts of a source, or read the kept answers."""
         texts: list[Tokens] = []
         prompts = [prompt.content for prompt in source.prompts]
         for start in range(0, len(prompts), ANSWERS_AT_ONCE):
             block = prompts[start : start + ANSWERS_AT_ONCE]
             key = f"{source.name} answers from {start}"
-            texts += self.chunks.get_or_make(key, list[Tokens], partial(self._answer, block))
+            texts += self.store.get_or_make(key, list[Tokens], partial(self._answer, block))
         return texts
 
     def _answer(self, prompts: Sequence[Conversation]) -> list[Tokens]:

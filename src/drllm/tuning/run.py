@@ -150,7 +150,7 @@ def _find_paths(
     header = new_manifest("paths", model=base.identity, config=config.to_dict())
     full = StaticPath(range(base.num_layers))
     with listener.progress("tuning", "scores") as on_progress:
-        tasks = [tokenize_task(base, task, config) for task in splits]
+        tasks = [tokenize_task(base, task, config, number) for number, task in enumerate(splits)]
         progress = TuningProgress(on_progress, FirstBlock(listener, base.model.device))
         table = ScoreTable(workers.executor, store, config.state_cache_gb, progress.add)
         gains = Gains(table, tasks, full, config.max_loss, config.seed)

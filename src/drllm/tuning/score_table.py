@@ -17,7 +17,6 @@ import numpy as np
 from drllm.paths import StaticPath
 from drllm.records.codec import hash_values
 from drllm.statistics.intervals import Floats
-from drllm.tasks.examples import Prompt
 from drllm.tuning.objectives import GOLD
 from drllm.tuning.path_scorer import (
     GradeAnswers,
@@ -105,23 +104,22 @@ class ScoreTable:
         self._on_scored = on_scored
         self._score_paths = ScorePaths(state_cache_gb)
         self._grade_answers = GradeAnswers()
-        # The scores on the first Q questions of a part, [2, Q]: the objective, and 1 if the right
-        # option is the likeliest.
-        self._scores: dict[Place, Floats] = {}
-        self._grades: dict[Place, list[float]] = {}  # of generated answers
+        # A row has a value for each question of a part, [Q]; NaN where it is missing.
+        self._objectives: dict[Place, Floats] = {}
+        self._is_right: dict[Place, Floats] = {}  # 1 if the right option is the likeliest
+        self._grades: dict[Place, Floats] = {}  # of generated answers
 
     def objective(self, task: TaskQuestions, part: str, path: StaticPath) -> list[float]:
         """Return the objective of a path on each question of a part that is scored."""
-        values: list[float] = self._scores[task, part, path][0].tolist()
-        return values
+        return _list_known(self._objectives[task, part, path])
 
     def compare(
         self, task: TaskQuestions, part: str, path: StaticPath, other: StaticPath
     ) -> list[float]:
         """Return each question's objective of a path minus the objective of another path."""
-        pairs = zip(
-            self.objective(task, part, path), self.objective(task, part, other), strict=True
-        )
+        objectives = self.objective(task, part, path)
+        other_objectives = self.objective(task, part, other)
+        pairs = zip(objectives, other_objectives, strict=True)
         return [value - other_value for value, other_value in pairs]
 
     def grades(self, task: TaskQuestions, part: str, path: StaticPath) -> list[float]:
@@ -130,211 +128,205 @@ class ScoreTable:
         The list is empty if the objective compares no options and no answers are generated.
         """
         if task.objective == GOLD:
-            is_right: list[float] = self._scores[task, part, path][1].tolist()
-            return is_right
-        return self._grades.get((task, part, path), [])
+            return _list_known(self._is_right[task, part, path])
+        if task.is_generated:
+            return _list_known(self._grades[task, part, path])
+        return []
 
     def count_missing(self, requests: Iterable[PathsOnPart]) -> int:
         """Return how many pairs of a path and a question `fill` would score."""
-        num_pairs = 0
-        for gap in self._find_gaps(requests):
-            num_pairs += len(gap.paths) * (gap.end - gap.start)
-        return num_pairs
+        return sum(block.num_pairs for block in self._make_score_blocks(requests))
 
     def count_missing_grades(self, requests: Iterable[PathsOnPart]) -> int:
         """Return how many answers `fill_grades` would generate."""
-        return sum(len(answers.prompts) for answers in self._find_answers(requests))
+        return sum(len(block.places) for block in self._make_answer_blocks(requests))
 
     def fill(self, requests: Iterable[PathsOnPart]) -> None:
-        """Compute the scores that are missing."""
-        parts: list[_GapPart] = []
-        for gap in self._find_gaps(requests):
-            parts += gap.divide()
-        gap_of_block = {part.key: part.gap for part in parts}
+        """Score paths on questions where the scores are missing."""
+        blocks = {block.key: block for block in self._make_score_blocks(requests)}
 
-        def on_result(
-            block: Block[PathsToScore],
-            scores: Scores,
-            *,
-            is_new: bool,  # noqa: ARG001
-        ) -> None:
-            self.seconds += scores.seconds / self._executor.num_workers
-            note = gap_of_block[block.key].count(len(block.data.items))
-            self._on_scored(block.size, self.seconds, note)
+        def on_result(block: Block[PathsToScore], scores: Scores, **_: bool) -> None:
+            self._insert_scores(blocks[block.key], scores)
 
-        results = run(
-            [part.make_block() for part in parts],
+        run(
+            [block.to_run() for block in blocks.values()],
             self._score_paths,
             self._executor,
             keep=self._store.of(Scores),
             on_result=on_result,
         )
-        for part, scores in zip(parts, results, strict=True):
-            part.gap.insert(part.places, scores)
-        for gap in dict.fromkeys(part.gap for part in parts):
-            self._close(gap)
 
     def fill_grades(self, requests: Iterable[PathsOnPart]) -> None:
-        """Generate and grade the answers that are missing, to all questions of each part."""
-        parts: list[_AnswersPart] = []
-        for answers in self._find_answers(requests):
-            parts += answers.divide()
-        answers_of_block = {part.key: part.answers for part in parts}
+        """Generate and grade answers to all questions of parts where the grades are missing."""
+        blocks = {block.key: block for block in self._make_answer_blocks(requests)}
 
-        def on_result(
-            block: Block[PromptsToAnswer],
-            grades: list[float],
-            *,
-            is_new: bool,  # noqa: ARG001
-        ) -> None:
-            note = answers_of_block[block.key].count(len(grades))
-            self._on_scored(block.size, self.seconds, note)
+        def on_result(block: Block[PromptsToAnswer], grades: list[float], **_: bool) -> None:
+            self._insert_grades(blocks[block.key], grades)
 
-        results = run(
-            [part.make_block() for part in parts],
+        run(
+            [block.to_run() for block in blocks.values()],
             self._grade_answers,
             self._executor,
             keep=self._store.of(list[float]),
             on_result=on_result,
         )
-        for part, grades in zip(parts, results, strict=True):
-            self._grades.setdefault(part.answers.place, []).extend(grades)
 
-    def _find_gaps(self, requests: Iterable[PathsOnPart]) -> list[_Gap]:
-        """Return the gaps of the table: the paths of a gap have the same number of scores."""
-        gaps: list[_Gap] = []
+    def _make_score_blocks(self, requests: Iterable[PathsOnPart]) -> list[_ScoreBlock]:
+        """Divide what is missing into blocks of questions of similar length."""
+        blocks: list[_ScoreBlock] = []
         for request in requests:
             paths_by_start: dict[int, list[StaticPath]] = {}
             for path in dict.fromkeys(request.paths):
-                scores = self._scores.get((request.task, request.part, path))
-                num_scored = 0 if scores is None else scores.shape[1]
+                num_scored = self._count_scored(request.task, request.part, path)
                 if num_scored < request.num_questions:
                     paths_by_start.setdefault(num_scored, []).append(path)
             for start, paths in paths_by_start.items():
-                gaps.append(_Gap(request.task, request.part, paths, start, request.num_questions))
-        return gaps
+                questions = range(start, request.num_questions)
+                blocks += _divide_questions(request.task, request.part, paths, questions)
+        return blocks
 
-    def _close(self, gap: _Gap) -> None:
-        """Add the scores of a gap to the table."""
-        for number, path in enumerate(gap.paths):
-            key = (gap.task, gap.part, path)
-            scores = gap.scores[:, number]
-            if key in self._scores:
-                scores = np.concatenate((self._scores[key], scores), axis=1)
-            self._scores[key] = scores
+    def _count_scored(self, task: TaskQuestions, part: str, path: StaticPath) -> int:
+        """Return on how many questions of a part a path is scored, from the first."""
+        objectives = self._objectives.get((task, part, path))
+        if objectives is None:
+            return 0
+        return _count_known(objectives)
 
-    def _find_answers(self, requests: Iterable[PathsOnPart]) -> list[_Answers]:
-        """Return the answers that are missing, for each path and part."""
-        answers: list[_Answers] = []
+    def _insert_scores(self, block: _ScoreBlock, scores: Scores) -> None:
+        """Insert the scores of a block, and report the progress."""
+        for number, path in enumerate(block.paths):
+            row = _find_row(self._objectives, block.task, block.part, path)
+            row[block.places] = scores.objective[number]
+            if scores.right:  # empty if the questions have no options
+                row = _find_row(self._is_right, block.task, block.part, path)
+                row[block.places] = scores.right[number]
+        self.seconds += scores.seconds / self._executor.num_workers
+        row = self._objectives[block.task, block.part, block.paths[0]]
+        num_scored = _count_known(row[block.questions])
+        note = (
+            f"scoring {len(block.paths)} candidate paths, question {num_scored} of "
+            f"{len(block.questions)}"
+        )
+        self._on_scored(block.num_pairs, self.seconds, note)
+
+    def _make_answer_blocks(self, requests: Iterable[PathsOnPart]) -> list[_AnswerBlock]:
+        """Divide the prompts without grades into blocks."""
+        blocks: list[_AnswerBlock] = []
         for request in requests:
             for path in dict.fromkeys(request.paths):
-                missing = _Answers(request.task, request.part, path)
-                if missing.place not in self._grades:
-                    answers.append(missing)
-        return answers
+                if (request.task, request.part, path) not in self._grades:
+                    blocks += _divide_prompts(request.task, request.part, path)
+        return blocks
+
+    def _insert_grades(self, block: _AnswerBlock, grades: Sequence[float]) -> None:
+        """Insert the grades of a block, and report the progress."""
+        row = _find_row(self._grades, block.task, block.part, block.path)
+        row[block.places] = grades
+        note = f"answering along one path, question {_count_known(row)} of {len(row)}"
+        self._on_scored(len(grades), self.seconds, note)
 
 
-class _Gap:
-    """Missing scores: of paths on the questions of a part from place `start` to `end`.
+def _find_row(
+    rows: dict[Place, Floats], task: TaskQuestions, part: str, path: StaticPath
+) -> Floats:
+    """Return a row of the table `[Q]`; add it if it isn't there."""
+    place = (task, part, path)
+    if place not in rows:
+        rows[place] = np.full(len(task.items[part]), np.nan)
+    return rows[place]
+
+
+def _count_known(row: Floats) -> int:
+    """Return how many values of a row are known."""
+    return int(np.count_nonzero(~np.isnan(row)))
+
+
+def _list_known(row: Floats) -> list[float]:
+    """Return the values of a row that are known."""
+    values: list[float] = row[~np.isnan(row)].tolist()
+    return values
+
+
+@dataclass(frozen=True, eq=False)
+class _ScoreBlock:
+    """Paths, and the questions that one block scores them on.
 
     Attributes:
-        scores: The scores, `[2, N, Q]`; `insert` fills them in.
+        key: The key of the block.
+        task: The task.
+        part: The part of its questions.
+        paths: The paths.
+        places: The places of the questions in the part.
+        questions: The places of all questions that these paths lack scores on.
     """
 
-    def __init__(
-        self, task: TaskQuestions, part: str, paths: Sequence[StaticPath], start: int, end: int
-    ) -> None:
-        self.task = task
-        self.part = part
-        self.paths = paths
-        self.start = start
-        self.end = end
-        self.scores: Floats = np.zeros((2, len(paths), end - start))
-        self._num_scored = 0  # questions
-
-    def divide(self) -> list[_GapPart]:
-        """Divide the questions into blocks of similar length."""
-        items = self.task.items[self.part]
-        places = sorted(range(self.start, self.end), key=lambda place: items[place].request.length)
-        size = max(1, MOST_PAIRS // len(self.paths))
-        digest = hash_values(path.layers for path in self.paths)[:16]
-        name = f"{self.task.name} {self.part} {self.start} to {self.end}"
-        parts = []
-        for first in range(0, len(places), size):
-            key = f"{name} from {first} {digest}"
-            parts.append(_GapPart(self, key, places[first : first + size]))
-        return parts
-
-    def count(self, num_questions: int) -> str:
-        """Count questions that were scored, and say how many they are so far."""
-        self._num_scored += num_questions
-        total = self.end - self.start
-        return f"scoring {len(self.paths)} candidate paths, question {self._num_scored} of {total}"
-
-    def insert(self, places: Sequence[int], scores: Scores) -> None:
-        """Insert the scores of the questions at some places of the part."""
-        columns = [place - self.start for place in places]
-        self.scores[0][:, columns] = scores.objective
-        if scores.right:  # empty if the questions have no options
-            self.scores[1][:, columns] = scores.right
-
-
-@dataclass(frozen=True, eq=False)
-class _GapPart:
-    """The questions of a gap that one block scores."""
-
-    gap: _Gap
     key: str
-    places: Sequence[int]
-
-    def make_block(self) -> Block[PathsToScore]:
-        """Return the block."""
-        gap = self.gap
-        all_items = gap.task.items[gap.part]
-        items = [all_items[place] for place in self.places]
-        data = PathsToScore(gap.paths, items, gap.task.objective_on(gap.part))
-        return Block(self.key, data, size=len(gap.paths) * len(items))
-
-
-class _Answers:
-    """Missing grades: of the generated answers to the questions of a part, along one path."""
-
-    def __init__(self, task: TaskQuestions, part: str, path: StaticPath) -> None:
-        self.task = task
-        self.part = part
-        self.path = path
-        self.prompts = task.prompts[part]
-        self._num_answered = 0
+    task: TaskQuestions
+    part: str
+    paths: Sequence[StaticPath]
+    places: list[int]
+    questions: range
 
     @property
-    def place(self) -> Place:
-        """Where the grades belong in the table."""
-        return (self.task, self.part, self.path)
+    def num_pairs(self) -> int:
+        """The number of pairs of a path and a question."""
+        return len(self.paths) * len(self.places)
 
-    def divide(self) -> list[_AnswersPart]:
-        """Divide the prompts into blocks."""
-        digest = hash_values(self.path.layers)[:16]
-        parts = []
-        for start in range(0, len(self.prompts), MOST_ANSWERS):
-            key = f"{self.task.name} answers {self.part} from {start} {digest}"
-            parts.append(_AnswersPart(self, key, self.prompts[start : start + MOST_ANSWERS]))
-        return parts
+    def to_run(self) -> Block[PathsToScore]:
+        """Return the block for `run`."""
+        items = [self.task.items[self.part][place] for place in self.places]
+        data = PathsToScore(self.paths, items, self.task.objective_on(self.part))
+        return Block(self.key, data, self.num_pairs)
 
-    def count(self, num_answers: int) -> str:
-        """Count answers that were graded, and say how many they are so far."""
-        self._num_answered += num_answers
-        return f"answering along one path, question {self._num_answered} of {len(self.prompts)}"
+
+def _divide_questions(
+    task: TaskQuestions, part: str, paths: Sequence[StaticPath], questions: range
+) -> list[_ScoreBlock]:
+    """Divide questions of a part into blocks of similar length."""
+    items = task.items[part]
+    places = sorted(questions, key=lambda place: items[place].request.length)
+    size = max(1, MOST_PAIRS // len(paths))
+    digest = hash_values(path.layers for path in paths)[:16]
+    name = f"{task.key} {part} {questions.start} to {questions.stop}"
+    blocks = []
+    for first in range(0, len(places), size):
+        key = f"{name} from {first} {digest}"
+        block_places = places[first : first + size]
+        blocks.append(_ScoreBlock(key, task, part, paths, block_places, questions))
+    return blocks
 
 
 @dataclass(frozen=True, eq=False)
-class _AnswersPart:
-    """The prompts that one block answers."""
+class _AnswerBlock:
+    """A path, and the prompts of a part that one block answers along it.
 
-    answers: _Answers
+    Attributes:
+        key: The key of the block.
+        task: The task.
+        part: The part of its questions.
+        path: The path.
+        places: The places of the prompts in the part.
+    """
+
     key: str
-    prompts: Sequence[Prompt]
+    task: TaskQuestions
+    part: str
+    path: StaticPath
+    places: range
 
-    def make_block(self) -> Block[PromptsToAnswer]:
-        """Return the block."""
-        data = PromptsToAnswer(self.answers.path, self.prompts)
-        return Block(self.key, data, size=len(self.prompts))
+    def to_run(self) -> Block[PromptsToAnswer]:
+        """Return the block for `run`."""
+        prompts = [self.task.prompts[self.part][place] for place in self.places]
+        return Block(self.key, PromptsToAnswer(self.path, prompts), len(prompts))
+
+
+def _divide_prompts(task: TaskQuestions, part: str, path: StaticPath) -> list[_AnswerBlock]:
+    """Divide the prompts of a part into blocks."""
+    num_prompts = len(task.prompts[part])
+    digest = hash_values(path.layers)[:16]
+    blocks = []
+    for start in range(0, num_prompts, MOST_ANSWERS):
+        places = range(start, min(start + MOST_ANSWERS, num_prompts))
+        key = f"{task.key} answers {part} from {start} {digest}"
+        blocks.append(_AnswerBlock(key, task, part, path, places))
+    return blocks

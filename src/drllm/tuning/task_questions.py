@@ -25,6 +25,7 @@ class TaskQuestions:
     """The questions of one task.
 
     Attributes:
+        key: The name with the task's number, since two tasks may have the same name.
         name: The task's name.
         objective: The task's objective, see `objectives`.
         is_divided: As in `TaskSplits`.
@@ -34,6 +35,7 @@ class TaskQuestions:
         prompts: Part → the prompts to generate answers to; empty if no answers are generated.
     """
 
+    key: str
     name: str
     objective: str
     is_divided: bool
@@ -51,13 +53,16 @@ class TaskQuestions:
         return LOSS if part.startswith(TEXTS_OF) else self.objective
 
 
-def tokenize_task(base: BaseModel, splits: TaskSplits, config: TuneConfig) -> TaskQuestions:
+def tokenize_task(
+    base: BaseModel, splits: TaskSplits, config: TuneConfig, number: int
+) -> TaskQuestions:
     """Tokenise the questions of a task.
 
     Args:
         base: The model; its weights aren't needed.
         splits: The task with its questions.
         config: The settings.
+        number: The task's number.
 
     Raises:
         ModelError: A question doesn't fit the model's context.
@@ -73,6 +78,7 @@ def tokenize_task(base: BaseModel, splits: TaskSplits, config: TuneConfig) -> Ta
         texts = choose(prompts[part], NUM_TEXTS, config.seed)
         items[TEXTS_OF + part] = make_text_items(base, texts)
     return TaskQuestions(
+        key=f"{splits.task.name} {number}",
         name=splits.task.name,
         objective=objective,
         is_divided=splits.is_divided,

@@ -19,16 +19,16 @@ from drllm.models.routing.injection import LayerCall
 from drllm.models.routing.routed_model import RoutedModel, unrouted
 from drllm.paths import StaticPath
 from drllm.records.healed import HEALED_FILE, read_healed
-from drllm.records.resume import Chunks
 from drllm.records.static_paths import load_path
 from drllm.tasks.registry import get_task
-from drllm.tuning import distillation
+from drllm.tuning import distillation, heal_checks
 from drllm.tuning import heal as healing
 from drllm.tuning.distillation import Distillation
-from drllm.tuning.heal import CHUNKS_FOLDER, HealRun, heal, make_batches
+from drllm.tuning.heal import PARTIAL_FOLDER, HealRun, heal
 from drllm.tuning.heal_texts import TextSource, digest_sources, read_sources, split_texts
-from drllm.tuning.heal_tokens import TextTokenizer
+from drllm.tuning.heal_training import make_batches
 from drllm.work.listener import Listener
+from drllm.work.store import ResultStore
 
 PATH = StaticPath([0, 1, 3, 5])
 SMALL = {
@@ -135,11 +135,11 @@ def begun(routed, path, folder, **settings):
         own = RoutedModel(base.model, tokenizer=base.tokenizer)
         try:
             run = HealRun(base, own, path, "", read_sources(config), config, folder, Listener())
-            run.add_adapter()
+            training = run.begin_training()
             with torch.no_grad():
-                for weight in run.parameters:
+                for weight in training.parameters:
                     weight.normal_(std=0.1)
-            yield run
+            yield run, training
         finally:
             own.detach()
 
@@ -155,8 +155,11 @@ def begun(routed, path, folder, **settings):
 )
 def test_teacher_and_student_are_what_each_path_alone_gives(routed, tmp_path, path, first_layer):
     texts = [tuple(range(4, 16)), tuple(range(30, 37))]
-    with begun(routed, path, tmp_path, first_layer=first_layer) as made, torch.no_grad():
-        states = made.distillation.last_states(texts)
+    with (
+        begun(routed, path, tmp_path, first_layer=first_layer) as (made, training),
+        torch.no_grad(),
+    ):
+        states = training.distillation.last_states(texts)
         norm = made.routed.injection.decoder.norm
         for alone, found in zip([made.full, made.healed], states, strict=True):
             with made.routed.fixed(alone):
@@ -172,7 +175,7 @@ def test_a_step_has_the_gradient_of_the_mean_kl_however_many_tokens_the_head_see
 ):
     texts = [tuple(range(4, 16)), tuple(range(30, 37))]
     monkeypatch.setattr(distillation, "LOGITS_AT_ONCE", 101 * 5)
-    with begun(routed, PATH, tmp_path) as made:
+    with begun(routed, PATH, tmp_path) as (made, training):
         logits = []
         for alone in (made.full, made.healed):
             with made.routed.fixed(alone):
@@ -180,10 +183,10 @@ def test_a_step_has_the_gradient_of_the_mean_kl_however_many_tokens_the_head_see
             logits.append(torch.cat(rows).log_softmax(dim=-1))
         full, ours = logits
         kl = (full.exp() * (full - ours)).sum(dim=-1).mean()
-        expected = torch.autograd.grad(kl, made.parameters)
-        found = float(made.distillation.compute_gradients(texts))
+        expected = torch.autograd.grad(kl, training.parameters)
+        found = float(training.distillation.compute_gradients(texts))
         assert found == pytest.approx(float(kl.detach()), rel=1e-4)
-        for weight, gradient in zip(made.parameters, expected, strict=True):
+        for weight, gradient in zip(training.parameters, expected, strict=True):
             torch.testing.assert_close(weight.grad, gradient, rtol=1e-3, atol=1e-6)
 
 
@@ -195,9 +198,9 @@ def test_what_both_paths_begin_with_is_run_once(routed, tmp_path, monkeypatch):
         "run",
         lambda call, *args, **named: run.append(call.index) or original(call, *args, **named),
     )
-    with begun(routed, PATH, tmp_path, first_layer=2) as made:
+    with begun(routed, PATH, tmp_path, first_layer=2) as (_, training):
         run.clear()
-        made.distillation.last_states([(1, 2, 3)])
+        training.distillation.last_states([(1, 2, 3)])
     assert run == [0, 1, 2, 3, 4, 5, 3, 5]
 
 
@@ -205,12 +208,10 @@ def test_the_folder_has_the_best_adapter_and_what_it_makes_of_the_held_out_texts
     unbroken, routed, tmp_path
 ):
     found, folder, _ = unbroken
-    with begun(routed, PATH, tmp_path) as made:
+    with begun(routed, PATH, tmp_path) as (made, _):
         path = install_path(made.routed.injection, load_path(str(folder)))
-        chunks = Chunks(tmp_path / "chunks", {}, stage="healing")
-        tokenizer = TextTokenizer(made.routed, made.config.max_tokens, chunks, made.listener)
-        texts = tokenizer.tokenize_sources(made.sources)
-        held_out = split_texts(texts, made.config).held_out["builtin_facts"]
+        store = ResultStore(tmp_path / "kept", {}, stage="healing")
+        held_out = made.prepare_texts(store).held_out["builtin_facts"]
         by_path = []
         for alone in (made.full, PATH, path):
             with made.routed.fixed(alone), torch.no_grad():
@@ -302,18 +303,18 @@ def test_prompts_alone_are_read_with_the_full_paths_own_answers(routed, tmp_path
 def test_the_folder_has_what_was_returned_and_is_not_made_again(unbroken, routed, monkeypatch):
     found, folder, _ = unbroken
     assert read_healed(folder / HEALED_FILE) == found
-    assert not (folder / CHUNKS_FOLDER).exists()
+    assert not (folder / PARTIAL_FOLDER).exists()
     monkeypatch.setattr(healing, "split_texts", None)
     assert healed(routed, folder) == found
 
 
 def test_a_clean_up_that_was_killed_is_ended_by_the_next_start(routed, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(Chunks, "remove", lambda chunks: None)
+        patch.setattr(ResultStore, "remove", lambda store: None)
         healed(routed, tmp_path, steps=2)
-    assert (tmp_path / CHUNKS_FOLDER).exists()
+    assert (tmp_path / PARTIAL_FOLDER).exists()
     healed(routed, tmp_path, steps=2)
-    assert not (tmp_path / CHUNKS_FOLDER).exists()
+    assert not (tmp_path / PARTIAL_FOLDER).exists()
 
 
 @pytest.mark.parametrize("number", [1, 5])
@@ -379,7 +380,7 @@ def test_another_healing_in_the_same_folder_is_refused(unbroken, routed, tmp_pat
 
 
 def test_it_ends_where_the_held_out_kl_has_not_fallen_for_long(routed, monkeypatch):
-    monkeypatch.setattr("drllm.tuning.heal.PATIENCE", 2)
+    monkeypatch.setattr("drllm.tuning.heal_training.PATIENCE", 2)
     found = healed(routed, path=StaticPath(range(6)))  # there is nothing to learn
     assert len(found.curve) < 11
 
@@ -398,19 +399,19 @@ def test_it_ends_in_its_time_with_the_last_check_and_the_losses_by_source(routed
     """Measuring takes long beside a step, as on a small machine."""
     spent = [0.0]
     monkeypatch.setattr(healing.time, "perf_counter", lambda: spent[0])
-    original_means, original_step = HealRun._measure_means, Distillation.compute_gradients
+    original_means, original_step = heal_checks._measure_means, Distillation.compute_gradients
 
-    def means(run, objective, paths, texts):
+    def means(routed, objective, paths, requests):
         spent[0] += 4.0 * (len(paths) + (objective == "kl"))
-        return original_means(run, objective, paths, texts)
+        return original_means(routed, objective, paths, requests)
 
     def compute_gradients(this, batch):
         spent[0] += 1.0
         return original_step(this, batch)
 
-    monkeypatch.setattr(HealRun, "_measure_means", means)
+    monkeypatch.setattr(heal_checks, "_measure_means", means)
     monkeypatch.setattr(Distillation, "compute_gradients", compute_gradients)
-    monkeypatch.setattr("drllm.tuning.heal.PATIENCE", 100)
+    monkeypatch.setattr("drllm.tuning.heal_training.PATIENCE", 100)
     found = healed(routed, steps=None, minutes=2.0)
     assert 100 <= spent[0] <= 121  # one step more is begun than there is time for
     assert found.curve[-1].step > 1
