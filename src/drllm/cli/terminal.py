@@ -33,6 +33,7 @@ STYLES = {Decision.EXECUTE: "dim", Decision.SKIP: "red", Decision.REPEAT: "bold 
 """How a route shows each decision, as styles of rich."""
 LAYERS_PER_ROW = 60  # in the drawing of a route
 TICK = 10  # layers between two numbers above a route
+LOADING = "loading torch"  # what `busy` shows while a stage is imported, which takes seconds
 PACKAGE = Path(__file__).resolve().parents[1]  # the folder of drllm's code
 
 

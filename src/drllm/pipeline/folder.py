@@ -26,7 +26,7 @@ from drllm.pipeline.recipes import Recipe
 from drllm.records import codec
 from drllm.records.healed import ADAPTER_CONFIG_FILE, ADAPTER_FILE, HEALED_FILE
 from drllm.records.places import check_folder
-from drllm.records.static_paths import PATHS_FILE, load_path
+from drllm.records.static_paths import PATHS_FILE, PathFile, load_path
 from drllm.records.supervision import SUPERVISION_FILE, rejected_path
 from drllm.tasks.base import Task
 from drllm.tasks.examples import Example, choose
@@ -363,7 +363,7 @@ class RunFolder:
             "texts": codec.hash_values(self.recipe.healing_texts),
             "path": [path_name, hash_file(path_file.file)],
         }
-        return Stage(made_from, self._run_heal)
+        return Stage(made_from, lambda: self._run_heal(config, path_file))
 
     def _complete_heal_config(self) -> HealConfig:
         """Return the settings of healing.
@@ -379,12 +379,13 @@ class RunFolder:
             path += f":{config.path}"
         return dataclasses.replace(config, path=path)
 
-    def _run_heal(self) -> list[Path]:
+    def _run_heal(self, config: HealConfig, path: PathFile) -> list[Path]:
         from drllm.tuning.heal import heal
 
-        config = self._complete_heal_config()
         folder = self.healed_folder
-        heal(self.load(), config=config, output_dir=folder, listener=self.listener)
+        texts = self.recipe.healing_texts
+        base = self.load()
+        heal(base, path, texts=texts, config=config, output_dir=folder, listener=self.listener)
         names = [HEALED_FILE, ADAPTER_FILE, ADAPTER_CONFIG_FILE, "README.md"]
         return [folder / name for name in names]
 

@@ -32,13 +32,7 @@ from drllm.records.codec import encode, write_atomically
 from drllm.records.layers import LAYERS_FILE, Layers
 from drllm.records.manifest import write_or_remove
 from drllm.records.places import check_folder, stage_folder
-from drllm.records.supervision import (
-    RejectedQuestion,
-    SupervisionRecord,
-    TargetSet,
-    check_targets,
-    read_targets,
-)
+from drllm.records.supervision import RejectedQuestion, TargetSet, check_targets
 from drllm.training.checkpoint import (
     CHECKPOINT_FILE,
     is_done,
@@ -48,8 +42,9 @@ from drllm.training.checkpoint import (
 )
 from drllm.training.feature_store import FEATURES_FOLDER, FeatureStore
 from drllm.training.features import Features, collect_features
+from drllm.training.inputs import TargetSource, collect_targets
 from drllm.training.targets import REJECTED_FILE, describe_reasons
-from drllm.training.trackers import RUN_FILE, check_trackers, log_rows, run_trackers
+from drllm.training.trackers import RUN_FILE, log_rows, run_trackers
 from drllm.training.trainer import DivergedError, Trainer
 from drllm.work.listener import Listener, OnProgress, logger
 
@@ -88,7 +83,7 @@ class TrainingInputs:
 
 def train(
     model: Any,
-    targets: TargetSet | Sequence[SupervisionRecord] | Sequence[Path] | Path | str,
+    targets: TargetSource,
     config: TrainConfig | None = None,
     output_dir: Path | str | None = None,
     *,
@@ -130,9 +125,7 @@ def train(
     listener = listener or Listener()
     if output_dir is None and config.num_seeds > 1:
         raise ConfigError(f"--num-seeds {config.num_seeds} needs a folder for the routers")
-    config.check_effects()
-    check_trackers(config.trackers)
-    target_set = _make_target_set(targets)
+    target_set = collect_targets(targets, config)
     with ExitStack() as stack:
         if output_dir is None:
             output_dir = stage_folder(None, stack) / "routers"
@@ -143,21 +136,6 @@ def train(
         _write_rejected(output, inputs.features.rejected, len(target_set.records), listener)
         _train_seeds(inputs, config.by_seed(output), listener, None if features else store)
         return load_routers(output)
-
-
-def _make_target_set(
-    targets: TargetSet | Sequence[SupervisionRecord] | Sequence[Path] | Path | str,
-) -> TargetSet:
-    """Return the targets, read from files unless they are read already."""
-    if isinstance(targets, TargetSet):
-        return targets
-    if isinstance(targets, str | Path):
-        return read_targets([Path(targets)])
-    files = [Path(target) for target in targets if isinstance(target, str | Path)]
-    if files:
-        return read_targets(files)
-    records: Any = targets
-    return TargetSet(records)
 
 
 def _compute_inputs(

@@ -30,12 +30,13 @@ from drllm.paths import StaticPath
 from drllm.records.healed import HEALED_FILE, HealedPath, Losses, read_healed
 from drllm.records.manifest import new_manifest
 from drllm.records.places import only_writer
-from drllm.records.static_paths import load_path, steps_to_write
+from drllm.records.static_paths import PathFile, load_path, steps_to_write
 from drllm.tasks.base import Task
 from drllm.tuning.distillation import choose_low_precision
 from drllm.tuning.heal_checks import measure_losses
 from drllm.tuning.heal_texts import (
     SplitTexts,
+    TextArgument,
     TextSource,
     Tokens,
     digest_sources,
@@ -55,9 +56,9 @@ SAVE_SECONDS = 60  # a killed run loses about this much work
 
 def heal(
     model: Any,
-    path: StaticPath | Path | str | None = None,
+    path: StaticPath | PathFile | Path | str | None = None,
     tasks: Task | str | Sequence[Task | str] | None = None,
-    texts: str | Sequence[str] | None = None,
+    texts: TextArgument = None,
     config: HealConfig | None = None,
     output_dir: Path | str | None = None,
     *,
@@ -72,10 +73,11 @@ def heal(
 
     Args:
         model: As for `tune`.
-        path: A path, or a file as for `--path`; None takes the config's path.
+        path: A path, also what `drllm.load_path` returns, or a file as for `--path`; None takes
+            the config's path.
         tasks: Tasks, names of tasks, or files of questions; None takes the config's tasks.
         texts: A list of texts, or the names of files and data sets in one string; None takes the
-            config's texts.
+            config's texts. Or tasks and texts together, as `read_sources` returns them.
         config: The settings; None takes the defaults.
         output_dir: Folder for the healed path; None uses a temporary folder.
         tokenizer: As for `tune`.
@@ -98,19 +100,17 @@ def heal(
     listener = listener or Listener()
     need("heal", "healing")
     sources = read_sources(config, tasks, texts)
-    path_file = None
-    if not isinstance(path, StaticPath):  # read before the model is loaded, to fail early
-        path_file = load_path(str(path or config.require_path()))
+    if not isinstance(path, StaticPath | PathFile):  # read now, before the model is loaded
+        path = load_path(str(path or config.require_path()))
     with ExitStack() as stack:
         folder = Path(output_dir or stack.enter_context(tempfile.TemporaryDirectory()))
         base = stack.enter_context(unrouted(model, tokenizer, listener))
         routed = RoutedModel(base.model, tokenizer=base.tokenizer)
         stack.callback(routed.detach)
         name = "path"
-        if path_file is not None:
-            path = path_file.path_for(base.identity)
-            name = path_file.named.name if path_file.named else path_file.file.stem
-        assert isinstance(path, StaticPath)
+        if isinstance(path, PathFile):
+            name = path.named.name if path.named else path.file.stem
+            path = path.path_for(base.identity)
         stack.enter_context(only_writer(folder, "healing", "--output-dir"))
         run = HealRun(base, routed, path, name, sources, config, folder, listener)
         return run.run()

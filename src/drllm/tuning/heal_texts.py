@@ -5,7 +5,6 @@ that are *held out*: the loss is measured on them, and they are never trained on
 doesn't import torch.
 """
 
-import functools
 import hashlib
 import math
 import re
@@ -56,10 +55,14 @@ class TextSource:
     is_divided: bool = False
 
 
+TextArgument: TypeAlias = "str | Sequence[str] | Sequence[TextSource] | None"
+"""The argument `texts` of `heal` and of `read_sources`, which explains it."""
+
+
 def read_sources(
     config: HealConfig,
     tasks: Task | str | Sequence[Task | str] | None = None,
-    texts: str | Sequence[str] | None = None,
+    texts: TextArgument = None,
 ) -> list[TextSource]:
     """Read the tasks and texts to train on.
 
@@ -68,16 +71,21 @@ def read_sources(
         tasks: Tasks, or their names; None takes the tasks of the settings. Only the questions that
             `tune` fits paths on are read.
         texts: A list of texts, or one string with the names of files and data sets of the hub,
-            separated by commas; None takes the value of `--text`.
+            separated by commas; None takes the value of `--text`. A result of this function is
+            returned as it is.
 
     Raises:
         ConfigError: There is nothing to train on, or two sources have the same name.
         TaskError: A task is unknown, or a file or a data set can't be read.
     """
-    if tasks is None:
-        tasks = config.tasks
+    if texts is not None and not isinstance(texts, str):
+        earlier_result = [item for item in texts if isinstance(item, TextSource)]
+        if earlier_result:
+            return earlier_result
     if texts is None:
         texts = config.text
+    if tasks is None:
+        tasks = config.tasks
     limit = config.limit or LARGEST_INT
     # The settings of a tuning divide the questions as `tune` does.
     tune_config = TuneConfig(data_dir=config.data_dir, num_fit=limit, seed=config.seed)
@@ -85,7 +93,8 @@ def read_sources(
     if isinstance(texts, str):
         sources += _read_text_sources(texts, config)
     elif texts:
-        sources.append(TextSource(name="texts", texts=choose(list(texts), limit, config.seed)))
+        strings = [text for text in texts if not isinstance(text, TextSource)]
+        sources.append(TextSource(name="texts", texts=choose(strings, limit, config.seed)))
     if not sources:
         raise ConfigError(
             "there is nothing to train on; give tasks (--tasks), files of texts (--text), or both"
@@ -135,7 +144,6 @@ def _read_text_sources(names: str, config: HealConfig) -> list[TextSource]:
     return sources
 
 
-@functools.cache  # a data set is read twice: to check the settings, and to train
 def _read_hub_texts(name: str, limit: int) -> list[str]:
     """Read the first texts of a data set of the hub, at most `limit`; leave out blank texts."""
     texts: list[str] = []

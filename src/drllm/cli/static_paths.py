@@ -1,0 +1,145 @@
+"""The verbs of static paths: `drllm tune` finds them, `heal` repairs one, `export` writes one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from drllm.cli.base_model import check_model_name, choose_model
+from drllm.cli.command_line import CommandLine
+from drllm.cli.questions import COLUMNS
+from drllm.cli.show_paths import show_healed, show_paths
+from drllm.cli.terminal import LOADING, Terminal
+from drllm.cli.verbs import Flag, verb
+from drllm.config import HealConfig, ModelConfig, TuneConfig
+from drllm.pipeline.folder import open_model
+from drllm.records.healed import HEALED_FILE
+from drllm.records.places import check_folder
+from drllm.records.static_paths import FIT, PATHS_FILE, load_path
+from drllm.tuning.data_splits import TaskSplits, split_tasks
+from drllm.tuning.heal_texts import read_sources
+
+if TYPE_CHECKING:
+    from drllm.models.export import Export
+
+
+@verb(
+    "tune",
+    example="drllm tune --tasks builtin_facts --output-dir tuned/",
+    settings=(ModelConfig, TuneConfig),
+    flags=(
+        COLUMNS,
+        Flag("output_dir", "folder for paths.json", default="tuned/", placeholder="DIR"),
+    ),
+    resumes=True,
+)
+def tune_verb(command: CommandLine, terminal: Terminal) -> None:
+    """Find one path with fewer layers for a whole task."""
+    config = command.get_settings(TuneConfig)
+    output = command.path("output_dir")
+
+    check_folder(output, "--output-dir")
+    check_model_name(command)
+    with terminal.busy("reading the questions"):
+        all_splits = split_tasks(config)
+    for splits in all_splits:
+        _print_num_questions(splits, config, terminal)
+    with terminal.busy(LOADING):
+        from drllm.tuning.run import tune
+
+    tune(command.get_settings(ModelConfig), None, config, output, listener=terminal)
+
+    show_paths(output / PATHS_FILE, terminal)
+
+
+def _print_num_questions(splits: TaskSplits, config: TuneConfig, terminal: Terminal) -> None:
+    """Print how many questions of a task are used to fit, choose and test a path."""
+    counts = []
+    for part, examples in splits.examples.items():
+        num_questions = len(examples)
+        # --num-fit has limited the questions of `fit` already.
+        if part != FIT and config.num_judged is not None:
+            num_questions = min(num_questions, config.num_judged)
+        counts.append(f"{num_questions} to {part}")
+    terminal.say(f"questions of {splits.task.name}: {', '.join(counts)}")
+
+
+@verb(
+    "heal",
+    example="drllm heal --path tuned/paths.json:skip2 --tasks builtin_facts --output-dir healed/",
+    settings=(ModelConfig, HealConfig),
+    flags=(
+        COLUMNS,
+        Flag("output_dir", "folder for the healed path", default="healed/", placeholder="DIR"),
+    ),
+    model_from="the model that the paths.json names",
+    resumes=True,
+)
+def heal_verb(command: CommandLine, terminal: Terminal) -> None:
+    """Train an adapter that recovers what a shorter path loses."""
+    config = command.get_settings(HealConfig)
+    output = command.path("output_dir")
+
+    check_model_name(command)
+    check_folder(output, "--output-dir")
+    path = load_path(config.require_path())
+    texts = read_sources(config)
+    with terminal.busy(LOADING):
+        from drllm.tuning.heal import heal
+
+    model = choose_model(command, path=path)
+    heal(model, path, texts=texts, config=config, output_dir=output, listener=terminal)
+
+    show_healed(output / HEALED_FILE, terminal)
+
+
+@verb(
+    "export",
+    example="drllm export --model smollm2-135m --path plan.json --output-dir exported/",
+    settings=(ModelConfig,),
+    flags=(
+        Flag(
+            "path",
+            'file such as {"path": [0, 1, 3]}, or paths.json:NAME',
+            required=True,
+            placeholder="FILE",
+        ),
+        Flag("output_dir", "folder to write", required=True, placeholder="DIR", alias="output"),
+    ),
+    model_from="the model that the paths.json names",
+)
+def export(command: CommandLine, terminal: Terminal) -> None:
+    """Write a static path as an ordinary checkpoint."""
+    output = command.path("output_dir")
+
+    check_model_name(command)
+    path = load_path(str(command.path("path")))
+    check_folder(output, "--output-dir")
+    with terminal.busy(LOADING):
+        from drllm.models.export import check_output, export_path
+    check_output(output)
+
+    with (
+        open_model(choose_model(command, path=path), terminal) as base,
+        terminal.busy("writing and checking"),
+    ):
+        exported = export_path(base, path, output)
+
+    _print_export(exported, base.num_layers, terminal)
+
+
+def _print_export(exported: Export, num_layers: int, terminal: Terminal) -> None:
+    """Print what was written; `num_layers` is the number of the base model's layers."""
+    terminal.say(f"export      {exported.folder}")
+    terminal.say(f"path        {' '.join(map(str, exported.path))}")
+    terminal.say(f"layers      {len(exported.path)}, the base model has {num_layers}")
+    size = f"{exported.num_bytes / 1e6:.1f} MB in {exported.dtype}"
+    if exported.num_repeated_bytes:
+        size += (
+            f"; {exported.num_repeated_bytes / 1e6:.1f} MB of it are layers that are executed "
+            f"again, since a checkpoint can't say that two layers are the same"
+        )
+    terminal.say(f"size        {size}")
+    precision = "bit by bit"
+    if exported.is_healed:
+        precision = "up to rounding, since the adapter is merged"
+    terminal.say(f"checked     loaded again, its logits equal the path's {precision}")

@@ -1,0 +1,36 @@
+"""Reads the targets of a training, and checks its settings. This module doesn't import torch."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from drllm.config import TrainConfig
+from drllm.records.supervision import SupervisionRecord, TargetSet, read_targets
+from drllm.training.trackers import check_trackers
+
+TargetSource: TypeAlias = "TargetSet | Sequence[SupervisionRecord] | Sequence[Path] | Path | str"
+"""Where the targets of a training come from: files, the result of `supervise`, or a `TargetSet`."""
+
+
+def collect_targets(source: TargetSource, config: TrainConfig) -> TargetSet:
+    """Return the targets of a training, read from their files unless they are read already.
+
+    Args:
+        source: The targets, or their files.
+        config: The settings.
+
+    Raises:
+        ConfigError: A setting has no effect, or a tracker isn't installed.
+        RecordError: A file is missing or damaged, or files don't fit together.
+    """
+    config.check_effects()
+    check_trackers(config.trackers)
+    if isinstance(source, TargetSet):
+        return source
+    if isinstance(source, str | Path):
+        return read_targets([Path(source)])
+    files = [Path(item) for item in source if isinstance(item, str | Path)]
+    if files:
+        return read_targets(files)
+    records: Any = source  # not copied, since the result of `supervise` has attributes
+    return TargetSet(records)
