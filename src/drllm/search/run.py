@@ -279,7 +279,7 @@ def _run_blocks(
     """
     _show_prompts(search, listener)
     config = _share_memory(search.config, workers.executor.num_sharing)
-    keep = None if store is None else store.of(BatchRecords)
+    keep = None if store is None else store.of(BatchRecords, reads_back=False)
     with listener.progress("searching", "") as on_progress:
         watch = SearchWatch(SearchProgress.of(search.blocks, on_progress), store)
         if config.executor == "local":  # workers of Ray search several batches at a time

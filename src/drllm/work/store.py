@@ -23,7 +23,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import msgspec
 
@@ -119,17 +119,22 @@ class ResultStore:
         """Return a result, or None if it isn't there or can't be read."""
         return _read_result(self._file(key), kind)
 
-    def put(self, key: str, result: Any) -> None:
-        """Keep the result of a finished block, and delete the results of its steps."""
+    def put(self, key: str, result: Any) -> bytes:
+        """Keep the result of a finished block, and delete the results of its steps.
+
+        Returns the result as it was written.
+        """
         if not self._is_marked:
             marker = _Marker(identity=self._identity, later=self._later)
             codec.write_json(self.folder / MARKER_FILE, marker)
             self._is_marked = True
         file = self._file(key)
-        codec.write_atomically(file, codec.encode(result) + b"\n")
+        encoded = codec.encode(result)
+        codec.write_atomically(file, encoded + b"\n")
         for name in _names_in(self.folder):
             if name.startswith(file.stem + ".") and name != file.name:
                 (self.folder / name).unlink(missing_ok=True)
+        return encoded
 
     def get_or_make(self, key: str, kind: type[T], make: Callable[[], Any]) -> T:
         """Return a result; if it isn't there, make and keep it.
@@ -141,9 +146,9 @@ class ResultStore:
             return result
         return self.of(kind).put(key, make())
 
-    def of(self, kind: type[T]) -> KeptResults[T]:
-        """Return the results of one kind, as `run` keeps them."""
-        return KeptResults(self, kind)
+    def of(self, kind: type[T], *, reads_back: bool = True) -> KeptResults[T]:
+        """Return the results of one kind, as `run` keeps them; see `KeptResults`."""
+        return KeptResults(self, kind, reads_back)
 
     def within(self, key: str) -> ResultStore:
         """Return a store for the steps of one block.
@@ -188,10 +193,19 @@ class ResultStore:
 
 @dataclass(frozen=True)
 class KeptResults(Generic[T]):
-    """The results of one kind in a store; `run` takes it as `keep`."""
+    """The results of one kind in a store; `run` takes it as `keep`.
+
+    Attributes:
+        store: The store.
+        kind: The type of the results.
+        reads_back: Whether a new result is read from what was written, so that it equals what a
+            later run reads. False saves the time for results that are typed records, which are
+            equal anyway.
+    """
 
     store: ResultStore
     kind: type[T]
+    reads_back: bool = True
 
     def get(self, key: str) -> T | None:
         """Return a block's result; None if it isn't there or can't be read."""
@@ -199,8 +213,10 @@ class KeptResults(Generic[T]):
 
     def put(self, key: str, result: Any) -> T:
         """Keep a block's result; return it as a later run would read it."""
-        self.store.put(key, result)
-        return codec.decode(codec.encode(result), self.kind, key)
+        encoded = self.store.put(key, result)
+        if not self.reads_back:
+            return cast(T, result)
+        return codec.decode(encoded, self.kind, key)
 
     def steps_of(self, key: str) -> ResultStore:
         """Return the store for the steps of an unfinished block."""

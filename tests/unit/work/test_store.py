@@ -48,6 +48,14 @@ def test_a_result_is_made_once_and_comes_back_at_the_next_start(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_new_result_is_what_a_later_run_reads_unless_it_need_not_be_read_back(tmp_path):
+    store = make_store(tmp_path)
+    result = (1, 2)
+    assert store.of(list[int]).put("a", result) == [1, 2]
+    assert store.of(tuple[int, int], reads_back=False).put("b", result) is result
+    assert store.of(tuple[int, int]).get("b") == result
+
+
 def test_a_start_without_a_result_leaves_nothing(tmp_path):
     kept = make_store(tmp_path)
     kept.open()
