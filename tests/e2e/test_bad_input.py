@@ -578,7 +578,7 @@ def test_a_process_ends_with_the_same_status_and_line(words, models, make_workin
 
 
 def test_a_defect_of_ours_keeps_its_traceback(tmp_path: Path, finished_run: Path, monkeypatch):
-    monkeypatch.setattr("drllm.cli.stages.supervise_to_file", lambda *_: 1 / 0)
+    monkeypatch.setattr("drllm.cli.searching.supervise_to_file", lambda *_: 1 / 0)
     output = str(tmp_path / "x.jsonl")
     with pytest.raises(ZeroDivisionError):
         main(["supervise", "--search", str(finished_run / "search.jsonl"), "--output", output])

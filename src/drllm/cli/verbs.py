@@ -149,8 +149,8 @@ VERBS = _Verbs(
     {
         "run": "running",
         "generate": "generation",
-        "search": "stages",
-        "supervise": "stages",
+        "search": "searching",
+        "supervise": "searching",
         "train": "training",
         "tune": "static_paths",
         "heal": "static_paths",

@@ -110,12 +110,10 @@ def collect_questions(source: QuestionSource | None, config: SearchConfig) -> li
         TaskError: A task is unknown, a task or a shard has no questions, or a reward doesn't fit a
             task.
     """
-    config.check_effects()
-    _check_strategy_settings(config)
-    shard = None if config.shard is None else parse_shard(config.shard)
+    shard = _check_settings(config)
     if source is None:
-        source = require_tasks(config.dataset, "--dataset")
-    if isinstance(source, (str, Path)):
+        source = select_tasks(config)
+    elif isinstance(source, (str, Path)):
         source = get_tasks(str(source))
     groups = _load_examples(source, config)
     groups = _apply_prompt_settings(groups, config)
@@ -124,6 +122,26 @@ def collect_questions(source: QuestionSource | None, config: SearchConfig) -> li
     if not questions:
         raise TaskError(f"--shard {config.shard} holds no questions; give fewer shards")
     return questions
+
+
+def select_tasks(config: SearchConfig) -> list[Task]:
+    """Return the tasks that the settings name, after checking the settings.
+
+    Raises:
+        ConfigError: A setting has no effect, or no task is named.
+        TaskError: A task is unknown, or its file can't be read.
+    """
+    _check_settings(config)
+    return get_tasks(require_tasks(config.dataset, "--dataset"))
+
+
+def _check_settings(config: SearchConfig) -> Shard | None:
+    """Refuse settings without effect; return the shard, or None for the whole search."""
+    config.check_effects()
+    _check_strategy_settings(config)
+    if config.shard is None:
+        return None
+    return parse_shard(config.shard)
 
 
 def _draw_questions(

@@ -4,35 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from drllm.cli.base_model import check_model_name
 from drllm.cli.command_line import CommandLine
 from drllm.cli.questions import COLUMNS, print_splits
+from drllm.cli.show_forecast import show_forecasts
 from drllm.cli.show_search import print_targets_file, show_search
 from drllm.cli.terminal import LOADING, Terminal
 from drllm.cli.verbs import Flag, verb
-from drllm.config import (
-    ModelConfig,
-    SearchConfig,
-    SuperviseConfig,
-)
+from drllm.config import ModelConfig, SearchConfig, SuperviseConfig
 from drllm.pipeline.folder import open_model
 from drllm.records.manifest import read_manifest
 from drllm.records.places import check_file, check_folder
 from drllm.records.search import SearchRecords
-from drllm.search.questions import SearchQuestion, collect_questions
+from drllm.search.questions import SearchQuestion, collect_questions, select_tasks
 from drllm.search.targets import SearchTargets, supervise_search
-from drllm.supervision.select import (
-    check_settings,
-    supervise_to_file,
-)
-from drllm.tasks.registry import get_tasks
-from drllm.work.listener import duration
-
-if TYPE_CHECKING:
-    from drllm.models.base.load import BaseModel
-    from drllm.search.forecast import TaskForecast
+from drllm.supervision.select import check_settings, supervise_to_file
 
 
 @verb(
@@ -54,20 +41,22 @@ def search(command: CommandLine, terminal: Terminal) -> None:
     config = command.get_settings(SearchConfig)
     targets_config = command.get_settings(SuperviseConfig)
     folder = Path(config.output_dir).expanduser()
+
     check_model_name(command)
     with terminal.busy("reading the questions"):
-        questions = collect_questions(None, config)  # None: those that the settings name
+        tasks = select_tasks(config)
+        questions = collect_questions(tasks, config)
     check_settings(targets_config, {question.task for question in questions}, config)
     check_folder(folder, "--output-dir")
-    print_splits(get_tasks(config.dataset or ""), terminal)
+    print_splits(tasks, terminal)
     if command.values["dry_run"]:
-        _print_forecast(questions, command, terminal)
+        _forecast(questions, command, terminal)
         return
     with terminal.busy(LOADING):
         from drllm.search.run import search_questions
-    records = search_questions(
-        command.get_settings(ModelConfig), questions, config, folder, listener=terminal
-    )
+
+    model = command.get_settings(ModelConfig)
+    records = search_questions(model, questions, config, folder, listener=terminal)
     _print_search(records, folder, terminal)
     _print_targets(supervise_search(records, targets_config), terminal)
 
@@ -97,7 +86,7 @@ def _print_targets(targets: SearchTargets, terminal: Terminal) -> None:
         terminal.note(f"drllm: {targets.reason}")
 
 
-def _print_forecast(
+def _forecast(
     questions: Sequence[SearchQuestion], command: CommandLine, terminal: Terminal
 ) -> None:
     """Search a few questions, and print the time, memory and disk that all questions need."""
@@ -111,46 +100,8 @@ def _print_forecast(
 
         routed = RoutedModel(base.model, tokenizer=base.tokenizer)
         forecasts = forecast_search(routed, questions, config)
-    rows = []
-    for forecast in forecasts:
-        num_questions = str(forecast.questions)
-        num_paths = str(forecast.paths)
-        executions = f"{forecast.executions:.2e}"
-        hours = f"{forecast.seconds / 3600:.3g}"
-        megabytes = f"{forecast.size_bytes / 1e6:.3g}"
-        rows.append([forecast.task, num_questions, num_paths, executions, hours, megabytes])
-    terminal.table("task|questions|paths|executions|hours|MB", rows, numbers_from=1)
-    _print_totals(forecasts, base, config, terminal)
-    for forecast in forecasts:
-        terminal.fact(
-            "measured on",
-            f"{forecast.sample_paths} paths of {forecast.sample_questions} questions of "
-            f"{forecast.task}: {base.name}, {base.runtime['dtype']} on {base.runtime['device']}",
-        )
-    first = forecasts[0]
-    terminal.say(f"a prompt of {first.task}, as the model reads it:\n{first.prompt}")
+    show_forecasts(forecasts, base, config, terminal)
     terminal.say("nothing was written; to search, leave --dry-run out")
-
-
-def _print_totals(
-    forecasts: Sequence[TaskForecast], base: BaseModel, config: SearchConfig, terminal: Terminal
-) -> None:
-    """Print the time, memory and disk that the search of all tasks needs."""
-    seconds = sum(forecast.seconds for forecast in forecasts)
-    time = f"{duration(seconds)} on one {base.runtime['device']}"
-    num_workers = config.num_workers or 1
-    if num_workers > 1:
-        time += f", {duration(seconds / num_workers)} on {num_workers} like it"
-    terminal.fact("time", time)
-
-    weights_gb = base.model.num_parameters() * base.model.dtype.itemsize / 1e9
-    cache = "a quarter of what is free"
-    if config.state_cache_gb is not None:
-        cache = f"up to {config.state_cache_gb:g} GB"
-    terminal.fact("memory", f"{weights_gb:.3g} GB weights, {cache} (--state-cache-gb) and passes")
-
-    megabytes = sum(forecast.size_bytes for forecast in forecasts) / 1e6
-    terminal.fact("disk", f"{megabytes:.3g} MB, twice that while the files are joined")
 
 
 @verb(
@@ -164,8 +115,10 @@ def _print_totals(
 )
 def supervise_verb(command: CommandLine, terminal: Terminal) -> None:
     """Choose one target path for each searched question."""
-    output = command.path("output")
-    check_file(output, "--output", "supervision")
     config = command.get_settings(SuperviseConfig)
+    output = command.path("output")
+
+    check_file(output, "--output", "supervision")
     supervision = supervise_to_file(command.paths("search"), config, output)
+
     print_targets_file(output, supervision.summary, terminal)
