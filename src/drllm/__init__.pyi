@@ -18,9 +18,13 @@ from drllm.errors import RecordError as RecordError
 from drllm.errors import RoutingError as RoutingError
 from drllm.errors import TaskError as TaskError
 from drllm.evaluation.run import evaluate as evaluate
+from drllm.models.base.load import BaseModel as BaseModel
 from drllm.models.base.load import load as load
+from drllm.models.export import Export as Export
 from drllm.models.routers.config import RouterConfig as RouterConfig
 from drllm.models.routers.stack import RouterStack as RouterStack
+from drllm.models.routing.batch_generation import GeneratedAnswer as GeneratedAnswer
+from drllm.models.routing.depth_control import Calibration as Calibration
 from drllm.models.routing.policies import POLICIES as POLICIES
 from drllm.models.routing.policies import FixedPolicy as FixedPolicy
 from drllm.models.routing.policies import FullPolicy as FullPolicy
@@ -34,13 +38,21 @@ from drllm.paths import StaticPath as StaticPath
 from drllm.paths import sketch as sketch
 from drllm.paths import to_decisions as to_decisions
 from drllm.paths import to_path as to_path
+from drllm.records.healed import HealedPath as HealedPath
+from drllm.records.results import Results as Results
+from drllm.records.search import SearchRecords as SearchRecords
+from drllm.records.static_paths import PathFile as PathFile
+from drllm.records.static_paths import StaticPaths as StaticPaths
 from drllm.records.static_paths import load_path as load_path
 from drllm.reporting.stage import report as report
 from drllm.search.run import search_paths as search_paths
+from drllm.supervision.select import Supervision as Supervision
 from drllm.supervision.select import supervise as supervise
+from drllm.tasks.base import Task as Task
 from drllm.tasks.registry import get_task as get_task
 from drllm.training.stage import train as train
 from drllm.tuning.heal import heal as heal
 from drllm.tuning.run import tune as tune
+from drllm.work.listener import Listener as Listener
 
 __version__: str

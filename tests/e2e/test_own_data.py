@@ -70,7 +70,7 @@ def test_a_file_of_conversations(loop, drllm, tmp_path):
     config = json.loads((tmp_path / "routers" / "router_config.json").read_text())
     assert config["training"]["rewards"] == ["kl"]
     (tmp_path / "own.py").write_text(REWARD)
-    for reward, said in ((), "not evaluated"), (("--reward", "own.py:reward"), "conversations"):
+    for reward, said in ((), "not evaluated"), (("--reward", "own.py:reward"), "a conversation"):
         assert said in drllm(asked, "chats.jsonl", *reward, status=2).err
 
 

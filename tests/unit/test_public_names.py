@@ -2,6 +2,9 @@
 
 import ast
 import importlib.metadata
+import inspect
+import operator
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +39,19 @@ def test_type_checkers_see_the_names_that_python_resolves():
     names = [name for each in imports for name in each.names]
     assert all(name.name == name.asname for name in names)
     assert sorted(name.name for name in names) == sorted(drllm.__all__)
+
+
+def test_the_python_page_names_the_type_that_each_function_returns():
+    page = (SOURCE.parents[2] / "docs" / "python.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.+`) \| `(\w+)`(, in a list)? \|", page, re.MULTILINE)
+    assert len(rows) > 10
+    for calls, kind, in_list in rows:
+        for call in re.findall(r"`([\w.]+)`", calls):
+            function = operator.attrgetter(call)(drllm)
+            returned = inspect.signature(function).return_annotation
+            name = returned if isinstance(returned, str) else returned.__name__
+            assert name == (f"list[{kind}]" if in_list else kind)
+            assert isinstance(getattr(drllm, kind), type)
 
 
 def test_the_package_says_its_version_and_no_name_that_it_lacks():
