@@ -25,7 +25,7 @@ from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.kv_cache import RoutedCacheLayer
 from drllm.models.routing.lora import LoraWeights, parse_layer, read_map_sizes
 from drllm.models.routing.policies import Policy
-from drllm.models.scoring.packing import Request
+from drllm.models.scoring.score import Request
 from drllm.paths import to_path
 
 LOGIT_TOLERANCE = 2e-5

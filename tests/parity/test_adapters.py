@@ -16,9 +16,9 @@ from drllm.models.routing.kv_cache import cache_argument
 from drllm.models.routing.lora import LoraWeights, read_map_sizes
 from drllm.models.routing.routed_model import RoutedModel, attach
 from drllm.models.scoring.choices import ChoiceBatch
-from drllm.models.scoring.packing import Request
 from drllm.models.scoring.prefix_cache import PrefixCache
 from drllm.models.scoring.prefix_sharing import pack_rows
+from drllm.models.scoring.score import Request
 from drllm.paths import StaticPath, get_adapter, get_layers
 from slow_way import (
     LOGIT_TOLERANCE,

@@ -18,7 +18,7 @@ import torch
 from drllm.models.base.prompts import encode, encode_continuation, render
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.choices import ChoiceBatch
-from drllm.models.scoring.packing import Request
+from drllm.models.scoring.score import Request
 from drllm.search.evaluator import MAX_RIVALS, Evaluator, gold_text
 from drllm.tasks.examples import Prompt, choose
 from drllm.tasks.registry import get_task

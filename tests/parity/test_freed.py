@@ -11,7 +11,7 @@ import torch
 
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.choices import ChoiceBatch
-from drllm.models.scoring.packing import Request
+from drllm.models.scoring.score import Request
 from drllm.paths import StaticPath
 
 PLANS = {

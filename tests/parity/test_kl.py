@@ -6,7 +6,7 @@ import torch
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.answers import AnswerBatch
 from drllm.models.scoring.choices import ChoiceBatch
-from drllm.models.scoring.packing import Request
+from drllm.models.scoring.score import Request
 from slow_way import FULL, kls_alone, never, prefixes, some_pairs
 
 TOLERANCE = 2e-5

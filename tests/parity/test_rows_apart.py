@@ -15,7 +15,7 @@ from drllm.models.routing.policies import FixedPolicy, RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.answers import AnswerBatch
 from drllm.models.scoring.choices import ChoiceBatch
-from drllm.models.scoring.packing import Request
+from drllm.models.scoring.score import Request
 from drllm.tasks.registry import get_task
 from slow_way import (
     FULL,

@@ -13,7 +13,7 @@ from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring import prefix_sharing as sharing
 from drllm.models.scoring.answers import AnswerBatch
 from drllm.models.scoring.choices import ChoiceBatch
-from drllm.models.scoring.packing import Request
+from drllm.models.scoring.score import Request
 from drllm.paths import StaticPath
 from slow_way import (
     FULL,

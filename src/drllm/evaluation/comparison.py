@@ -35,7 +35,7 @@ from drllm.models.routers.files import WEIGHTS_FILE
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.depth_control import find_depth_bias
 from drllm.models.routing.policies import FullPolicy, RouterPolicy
-from drllm.models.scoring.packing import Request
+from drllm.models.scoring.score import Request
 from drllm.paths import Path as LayerPath
 from drllm.paths import StaticPath
 from drllm.processes import from_first

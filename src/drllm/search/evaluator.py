@@ -15,8 +15,8 @@ from drllm.models.base.prompts import context_length, encode, encode_continuatio
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.answers import AnswerBatch
 from drllm.models.scoring.choices import ChoiceBatch
-from drllm.models.scoring.packing import Request
 from drllm.models.scoring.prefix_sharing import PackedRows, Pair
+from drllm.models.scoring.score import Request
 from drllm.paths import full_decisions
 from drllm.tasks.examples import KL_REWARD, Prompt
 from drllm.tasks.rewards import get_reward, score_choices, verdict
@@ -263,15 +263,17 @@ class Evaluator:
         answers = batch.answers(pairs, limits, grade, kl=self.kl)
         outcomes: list[Outcome] = []
         for pair, answer in zip(pairs, answers, strict=True):
-            logprob: float | None = answer.logprob
-            if not _are_finite([answer.logprob]):
+            logprob = answer.logprob
+            assert logprob is not None
+            if not math.isfinite(logprob):
                 self._refuse_full_path(pair)
                 logprob = None
+            assert answer.grade is not None
             outcome = Outcome(
                 reward=answer.grade,
                 margin=None,
                 logprobs=(),
-                answer=answer.text,
+                answer=answer.answer,
                 tokens=answer.tokens,
                 logprob=logprob,
                 kl=answer.kl,

@@ -22,7 +22,7 @@ from drllm.models.base.load import BaseModel
 from drllm.models.routing.batch_generation import generate_many
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.choices import ChoiceBatch
-from drllm.models.scoring.packing import Request
+from drllm.models.scoring.score import Request
 from drllm.paths import StaticPath
 from drllm.search.evaluator import TokenizedPrompt, tokenize_prompt
 from drllm.statistics.intervals import Floats

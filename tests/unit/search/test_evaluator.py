@@ -14,7 +14,7 @@ from drllm.models.base.prompts import encode, render
 from drllm.models.routing.injection import LayerCall
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring import answers
-from drllm.models.scoring.choices import Score
+from drllm.models.scoring.score import Outcome
 from drllm.search.evaluator import Evaluator, gold_text
 from drllm.tasks.examples import Prompt
 from drllm.tasks.rewards import grade
@@ -223,7 +223,7 @@ def test_a_path_that_overflows_is_wrong_but_a_base_model_that_does_is_an_error(
 ):
     routed = RoutedModel(tiny_llama(), tokenizer=tiny_tokenizer)
     for bad in (float("nan"), float("inf"), float("-inf")):
-        evaluator, scores = Evaluator(routed, CHOICES, 1.0), Score((-1.0, bad, -2.0))
+        evaluator, scores = Evaluator(routed, CHOICES, 1.0), Outcome((-1.0, bad, -2.0))
         evaluator._batch.scores = lambda pairs, kl, scores=scores: [scores for _ in pairs]
         [outcome] = evaluator.evaluate([(0, (1, 2, 1, 1, 1, 1))])
         assert (outcome.reward, outcome.margin) == (0.0, None)

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from drllm.models.scoring.packing import Request
+from drllm.models.scoring.score import Request
 from drllm.paths import StaticPath
 from drllm.tasks.examples import Prompt
 from drllm.tuning import score_table

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from drllm.models.routing.policies import Policy
     from drllm.models.routing.routed_model import RoutedModel
-    from drllm.models.scoring.packing import Request
+    from drllm.models.scoring.score import Request
     from drllm.tuning.path_scorer import Item
 
 NOTHING = "nothing"
@@ -98,7 +98,7 @@ class Material:
         return lambda candidates: self.remember(f"{self.name} by {kind}", candidates, mean_logprobs)
 
     def _mean_token_logprobs(self, candidates: Sequence[Decisions]) -> list[float]:
-        from drllm.models.scoring.packing import Request
+        from drllm.models.scoring.score import Request
         from drllm.tuning.objectives import LOSS
         from drllm.tuning.path_scorer import Item
 

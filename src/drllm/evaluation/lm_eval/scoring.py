@@ -23,8 +23,8 @@ from drllm.models.base.batching import MemoryBatcher, PathSize
 from drllm.models.base.layers import can_pack
 from drllm.models.routing.policies import FixedPolicy, Policy, find_shared_plan
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.models.scoring.choices import ChoiceBatch, Score
-from drllm.models.scoring.packing import Request
+from drllm.models.scoring.choices import ChoiceBatch
+from drllm.models.scoring.score import Outcome, Request
 from drllm.paths import Decisions, StaticPath
 
 OptionScore: TypeAlias = tuple[float, bool]
@@ -98,7 +98,7 @@ class RequestBatch:
         self.keys.append(key)
         self.questions.append(Request(prompt, continuations, num_unscored))
 
-    def answers(self, scores: Mapping[int, Score]) -> list[OptionScore]:
+    def answers(self, scores: Mapping[int, Outcome]) -> list[OptionScore]:
         """Return the answer to each request.
 
         `scores` has the score of each question by its place in `questions`.
@@ -268,7 +268,7 @@ class RequestScorer:
         if isinstance(decides, StaticPath):
             return self.score_plans(requests, [decides])[0], {}
         request_batch = batch_requests(requests, self.max_length, by_prompt=by_prompt)
-        scores: dict[int, Score] = {}
+        scores: dict[int, Outcome] = {}
         routes: dict[Hashable, Decisions] = {}
         for places, batch in self._batches(request_batch.questions):
             keys = [request_batch.keys[place] for place in places]
@@ -288,7 +288,7 @@ class RequestScorer:
         Layers that several plans begin with run once.
         """
         request_batch = batch_requests(requests, self.max_length, by_prompt=True)
-        scores: list[dict[int, Score]] = [{} for _ in plans]  # by plan, then by place
+        scores: list[dict[int, Outcome]] = [{} for _ in plans]  # by plan, then by place
         for places, batch in self._batches(request_batch.questions):
             keys = [request_batch.keys[place] for place in places]
             pairs: list[tuple[int, Decisions | StaticPath]] = []
@@ -309,7 +309,7 @@ class RequestScorer:
             return FixedPolicy([decides[key] for key in keys], self.routed.num_layers)
         return decides
 
-    def _score_batch(self, batch: ChoiceBatch, policy: Policy) -> tuple[list[Score], Tensor]:
+    def _score_batch(self, batch: ChoiceBatch, policy: Policy) -> tuple[list[Outcome], Tensor]:
         """Score a batch's questions under a policy; return their routes `[P, L]` too.
 
         If the policy has one plan for all questions, the plan is run as a path, so that the

@@ -23,30 +23,19 @@ from drllm.models.routing.generate import end_tokens
 from drllm.models.routing.kv_cache import cache_argument
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.kl import KlFromFull
-from drllm.models.scoring.packing import Request, Tokens
 from drllm.models.scoring.prefix_cache import make_prefix_cache
 from drllm.models.scoring.prefix_sharing import Pair, PlanPair, pack_rows
+from drllm.models.scoring.requests import Outcome, Request, Tokens
 
-Grader: TypeAlias = Callable[[int, str, bool], float | None]
+PairGrader: TypeAlias = Callable[[int, str, bool], float | None]
 """A function that grades an answer. Its arguments are the place of the pair, the text so far, and
-whether the text is complete. It returns the grade, or None if it can't grade the text yet. A
-complete text must get a grade."""
+whether the text is complete. It returns the grade, or None if it can't grade the text yet. It may
+return None for a complete text too; then the answer has no grade."""
 
 MAX_IDLE_STEPS = 0.3
 """Finished rows are dropped when the work that was wasted on them exceeds this many decoding steps
 of the whole batch. A step in which a quarter of the rows is finished wastes 0.25. Rows aren't
 dropped at once, since to drop them means to copy the K and V of all other rows."""
-
-
-@dataclass(frozen=True, slots=True)
-class ScoredAnswer:
-    """A greedily generated answer."""
-
-    text: str  # the text up to the token that decided the grade
-    tokens: tuple[int, ...]  # the tokens without the end-of-sequence token
-    grade: float  # the grader's result
-    logprob: float  # mean over the generated tokens, with the end-of-sequence token, in nats
-    kl: float | None = None  # see `Score.kl`
 
 
 class AnswerBatch:
@@ -91,10 +80,10 @@ class AnswerBatch:
         self,
         pairs: Sequence[Pair],
         max_new_tokens: Sequence[int],
-        grader: Grader,
+        grader: PairGrader,
         *,
         kl: bool = False,
-    ) -> list[ScoredAnswer]:
+    ) -> list[Outcome]:
         """Generate an answer for every pair.
 
         An answer stops as soon as the grader has graded the text so far. The tokens are the same as
@@ -114,13 +103,13 @@ class AnswerBatch:
             num_logits = num_read
         size = PathSize(num_read + num_new, num_logits, keeps_kv=True)
 
-        def answer_part(places: Sequence[int]) -> list[ScoredAnswer]:
+        def answer_part(places: Sequence[int]) -> list[Outcome]:
             drafts = [_Draft(place, pairs[place], max_new_tokens[place]) for place in places]
             return self._generate(drafts, grader, kl)
 
         return self._batcher.run(range(len(pairs)), size, answer_part)
 
-    def _generate(self, drafts: list[_Draft], grader: Grader, kl: bool) -> list[ScoredAnswer]:
+    def _generate(self, drafts: list[_Draft], grader: PairGrader, kl: bool) -> list[Outcome]:
         """Generate answers in one batch: read the prompts, then decode token by token."""
         batch, logits, kls = self._read_prompts(drafts, kl)
         while True:
@@ -128,9 +117,9 @@ class AnswerBatch:
             logprobs = highest - logits.float().logsumexp(dim=-1)
             steps = zip(batch.drafts, tokens.tolist(), logprobs.tolist(), strict=True)
             for draft, token, logprob in steps:
-                if draft.grade is None:
+                if not draft.is_finished:
                     self._extend(draft, token, logprob, grader)
-            if all(draft.grade is not None for draft in batch.drafts):
+            if all(draft.is_finished for draft in batch.drafts):
                 break
             tokens = batch.drop_finished(tokens)
             logits = batch.step(tokens)
@@ -180,7 +169,7 @@ class AnswerBatch:
             positions=lengths - 1,
         )
 
-    def _extend(self, draft: _Draft, token: int, logprob: float, grader: Grader) -> None:
+    def _extend(self, draft: _Draft, token: int, logprob: float, grader: PairGrader) -> None:
         """Add a token to an answer, and grade the answer if the text can be graded yet."""
         draft.num_steps += 1
         draft.sum_logprobs += logprob
@@ -190,6 +179,7 @@ class AnswerBatch:
         draft.text = self.tokenizer.decode(draft.tokens, skip_special_tokens=True)
         is_complete = is_end or draft.num_steps == draft.max_new_tokens
         draft.grade = grader(draft.place, draft.text, is_complete)
+        draft.is_finished = is_complete or draft.grade is not None
 
 
 @dataclass(slots=True)
@@ -203,20 +193,26 @@ class _Draft:
     text: str = ""
     num_steps: int = 0  # number of generated tokens, with the end-of-sequence token
     sum_logprobs: float = 0.0  # sum over the generated tokens, in nats
-    grade: float | None = None  # None while the answer isn't graded
+    grade: float | None = None
+    is_finished: bool = False  # whether the answer is graded or complete
 
-    def finish(self, kl: float | None) -> ScoredAnswer:
-        """Return the graded answer."""
-        assert self.grade is not None
+    def finish(self, kl: float | None) -> Outcome:
+        """Return the outcome."""
         logprob = self.sum_logprobs / self.num_steps
-        return ScoredAnswer(self.text, tuple(self.tokens), self.grade, logprob, kl)
+        return Outcome(
+            kl=kl,
+            answer=self.text,
+            tokens=tuple(self.tokens),
+            grade=self.grade,
+            logprob=logprob,
+        )
 
 
 @dataclass(eq=False)
 class _DecodingBatch:
     """Answers that are generated together, as an ordinary routed batch with a cache.
 
-    A row stays for some steps after its answer is graded (see `MAX_IDLE_STEPS`).
+    A row stays for some steps after its answer is finished (see `MAX_IDLE_STEPS`).
     """
 
     routed: RoutedModel
@@ -228,11 +224,11 @@ class _DecodingBatch:
     idle_steps: float = 0.0  # work on finished rows since rows were last dropped
 
     def drop_finished(self, tokens: Tensor) -> Tensor:
-        """Drop the rows whose answers are graded, after `MAX_IDLE_STEPS` of work on them.
+        """Drop the rows whose answers are finished, after `MAX_IDLE_STEPS` of work on them.
 
         `tokens` are the next token of each row, `[rows]`. Returns the tokens of the remaining rows.
         """
-        active = [row for row, draft in enumerate(self.drafts) if draft.grade is None]
+        active = [row for row, draft in enumerate(self.drafts) if not draft.is_finished]
         self.idle_steps += (len(self.drafts) - len(active)) / len(self.drafts)
         if self.idle_steps <= MAX_IDLE_STEPS:
             return tokens
@@ -248,7 +244,7 @@ class _DecodingBatch:
         """Read one token of each row, `[rows]`; return the next token's logits, `[rows, V]`."""
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.drafts), 1)], dim=1)
         self.positions = self.positions + 1
-        finished = [row for row, draft in enumerate(self.drafts) if draft.grade is not None]
+        finished = [row for row, draft in enumerate(self.drafts) if draft.is_finished]
         if finished:
             # A finished row's output isn't used. At position 0 it can't exceed the model's maximum
             # length, nor change what depends on the largest position of the batch (such as RoPE

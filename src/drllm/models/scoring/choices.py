@@ -21,31 +21,21 @@ from drllm.models.base.layers import can_pack
 from drllm.models.routing.policies import PathPolicy, Policy, PromptView
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.kl import KlFromFull
-from drllm.models.scoring.packing import PackedBatch, Request, pack
+from drllm.models.scoring.packing import PackedBatch, pack
 from drllm.models.scoring.prefix_cache import make_prefix_cache
 from drllm.models.scoring.prefix_sharing import PackedRows, PlanPair, pack_rows
+from drllm.models.scoring.requests import Outcome, Request
 from drllm.paths import get_adapter
 
 
-@dataclass(frozen=True, slots=True)
-class Score:
-    """The score of one prompt's continuations along one path, in nats."""
-
-    logprobs: tuple[float, ...]  # for each continuation, the sum over its scored tokens
-    # Mean KL from the full path over the prompt's tokens; None if not requested or not finite.
-    kl: float | None = None
-    # For each continuation, whether each scored token is the likeliest; empty if not requested.
-    greedy: tuple[bool, ...] = ()
-
-
-def _join_scores(parts: Sequence[Score]) -> Score:
-    """Join the scores of a request's rows; the first row gives the KL."""
+def _join_outcomes(parts: Sequence[Outcome]) -> Outcome:
+    """Join the outcomes of a request's rows; the first row gives the KL."""
     logprobs: list[float] = []
     greedy: list[bool] = []
     for part in parts:
         logprobs.extend(part.logprobs)
         greedy.extend(part.greedy)
-    return Score(tuple(logprobs), parts[0].kl, tuple(greedy))
+    return Outcome(tuple(logprobs), tuple(greedy), parts[0].kl)
 
 
 @dataclass(eq=False)
@@ -159,7 +149,7 @@ class ChoiceBatch:
 
     def scores(
         self, pairs: Sequence[PlanPair], *, kl: bool = False, greedy: bool = False
-    ) -> list[Score]:
+    ) -> list[Outcome]:
         """Score the continuations of requests along plans.
 
         Pairs with an adapter run in passes of their own.
@@ -170,39 +160,39 @@ class ChoiceBatch:
             greedy: Whether to tell which continuations the path would generate greedily.
 
         Returns:
-            The score of each pair.
+            The outcome of each pair.
         """
         by_adapter: dict[str, list[PlanPair]] = {}
         for place, plan in pairs:
             by_adapter.setdefault(get_adapter(plan), []).append((place, plan))
-        scores: dict[str, Iterator[Score]] = {}
+        scores: dict[str, Iterator[Outcome]] = {}
         for adapter, group in by_adapter.items():
             scores[adapter] = iter(self._score_group(group, kl=kl, greedy=greedy))
         return [next(scores[get_adapter(plan)]) for _, plan in pairs]
 
-    def _score_group(self, pairs: Sequence[PlanPair], *, kl: bool, greedy: bool) -> list[Score]:
+    def _score_group(self, pairs: Sequence[PlanPair], *, kl: bool, greedy: bool) -> list[Outcome]:
         """Score pairs that all run with the same adapter, or all without an adapter."""
         row_pairs: list[PlanPair] = []
         for place, plan in pairs:
             row_pairs += [(row, plan) for row in self._request_rows[place]]
 
-        def score_rows(part: Sequence[PlanPair]) -> list[Score]:
+        def score_rows(part: Sequence[PlanPair]) -> list[Outcome]:
             return self._score_rows(part, kl=kl, greedy=greedy)
 
         row_scores = iter(self._batcher.run(row_pairs, self._path_size(kl), score_rows))
         scores = []
         for place, _ in pairs:
             parts = list(itertools.islice(row_scores, len(self._request_rows[place])))
-            scores.append(_join_scores(parts))
+            scores.append(_join_outcomes(parts))
         return scores
 
-    def routed_scores(self, policy: Policy) -> tuple[list[Score], Tensor]:
+    def routed_scores(self, policy: Policy) -> tuple[list[Outcome], Tensor]:
         """Score every request once under a policy.
 
         The policy reads the prompt but not the continuations. It decides in the pass that scores.
 
         Returns:
-            The score of each request, with its `greedy` flags, and the routes, `[P, L]`.
+            The outcome of each request, with its `greedy` flags, and the routes, `[P, L]`.
         """
         # A `PathPolicy` isn't wrapped: its path is the same for all rows, and the driver has to
         # recognise it.
@@ -225,7 +215,7 @@ class ChoiceBatch:
             first_decisions = tuple([decisions[row] for row in first_rows])
             route.append(first_decisions)
         self.routed.driver.set_last_route(route)
-        scores = [_join_scores(row_scores[rows.start : rows.stop]) for rows in self._request_rows]
+        scores = [_join_outcomes(row_scores[rows.start : rows.stop]) for rows in self._request_rows]
         return scores, self.routed.last_route
 
     def _compute_logits(self, packed: PackedBatch, policy: Policy) -> Tensor:
@@ -263,7 +253,7 @@ class ChoiceBatch:
                 num_logits.append(after)
         return PathSize(packed.mask.shape[-1], 1 + max(num_logits))
 
-    def _score_rows(self, pairs: Sequence[PlanPair], *, kl: bool, greedy: bool) -> list[Score]:
+    def _score_rows(self, pairs: Sequence[PlanPair], *, kl: bool, greedy: bool) -> list[Outcome]:
         """Score each path's row in one pass; KL is measured only on a request's first row."""
         num_own = self._rows.packed.num_own
         num_after = self._rows.packed.num_after
@@ -295,21 +285,21 @@ class ChoiceBatch:
                 kls = self._kl.measure(kl_pairs, prompt_logits)
         return [replace(scores[pair], kl=kls.get(pair)) for pair in pairs]
 
-    def _score_logits(self, rows: Sequence[tuple[int, Tensor]], greedy: bool) -> list[Score]:
-        """Return the scores of rows. Each row comes with its scored tokens' logits, `[S, V]`."""
+    def _score_logits(self, rows: Sequence[tuple[int, Tensor]], greedy: bool) -> list[Outcome]:
+        """Return the outcomes of rows. Each row comes with its scored tokens' logits, `[S, V]`."""
         sums = []
         for row, logits in rows:
             sums.append(self._sum_by_continuation(row, logits, greedy))
         table = torch.cat(sums, dim=1).tolist()  # one wait for the device
 
-        scores: list[Score] = []
+        scores: list[Outcome] = []
         start = 0
         for row, _ in rows:
             end = start + len(self._row_requests[row].continuations)
             flags: tuple[bool, ...] = ()
             if greedy:
                 flags = tuple(num_beaten == 0 for num_beaten in table[1][start:end])
-            scores.append(Score(tuple(table[0][start:end]), greedy=flags))
+            scores.append(Outcome(tuple(table[0][start:end]), flags))
             start = end
         return scores
 
@@ -346,8 +336,8 @@ class ChoiceBatch:
             ids += tokens[first:]
             owners += [owner] * (len(tokens) - first)
             start += len(tokens) - 1
-        table = on_device([columns, ids, owners], self.routed.model.device)
-        return _Targets(*table.unbind(0))
+        table = torch.tensor([columns, ids, owners], dtype=torch.long)
+        return _Targets(*on_device(table, self.routed.model.device).unbind(0))
 
 
 def _refuse_empty(requests: Sequence[Request]) -> None:

@@ -7,60 +7,16 @@ Axes: P rows, T tokens of a row, F past tokens.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from drllm.models.base.devices import on_device
-
-Tokens: TypeAlias = Sequence[int]
+from drllm.models.scoring.requests import Request
 
 PADDING = -1
 PROMPT = 0
 """The owner of a column of a row says what the column holds. Continuations are numbered from 1."""
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """A prompt and the continuations to score after it, as tokens."""
-
-    context: Tokens  # tokens of the prompt, at least one
-    # The tokens of each continuation, at least one token each. Empty if an answer is generated.
-    continuations: Sequence[Tokens] = ()
-    # For each continuation, the number of its first tokens that are read but not scored. Empty if
-    # all tokens are scored. Example: WinoGrande fills a gap with each option and scores the text
-    # after the gap. The option isn't scored, but it isn't a part of the prompt either.
-    num_unscored: Sequence[int] = ()
-
-    @property
-    def scored_from(self) -> list[int]:
-        """For each continuation, the place of its first scored token; 0 by default."""
-        return list(self.num_unscored) or [0] * len(self.continuations)
-
-    @property
-    def num_after(self) -> int:
-        """Number of tokens to read after the context: a continuation's last token isn't read."""
-        return sum(len(tokens) - 1 for tokens in self.continuations)
-
-    @property
-    def length(self) -> int:
-        """Number of tokens to read: one copy of the context, and all continuations."""
-        return len(self.context) + self.num_after
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the row is an ordinary text: at most one continuation has tokens to read."""
-        return sum(len(tokens) > 1 for tokens in self.continuations) <= 1
-
-    def split(self) -> "list[Request]":
-        """Return plain requests with the same scores: this one, or one for each continuation."""
-        if self.is_plain:
-            return [self]
-        return [
-            Request(self.context, [tokens], [first])
-            for tokens, first in zip(self.continuations, self.scored_from, strict=True)
-        ]
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,8 +26,9 @@ from drllm.models.base.layers import can_split
 from drllm.models.routing.injection import Driver, Forward, LayerCall
 from drllm.models.routing.kv_cache import RoutedCacheLayer, find_entry
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.models.scoring.packing import PackedBatch, Request, Tokens, pack
+from drllm.models.scoring.packing import PackedBatch, pack
 from drllm.models.scoring.prefix_cache import PrefixCache, PrefixState
+from drllm.models.scoring.requests import Request, Tokens
 from drllm.paths import Decisions, Path, Plan, get_adapter, get_layers
 
 Pair: TypeAlias = tuple[int, Decisions]

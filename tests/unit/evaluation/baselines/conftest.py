@@ -8,7 +8,7 @@ import pytest
 import slow_way
 from drllm.evaluation.baselines.base import Material
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.models.scoring.packing import Request
+from drllm.models.scoring.score import Request
 from slow_way import gold_logprob_alone
 
 NUM_LAYERS = 4

@@ -5,7 +5,7 @@ from drllm.evaluation.baselines.early_exit import ExitPolicy, find_threshold, me
 from drllm.models.routing.depth_control import route_prompts
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.logit_lens import LogitLens
-from drllm.models.scoring.packing import Request
+from drllm.models.scoring.score import Request
 from slow_way import confidences_alone
 
 L = 4

@@ -11,7 +11,7 @@ from drllm.evaluation.baselines.sequence_router import (
 )
 from drllm.models.routing.depth_control import route_prompts
 from drllm.models.scoring.choices import ChoiceBatch
-from drllm.models.scoring.packing import Request
+from drllm.models.scoring.score import Request
 
 
 @pytest.fixture(scope="module")
