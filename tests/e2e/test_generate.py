@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from drllm.cli.chat import Reply
+from drllm.cli.reply import Reply
 
 TALK = [
     {"role": "user", "content": "I am Ann."},

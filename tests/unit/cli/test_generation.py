@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from drllm.cli import main
-from drllm.cli.chat import Reply
-from drllm.cli.generation import PromptRow, read_prompts, to_line
+from drllm.cli.answers import to_line
+from drllm.cli.generation_inputs import PromptRow, read_prompts
+from drllm.cli.reply import Reply
 from drllm.config import GenerateConfig
 from drllm.errors import RecordError, TaskError
 from drllm.models.base.prompts import PromptForm

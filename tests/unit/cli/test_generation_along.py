@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from drllm.cli.chat import PathSummary, Session, chat
+from drllm.cli.chat import chat
+from drllm.cli.reply import PathSummary, Session
 from drllm.config import GenerateConfig
 from drllm.models.base.load import load
 from drllm.models.base.prompts import PromptForm
