@@ -46,7 +46,8 @@ def tune_verb(command: CommandLine, terminal: Terminal) -> None:
     with terminal.busy(LOADING):
         from drllm.tuning.run import tune
 
-    tune(command.get_settings(ModelConfig), None, config, output, listener=terminal)
+    model = command.get_settings(ModelConfig)
+    tune(model, all_splits, config, output, listener=terminal)
 
     show_paths(output / PATHS_FILE, terminal)
 

@@ -350,7 +350,7 @@ class RunFolder:
         config = self.recipe.tune
         assert config is not None
         model = self._choose_model(config)
-        tune(model, None, config, self.folder, listener=self.listener)
+        tune(model, self.recipe.tuning_tasks, config, self.folder, listener=self.listener)
         return [self.paths_file]
 
     def _make_heal(self) -> Stage:

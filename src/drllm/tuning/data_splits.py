@@ -8,6 +8,7 @@ on. This module doesn't import torch.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from drllm.config import SPLITS, TuneConfig
 from drllm.config.fields import require_tasks
@@ -69,20 +70,27 @@ class TaskSplits:
         return choose_reward(self.task, objective) != OPTIONS_REWARD
 
 
-def split_tasks(
-    config: TuneConfig, tasks: Task | str | Sequence[Task | str] | None = None
-) -> list[TaskSplits]:
+TasksArgument: TypeAlias = "Task | str | Sequence[Task | str] | Sequence[TaskSplits] | None"
+"""The argument `tasks` of `tune` and of `split_tasks`, which explains it."""
+
+
+def split_tasks(config: TuneConfig, tasks: TasksArgument = None) -> list[TaskSplits]:
     """Check that tasks can be tuned on, and return them with their questions by part.
 
     Args:
         config: The settings.
-        tasks: Tasks, or their names; None takes the tasks of the settings.
+        tasks: Tasks, or their names; None takes the tasks of the settings. A result of this
+            function is returned as it is.
 
     Raises:
         ConfigError: A setting has no effect, an objective doesn't fit a task, or a reward isn't
             installed.
         TaskError: A task is unknown, or has too few questions.
     """
+    if isinstance(tasks, Sequence) and not isinstance(tasks, str):
+        earlier_result = [task for task in tasks if isinstance(task, TaskSplits)]
+        if earlier_result:
+            return earlier_result
     config.check_effects()
     if tasks is None:
         tasks = require_tasks(config.tasks)
@@ -94,7 +102,7 @@ def split_tasks(
     return [split_task(task, config.data_dir, config.num_fit, config.seed) for task in all_tasks]
 
 
-def _list_tasks(tasks: Task | str | Sequence[Task | str]) -> list[Task]:
+def _list_tasks(tasks: Task | str | Sequence[Task | str | TaskSplits]) -> list[Task]:
     """Return tasks as a list, with names replaced by tasks. A string may hold several names."""
     if isinstance(tasks, (str, Task)):
         tasks = [tasks]
@@ -102,7 +110,7 @@ def _list_tasks(tasks: Task | str | Sequence[Task | str]) -> list[Task]:
     for task in tasks:
         if isinstance(task, str):
             all_tasks += get_tasks(task)
-        else:
+        elif isinstance(task, Task):
             all_tasks.append(task)
     return all_tasks
 

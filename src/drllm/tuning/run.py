@@ -22,9 +22,8 @@ from drllm.records.manifest import new_manifest
 from drllm.records.places import only_writer, stage_folder
 from drllm.records.static_paths import FIT, PATHS_FILE, SELECT, TEST, StaticPaths, read_paths
 from drllm.statistics.intervals import Floats
-from drllm.tasks.base import Task
 from drllm.tuning.beam import Beam, make_beam
-from drllm.tuning.data_splits import TaskSplits, split_tasks
+from drllm.tuning.data_splits import TasksArgument, TaskSplits, split_tasks
 from drllm.tuning.gains import Gains
 from drllm.tuning.level_lines import HEAD, describe_level, format_level
 from drllm.tuning.named_paths import make_named_paths
@@ -40,7 +39,7 @@ PARTIAL_FOLDER = "paths.partial"
 
 def tune(
     model: Any,
-    tasks: Task | str | Sequence[Task | str] | None = None,
+    tasks: TasksArgument = None,
     config: TuneConfig | None = None,
     output_dir: Path | str | None = None,
     *,
@@ -56,7 +55,8 @@ def tune(
         model: The name of a model or a `ModelConfig`, which is loaded here or in the workers of
             Ray. Without Ray also a `BaseModel`, as `load` returns it; a `RoutedModel`; or a causal
             language model of transformers.
-        tasks: Tasks, names of tasks, or files of questions; None takes the config's tasks.
+        tasks: Tasks, names of tasks, or files of questions; or the result of `split_tasks`. None
+            takes the config's tasks.
         config: The settings; None takes the defaults.
         output_dir: Folder for `paths.json`; None keeps no files.
         tokenizer: The model's tokenizer; None loads it by the model's name.
