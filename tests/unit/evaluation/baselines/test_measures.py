@@ -24,7 +24,7 @@ PLANS = [(1, 1, 1, 1), (1, 0, 1, 1), (2, 1, 0, 1), (0, 1, 1, 2), (0, 0, 0, 1)]
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch):
     """Two questions a batch: their lengths take them out of their order."""
-    monkeypatch.setattr(path_scorer, "BLOCK_SIZE", 2)
+    monkeypatch.setattr(path_scorer, "BATCH_SIZE", 2)
 
 
 def test_the_gold_logprob_equals_that_of_each_option_alone(material, slow_gold_logprob):
