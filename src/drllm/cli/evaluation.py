@@ -15,7 +15,7 @@ from drllm.cli.verbs import Flag, verb
 from drllm.config import EvaluateConfig, ModelConfig
 from drllm.evaluation.questions import check_output, select_tasks, without_routers
 from drllm.models.routers.places import check_place
-from drllm.pipeline.folder import open_model
+from drllm.pipeline.model import open_model
 from drllm.processes import is_first
 from drllm.records.places import check_folder
 from drllm.records.static_paths import PathFile, read_path_list

@@ -15,7 +15,7 @@ from drllm.cli.terminal import Terminal
 from drllm.cli.verbs import Flag, verb
 from drllm.config import DepthConfig, GenerateConfig, ModelConfig
 from drllm.cost import path_executions
-from drllm.pipeline.folder import open_model
+from drllm.pipeline.model import open_model
 from drllm.records.static_paths import PathFile
 
 if TYPE_CHECKING:

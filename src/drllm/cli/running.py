@@ -7,7 +7,7 @@ from drllm.cli.show_results import show_next_steps, show_results
 from drllm.cli.terminal import Terminal
 from drllm.cli.verbs import Flag, verb
 from drllm.errors import ConfigError, unknown_name
-from drllm.pipeline import folder as run_folder
+from drllm.pipeline.folder import run_recipe
 from drllm.pipeline.recipes import read_recipe
 
 RECIPES = Path(__file__).with_name("recipes")  # the folder of the packaged recipes
@@ -37,7 +37,7 @@ def run(command: CommandLine, terminal: Terminal) -> None:
     path = _find_recipe(command.path("recipe"))
     folder = command.optional_path("output_dir") or Path("runs") / path.stem
     recipe = read_recipe(path, command.values["data_dir"])
-    times = run_folder.run(recipe, folder, terminal)
+    times = run_recipe(recipe, folder, terminal)
     show_results(folder / "eval", terminal)
     terminal.say()
     for name, time in times.items():

@@ -13,7 +13,7 @@ from drllm.cli.show_search import print_targets_file, show_search
 from drllm.cli.terminal import LOADING, Terminal
 from drllm.cli.verbs import Flag, verb
 from drllm.config import ModelConfig, SearchConfig, SuperviseConfig
-from drllm.pipeline.folder import open_model
+from drllm.pipeline.model import open_model
 from drllm.records.manifest import read_manifest
 from drllm.records.places import check_file, check_folder
 from drllm.records.search import SearchRecords

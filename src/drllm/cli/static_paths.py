@@ -11,7 +11,7 @@ from drllm.cli.show_paths import show_healed, show_paths
 from drllm.cli.terminal import LOADING, Terminal
 from drllm.cli.verbs import Flag, verb
 from drllm.config import HealConfig, ModelConfig, TuneConfig
-from drllm.pipeline.folder import open_model
+from drllm.pipeline.model import open_model
 from drllm.records.healed import HEALED_FILE
 from drllm.records.places import check_folder
 from drllm.records.static_paths import FIT, PATHS_FILE, load_path

@@ -8,15 +8,11 @@ import drllm
 from drllm.cli import main
 from drllm.config import ModelConfig
 from drllm.errors import ConfigError, RecordError
-from drllm.pipeline.folder import (
-    STAGES,
-    RunFolder,
-    RunManifest,
-    StageState,
-    open_model_lazily,
-    read_run,
-)
+from drllm.pipeline.folder import begin_stage
+from drllm.pipeline.manifest import RunManifest, StageState, read_run_manifest
+from drllm.pipeline.model import open_model_lazily
 from drllm.pipeline.recipes import Recipe, read_recipe
+from drllm.pipeline.stages import STAGES, Run
 from drllm.records.codec import sha256, write_json
 from drllm.tasks.registry import get_tasks
 from drllm.work.listener import Listener
@@ -133,7 +129,7 @@ def done(tmp_path: Path) -> RunManifest:
     (tmp_path / "out.txt").write_text("result")
     stage = StageState(made_from={"seed": 0}, outputs={"out.txt": sha256(tmp_path / "out.txt")})
     write_json(tmp_path / "run.manifest.json", RunManifest(stages={"train": stage}))
-    return read_run(tmp_path)
+    return read_run_manifest(tmp_path)
 
 
 def test_a_stage_is_done_if_it_was_made_from_the_same_and_its_files_are_unchanged(done, tmp_path):
@@ -165,7 +161,7 @@ def test_a_stage_that_began_and_did_not_end_is_not_done(tmp_path: Path):
 def test_a_broken_foreign_or_future_manifest_is_refused(tmp_path: Path, text: str, says: str):
     (tmp_path / "run.manifest.json").write_text(text)
     with pytest.raises(RecordError, match=rf"run\.manifest\.json.*{says}"):
-        read_run(tmp_path)
+        read_run_manifest(tmp_path)
 
 
 def test_what_a_stage_did_not_write_is_never_deleted(tmp_path: Path):
@@ -180,9 +176,16 @@ def test_what_a_stage_did_not_write_is_never_deleted(tmp_path: Path):
     write_json(folder / "run.manifest.json", RunManifest(stages={"evaluate": stage}))
 
     with open_model_lazily(ModelConfig(), Listener()) as load:
-        RunFolder(Recipe(), folder, load, Listener()).begin("evaluate", {"seed": 1})
+        run = Run(
+            recipe=Recipe(),
+            folder=folder,
+            manifest=read_run_manifest(folder),
+            load=load,
+            listener=Listener(),
+        )
+        begin_stage("evaluate", {"seed": 1}, run)
 
     assert (outside / "mine.txt").exists()
     assert (folder / "foreign.txt").exists()
     assert not (folder / "old.txt").exists()
-    assert read_run(folder).stages["evaluate"].outputs == {}
+    assert read_run_manifest(folder).stages["evaluate"].outputs == {}

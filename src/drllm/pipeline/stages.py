@@ -1,0 +1,340 @@
+"""The stages of a run: what each is made from, and how it is run.
+
+`make_stage` makes a stage: `_make_…` collects its inputs, and `_run_…` runs it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from drllm.config import EvaluateConfig, ExecutorConfig, HealConfig, ModelConfig
+from drllm.evaluation.baselines.base import needs_targets
+from drllm.pipeline.manifest import RunManifest, hash_file
+from drllm.pipeline.recipes import Recipe
+from drllm.records import codec
+from drllm.records.healed import ADAPTER_CONFIG_FILE, ADAPTER_FILE, HEALED_FILE
+from drllm.records.static_paths import PATHS_FILE, PathFile, load_path
+from drllm.records.supervision import SUPERVISION_FILE, rejected_path
+from drllm.search import SEARCH_FILE
+from drllm.tasks.base import Task
+from drllm.tasks.examples import Example, choose
+from drllm.work.listener import Listener
+
+if TYPE_CHECKING:
+    from drllm.models.base.load import BaseModel
+
+STAGES = ("search", "supervise", "train", "tune", "heal", "evaluate", "report")
+RECIPE_FILE = "run.yaml"
+ROUTER_FILES = ("router_config.json", "routers.safetensors")
+"""The files of routers that results depend on."""
+TRAINED_FILES = (*ROUTER_FILES, "README.md", "config.json", "metrics.jsonl", "layers.json")
+"""The files that a training writes for each seed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A recipe that is run in a folder.
+
+    Attributes:
+        recipe: The settings of all stages.
+        folder: The run folder; it may not exist yet.
+        manifest: The states of the stages in the folder.
+        load: Returns the base model.
+        listener: Gets the progress and the notes of the stages.
+    """
+
+    recipe: Recipe
+    folder: Path
+    manifest: RunManifest
+    load: Callable[[], BaseModel]
+    listener: Listener
+
+    @property
+    def search_file(self) -> Path:
+        """The file of the search."""
+        return self.folder / SEARCH_FILE
+
+    @property
+    def supervision_file(self) -> Path:
+        """The file of the targets."""
+        return self.folder / SUPERVISION_FILE
+
+    @property
+    def paths_file(self) -> Path:
+        """The file of the tuned paths."""
+        return self.folder / PATHS_FILE
+
+    @property
+    def healed_folder(self) -> Path:
+        """The folder of the healed path."""
+        return self.folder / "healed"
+
+    @property
+    def routers_folder(self) -> Path:
+        """The folder of the routers."""
+        return self.folder / "routers"
+
+    @property
+    def seed_folders(self) -> list[Path]:
+        """The folders of each seed's routers, the first seed's first; empty without routers."""
+        if not self.recipe.has_routers:
+            return []
+        return list(self.recipe.train.by_seed(self.routers_folder))
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A stage of a run.
+
+    Attributes:
+        made_from: The settings and the hashes of inputs that the stage's results depend on.
+        run: A function that runs the stage, and returns the files that it wrote.
+    """
+
+    made_from: dict[str, Any]
+    run: Callable[[], list[Path]]
+
+
+def make_stage(name: str, run: Run) -> Stage:
+    """Make a stage with its current inputs."""
+    return _MAKERS[name](run)
+
+
+def _choose_model(config: ExecutorConfig, run: Run) -> BaseModel | ModelConfig:
+    """Return the base model of a stage; Ray's workers load it themselves."""
+    if config.executor == "ray":
+        return run.recipe.model
+    return run.load()
+
+
+# --- the stages in order ------------------------------------------------------------------------
+
+
+def _make_search(run: Run) -> Stage:
+    recipe = run.recipe
+    examples = [question.example for question in recipe.questions]
+    made_from = {
+        "config": recipe.search.decisive(),
+        "model": recipe.model.to_dict(),
+        "questions": codec.hash_values(examples),
+    }
+    return Stage(made_from, partial(_run_search, run))
+
+
+def _run_search(run: Run) -> list[Path]:
+    from drllm.search.run import search_questions
+
+    recipe = run.recipe
+    model = _choose_model(recipe.search, run)
+    search_questions(model, recipe.questions, recipe.search, run.folder, listener=run.listener)
+    return [run.search_file, run.folder / "search.manifest.json"]
+
+
+def _make_supervise(run: Run) -> Stage:
+    made_from = {
+        "config": run.recipe.supervise.to_dict(),
+        SEARCH_FILE: hash_file(run.search_file),
+    }
+    return Stage(made_from, partial(_run_supervise, run))
+
+
+def _run_supervise(run: Run) -> list[Path]:
+    from drllm.supervision.select import supervise
+
+    supervise(run.search_file, run.recipe.supervise, run.folder)
+    file = run.supervision_file
+    files = [file, run.folder / "supervision.manifest.json", rejected_path(file)]
+    return [file for file in files if file.is_file()]
+
+
+def _make_train(run: Run) -> Stage:
+    made_from = {
+        "config": run.recipe.train.decisive(),
+        "model": run.recipe.model.to_dict(),
+        SUPERVISION_FILE: hash_file(run.supervision_file),
+    }
+    return Stage(made_from, partial(_run_train, run))
+
+
+def _run_train(run: Run) -> list[Path]:
+    from drllm.training.stage import train
+    from drllm.training.targets import REJECTED_FILE
+
+    config = run.recipe.train
+    folder = run.routers_folder
+    model = _choose_model(config, run)
+    train(model, run.supervision_file, config, folder, listener=run.listener)
+    files: list[Path] = []
+    for seed_folder in run.seed_folders:
+        files += [seed_folder / name for name in TRAINED_FILES]
+    rejected_file = folder / REJECTED_FILE
+    if rejected_file.is_file():
+        files.append(rejected_file)
+    return files
+
+
+def _make_tune(run: Run) -> Stage:
+    config = run.recipe.tune
+    assert config is not None
+    hashes = {}  # by task
+    for splits in run.recipe.tuning_tasks:
+        examples: list[Example] = []
+        for part in splits.examples.values():
+            examples += part
+        hashes[splits.task.name] = codec.hash_values(examples)
+    made_from = {
+        "config": config.decisive(),
+        "model": run.recipe.model.to_dict(),
+        "questions": hashes,
+    }
+    return Stage(made_from, partial(_run_tune, run))
+
+
+def _run_tune(run: Run) -> list[Path]:
+    from drllm.tuning.run import tune
+
+    config = run.recipe.tune
+    assert config is not None
+    model = _choose_model(config, run)
+    tune(model, run.recipe.tuning_tasks, config, run.folder, listener=run.listener)
+    return [run.paths_file]
+
+
+def _make_heal(run: Run) -> Stage:
+    config = _complete_heal_config(run)
+    path_file = load_path(config.require_path())
+    path_name = "" if path_file.named is None else path_file.named.name
+    made_from = {
+        "config": config.decisive(),
+        "model": run.recipe.model.to_dict(),
+        "texts": codec.hash_values(run.recipe.healing_texts),
+        "path": [path_name, hash_file(path_file.file)],
+    }
+    return Stage(made_from, partial(_run_heal, run, config, path_file))
+
+
+def _complete_heal_config(run: Run) -> HealConfig:
+    """Return the settings of healing.
+
+    If the run tunes paths, the recipe only has the name of a path. The file is added.
+    """
+    config = run.recipe.heal
+    assert config is not None
+    if run.recipe.tune is None:
+        return config
+    path = str(run.paths_file)
+    if config.path is not None:
+        path += f":{config.path}"
+    return dataclasses.replace(config, path=path)
+
+
+def _run_heal(run: Run, config: HealConfig, path: PathFile) -> list[Path]:
+    from drllm.tuning.heal import heal
+
+    folder = run.healed_folder
+    texts = run.recipe.healing_texts
+    base = run.load()
+    heal(base, path, texts=texts, config=config, output_dir=folder, listener=run.listener)
+    names = [HEALED_FILE, ADAPTER_FILE, ADAPTER_CONFIG_FILE, "README.md"]
+    return [folder / name for name in names]
+
+
+def _make_evaluate(run: Run) -> Stage:
+    config = run.recipe.evaluate
+    made_from: dict[str, Any] = {
+        "config": {**config.decisive(), "measures_time": _is_timed(run)},
+        "model": run.recipe.model.to_dict(),
+        "questions": _hash_questions(run.recipe.tasks, config),
+    }
+    for seed_folder in run.seed_folders:
+        for name in ROUTER_FILES:
+            file = seed_folder / name
+            made_from[file.relative_to(run.routers_folder).as_posix()] = hash_file(file)
+    for file in _list_path_files(run):
+        made_from[file.name] = hash_file(file)
+    return Stage(made_from, partial(_run_evaluate, run))
+
+
+def _is_timed(run: Run) -> bool:
+    """Tell whether the evaluation measures time; only a routed model is timed."""
+    return run.recipe.evaluate.latency and run.recipe.has_routers
+
+
+def _list_path_files(run: Run) -> list[Path]:
+    """List the files of static paths that this run writes."""
+    files = []
+    if run.recipe.includes("tune"):
+        files.append(run.paths_file)
+    if run.recipe.includes("heal"):
+        files.append(run.healed_folder / HEALED_FILE)
+    return files
+
+
+def _complete_evaluate_config(run: Run) -> EvaluateConfig:
+    """Return the settings of the evaluation, which uses the files of this run by default."""
+    config = run.recipe.evaluate
+    if run.seed_folders and needs_targets(config.baselines) and config.supervision is None:
+        config = dataclasses.replace(config, supervision=str(run.supervision_file))
+    path_files = _list_path_files(run)
+    if path_files and config.paths is None:
+        config = dataclasses.replace(config, paths=",".join(map(str, path_files)))
+    return config
+
+
+def _run_evaluate(run: Run) -> list[Path]:
+    from drllm.evaluation.run import evaluate
+
+    tasks = run.recipe.tasks
+    config = _complete_evaluate_config(run)
+    output = run.folder / "eval"
+    routers = run.seed_folders
+    evaluate(run.load(), tasks, config, output, routers=routers, listener=run.listener)
+    names = [f"{task.name}.json" for task in tasks]
+    names += ["samples.jsonl", "samples.manifest.json"]
+    if _is_timed(run):
+        names.append("latency.json")
+    return [output / name for name in names]
+
+
+def _make_report(run: Run) -> Stage:
+    made_from = {RECIPE_FILE: codec.sha256(run.folder / RECIPE_FILE)}
+    earlier_stages = STAGES[:-1]
+    for name in earlier_stages:
+        if name in run.manifest.stages:
+            made_from.update(run.manifest.stages[name].outputs)
+    return Stage(made_from, partial(_run_report, run))
+
+
+def _run_report(run: Run) -> list[Path]:
+    from drllm.reporting.stage import list_pictures, report
+
+    page, text = report(run.folder, listener=run.listener)
+    return [page, text, *list_pictures(page)]
+
+
+def _hash_questions(tasks: Sequence[Task], config: EvaluateConfig) -> dict[str, str]:
+    """Return a hash of the questions that an evaluation would ask, by task."""
+    data_dir = None if config.data_dir is None else Path(config.data_dir)
+    hashes: dict[str, str] = {}
+    for task in tasks:
+        examples = task.examples(config.get_split(task.name), data_dir)
+        examples_to_ask = choose(examples, config.get_limit(task.name), config.seed)
+        hashes[task.name] = codec.hash_values(examples_to_ask)
+    return hashes
+
+
+_MAKERS: dict[str, Callable[[Run], Stage]] = {
+    "search": _make_search,
+    "supervise": _make_supervise,
+    "train": _make_train,
+    "tune": _make_tune,
+    "heal": _make_heal,
+    "evaluate": _make_evaluate,
+    "report": _make_report,
+}
+"""The functions that make the stages, by name."""
