@@ -33,7 +33,7 @@ from drllm.tasks.examples import OPTIONS_REWARD, choose
 from drllm.tasks.registry import get_task
 from drllm.tuning.beam import skip_one_layer
 from drllm.tuning.objectives import GOLD
-from drllm.tuning.path_scorer import Item, PathScorer, log_share, make_items
+from drllm.tuning.path_scorer import Item, log_share, make_items, score_paths
 
 QUICK = {"repeats": 1, "questions": 4, "candidates": 6}
 WHOLE = {"repeats": 3, "questions": 6, "candidates": 30}
@@ -111,7 +111,7 @@ def compare(
     def ours() -> Values:
         routed = RoutedModel(base.model, tokenizer=base.tokenizer)
         try:
-            return PathScorer(routed, items, GOLD, 1.0).score(paths).objective
+            return score_paths(routed, items, paths, GOLD, 1.0).objective
         finally:
             routed.detach()
 

@@ -12,7 +12,7 @@ from drllm.models.routing.depth_control import find_depth_bias
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import StaticPath
 from drllm.tuning.objectives import GOLD, LOSS
-from drllm.tuning.path_scorer import PathScorer, make_items, make_text_items
+from drllm.tuning.path_scorer import make_items, make_text_items, score_paths
 
 STATE_CACHE_GB = 1.0
 CALIBRATED_ON = 64
@@ -28,13 +28,11 @@ class QuestionSet:
     """Questions with options, of which the first few are read as texts too."""
 
     def __init__(self, routed: RoutedModel, prompts: Sequence[Any], num_texts: int = 0) -> None:
-        items = make_items(routed, prompts, GOLD)
-        self.prompts = [list(item.request.context) for item in items]
-        self.num_texts = min(num_texts, len(items))
-        self.options = PathScorer(routed, items, GOLD, STATE_CACHE_GB)
-        if num_texts:
-            texts = make_text_items(routed, prompts[:num_texts])
-            self.texts = PathScorer(routed, texts, LOSS, STATE_CACHE_GB)
+        self.routed = routed
+        self.items = make_items(routed, prompts, GOLD)
+        self.prompts = [list(item.request.context) for item in self.items]
+        self.texts = make_text_items(routed, prompts[:num_texts])
+        self.num_texts = len(self.texts)
 
     def evaluate(self, plans: Plans) -> Values:
         """Return what each question gives along its own path."""
@@ -46,7 +44,8 @@ class QuestionSet:
         for place, path in enumerate(plans):
             places_of.setdefault(path, []).append(place)
         for path, places in places_of.items():
-            scores = self.options.score([path], places)
+            items = [self.items[place] for place in places]
+            scores = score_paths(self.routed, items, [path], GOLD, STATE_CACHE_GB)
             results = zip(places, scores.right[0], scores.objective[0], strict=True)
             for place, right, gold in results:
                 values[ACCURACY][place] = right
@@ -59,8 +58,9 @@ class QuestionSet:
         read = [place for place in places if place < self.num_texts]
         if not read:
             return
-        losses = self.texts.score([path], read).objective[0]
-        for place, value in zip(read, losses, strict=True):
+        texts = [self.texts[place] for place in read]
+        scores = score_paths(self.routed, texts, [path], LOSS, STATE_CACHE_GB)
+        for place, value in zip(read, scores.objective[0], strict=True):
             values[TEXT_LOSS][place] = -value
 
 

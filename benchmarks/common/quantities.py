@@ -12,7 +12,7 @@ from drllm.paths import StaticPath
 from drllm.tasks.examples import Prompt, choose
 from drllm.tuning.data_splits import TaskSplits
 from drllm.tuning.objectives import GOLD, LOSS, choose_objective, make_prompt
-from drllm.tuning.path_scorer import Item, PathScorer, make_items, make_text_items
+from drllm.tuning.path_scorer import Item, make_items, make_text_items, score_paths
 
 QUICK = {"questions": 8, "texts": 4}
 WHOLE = {"questions": 1000, "texts": 100}
@@ -46,7 +46,7 @@ def measure_quantities(
     results = {}
     if objective == GOLD:
         items = make_items(routed, prompts(sizes["questions"]), GOLD)
-        scores = PathScorer(routed, items, GOLD, STATE_CACHE_GB).score(paths)
+        scores = score_paths(routed, items, paths, GOLD, STATE_CACHE_GB)
         results[ACCURACY] = Quantity(items, scores.right)
         results["gold log-probability"] = Quantity(items, scores.objective)
     texts = prompts(sizes["texts"])
@@ -55,7 +55,7 @@ def measure_quantities(
     if objective == LOSS:
         read["loss of right answers"] = items
     for name, text_items in read.items():
-        scores = PathScorer(routed, text_items, LOSS, STATE_CACHE_GB).score(paths)
+        scores = score_paths(routed, text_items, paths, LOSS, STATE_CACHE_GB)
         losses = [[-value for value in values] for values in scores.objective]
         results[name] = Quantity(items, losses)
     return results

@@ -11,7 +11,7 @@ from drllm.paths import StaticPath
 from drllm.records.healed import Losses
 from drllm.tuning.heal_texts import Tokens
 from drllm.tuning.objectives import KL, LOSS
-from drllm.tuning.path_scorer import Item, PathScorer
+from drllm.tuning.path_scorer import Item, score_paths
 
 STATE_CACHE_GB = 1.0  # for states that paths share while texts are measured
 
@@ -56,6 +56,5 @@ def _measure_means(
 ) -> list[float]:
     """Return the mean KL (`KL`) or next-token loss (`LOSS`) of texts along each path."""
     items = [Item(request) for request in requests]
-    scorer = PathScorer(routed, items, objective, STATE_CACHE_GB)
-    objectives = scorer.score(paths).objective  # of each path on each text; larger is better
-    return [-fmean(values) for values in objectives]
+    scores = score_paths(routed, items, paths, objective, STATE_CACHE_GB)
+    return [-fmean(values) for values in scores.objective]  # a larger objective is better

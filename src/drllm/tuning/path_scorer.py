@@ -7,7 +7,6 @@ for the blocks of a tuning (see `score_table`).
 Axes: N paths, Q questions.
 """
 
-import itertools
 import math
 import time
 from collections.abc import Sequence
@@ -17,21 +16,17 @@ import msgspec
 import numpy as np
 
 from drllm.errors import ModelError
-from drllm.models.base.batching import group_by_length
 from drllm.models.base.load import BaseModel
 from drllm.models.routing.batch_generation import generate_many
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.models.scoring.choices import ChoiceBatch
-from drllm.models.scoring.score import Request
+from drllm.models.scoring.score import Outcome, Request, score
 from drllm.paths import StaticPath
 from drllm.search.evaluator import TokenizedPrompt, tokenize_prompt
-from drllm.statistics.intervals import Floats
 from drllm.tasks.examples import Prompt
 from drllm.tasks.rewards import grade
 from drllm.tuning.objectives import GOLD, KL, LOSS
 from drllm.work.run import BlockFunction, BlockSteps
 
-BATCH_SIZE = 32  # questions of similar length that are scored together
 WORST = -100.0  # nats in place of a value that isn't finite, so that means are finite
 
 
@@ -74,15 +69,14 @@ class ScorePaths(BlockFunction[PathsToScore, Scores]):
     """Scores the paths of a block on its questions.
 
     Attributes:
-        state_cache_gb: As for `PathScorer`, for each worker.
+        state_cache_gb: As for `score_paths`, for each worker.
     """
 
     state_cache_gb: float | None
 
     def __call__(self, prepared: RoutedModel, data: PathsToScore, steps: BlockSteps) -> Scores:
         """Return the scores of a block."""
-        scorer = PathScorer(prepared, data.items, data.objective, self.state_cache_gb)
-        return scorer.score(data.paths)
+        return score_paths(prepared, data.items, data.paths, data.objective, self.state_cache_gb)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,101 +98,73 @@ class GradeAnswers(BlockFunction[PromptsToAnswer, list[float]]):
         return grade_answers(prepared, data.path, data.prompts)
 
 
-class PathScorer:
-    """Scores paths on a fixed list of questions, by one objective.
+def score_paths(
+    routed: RoutedModel,
+    items: Sequence[Item],
+    paths: Sequence[StaticPath],
+    objective: str,
+    state_cache_gb: float | None,
+) -> Scores:
+    """Score paths on questions by one objective.
+
+    A log-probability that isn't finite counts as `WORST`.
 
     Args:
         routed: The model.
-        items: The questions.
-        objective: `GOLD`, `LOSS` or `KL`; the items must be made for it (see `make_items`).
+        items: The questions; they must be made for the objective (see `make_items`).
+        paths: The paths.
+        objective: `GOLD`, `LOSS` or `KL`.
         state_cache_gb: Size of the cache of states that paths share; None chooses it by memory.
+
+    Raises:
+        ModelError: A log-probability of the full path isn't finite.
     """
+    started = time.perf_counter()
+    requests = [item.request for item in items]
+    outcomes = score(
+        routed, requests, paths, kl=objective == KL, state_cache_gb=state_cache_gb
+    )  # [N][Q]
+    values = np.zeros((len(paths), len(items)))  # [N, Q]
+    right = np.zeros((len(paths), len(items)))
+    for number, path in enumerate(paths):
+        for place, item in enumerate(items):
+            value, is_right = _judge_outcome(item, outcomes[number][place], objective)
+            if not math.isfinite(value):
+                _refuse_full_path(path, routed.num_layers)
+                value = WORST
+            values[number, place] = value
+            right[number, place] = is_right
+    return Scores(
+        objective=values.tolist(),
+        right=right.tolist() if objective == GOLD else [],
+        seconds=time.perf_counter() - started,
+    )
 
-    def __init__(
-        self,
-        routed: RoutedModel,
-        items: Sequence[Item],
-        objective: str,
-        state_cache_gb: float | None,
-    ) -> None:
-        self.routed = routed
-        self.items = items
-        self.objective = objective
-        self.state_cache_gb = state_cache_gb
 
-    def score(self, paths: Sequence[StaticPath], places: Sequence[int] | None = None) -> Scores:
-        """Score paths on the questions at `places` in the list, or on all questions.
-
-        A log-probability that isn't finite counts as `WORST`.
-
-        Raises:
-            ModelError: A log-probability of the full path isn't finite.
-        """
-        started = time.perf_counter()
-        if places is None:
-            places = range(len(self.items))
-        objective = np.zeros((len(paths), len(places)))  # [N, Q]
-        right = np.zeros((len(paths), len(places)))
-        lengths = [self.items[place].request.length for place in places]
-        for batch in group_by_length(lengths, BATCH_SIZE):
-            batch_places = [places[index] for index in batch]
-            objective[:, batch], right[:, batch] = self._score_batch(paths, batch_places)
-        return Scores(
-            objective=objective.tolist(),
-            right=right.tolist() if self.objective == GOLD else [],
-            seconds=time.perf_counter() - started,
+def _refuse_full_path(path: StaticPath, num_layers: int) -> None:
+    """Raise ModelError if the path is the full path, whose scores must be finite."""
+    if path.layers == tuple(range(num_layers)):
+        raise ModelError(
+            "the base model's own log-probabilities are not finite; load it with --dtype float32"
         )
 
-    def _score_batch(
-        self, paths: Sequence[StaticPath], places: Sequence[int]
-    ) -> tuple[Floats, Floats]:
-        """Return the objectives and right answers of paths on a batch's questions, `[N, Q]`."""
-        items = [self.items[place] for place in places]
-        batch = ChoiceBatch(self.routed, [item.request for item in items], self.state_cache_gb)
-        # Sorted, so that paths with a common beginning are in the same pass.
-        order = sorted(range(len(paths)), key=lambda number: paths[number].layers)
-        pairs = list(itertools.product(order, range(len(items))))  # (path, question)
-        # Paths are written as decisions if possible. `ChoiceBatch` then recognises the full path,
-        # whose KL is 0.
-        plans = [path.plan(self.routed.num_layers) for path in paths]
-        rows_and_plans = [(row, plans[number]) for number, row in pairs]
-        scores = batch.scores(rows_and_plans, kl=self.objective == KL)
-        objective = np.zeros((len(paths), len(items)))
-        right = np.zeros((len(paths), len(items)))
-        for (number, row), score in zip(pairs, scores, strict=True):
-            value, is_right = self._value(items[row], score.logprobs, score.kl)
-            if not math.isfinite(value):
-                self._refuse_full_path(paths[number])
-                value = WORST
-            objective[number, row] = value
-            right[number, row] = is_right
-        return objective, right
 
-    def _refuse_full_path(self, path: StaticPath) -> None:
-        """Raise ModelError if the path is the full path, whose scores must be finite."""
-        if path.layers == tuple(range(self.routed.num_layers)):
-            raise ModelError(
-                "the base model's own log-probabilities are not finite; load it with --dtype "
-                "float32"
-            )
+def _judge_outcome(item: Item, outcome: Outcome, objective: str) -> tuple[float, bool]:
+    """Return the objective of a path on a question, and whether the right option is the likeliest.
 
-    def _value(self, item: Item, logprobs: Sequence[float], kl: float | None) -> tuple[float, bool]:
-        """Return the objective on a question, and whether the right option is the likeliest.
-
-        Args:
-            item: The question.
-            logprobs: The log-probability of each continuation, summed over its tokens.
-            kl: The KL from the full path over the prompt's tokens; None if it isn't finite.
-        """
-        if self.objective == KL:
-            return (-math.inf if kl is None else -kl), False
-        if self.objective == LOSS:
-            return logprobs[0] / len(item.request.continuations[0]), False
-        assert item.gold is not None
-        if not all(map(math.isfinite, logprobs)):
-            return -math.inf, False
-        likeliest = logprobs.index(max(logprobs))
-        return log_share(logprobs, item.gold), likeliest == item.gold
+    The objective may be infinite.
+    """
+    if objective == KL:
+        value = -math.inf if outcome.kl is None else -outcome.kl
+        return value, False
+    logprobs = outcome.logprobs
+    if objective == LOSS:
+        return logprobs[0] / len(item.request.continuations[0]), False
+    assert item.gold is not None
+    if not all(map(math.isfinite, logprobs)):
+        return -math.inf, False
+    likeliest = logprobs.index(max(logprobs))
+    return log_share(logprobs, item.gold), likeliest == item.gold
 
 
 def log_share(logprobs: Sequence[float], number: int) -> float:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from drllm.errors import ModelError
 from drllm.models.base.prompts import encode, encode_continuation
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import StaticPath
@@ -11,13 +12,14 @@ from drllm.search.evaluator import tokenize_prompt
 from drllm.tasks.examples import Prompt, with_options
 from drllm.tasks.prompt_formats import GAP
 from drllm.tasks.registry import get_task
+from drllm.tuning import path_scorer
 from drllm.tuning.objectives import GOLD, KL, LOSS
 from drllm.tuning.path_scorer import (
-    PathScorer,
     grade_answers,
     log_share,
     make_items,
     make_text_items,
+    score_paths,
 )
 from slow_way import ListedModel, kls_alone
 
@@ -41,7 +43,7 @@ def asked():
 
 
 def judged(routed, items, objective):
-    return PathScorer(routed, items, objective, 1.0).score(PATHS)
+    return score_paths(routed, items, PATHS, objective, 1.0)
 
 
 @pytest.fixture(scope="module")
@@ -113,18 +115,19 @@ def test_prompts_without_answers_score_as_the_prompts_of_questions_do(routed, as
 
 
 def test_questions_asked_in_two_goes_score_as_in_one(routed, asked):
-    judge = PathScorer(routed, make_items(routed, asked, GOLD), GOLD, 1.0)
-    whole = judge.score(PATHS)
-    first, rest = judge.score(PATHS, [0, 1]), judge.score(PATHS, [2, 3, 4, 5])
+    items = make_items(routed, asked, GOLD)
+    whole, first, rest = (judged(routed, each, GOLD) for each in (items, items[:2], items[2:]))
     for path in range(len(PATHS)):
         joined = first.objective[path] + rest.objective[path]
         assert joined == pytest.approx(whole.objective[path], abs=TOLERANCE)
 
 
 def test_a_value_that_is_not_finite_is_the_worst_there_is(routed, asked, monkeypatch):
-    judge = PathScorer(routed, make_items(routed, asked[:1], GOLD), GOLD, 1.0)
-    monkeypatch.setattr(judge, "_value", lambda *_: (-math.inf, 0.0))
-    assert judge.score(PATHS[1:2]).objective == [[-100.0]]
+    monkeypatch.setattr(path_scorer, "_judge_outcome", lambda *_: (-math.inf, False))
+    items = make_items(routed, asked[:1], GOLD)
+    assert score_paths(routed, items, PATHS[1:2], GOLD, 1.0).objective == [[-100.0]]
+    with pytest.raises(ModelError, match="--dtype float32"):
+        score_paths(routed, items, PATHS[:1], GOLD, 1.0)
 
 
 def test_answers_are_generated_along_the_path_and_graded(tiny_llama, tiny_tokenizer):

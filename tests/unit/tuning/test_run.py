@@ -13,7 +13,7 @@ from drllm.paths import StaticPath
 from drllm.records.static_paths import load_path, read_paths
 from drllm.statistics.verdicts import signed
 from drllm.tuning.level_lines import draw_interval
-from drllm.tuning.path_scorer import PathScorer
+from drllm.tuning.path_scorer import score_paths
 from drllm.tuning.run import PARTIAL_FOLDER, tune
 from drllm.tuning.score_table import MOST_PAIRS
 from drllm.work.listener import Listener
@@ -50,13 +50,13 @@ def heard():
 @contextmanager
 def count_scored():
     """Give a list to which every scoring adds its number of paths times questions."""
-    counts, score = [], PathScorer.score
+    counts = []
 
-    def counting(self, paths):
-        counts.append(len(paths) * len(self.items))
-        return score(self, paths)
+    def count(routed, items, paths, *settings):
+        counts.append(len(paths) * len(items))
+        return score_paths(routed, items, paths, *settings)
 
-    with mock.patch.object(PathScorer, "score", counting):
+    with mock.patch("drllm.tuning.path_scorer.score_paths", count):
         yield counts
 
 
@@ -108,7 +108,7 @@ def test_the_file_is_what_was_returned_and_is_not_made_again(unbroken, routed, m
     found, folder = unbroken
     assert read_paths(folder / "paths.json") == found
     assert not (folder / PARTIAL_FOLDER).exists()
-    monkeypatch.setattr(PathScorer, "score", None)
+    monkeypatch.setattr("drllm.tuning.path_scorer.score_paths", None)
     assert tuned(routed, folder, max_loss=10.0) == found
 
 
@@ -311,7 +311,7 @@ def test_prompts_alone_are_tuned_on_by_their_kl(drllm, model_folder, tmp_path):
 def test_what_makes_no_sense_is_refused_before_anything_is_scored(
     routed, settings, says, monkeypatch
 ):
-    monkeypatch.setattr(PathScorer, "score", None)
+    monkeypatch.setattr("drllm.tuning.path_scorer.score_paths", None)
     with pytest.raises(ConfigError, match=says):
         tuned(routed, **settings)
 

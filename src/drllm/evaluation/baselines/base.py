@@ -124,12 +124,11 @@ class Material:
         """Return the value of each candidate: the weighted mean of its scores on the items."""
         import numpy as np
 
-        from drllm.tuning.path_scorer import PathScorer
+        from drllm.tuning.path_scorer import score_paths
 
-        scorer = PathScorer(self.routed, items, objective, STATE_CACHE_GB)
         paths = [StaticPath(to_path(decisions)) for decisions in candidates]
-        scores = scorer.score(paths).objective  # [N][Q]
-        means: list[float] = np.average(scores, axis=1, weights=weights).tolist()
+        scores = score_paths(self.routed, items, paths, objective, STATE_CACHE_GB)
+        means: list[float] = np.average(scores.objective, axis=1, weights=weights).tolist()
         return means
 
 

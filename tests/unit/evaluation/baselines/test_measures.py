@@ -24,7 +24,7 @@ PLANS = [(1, 1, 1, 1), (1, 0, 1, 1), (2, 1, 0, 1), (0, 1, 1, 2), (0, 0, 0, 1)]
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch):
     """Two questions a batch: their lengths take them out of their order."""
-    monkeypatch.setattr(path_scorer, "BATCH_SIZE", 2)
+    monkeypatch.setattr("drllm.models.scoring.score.BATCH_SIZE", 2)
 
 
 def test_the_gold_logprob_equals_that_of_each_option_alone(material, slow_gold_logprob):
@@ -77,6 +77,6 @@ def test_what_is_known_of_candidates_is_not_measured_again(material, routed, mon
 
     before = plans()
     assert {name for name, _ in known} == {"arc by loss", "arc by answers"}
-    monkeypatch.setattr(path_scorer, "PathScorer", measured_again)
+    monkeypatch.setattr(path_scorer, "score_paths", measured_again)
     for first, again in zip(before, plans(), strict=True):
         assert torch.equal(again.decides, first.decides)
