@@ -1,8 +1,17 @@
 """Search: find the paths that answer each question right, and what each path costs.
 
-`run.search_paths` is the whole stage. `strategies` choose paths, `evaluator` scores the paths, and
-`retest` asks each question again with other prompts to check the right paths. This file doesn't
-import torch.
+    run.py        `search_paths`: the whole stage; start here
+    questions.py  the questions with their prompts, in batches
+    batch.py      `SearchBatch`: searches a batch; the function of the stage's blocks
+    rounds.py     the rounds over the questions of a batch
+    strategies/   which paths of a question are tried next: the tree search, the walk
+    evaluator.py  scores paths on questions
+    retest.py     checks right paths on other prompts of their questions
+    steps.py      keeps and counts the steps of a batch
+    targets.py    the targets that a search leaves
+    forecast.py   what a search will take
+
+This file doesn't import torch.
 """
 
 from pathlib import Path
