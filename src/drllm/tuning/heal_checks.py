@@ -18,8 +18,7 @@ STATE_CACHE_GB = 1.0  # for states that paths share while texts are measured
 
 def measure_kl(routed: RoutedModel, path: StaticPath, texts: Sequence[Tokens]) -> float:
     """Return the mean KL of a path from the full path, in nats per token."""
-    # The KL is over the prompt, but a request needs a continuation.
-    requests = [Request(text, [text[:1]]) for text in texts]
+    requests = [Request(text) for text in texts]
     [mean] = _measure_means(routed, KL, [path], requests)
     return mean
 
@@ -42,7 +41,7 @@ def measure_losses(
     """
     losses = {}
     for name, texts in texts_by_source.items():
-        requests = [Request(text[:1], [text[1:]]) for text in texts]
+        requests = [Request.from_text(text) for text in texts]
         means = _measure_means(routed, LOSS, [full, plain, healed], requests)
         losses[name] = Losses(
             full=means[0], path=means[1], healed=means[2], num_texts=len(requests)

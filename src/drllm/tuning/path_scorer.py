@@ -189,8 +189,8 @@ def make_items(
 def _make_item(tokenized: TokenizedPrompt, objective: str) -> Item:
     if objective == GOLD:
         return Item(tokenized.request, tokenized.prompt.gold)
-    if objective == KL:  # only the prompt is scored, but a request needs a continuation
-        return Item(Request(tokenized.tokens, [tokenized.tokens[:1]]))
+    if objective == KL:
+        return Item(Request(tokenized.tokens))
     return Item(Request(tokenized.tokens, [_right_continuation(tokenized)]))
 
 
@@ -203,7 +203,7 @@ def make_text_items(model: RoutedModel | BaseModel, prompts: Sequence[Prompt]) -
     for prompt in prompts:
         tokenized = tokenize_prompt(model, prompt)
         tokens = [*tokenized.tokens, *_right_continuation(tokenized)]
-        items.append(Item(Request(tokens[:1], [tokens[1:]])))
+        items.append(Item(Request.from_text(tokens)))
     return items
 
 
