@@ -25,7 +25,7 @@ from torch import nn
 
 from drllm.models.base.load import load
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.search.evaluator import Evaluator, Outcome
+from drllm.search.evaluator import Evaluator, JudgedOutcome
 from drllm.tasks.examples import choose
 from drllm.tasks.registry import get_task
 
@@ -80,7 +80,7 @@ def main() -> None:
     prompts = [task.prompt(example, "loglikelihood") for example in examples]
     rounds = make_search_rounds(base.num_layers, len(prompts), sizes["paths"])
     pairs = list(itertools.chain.from_iterable(rounds))
-    found: dict[str, list[Outcome]] = {}
+    found: dict[str, list[JudgedOutcome]] = {}
     seconds: dict[str, float] = {}
     for name, loaded in precisions(options.model).items():
         routed = RoutedModel(loaded(), tokenizer=base.tokenizer)

@@ -48,7 +48,7 @@ from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.prefix_sharing import PrefixSharingDriver, pack_rows
 from drllm.paths import Decisions, to_path
-from drllm.search.evaluator import Evaluator, Outcome, TokenizedPrompt
+from drllm.search.evaluator import Evaluator, JudgedOutcome, TokenizedPrompt
 from drllm.tasks.examples import Prompt
 from drllm.tasks.registry import get_task
 from drllm.tasks.rewards import grade, score_choices
@@ -163,7 +163,7 @@ def routing(base: BaseModel) -> Iterator[RoutedModel]:
 class RoundsResult:
     """The outcomes of all rounds evaluated our way, and the seconds for all of them."""
 
-    outcomes: dict[Pair, Outcome] = field(default_factory=dict)
+    outcomes: dict[Pair, JudgedOutcome] = field(default_factory=dict)
     verdict_seconds: float = 0.0
     margin_seconds: float = 0.0
 
@@ -212,7 +212,7 @@ class TogetherRun:
 
     seconds: float  # for the verdicts, including the making of the evaluator
     margin_seconds: float
-    outcomes: dict[Pair, Outcome]
+    outcomes: dict[Pair, JudgedOutcome]
     prompts: list[TokenizedPrompt]
     executions: dict[str, float]  # see `count_executions`
 

@@ -41,7 +41,7 @@ from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import Decisions, num_executions, to_path
 from drllm.records.codec import write_atomically
 from drllm.search import actions, retest, strategies
-from drllm.search.evaluator import Evaluator, Outcome, tokenize_prompt
+from drllm.search.evaluator import Evaluator, JudgedOutcome, tokenize_prompt
 from drllm.search.questions import build_question
 from drllm.search.strategies import Evaluation, mcts, new_search, path_score, walk
 from drllm.statistics.intervals import mean_interval
@@ -89,7 +89,7 @@ class BlockSearch:
             new_search(routed.num_layers, config, Random(f"{config.seed}:{task.name}:{example.id}"))
             for example in examples
         ]
-        self.outcomes: dict[Pair, Outcome] = {}
+        self.outcomes: dict[Pair, JudgedOutcome] = {}
         self.states: list[set[tuple[int, ...]]] = [set() for _ in examples]
 
     def run(self) -> None:

@@ -19,7 +19,7 @@ from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.prefix_sharing import Pair
 from drllm.paths import num_executions
 from drllm.records.search import FailedQuestion, Retest, SearchRecord, TriedPath
-from drllm.search.evaluator import Evaluator, Outcome, TokenizedPrompt, tokenize_prompt
+from drllm.search.evaluator import Evaluator, JudgedOutcome, TokenizedPrompt, tokenize_prompt
 from drllm.search.questions import Batch, SearchQuestion
 from drllm.search.retest import retest_paths
 from drllm.search.rounds import add_late_margins, run_rounds
@@ -212,7 +212,7 @@ def _new_steps(
 
 def _list_paths(
     searches: Sequence[PathSearch],
-    outcomes: Mapping[Pair, Outcome],
+    outcomes: Mapping[Pair, JudgedOutcome],
     retests: Mapping[Pair, Retest],
 ) -> list[list[TriedPath]]:
     """Return the paths of each question, in the order of `outcomes`."""

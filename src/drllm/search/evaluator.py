@@ -1,4 +1,4 @@
-"""Evaluate many paths on many questions: `Evaluator` returns the `Outcome` of each path.
+"""Evaluate many paths on many questions: `Evaluator` returns the `JudgedOutcome` of each path.
 
 `models.scoring` runs the model and `tasks.rewards` grades the answers. This module joins them.
 """
@@ -8,15 +8,14 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from drllm.errors import ModelError
 from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import context_length, encode, encode_continuation, render
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.models.scoring.answers import AnswerBatch
-from drllm.models.scoring.choices import ChoiceBatch
-from drllm.models.scoring.prefix_sharing import PackedRows, Pair
-from drllm.models.scoring.score import Request
+from drllm.models.scoring.prefix_sharing import Pair
+from drllm.models.scoring.score import Outcome, Request, Scorer
 from drllm.paths import full_decisions
 from drllm.tasks.examples import KL_REWARD, Prompt
 from drllm.tasks.rewards import get_reward, score_choices, verdict
@@ -32,32 +31,19 @@ TokenIds = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """The result of one path on one question.
+class JudgedOutcome(Outcome):
+    """The outcome of a path on a question, judged by the question's reward.
 
-    Either the prompt's options were scored, or an answer was generated.
+    Log-probabilities that aren't finite are left out: `logprobs` is then empty, and `logprob` None.
 
     Attributes:
-        reward: In [0, 1]; 1 is a right answer.
+        reward: In [0, 1]; 1 is a right answer. The reward of a generated answer is its grade.
         margin: How much likelier the right answer is than a wrong answer, in nats. None if unknown.
             For a generated answer also None until `with_margins` adds it.
-        logprobs: Log-probability of each option, in nats. Empty if one of them isn't finite, and
-            for a generated answer.
-        answer: The generated text; None if options were scored.
-        tokens: Tokens of the generated text, without the end-of-sequence token.
-        logprob: Mean log-probability of these tokens and the end-of-sequence token, in nats. None
-            if it isn't finite, or if options were scored.
-        kl: KL of the path from the full path, in nats per token; None if it isn't measured or
-            isn't finite.
     """
 
     reward: float
     margin: float | None
-    logprobs: tuple[float, ...]
-    answer: str | None = None
-    tokens: TokenIds = ()
-    logprob: float | None = None
-    kl: float | None = None
 
     @property
     def is_right(self) -> bool:
@@ -86,11 +72,17 @@ class TokenizedPrompt:
 
     @property
     def request(self) -> Request:
-        """The prompt and the continuations to score after it.
+        """What is scored: the prompt's options, or an answer that is generated and graded.
 
-        For the reward `kl` the continuation has no meaning, since only the prompt's tokens count.
-        But a request needs one, so it is the prompt's last token.
+        For the reward `kl` only the prompt's tokens count. Its last token is scored as a
+        continuation, which shows whether log-probabilities are finite.
         """
+        if not get_reward(self.prompt).scores_options:
+            return Request(
+                self.tokens,
+                max_new_tokens=self.prompt.max_new_tokens,
+                grader=partial(verdict, self.prompt),
+            )
         continuations = self.continuations
         if self.prompt.reward == KL_REWARD:
             continuations = [self.tokens[-1:]]
@@ -153,12 +145,14 @@ def gold_text(prompt: Prompt) -> str:
     return answer if prompt.chat else f" {answer}"
 
 
-def judge_options(logprobs: tuple[float, ...], prompt: Prompt, kl: float | None = None) -> Outcome:
+def judge_options(
+    logprobs: tuple[float, ...], prompt: Prompt, kl: float | None = None
+) -> JudgedOutcome:
     """Return the outcome of a path whose log-probabilities of the prompt's options are known.
 
     Args:
-        logprobs: Log-probability of each option, in nats; empty if one of them isn't finite, which
-            counts as a wrong answer.
+        logprobs: Log-probability of each option, in nats. If one of them isn't finite, or there are
+            none, the path counts as wrong.
         prompt: The prompt.
         kl: The path's KL. For the reward `kl`, only it decides the outcome.
     """
@@ -166,11 +160,27 @@ def judge_options(logprobs: tuple[float, ...], prompt: Prompt, kl: float | None 
         reward = 0.0
         if kl is not None:
             reward = math.exp(-kl) / 2  # at most 1/2, since a reward of 1 is a right answer
-        return Outcome(reward=reward, margin=None, logprobs=(), kl=kl)
-    if not logprobs:
-        return Outcome(reward=0.0, margin=None, logprobs=(), kl=kl)
+        return JudgedOutcome(reward=reward, margin=None, kl=kl)
+    if not logprobs or not _are_finite(logprobs):
+        return JudgedOutcome(reward=0.0, margin=None, kl=kl)
     reward, margin = score_choices(logprobs, prompt)
-    return Outcome(reward=reward, margin=margin, logprobs=logprobs, kl=kl)
+    return JudgedOutcome(reward=reward, margin=margin, logprobs=logprobs, kl=kl)
+
+
+def judge_answer(outcome: Outcome) -> JudgedOutcome:
+    """Return the judged outcome of a path that has generated an answer; it has no margin yet."""
+    assert outcome.grade is not None
+    assert outcome.logprob is not None
+    logprob = outcome.logprob if math.isfinite(outcome.logprob) else None
+    return JudgedOutcome(
+        reward=outcome.grade,
+        margin=None,
+        answer=outcome.answer,
+        tokens=outcome.tokens,
+        grade=outcome.grade,
+        logprob=logprob,
+        kl=outcome.kl,
+    )
 
 
 class Evaluator:
@@ -206,20 +216,13 @@ class Evaluator:
             self.prompts.append(prompt)
         self.routed = routed
         self.kl = kl
-        self._state_cache_gb = state_cache_gb
-        self._paths_per_pass = paths_per_pass
-        self._batch: ChoiceBatch | AnswerBatch
-        if get_reward(self.prompts[0].prompt).scores_options:
-            self._batch = self._choice_batch([prompt.request for prompt in self.prompts])
-        else:
-            self._batch = AnswerBatch(
-                routed,
-                routed.tokenizer,
-                [prompt.tokens for prompt in self.prompts],
-                state_cache_gb,
-                paths_per_pass=paths_per_pass,
-            )
-        self.states = self._batch.states
+        self._scorer = Scorer(
+            routed,
+            [prompt.request for prompt in self.prompts],
+            state_cache_gb,
+            paths_per_pass=paths_per_pass,
+        )
+        self.states = self._scorer.states
 
     @property
     def scores_options(self) -> bool:
@@ -227,9 +230,9 @@ class Evaluator:
 
         The margins of options are known at once, without `with_margins`.
         """
-        return isinstance(self._batch, ChoiceBatch)
+        return not self._scorer.generates
 
-    def evaluate(self, pairs: Sequence[Pair]) -> list[Outcome]:
+    def evaluate(self, pairs: Sequence[Pair]) -> list[JudgedOutcome]:
         """Return the outcome of each pair, in order.
 
         The margins of generated answers are None. They depend on the answers of other paths, so
@@ -237,53 +240,23 @@ class Evaluator:
 
         Raises ModelError if a log-probability of the full path isn't finite.
         """
-        if isinstance(self._batch, ChoiceBatch):
-            return self._score_options(self._batch, pairs)
-        return self._generate_answers(self._batch, pairs)
-
-    def _score_options(self, batch: ChoiceBatch, pairs: Sequence[Pair]) -> list[Outcome]:
-        outcomes: list[Outcome] = []
-        scores = batch.scores(pairs, kl=self.kl)
-        for pair, score in zip(pairs, scores, strict=True):
-            place, _ = pair
-            logprobs = score.logprobs
-            if not _are_finite(logprobs):
+        judged_outcomes: list[JudgedOutcome] = []
+        outcomes = self._scorer.score(pairs, kl=self.kl)
+        for pair, outcome in zip(pairs, outcomes, strict=True):
+            if not _is_finite(outcome):
                 self._refuse_full_path(pair)
-                logprobs = ()
-            outcomes.append(judge_options(logprobs, self.prompts[place].prompt, score.kl))
-        return outcomes
-
-    def _generate_answers(self, batch: AnswerBatch, pairs: Sequence[Pair]) -> list[Outcome]:
-        prompts = [self.prompts[place].prompt for place, _ in pairs]
-
-        def grade(number: int, text: str, is_finished: bool) -> float | None:
-            return verdict(prompts[number], text, is_finished)
-
-        limits = [prompt.max_new_tokens for prompt in prompts]
-        answers = batch.answers(pairs, limits, grade, kl=self.kl)
-        outcomes: list[Outcome] = []
-        for pair, answer in zip(pairs, answers, strict=True):
-            logprob = answer.logprob
-            assert logprob is not None
-            if not math.isfinite(logprob):
-                self._refuse_full_path(pair)
-                logprob = None
-            assert answer.grade is not None
-            outcome = Outcome(
-                reward=answer.grade,
-                margin=None,
-                logprobs=(),
-                answer=answer.answer,
-                tokens=answer.tokens,
-                logprob=logprob,
-                kl=answer.kl,
-            )
-            outcomes.append(outcome)
-        return outcomes
+            if self.scores_options:
+                place, _ = pair
+                prompt = self.prompts[place].prompt
+                judged_outcome = judge_options(outcome.logprobs, prompt, outcome.kl)
+            else:
+                judged_outcome = judge_answer(outcome)
+            judged_outcomes.append(judged_outcome)
+        return judged_outcomes
 
     def with_margins(
-        self, pairs: Sequence[Pair], outcomes: Sequence[Outcome], *, wrong_only: bool = False
-    ) -> list[Outcome]:
+        self, pairs: Sequence[Pair], outcomes: Sequence[JudgedOutcome], *, wrong_only: bool = False
+    ) -> list[JudgedOutcome]:
         """Return the outcomes with margins for generated answers; margins that are known stay.
 
         The margin of a generated answer compares two mean log-probabilities of tokens along the
@@ -300,7 +273,7 @@ class Evaluator:
                 and are cheaper to compute while the states of the paths are still in memory.
         """
         has_gold = all(prompt.continuations[0] for prompt in self.prompts)
-        if isinstance(self._batch, ChoiceBatch) or not has_gold:
+        if self.scores_options or not has_gold:
             return list(outcomes)
         completed_outcomes = list(outcomes)
         right: list[int] = []  # numbers of the pairs with a right answer and no margin
@@ -312,42 +285,40 @@ class Evaluator:
                 right.append(number)
             else:
                 wrong.append(number)
-        self._add_margins_of_wrong(self._batch, pairs, wrong, completed_outcomes)
+        self._add_margins_of_wrong(pairs, wrong, completed_outcomes)
         if not wrong_only:
             rivals = self._find_rivals(pairs, outcomes)
-            self._add_margins_of_right(self._batch, pairs, right, rivals, completed_outcomes)
+            self._add_margins_of_right(pairs, right, rivals, completed_outcomes)
         return completed_outcomes
 
     def _add_margins_of_wrong(
         self,
-        batch: AnswerBatch,
         pairs: Sequence[Pair],
         numbers: Sequence[int],
-        outcomes: list[Outcome],
+        outcomes: list[JudgedOutcome],
     ) -> None:
         """Add the margins of wrong answers: the gold answer against the path's own answer."""
         no_rivals: list[list[TokenIds]] = [[] for _ in self.prompts]
-        scores = self._score_answers(batch, pairs, numbers, no_rivals)
+        scores = self._score_answers(pairs, numbers, no_rivals)
         for number, (gold_score,) in zip(numbers, scores, strict=True):
             margin = _compute_margin(gold_score, outcomes[number].logprob)
             outcomes[number] = dataclasses.replace(outcomes[number], margin=margin)
 
     def _add_margins_of_right(
         self,
-        batch: AnswerBatch,
         pairs: Sequence[Pair],
         numbers: Sequence[int],
         rivals: Sequence[Sequence[TokenIds]],
-        outcomes: list[Outcome],
+        outcomes: list[JudgedOutcome],
     ) -> None:
         """Add the margins of right answers: the gold answer against its likeliest rival."""
-        scores = self._score_answers(batch, pairs, numbers, rivals)
+        scores = self._score_answers(pairs, numbers, rivals)
         for number, (gold_score, *rival_scores) in zip(numbers, scores, strict=True):
             margin = _compute_margin(gold_score, max(rival_scores, default=None))
             outcomes[number] = dataclasses.replace(outcomes[number], margin=margin)
 
     def _find_rivals(
-        self, pairs: Sequence[Pair], outcomes: Sequence[Outcome]
+        self, pairs: Sequence[Pair], outcomes: Sequence[JudgedOutcome]
     ) -> list[list[TokenIds]]:
         """Return, for each prompt, the most frequent wrong answers."""
         counters: list[Counter[TokenIds]] = [Counter() for _ in self.prompts]
@@ -358,7 +329,6 @@ class Evaluator:
 
     def _score_answers(
         self,
-        batch: AnswerBatch,
         pairs: Sequence[Pair],
         numbers: Sequence[int],
         rivals: Sequence[Sequence[TokenIds]],
@@ -366,7 +336,6 @@ class Evaluator:
         """Score the gold answer and its rivals along the paths of some of the pairs.
 
         Args:
-            batch: The batch that generated the answers; its rows hold the prompts' states.
             pairs: All pairs.
             numbers: Numbers of the pairs to score.
             rivals: For each prompt, the rivals to score.
@@ -377,36 +346,27 @@ class Evaluator:
         """
         if not numbers:
             return []
-        requests = [
-            Request(prompt.tokens, [*prompt.continuations, *answers])
+        continuations = [
+            [*prompt.continuations, *answers]
             for prompt, answers in zip(self.prompts, rivals, strict=True)
         ]
-        choices = self._choice_batch(requests, contexts=batch.rows)
-        sums = choices.logprobs([pairs[number] for number in numbers])
+        outcomes = self._scorer.score_continuations(
+            [pairs[number] for number in numbers], continuations
+        )
         scores: list[list[float]] = []
-        for number, pair_sums in zip(numbers, sums, strict=True):
+        for number, outcome in zip(numbers, outcomes, strict=True):
             place, _ = pairs[number]
-            answers = requests[place].continuations
+            answers = continuations[place]
             means = [
-                logprob / len(tokens) for logprob, tokens in zip(pair_sums, answers, strict=True)
+                logprob / len(tokens)
+                for logprob, tokens in zip(outcome.logprobs, answers, strict=True)
             ]
             scores.append(means)
         return scores
 
-    def _choice_batch(
-        self, requests: Sequence[Request], contexts: PackedRows | None = None
-    ) -> ChoiceBatch:
-        return ChoiceBatch(
-            self.routed,
-            requests,
-            self._state_cache_gb,
-            paths_per_pass=self._paths_per_pass,
-            contexts=contexts,
-        )
-
     def forget(self) -> None:
         """Free all shared states."""
-        self._batch.forget()
+        self._scorer.forget()
 
     def _refuse_full_path(self, pair: Pair) -> None:
         """Raise ModelError if a pair without finite log-probabilities has the full path.
@@ -420,6 +380,14 @@ class Evaluator:
                 f"the base model's own log-probabilities are not finite on "
                 f"{self.prompts[place].text!r}; load it with --dtype float32"
             )
+
+
+def _is_finite(outcome: Outcome) -> bool:
+    """Tell whether all log-probabilities of an outcome are finite."""
+    logprobs = list(outcome.logprobs)
+    if outcome.logprob is not None:
+        logprobs.append(outcome.logprob)
+    return _are_finite(logprobs)
 
 
 def _are_finite(logprobs: Sequence[float]) -> bool:

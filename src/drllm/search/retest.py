@@ -15,11 +15,11 @@ from drllm.config import SearchConfig
 from drllm.models.scoring.prefix_sharing import Pair
 from drllm.paths import Decisions, full_decisions, num_executions
 from drllm.records.search import Retest
-from drllm.search.evaluator import Evaluator, Outcome, TokenizedPrompt, judge_options
+from drllm.search.evaluator import Evaluator, JudgedOutcome, TokenizedPrompt, judge_options
 
-Evaluate: TypeAlias = Callable[[Sequence[Pair]], list[Outcome]]
+Evaluate: TypeAlias = Callable[[Sequence[Pair]], list[JudgedOutcome]]
 """A function that runs pairs and returns their outcomes, in order."""
-RunStep: TypeAlias = Callable[[str, Sequence[Pair], Evaluate], list[Outcome]]
+RunStep: TypeAlias = Callable[[str, Sequence[Pair], Evaluate], list[JudgedOutcome]]
 """A function that returns the outcomes of one step of the re-test.
 
 Its arguments are the step's name, the step's pairs, and the function that evaluates them. It may
@@ -31,7 +31,7 @@ MIN_PATHS_PER_PART = 64
 """Minimum number of paths in a step of the re-test, unless no more are left."""
 
 
-def is_candidate(decisions: Decisions, outcome: Outcome, full: Outcome) -> bool:
+def is_candidate(decisions: Decisions, outcome: JudgedOutcome, full: JudgedOutcome) -> bool:
     """Tell whether a path may become its question's target.
 
     The path must be right. It must also be the full path, be shorter than the full path, or be
@@ -45,7 +45,7 @@ def is_candidate(decisions: Decisions, outcome: Outcome, full: Outcome) -> bool:
     return num_executions(decisions) < num_layers or decisions == full_decisions(num_layers)
 
 
-def pairs_to_retest(outcomes: Mapping[Pair, Outcome]) -> list[Pair]:
+def pairs_to_retest(outcomes: Mapping[Pair, JudgedOutcome]) -> list[Pair]:
     """Return the pairs to re-test, sorted by question.
 
     Of each question with candidates, the full path comes first, since the candidates' margins are
@@ -58,7 +58,7 @@ def pairs_to_retest(outcomes: Mapping[Pair, Outcome]) -> list[Pair]:
     return sorted(pairs, key=lambda pair: pair[0])
 
 
-def _list_candidates(outcomes: Mapping[Pair, Outcome]) -> list[Pair]:
+def _list_candidates(outcomes: Mapping[Pair, JudgedOutcome]) -> list[Pair]:
     """Return the pairs whose path may become a target."""
     candidates: list[Pair] = []
     for pair, outcome in outcomes.items():
@@ -75,7 +75,7 @@ def _find_full_pair(pair: Pair) -> Pair:
     return place, full_decisions(len(decisions))
 
 
-def evaluate_step(_name: str, pairs: Sequence[Pair], evaluate: Evaluate) -> list[Outcome]:
+def evaluate_step(_name: str, pairs: Sequence[Pair], evaluate: Evaluate) -> list[JudgedOutcome]:
     """Evaluate the pairs of a step: the `RunStep` that keeps nothing on disk."""
     return evaluate(pairs)
 
@@ -84,7 +84,7 @@ def retest_paths(
     evaluator: Evaluator,
     retest_prompts: Sequence[Sequence[TokenizedPrompt]],
     config: SearchConfig,
-    outcomes: Mapping[Pair, Outcome],
+    outcomes: Mapping[Pair, JudgedOutcome],
     run_step: RunStep = evaluate_step,
 ) -> dict[Pair, Retest]:
     """Run each candidate on the other prompts of its question, and judge the results.
@@ -104,7 +104,7 @@ def retest_paths(
     Source: ours (docs/differences.md, D-05).
     """
     pairs = pairs_to_retest(outcomes)
-    results: dict[Pair, list[Outcome]] = {pair: [] for pair in pairs}
+    results: dict[Pair, list[JudgedOutcome]] = {pair: [] for pair in pairs}
     for number, prompts in enumerate(_group_prompts(pairs, retest_prompts)):
         runner = _new_runner(evaluator, prompts, config, outcomes)
         pairs_with_prompt = [pair for pair in pairs if pair[0] in prompts]
@@ -159,7 +159,7 @@ def _new_runner(
     evaluator: Evaluator,
     prompts: Mapping[int, TokenizedPrompt],
     config: SearchConfig,
-    outcomes: Mapping[Pair, Outcome],
+    outcomes: Mapping[Pair, JudgedOutcome],
 ) -> "NormalisedRetest | PromptRetest":
     """Return an object whose method `evaluate` gives the outcomes of paths on these prompts.
 
@@ -178,9 +178,9 @@ class NormalisedRetest:
     """Judges options by their log-probability per character; no layer runs again."""
 
     prompts: Mapping[int, TokenizedPrompt]  # by the question's place in the batch
-    outcomes: Mapping[Pair, Outcome]  # the outcomes of the search
+    outcomes: Mapping[Pair, JudgedOutcome]  # the outcomes of the search
 
-    def evaluate(self, pairs: Sequence[Pair]) -> list[Outcome]:
+    def evaluate(self, pairs: Sequence[Pair]) -> list[JudgedOutcome]:
         """Return the outcomes by the normalised log-probabilities."""
         return [
             judge_options(self.outcomes[pair].logprobs, self.prompts[pair[0]].prompt)
@@ -197,7 +197,7 @@ class PromptRetest:
     config: SearchConfig
     _evaluator: Evaluator | None = None  # made by the first `evaluate`
 
-    def evaluate(self, pairs: Sequence[Pair]) -> list[Outcome]:
+    def evaluate(self, pairs: Sequence[Pair]) -> list[JudgedOutcome]:
         """Return the outcomes on the other prompts, margins included."""
         if self._evaluator is None:  # not made earlier, since all outcomes may be on disk
             self._evaluator = self._new_evaluator()
@@ -217,7 +217,7 @@ class PromptRetest:
 
 
 def judge_retest(
-    outcomes: Sequence[Outcome], full_outcomes: Sequence[Outcome], tolerance: float
+    outcomes: Sequence[JudgedOutcome], full_outcomes: Sequence[JudgedOutcome], tolerance: float
 ) -> Retest:
     """Decide whether a path survives the re-test.
 

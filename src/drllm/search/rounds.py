@@ -10,14 +10,14 @@ from functools import partial
 
 from drllm.models.scoring.prefix_sharing import Pair
 from drllm.paths import Decisions
-from drllm.search.evaluator import Evaluator, Outcome
+from drllm.search.evaluator import Evaluator, JudgedOutcome
 from drllm.search.steps import BatchSteps
 from drllm.search.strategies import Evaluation, PathSearch, path_score
 
 
 def run_rounds(
     searches: Sequence[PathSearch], evaluator: Evaluator, steps: BatchSteps
-) -> dict[Pair, Outcome]:
+) -> dict[Pair, JudgedOutcome]:
     """Evaluate new paths of all questions, round by round, until every search is over.
 
     Args:
@@ -29,7 +29,7 @@ def run_rounds(
         The outcome of every path, by question; the paths of a question stay in the order in which
         they ran.
     """
-    outcomes: dict[Pair, Outcome] = {}
+    outcomes: dict[Pair, JudgedOutcome] = {}
     paths = [search.start() for search in searches]  # of each question; none once it is over
     for number in itertools.count():
         pairs = _list_pairs(paths)
@@ -59,12 +59,12 @@ def _list_pairs(paths: Sequence[Sequence[Decisions]]) -> list[Pair]:
     return pairs
 
 
-def _evaluate_new(evaluator: Evaluator, pairs: Sequence[Pair]) -> list[Outcome]:
+def _evaluate_new(evaluator: Evaluator, pairs: Sequence[Pair]) -> list[JudgedOutcome]:
     """Evaluate paths, and add the margins that no later path can change."""
     return evaluator.with_margins(pairs, evaluator.evaluate(pairs), wrong_only=True)
 
 
-def _judge_path(outcome: Outcome, evaluator: Evaluator) -> Evaluation:
+def _judge_path(outcome: JudgedOutcome, evaluator: Evaluator) -> Evaluation:
     """Return what the strategy learns of an outcome."""
     margin = None
     if evaluator.scores_options:  # right generated answers get their margins later
@@ -73,14 +73,14 @@ def _judge_path(outcome: Outcome, evaluator: Evaluator) -> Evaluation:
 
 
 def add_late_margins(
-    evaluator: Evaluator, outcomes: dict[Pair, Outcome], steps: BatchSteps
-) -> dict[Pair, Outcome]:
+    evaluator: Evaluator, outcomes: dict[Pair, JudgedOutcome], steps: BatchSteps
+) -> dict[Pair, JudgedOutcome]:
     """Add the margins of right generated answers, now that all wrong answers are known."""
     if evaluator.scores_options:
         return outcomes
     pairs = list(outcomes)
 
-    def add_margins(_: Sequence[Pair]) -> list[Outcome]:
+    def add_margins(_: Sequence[Pair]) -> list[JudgedOutcome]:
         return evaluator.with_margins(pairs, list(outcomes.values()))
 
     # Only right answers are scored, so only they count as work. The result has all outcomes.

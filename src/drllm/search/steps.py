@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from drllm.models.scoring.prefix_sharing import Pair
 from drllm.paths import full_decisions
 from drllm.records.codec import hash_values
-from drllm.search.evaluator import Outcome
+from drllm.search.evaluator import JudgedOutcome
 from drllm.search.questions import SearchQuestion
 from drllm.search.retest import Evaluate, pairs_to_retest
 from drllm.work.run import OnStep
@@ -47,7 +47,9 @@ class BatchProgress:
         self.share = max(self.share, self.num_run / self.total)
         self.on_step(self.share, self.num_new, step)
 
-    def estimate_total(self, outcomes: Mapping[Pair, Outcome], unfinished: Collection[int]) -> None:
+    def estimate_total(
+        self, outcomes: Mapping[Pair, JudgedOutcome], unfinished: Collection[int]
+    ) -> None:
         """Estimate the number of runs of the whole batch, after a round.
 
         The later steps are extrapolated: future paths need as many further runs, on average, as the
@@ -82,7 +84,7 @@ class BatchSteps:
     store: ResultStore | None  # keeps the results; None keeps nothing
     progress: BatchProgress
 
-    def run(self, name: str, pairs: Sequence[Pair], evaluate: Evaluate) -> list[Outcome]:
+    def run(self, name: str, pairs: Sequence[Pair], evaluate: Evaluate) -> list[JudgedOutcome]:
         """Return the outcomes of a step, from disk if they are there.
 
         The name, the questions and the pairs identify the outcomes on disk.
@@ -94,7 +96,7 @@ class BatchSteps:
         places = [question.place for question in self.questions]
         digest = hash_values([(places, list(pairs))])[:16]
         key = f"{name} {digest}"
-        kept_steps = self.store.of(list[Outcome])
+        kept_steps = self.store.of(list[JudgedOutcome])
         kept_outcomes = kept_steps.get(key)
         if kept_outcomes is None:
             kept_outcomes = kept_steps.put(key, evaluate(pairs))
@@ -103,7 +105,9 @@ class BatchSteps:
             self.progress.count(len(pairs), is_new=False)
         return kept_outcomes
 
-    def run_retest(self, name: str, pairs: Sequence[Pair], evaluate: Evaluate) -> list[Outcome]:
+    def run_retest(
+        self, name: str, pairs: Sequence[Pair], evaluate: Evaluate
+    ) -> list[JudgedOutcome]:
         """Run a step of the re-test, and report it."""
         outcomes = self.run(name, pairs, evaluate)
         self.progress.report("re-testing")

@@ -224,7 +224,7 @@ def test_a_path_that_overflows_is_wrong_but_a_base_model_that_does_is_an_error(
     routed = RoutedModel(tiny_llama(), tokenizer=tiny_tokenizer)
     for bad in (float("nan"), float("inf"), float("-inf")):
         evaluator, scores = Evaluator(routed, CHOICES, 1.0), Outcome((-1.0, bad, -2.0))
-        evaluator._batch.scores = lambda pairs, kl, scores=scores: [scores for _ in pairs]
+        evaluator._scorer.score = lambda pairs, kl, scores=scores: [scores for _ in pairs]
         [outcome] = evaluator.evaluate([(0, (1, 2, 1, 1, 1, 1))])
         assert (outcome.reward, outcome.margin) == (0.0, None)
         with pytest.raises(ModelError, match="--dtype float32"):

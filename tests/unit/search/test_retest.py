@@ -6,7 +6,7 @@ import pytest
 
 import drllm
 from drllm.config import SearchConfig
-from drllm.search.evaluator import Evaluator, Outcome, tokenize_prompt
+from drllm.search.evaluator import Evaluator, JudgedOutcome, tokenize_prompt
 from drllm.search.retest import is_candidate, judge_retest, retest_paths
 
 
@@ -65,7 +65,7 @@ FULL, SHORTER, LONGER, AS_LONG = (1, 1, 1, 1), (1, 1, 0, 1), (1, 2, 1, 1), (1, 0
 )
 def test_candidates_improve_or_are_shorter_or_are_the_full_path(right, expected):
     paths = {
-        decisions: Outcome(reward=float(decisions in right), margin=None, logprobs=())
+        decisions: JudgedOutcome(reward=float(decisions in right), margin=None)
         for decisions in (FULL, SHORTER, LONGER, AS_LONG)
     }
     assert {d for d in paths if is_candidate(d, paths[d], paths[FULL])} == expected
@@ -73,7 +73,7 @@ def test_candidates_improve_or_are_shorter_or_are_the_full_path(right, expected)
 
 def outcomes(rewards, margins):
     return [
-        Outcome(reward=reward, margin=margin, logprobs=())
+        JudgedOutcome(reward=reward, margin=margin)
         for reward, margin in zip(rewards, margins, strict=True)
     ]
 
