@@ -23,12 +23,12 @@ from typing import Any
 import common
 import torch
 
-from drllm.evaluation.baselines.base import Material
 from drllm.evaluation.baselines.layer_dropping import (
     block_influence,
     drop_greedily,
     order_by_influence,
 )
+from drllm.evaluation.baselines.material import Material, make_measure
 from drllm.models.base.load import BaseModel
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.tasks.examples import OPTIONS_REWARD, choose
@@ -72,7 +72,7 @@ def ours(
         influence = block_influence(routed, texts)
         measured = clock()
         ends = (0, base.num_layers - 1)
-        measure = Material(routed=routed, prompts=texts).measure("loss")
+        measure = make_measure(routed, Material(prompts=texts), "loss")
         by_loss = drop_greedily(measure, base.num_layers, num_skipped, keep=ends)
         return {
             "influence": influence,

@@ -16,7 +16,8 @@ PROCESSES.set_forkserver_preload(
         "drllm.search.run",
         "drllm.training.stage",
         "drllm.tuning.run",
-        "drllm.evaluation.comparison",
+        "drllm.evaluation.stage",
+        "drllm.evaluation.run",
         "drllm.models.base.load",
     ]
 )

@@ -16,7 +16,7 @@ _MODULES = {
     "DepthConfig": "drllm.config",
     "detach": "drllm.models.routing.routed_model",
     "DrllmError": "drllm.errors",
-    "evaluate": "drllm.evaluation.run",
+    "evaluate": "drllm.evaluation.stage",
     "EvaluateConfig": "drllm.config",
     "Export": "drllm.models.export",
     "FixedPolicy": "drllm.models.routing.policies",

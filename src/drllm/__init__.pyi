@@ -17,7 +17,7 @@ from drllm.errors import PathError as PathError
 from drllm.errors import RecordError as RecordError
 from drllm.errors import RoutingError as RoutingError
 from drllm.errors import TaskError as TaskError
-from drllm.evaluation.run import evaluate as evaluate
+from drllm.evaluation.stage import evaluate as evaluate
 from drllm.models.base.load import BaseModel as BaseModel
 from drllm.models.base.load import load as load
 from drllm.models.export import Export as Export

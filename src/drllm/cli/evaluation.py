@@ -10,13 +10,11 @@ from drllm.cli.base_model import check_model_name, choose_model, read_routers
 from drllm.cli.command_line import CommandLine
 from drllm.cli.questions import COLUMNS, print_splits
 from drllm.cli.show_results import show_next_steps, show_tasks
-from drllm.cli.terminal import Terminal
+from drllm.cli.terminal import LOADING, Terminal
 from drllm.cli.verbs import Flag, verb
 from drllm.config import EvaluateConfig, ModelConfig
 from drllm.evaluation.questions import check_output, select_tasks, without_routers
 from drllm.models.routers.places import check_place
-from drllm.pipeline.model import open_model
-from drllm.processes import is_first
 from drllm.records.places import check_folder
 from drllm.records.static_paths import PathFile, read_path_list
 
@@ -40,7 +38,6 @@ if TYPE_CHECKING:
     ),
     model_from="the model that the routers or the paths.json name",
     resumes=True,
-    shares=True,
 )
 def evaluate_verb(command: CommandLine, terminal: Terminal) -> int:
     """Compare the base model, routers, baselines and static paths on tasks."""
@@ -64,13 +61,11 @@ def evaluate_verb(command: CommandLine, terminal: Terminal) -> int:
     if first_routers is None:
         path_with_model = next((path for path in paths if path.record), None)
     model = choose_model(command, first_routers, path_with_model)
-    with open_model(model, terminal) as base:
-        from drllm.evaluation.run import evaluate
-
-        results = evaluate(base, tasks, config, output, routers=folders, listener=terminal)
-    if is_first():
-        show_tasks(output, terminal, [task.name for task in tasks])
-        terminal.fact("results", output)
+    with terminal.busy(LOADING):
+        from drllm.evaluation.stage import evaluate
+    results = evaluate(model, tasks, config, output, routers=folders, listener=terminal)
+    show_tasks(output, terminal, [task.name for task in tasks])
+    terminal.fact("results", output)
     drop_test = results[0].drop_test
     if drop_test is None:
         return 0

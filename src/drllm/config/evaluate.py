@@ -3,14 +3,15 @@
 from dataclasses import dataclass
 
 from drllm.config.constants import DATA_DIR_HELP, SPLITS, TASKS_HELP
-from drllm.config.fields import Settings, basic, incidental, setting
+from drllm.config.executor import ExecutorConfig
+from drllm.config.fields import basic, incidental, setting
 
 TIMING = ("latency", "latency_rounds", "latency_read", "latency_written")
 """The settings of the time measurement. No other result depends on them."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(Settings):
+class EvaluateConfig(ExecutorConfig):
     """The evaluation: its questions, paths and baselines."""
 
     tasks: str | None = basic(

@@ -1,387 +1,276 @@
-"""Runs the systems of a comparison on one task's questions: base, routed, baselines and paths.
+"""Runs systems on all questions and texts of a task, in blocks, and grades the answers.
 
-A place is the index of a question in the task. A draw is one way in which a system decides on all
-questions. Most systems have one draw, and baselines with random decisions have several.
-
-Routers read only the question. So all options of a question have the same route. The next-token
-loss is measured on texts that begin with the question, which have the question's route too.
+A block is kept among the steps of its system until the result of the system is kept.
 
 Axes: Q questions, L layers.
 """
 
 import itertools
 import json
-import math
-from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Any, TypeAlias
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
-import msgspec
-import numpy as np
-from msgspec import field
+from lm_eval.api.instance import Instance
 from torch import Tensor
 
-from drllm.cost import decode_executions, mean_executions, path_executions
-from drllm.errors import ModelError
-from drllm.evaluation.baselines.base import BaselineRun
-from drllm.evaluation.latency import device_clock
+from drllm.config import EvaluateConfig
+from drllm.evaluation.answers import (
+    AnswerQuestions,
+    BatchResult,
+    Draw,
+    ModelSettings,
+    QuestionBlock,
+    RoutersDecide,
+    ScoreTexts,
+    TextBlock,
+)
 from drllm.evaluation.lm_eval.model import RoutedLM
-from drllm.evaluation.lm_eval.scoring import Decides, HarnessRequest, OptionScore, Paths, Plan
+from drllm.evaluation.lm_eval.scoring import HarnessRequest
 from drllm.evaluation.lm_eval.task import RenderedTask
-from drllm.models.base.batching import group_by_length
-from drllm.models.routing.policies import FixedPolicy, FullPolicy, Policy
-from drllm.paths import Decisions, StaticPath
-from drllm.statistics.paired import Outcomes
-from drllm.tasks.examples import choose
+from drllm.evaluation.outcomes import (
+    SystemRun,
+    add_executions,
+    add_grades,
+    count_decode_executions,
+)
+from drllm.evaluation.plan import System, TaskPlan, TaskQuestions
+from drllm.evaluation.progress import EvaluationProgress
+from drllm.paths import StaticPath
+from drllm.work.run import Block, BlockFunction, Executor, Keep, run
+from drllm.work.store import ResultStore
 
-Answers: TypeAlias = list[list[OptionScore | str]]
-"""For each question the score of each option, or a list with the generated answer alone."""
-Block: TypeAlias = Sequence[int]  # places of the questions that are run together
-
-MIN_BLOCK_SIZE = 64
-"""The fewest questions in a block, if options are scored. Scoring them takes seconds, so the time
-to write the block's file hardly counts."""
-
-
-class BatchResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The answers of a system to some questions under all of its draws.
-
-    Attributes:
-        answers: For each draw the answers to the questions.
-        routes: For each draw the questions' decisions; empty for a static path.
-        seconds: Wall time of the first draw.
-    """
-
-    answers: list[Answers]
-    routes: list[list[Decisions]]
-    seconds: float = 0.0
+D = TypeVar("D")
+R = TypeVar("R")
 
 
-class SystemRun(Outcomes, kw_only=True):
-    """One system's outcomes on a task.
-
-    If there are several draws, `correct`, `gold_logprob`, `metrics` and `executions` are means over
-    them. `text_loss`, `answers`, `seconds` and `decode_executions` come from the first draw.
+@dataclass(frozen=True)
+class Runner:
+    """Runs the blocks of an evaluation.
 
     Attributes:
-        setting: The depth in words; empty for the depth of training.
-        path: The static path that the system runs; None for other systems.
-        routes: For each draw the questions' decisions; empty for a static path.
-        answers: The chosen options, or the generated texts.
-        metrics: Name of a metric of the harness → each question's score.
-        seconds: Wall time, added up over the blocks.
-        decode_executions: Mean executions for a generated token. None if options are scored, or if
-            no answer is longer than one token.
-        notes: What a reader must know about the system, as parts of sentences.
+        executor: Runs blocks, in this process or on Ray.
+        settings: What the workers need beside the base model.
+        store: Keeps the results of systems and blocks.
+        progress: Counts the work.
+        lm: The model in this process. It may be without weights, since nothing is run.
+        config: The settings of the evaluation.
     """
 
-    executions: float = 0.0
-    correct: Sequence[float] = ()
-    setting: str = ""
-    path: StaticPath | None = None
-    routes: list[list[Decisions]] = field(default_factory=list)
-    answers: list[int | str] = field(default_factory=list)
-    metrics: dict[str, list[float]] = field(default_factory=dict)
-    seconds: float = 0.0
-    decode_executions: float | None = None
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def title(self) -> str:
-        """The system's name with its setting."""
-        if not self.setting:
-            return self.name
-        return f"{self.name}, {self.setting}"
-
-
-KeepBlocks: TypeAlias = Callable[[Mapping[str, Callable[[], BatchResult]]], list[BatchResult]]
-"""Runs blocks and stores their results. It takes a function for each block by key, and returns the
-blocks' results. If a result was stored under the same key before an interruption, it is read, and
-the function isn't called. Keys contain decisions, so a block runs again if its decisions changed.
-"""
-
-
-class TaskRunner:
-    """Runs one system after another on all questions of a task.
-
-    Args:
-        lm: The model.
-        harness_task: The task's questions.
-        num_texts: Number of questions on whose texts the next-token loss is measured too.
-        seed: Seed with which these questions are drawn.
-
-    Attributes:
-        num_tokens: The largest number of tokens that a system reads and writes.
-    """
-
-    def __init__(self, lm: RoutedLM, harness_task: RenderedTask, num_texts: int, seed: int) -> None:
-        self.lm = lm
-        self.harness_task = harness_task
-        self._clock = device_clock(lm.device)
-        self._requests: list[list[HarnessRequest]] = []  # by question
-        if harness_task.has_options:
-            self._requests = harness_task.requests()
-        self._texts = self._draw_texts(num_texts, seed)
-        lengths = self._question_lengths()
-        text_lengths = [len(text.context) + len(text.continuation) for text in self._texts]
-        self.num_tokens = sum(lengths) + sum(text_lengths)
-        self._blocks: list[Block] = self._divide(lengths)
-        if harness_task.has_options:
-            # A first pass, so that the time for setting up isn't counted for the base model.
-            lm.scorer.score(self._requests[0], FullPolicy())
-
-    def _draw_texts(self, num_texts: int, seed: int) -> list[HarnessRequest]:
-        """Draw the texts to measure the next-token loss on, in the same way as `tune`."""
-        places = choose(range(len(self.harness_task.keys)), num_texts, seed)
-        return [self.harness_task.text(place) for place in places]
-
-    def _question_lengths(self) -> list[int]:
-        """Return how many tokens each question reads and writes at most."""
-        if self.harness_task.has_options:
-            lengths = []
-            for requests in self._requests:
-                option_lengths = [len(request.continuation) for request in requests]
-                lengths.append(len(requests[0].context) + sum(option_lengths))
-            return lengths
-        settings = self.harness_task.instances[0][0].args[1]
-        num_new = settings.get("max_gen_toks", self.lm.max_gen_toks)
-        return [len(tokens) + num_new for tokens in self.harness_task.prompt_tokens]
-
-    def _divide(self, lengths: Sequence[int]) -> list[Block]:
-        """Divide the questions into blocks of similar length."""
-        scorer = self.lm.scorer
-        batch_size = scorer.max_batch_size
-        if isinstance(scorer.batch_size, int):
-            batch_size = scorer.batch_size
-        if self.harness_task.has_options:
-            batches_a_block = math.ceil(MIN_BLOCK_SIZE / batch_size)
-            return list(group_by_length(lengths, batch_size * batches_a_block))
-        # Generating takes longer than scoring, so each batch is a block. The routes of a block are
-        # found by prompt, so a prompt may occur only once in a block.
-        prompts = self.harness_task.prompts()
-        blocks: list[Block] = []
-        for batch in group_by_length(lengths, batch_size):
-            blocks += separate_repeats(batch, prompts)
-        return blocks
+    executor: Executor
+    settings: ModelSettings
+    store: ResultStore
+    progress: EvaluationProgress
+    lm: RoutedLM
+    config: EvaluateConfig
 
     def run(
-        self, name: str, draws: Sequence[BaselineRun], setting: str, keep: KeepBlocks
-    ) -> SystemRun:
-        """Run a system on all questions and texts.
-
-        Args:
-            name: The system's name.
-            draws: How the system decides in each draw. A system with several draws has decisions
-                for each question in all of them.
-            setting: The depth in words; empty for the depth of training.
-            keep: Runs blocks and stores their results.
-        """
-        note = draws[0].note
-        decides = [self._name_questions(draw.decides) for draw in draws]
-        result = self._run_blocks(keep, decides, note)
-        system = SystemRun(name=name, setting=setting, routes=result.routes, seconds=result.seconds)
-        if isinstance(decides[0], StaticPath):
-            system.path = decides[0]
-        if note:
-            system.notes.append(note)
-        self._add_grades(system, result)
-        self._add_executions(system)
-        self._add_text_loss(system)
-        if not self.harness_task.has_options:
-            system.decode_executions = self._decode_executions(system, result)
-        return system
-
-    def _add_grades(self, system: SystemRun, result: BatchResult) -> None:
-        """Let the harness grade a system's answers, and set the scores and the answers."""
-        harness_task = self.harness_task
-        grades_by_draw = [harness_task.grade(answers) for answers in result.answers]
-        for metric in grades_by_draw[0][0]:
-            scores_by_draw = []
-            for question_grades in grades_by_draw:
-                scores = [grades[metric] for grades in question_grades]
-                scores_by_draw.append(scores)
-            system.metrics[metric] = _mean_over_draws(scores_by_draw)
-        system.correct = system.metrics[harness_task.task.metric]
-        for place, answers in enumerate(result.answers[0]):
-            system.answers.append(harness_task.answer(place, answers))
-        if harness_task.has_options:
-            logprobs_by_draw = [self._gold_logprobs(answers) for answers in result.answers]
-            system.gold_logprob = _mean_over_draws(logprobs_by_draw)
-
-    def _gold_logprobs(self, answers: Answers) -> list[float]:
-        """Return the log-probability of each question's gold option among its options."""
-        gold_logprob = self.harness_task.gold_logprob
-        return [gold_logprob(place, scores) for place, scores in enumerate(answers)]
-
-    def _add_executions(self, system: SystemRun) -> None:
-        """Set the mean executions over questions and draws."""
-        if system.path is not None:
-            system.executions = path_executions(system.path)
-            return
-        by_draw = [[mean_executions(routes)] for routes in system.routes]
-        [system.executions] = _mean_over_draws(by_draw)
-
-    def _add_text_loss(self, system: SystemRun) -> None:
-        """Measure the next-token loss of each text, in nats a token, in the first draw."""
-        plan: Paths | StaticPath
-        if system.path is not None:
-            plan = system.path
-        else:
-            plan = dict(zip(self.harness_task.keys, system.routes[0], strict=True))
-        [scores] = self.lm.scorer.score_plans(self._texts, [plan])
-        losses = []
-        for text, (logprob, _) in zip(self._texts, scores, strict=True):
-            losses.append(-logprob / len(text.continuation))
-        system.text_loss = losses
-
-    def _decode_executions(self, system: SystemRun, result: BatchResult) -> float | None:
-        """Return the mean executions for a generated token, in the first draw."""
-        num_tokens = []
-        for [answer] in result.answers[0]:
-            tokens = self.lm.tok_encode(str(answer), add_special_tokens=False)
-            num_tokens.append(max(1, len(tokens)))
-        if system.path is None:
-            return decode_executions(result.routes[0], num_tokens)
-        if max(num_tokens) == 1:  # the pass that reads the prompt gives this token
-            return None
-        return system.executions
-
-    def _name_questions(self, decides: Tensor | Policy | StaticPath) -> Decides:
-        """Turn decisions `[Q, L]` into a plan by question; return a policy or a path unchanged."""
-        if not isinstance(decides, Tensor):
-            return decides
-        return dict(zip(self.harness_task.keys, map(tuple, decides.tolist()), strict=True))
-
-    def _run_blocks(self, keep: KeepBlocks, draws: Sequence[Decides], note: str) -> BatchResult:
-        """Run all blocks under all draws; return the results in the questions' order."""
-        calls = {}
-        for number, block in enumerate(self._blocks):
-            key = f"block {number} {json.dumps(self._decisions_key(block, draws, note))}"
-            calls[key] = partial(self._run_block, block, draws)
-        return join_blocks(self._blocks, keep(calls))
-
-    def _decisions_key(self, block: Block, draws: Sequence[Decides], note: str) -> Any:
-        """Return a key of a block's decisions: the decisions, the path's layers, or the note.
-
-        A policy decides only when the block runs. The note of a baseline that has a policy contains
-        the policy's setting.
-        """
-        decisions = [
-            self._list_decisions(draw, block) for draw in draws if isinstance(draw, Mapping)
-        ]
-        if decisions:
-            return decisions
-        if isinstance(draws[0], StaticPath):
-            return draws[0].layers
-        return note
-
-    def _run_block(self, block: Block, draws: Sequence[Decides]) -> BatchResult:
-        """Run a block's questions under all draws; only the first draw is timed."""
-        started = self._clock()
-        first_answers, first_routes = self._run_draw(block, draws[0])
-        seconds = self._clock() - started
-        answers = [first_answers]
-        routes = []
-        if not isinstance(draws[0], StaticPath):
-            routes.append(first_routes)
-        plans = [draw for draw in draws[1:] if isinstance(draw, Mapping)]
-        if plans:
-            answers += self._run_plans(block, plans)
-            routes += [self._list_decisions(plan, block) for plan in plans]
-        return BatchResult(answers=answers, routes=routes, seconds=seconds)
-
-    def _run_plans(self, block: Block, plans: Sequence[Plan]) -> list[Answers]:
-        """Return a block's answers under each plan."""
-        if self.harness_task.has_options:  # layers that begin several plans run once for all
-            scores = self.lm.scorer.score_plans(self._list_requests(block), plans)
-            return [self._group_by_question(block, plan_scores) for plan_scores in scores]
-        answers = []
-        for plan in plans:
-            plan_answers, _ = self._run_draw(block, plan)
-            answers.append(plan_answers)
-        return answers
-
-    def _run_draw(self, block: Block, decides: Decides) -> tuple[Answers, list[Decisions]]:
-        """Return a block's answers and the questions' routes under one draw.
-
-        For a static path the routes are to be ignored.
-        """
-        if not self.harness_task.has_options:
-            return self._generate(block, decides)
-        scores, routes_by_key = self.lm.scorer.score(self._list_requests(block), decides)
-        routes: list[Decisions] = []
-        if not isinstance(decides, StaticPath):
-            routes = self._list_decisions(routes_by_key, block)
-        return self._group_by_question(block, scores), routes
-
-    def _generate(self, block: Block, decides: Decides) -> tuple[Answers, list[Decisions]]:
-        """Generate a block's answers; return them and the questions' routes."""
-        routed = self.lm.routed
-        instances = [self.harness_task.instances[place][0] for place in block]
-        prompts = [str(instance.args[0]) for instance in instances]
-        keys = [self.harness_task.keys[place] for place in block]
-        key_by_prompt = dict(zip(prompts, keys, strict=True))
-        if isinstance(decides, StaticPath):
-            decides = routed.build_policy(decides)
-
-        def make_policy(batch: Sequence[str]) -> Policy:
-            if not isinstance(decides, Mapping):
-                return decides
-            decisions = [decides[key_by_prompt[prompt]] for prompt in batch]
-            return FixedPolicy(decisions, routed.num_layers)
-
-        self.lm.choose_policy = make_policy
-        texts = self.lm.generate_until(instances, disable_tqdm=True)
-        answers: Answers = [[text] for text in texts]
-        return answers, [self.lm.generated_routes[prompt] for prompt in prompts]
-
-    def _list_decisions(self, plan: Plan, block: Block) -> list[Decisions]:
-        """Return a plan's decisions on the questions of a block."""
-        return [plan[self.harness_task.keys[place]] for place in block]
-
-    def _list_requests(self, block: Block) -> list[HarnessRequest]:
-        """Return the requests of a block's questions, one question after another."""
-        requests: list[HarnessRequest] = []
-        for place in block:
-            requests += self._requests[place]
-        return requests
-
-    def _group_by_question(self, block: Block, scores: Sequence[OptionScore]) -> Answers:
-        """Group the scores of a block's requests by question; refuse scores that aren't finite."""
-        by_question: Answers = []
-        start = 0
-        for place in block:
-            end = start + len(self._requests[place])
-            for logprob, _ in scores[start:end]:
-                if not math.isfinite(logprob):  # refused here, before the block's result is stored
-                    raise ModelError(
-                        f"a log-probability of question {self.harness_task.ids[place]} is "
-                        f"{logprob}; load the model with --dtype float32"
-                    )
-            by_question.append([*scores[start:end]])
-            start = end
-        return by_question
+        self, blocks: Sequence[Block[D]], function: BlockFunction[D, R], keep: Keep[R]
+    ) -> list[R]:
+        """Return the results of blocks, and report them."""
+        return run(
+            blocks,
+            function,
+            self.executor,
+            keep=keep,
+            on_result=self.progress.finish_block,
+            on_step=self.progress.report_step,
+        )
 
 
-def separate_repeats(block: Block, prompts: Sequence[str]) -> list[list[int]]:
-    """Divide a block into parts in which no prompt occurs twice.
+@dataclass(frozen=True)
+class ReadySystem:
+    """A system that has everything that it needs first.
+
+    Attributes:
+        system: The system.
+        draws: How it decides in each draw. A tensor has decisions for each question, `[Q, L]`. A
+            system with several draws has such decisions in all of them.
+        note: Further information for the reader of the results, as part of a sentence.
+    """
+
+    system: System
+    draws: Sequence[Tensor | Draw]
+    note: str = ""
+
+    @property
+    def key(self) -> str:
+        """The system's name among all systems of the evaluation."""
+        return self.system.key
+
+    @property
+    def path(self) -> StaticPath | None:
+        """The static path that the system runs; None if it decides question by question."""
+        first = self.draws[0]
+        if isinstance(first, StaticPath):
+            return first
+        return None
+
+
+def run_systems(
+    plan: TaskPlan, ready: Sequence[ReadySystem], runs: Mapping[str, SystemRun], runner: Runner
+) -> dict[str, SystemRun]:
+    """Run systems on all questions and texts; return the results by the system's key.
 
     Args:
-        block: The places of the block's questions.
-        prompts: The prompts of all questions.
+        plan: The plan of the task.
+        ready: The systems.
+        runs: Results that are there already; their systems aren't run.
+        runner: Runs the blocks.
     """
-    parts: defaultdict[int, list[int]] = defaultdict(list)
-    num_seen: Counter[str] = Counter()
-    for place in block:
-        prompt = prompts[place]
-        # The second question with a prompt belongs to the second part, and so on.
-        parts[num_seen[prompt]].append(place)
-        num_seen[prompt] += 1
-    return list(parts.values())
+    missing = [system for system in ready if system.key not in runs]
+    answers = answer_questions(plan.questions, missing, runner)
+    losses = score_texts(plan.questions, missing, answers, runner)
+    results = {}
+    kept = runner.store.of(SystemRun)
+    for system in missing:
+        key = system.key
+        system_run = grade_system(system, plan.questions, answers[key], losses[key], runner.lm)
+        results[key] = kept.put(key, system_run)
+    return results
 
 
-def join_blocks(blocks: Sequence[Block], results: Sequence[BatchResult]) -> BatchResult:
+def answer_questions(
+    questions: TaskQuestions, systems: Sequence[ReadySystem], runner: Runner
+) -> dict[str, BatchResult]:
+    """Return the answers of each system to all questions, by the system's key."""
+    blocks = []
+    system_keys = {}  # by the key of a block
+    for system in systems:
+        for block in make_question_blocks(questions, system):
+            blocks.append(block)
+            system_keys[block.key] = system.key
+    warm_up = questions.requests[0] if questions.requests else ()
+    function = AnswerQuestions(runner.settings, warm_up)
+    results = runner.run(blocks, function, SystemSteps(runner.store, system_keys, BatchResult))
+    by_system: dict[str, list[BatchResult]] = {system.key: [] for system in systems}
+    for block, result in zip(blocks, results, strict=True):
+        by_system[system_keys[block.key]].append(result)
+    return {key: join_blocks(questions.blocks, parts) for key, parts in by_system.items()}
+
+
+def make_question_blocks(
+    questions: TaskQuestions, system: ReadySystem
+) -> Iterator[Block[QuestionBlock]]:
+    """Yield the blocks of a system. Their keys contain the decisions, as far as they are known."""
+    rendered = questions.rendered
+    ids = rendered.ids
+    for number, places in enumerate(questions.blocks):
+        requests: list[Sequence[HarnessRequest]] = []
+        prompts: list[Instance] = []
+        if rendered.has_options:
+            requests = [questions.requests[place] for place in places]
+        else:
+            prompts = [make_prompt(rendered, place) for place in places]
+        draws = [select_questions(draw, places) for draw in system.draws]
+        block = QuestionBlock(
+            system=system.key,
+            ids=[ids[place] for place in places],
+            keys=[rendered.keys[place] for place in places],
+            requests=requests,
+            prompts=prompts,
+            draws=draws,
+        )
+        decisions = describe_draws(draws, system.note)
+        key = f"{system.key}: block {number} {json.dumps(decisions)}"
+        size = len(draws) * sum(questions.lengths[place] for place in places)
+        yield Block(key, block, size)
+
+
+def make_prompt(rendered: RenderedTask, place: int) -> Instance:
+    """Return the harness' request for the answer to a question, without the question's row."""
+    [instance] = rendered.instances[place]
+    return Instance(instance.request_type, {}, instance.arguments, instance.idx, instance.metadata)
+
+
+def select_questions(draw: Tensor | Draw, places: Sequence[int]) -> Draw:
+    """Return how a system decides on some of the questions."""
+    if isinstance(draw, Tensor):
+        return [tuple(decisions) for decisions in draw[list(places)].tolist()]
+    return draw
+
+
+def describe_draws(draws: Sequence[Draw], note: str) -> Any:
+    """Return a block's decisions, the path's layers or the depth bias for the block's key.
+
+    Other policies decide only when the block runs. Their note contains their setting.
+    """
+    decisions = [draw for draw in draws if isinstance(draw, list)]
+    if decisions:
+        return decisions
+    first = draws[0]
+    if isinstance(first, StaticPath):
+        return first.layers
+    if isinstance(first, RoutersDecide):
+        return first.depth_bias
+    return note
+
+
+def score_texts(
+    questions: TaskQuestions,
+    systems: Sequence[ReadySystem],
+    answers: Mapping[str, BatchResult],
+    runner: Runner,
+) -> dict[str, list[float]]:
+    """Return the next-token losses of each system's first draw, by the system's key.
+
+    All texts of a system are one block.
+    """
+    blocks = [make_text_block(questions, system, answers[system.key]) for system in systems]
+    system_keys = {block.key: block.data.system for block in blocks}
+    keep = SystemSteps(runner.store, system_keys, list[float])
+    losses = runner.run(blocks, ScoreTexts(runner.settings), keep)
+    return {block.data.system: loss for block, loss in zip(blocks, losses, strict=True)}
+
+
+def make_text_block(
+    questions: TaskQuestions, system: ReadySystem, result: BatchResult
+) -> Block[TextBlock]:
+    """Return the block of a system's texts, which run the routes of their questions."""
+    path = system.path
+    if path is not None:
+        block = TextBlock(system.key, questions.texts, path)
+        key = f"{system.key}: texts {json.dumps(path.layers)}"
+    else:
+        all_routes: dict[Any, Any] = dict(
+            zip(questions.rendered.keys, result.routes[0], strict=True)
+        )
+        routes = {text.question: all_routes[text.question] for text in questions.texts}
+        block = TextBlock(system.key, questions.texts, routes)
+        key = f"{system.key}: texts {json.dumps(list(routes.values()))}"
+    return Block(key, block, questions.num_text_tokens)
+
+
+def grade_system(
+    system: ReadySystem,
+    questions: TaskQuestions,
+    result: BatchResult,
+    text_loss: Sequence[float],
+    lm: RoutedLM,
+) -> SystemRun:
+    """Return the outcomes of a system on all questions and texts."""
+    system_run = SystemRun(
+        name=system.system.name,
+        setting=system.system.setting,
+        path=system.path,
+        routes=result.routes,
+        seconds=result.seconds,
+        text_loss=text_loss,
+    )
+    if system.note:
+        system_run.notes.append(system.note)
+    add_grades(system_run, questions.rendered, result.answers)
+    add_executions(system_run)
+    if not questions.rendered.has_options:
+        num_tokens = []
+        for [answer] in result.answers[0]:
+            tokens = lm.tok_encode(str(answer), add_special_tokens=False)
+            num_tokens.append(max(1, len(tokens)))
+        system_run.decode_executions = count_decode_executions(system_run, result, num_tokens)
+    return system_run
+
+
+def join_blocks(blocks: Sequence[Sequence[int]], results: Sequence[BatchResult]) -> BatchResult:
     """Join the results of all blocks into one, in the questions' order."""
     places = [place for block in blocks for place in block]
     return BatchResult(
@@ -407,19 +296,27 @@ def _in_order(places: Sequence[int], parts: Sequence[Sequence[list[Any]]]) -> li
     return draws
 
 
-def average_runs(systems: Sequence[SystemRun], name: str) -> SystemRun:
-    """Return the mean outcomes of several systems on the same questions, such as those of seeds."""
-    means: dict[str, Any] = {}
-    for quantity in ("correct", "gold_logprob", "text_loss", "seconds", "executions"):
-        values = [getattr(system, quantity) for system in systems]
-        means[quantity] = np.mean(values, axis=0).tolist()
-    metrics = {}
-    for metric in systems[0].metrics:
-        metrics[metric] = _mean_over_draws([system.metrics[metric] for system in systems])
-    return SystemRun(name=name, metrics=metrics, **means)
+@dataclass(frozen=True)
+class SystemSteps(Generic[R]):
+    """Keeps the blocks of several systems, each among the steps of its system.
 
+    Attributes:
+        store: The results of the evaluation.
+        systems: Key of a block → key of its system.
+        kind: The type of a result.
+    """
 
-def _mean_over_draws(draws: Sequence[Sequence[float]]) -> list[float]:
-    """Average values `[draw][question]` over the draws; return a mean for each question."""
-    means: list[float] = np.mean(draws, axis=0).tolist()
-    return means
+    store: ResultStore
+    systems: Mapping[str, str]
+    kind: type[R]
+
+    def get(self, key: str) -> R | None:
+        """Return a block's result; None if it isn't there."""
+        return self.store.within(self.systems[key]).get(key, self.kind)
+
+    def put(self, key: str, result: R) -> R:
+        """Keep a block's result; return it as a later run would read it."""
+        return self.store.within(self.systems[key]).of(self.kind).put(key, result)
+
+    def steps_of(self, key: str) -> None:
+        """Return None: a block has no steps of its own."""

@@ -287,13 +287,14 @@ def _complete_evaluate_config(run: Run) -> EvaluateConfig:
 
 
 def _run_evaluate(run: Run) -> list[Path]:
-    from drllm.evaluation.run import evaluate
+    from drllm.evaluation.stage import evaluate
 
     tasks = run.recipe.tasks
     config = _complete_evaluate_config(run)
     output = run.folder / "eval"
     routers = run.seed_folders
-    evaluate(run.load(), tasks, config, output, routers=routers, listener=run.listener)
+    model = _choose_model(config, run)
+    evaluate(model, tasks, config, output, routers=routers, listener=run.listener)
     names = [f"{task.name}.json" for task in tasks]
     names += ["samples.jsonl", "samples.manifest.json"]
     if _is_timed(run):

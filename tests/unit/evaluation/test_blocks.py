@@ -3,7 +3,9 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drllm.evaluation.systems import BatchResult, join_blocks, separate_repeats
+from drllm.evaluation.answers import BatchResult
+from drllm.evaluation.plan import separate_repeats
+from drllm.evaluation.systems import join_blocks
 from drllm.models.base.batching import group_by_length
 from drllm.records.codec import decode, encode
 

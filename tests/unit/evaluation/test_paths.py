@@ -1,6 +1,5 @@
 """Static paths as systems of an evaluation, with routers and without, against the listed layers."""
 
-import json
 import math
 from contextlib import contextmanager
 from typing import Any
@@ -10,8 +9,9 @@ import pytest
 from drllm.config import EvaluateConfig
 from drllm.errors import ConfigError, PathError
 from drllm.evaluation import systems
-from drllm.evaluation.run import evaluate
-from drllm.evaluation.tables import TaskRuns
+from drllm.evaluation.answers import AnswerQuestions
+from drllm.evaluation.outcomes import TaskRuns
+from drllm.evaluation.stage import evaluate
 from drllm.models.base.identity import fingerprint
 from drllm.models.base.load import BaseModel, load
 from drllm.models.base.prompts import encode
@@ -186,18 +186,16 @@ def test_with_routers_paths_are_compared_with_the_routed_model_too(
 
 def test_answers_are_generated_under_a_path(base, tmp_path, monkeypatch):
     graded: dict[str, Any] = {}
-    run_blocks = systems.TaskRunner._run_blocks
+    grade = systems.grade_system
 
-    def keeping(self, keep, decides, note):
-        found = run_blocks(self, keep, decides, note)
-        key = json.dumps(self._decisions_key(range(1), decides, note))
-        graded[key] = self.harness_task, found.answers[0]
-        return found
+    def keeping(system, questions, result, *args):
+        graded[system.system.name] = questions.rendered, result.answers[0]
+        return grade(system, questions, result, *args)
 
-    monkeypatch.setattr(systems.TaskRunner, "_run_blocks", keeping)
+    monkeypatch.setattr(systems, "grade_system", keeping)
     result = run(base, tmp_path, task="builtin_arithmetic", limit=3)
     for name, path in PATHS.items():
-        asked, answers = graded[json.dumps(path.layers)]
+        asked, answers = graded[name]
         listed = ListedModel(base.model, path=path.layers)
         for tokens, [answer] in zip(asked.prompt_tokens, answers, strict=True):
             new = listed.greedy(tokens, 15)  # as many as the task asks for
@@ -319,27 +317,27 @@ def test_what_only_routers_have_is_refused_without_them(base, tmp_path):
 
 
 def test_an_interrupted_evaluation_resumes_with_the_same_paths_alone(base, tmp_path, monkeypatch):
-    asked, ask = [], systems.TaskRunner._run_block
+    asked, ask = [], AnswerQuestions.__call__
 
-    def once(self, block, draws):
+    def once(self, prepared, block, steps):
         if len(asked) == 2:
             raise KeyboardInterrupt
-        asked.append(draws[0])
-        return ask(self, block, draws)
+        asked.append(block.draws[0])
+        return ask(self, prepared, block, steps)
 
     few = {"limit": 2, "num_texts": 2}
-    monkeypatch.setattr(systems.TaskRunner, "_run_block", once)
+    monkeypatch.setattr(AnswerQuestions, "__call__", once)
     with pytest.raises(KeyboardInterrupt):
         run(base, tmp_path, **few)
     changed = {**PATHS, "four": StaticPath([0, 1, 4, 5])}
     with pytest.raises(ConfigError, match=r"made with paths four layers"):
         run(base, tmp_path, changed, **few)
 
-    def keeping(self, block, draws):
-        asked.append(draws[0])
-        return ask(self, block, draws)
+    def keeping(self, prepared, block, steps):
+        asked.append(block.draws[0])
+        return ask(self, prepared, block, steps)
 
-    monkeypatch.setattr(systems.TaskRunner, "_run_block", keeping)
+    monkeypatch.setattr(AnswerQuestions, "__call__", keeping)
     run(base, tmp_path, **few)
     assert asked[1:] == [*PATHS.values()]
     with pytest.raises(ConfigError, match=r"made with paths four.*another --output-dir"):

@@ -14,14 +14,14 @@ import torch
 
 from drllm.config import EvaluateConfig
 from drllm.errors import CheckpointError, ConfigError, ModelError, RecordError
-from drllm.evaluation import latency, systems
-from drllm.evaluation import run as stage
+from drllm.evaluation import latency, outcomes, plan, stage
+from drllm.evaluation.answers import AnswerQuestions
 from drllm.evaluation.baselines.base import read_curve, select_baselines
 from drllm.evaluation.baselines.random_routes import permute_routes
 from drllm.evaluation.latency import device_clock, measure
+from drllm.evaluation.outcomes import TaskRuns
 from drllm.evaluation.questions import needs_fitting
-from drllm.evaluation.run import evaluate
-from drllm.evaluation.tables import TaskRuns
+from drllm.evaluation.stage import evaluate
 from drllm.models.base.identity import fingerprint
 from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import encode
@@ -509,7 +509,7 @@ def test_an_evaluation_that_goes_on_measures_time_anew_as_often_as_it_is_told(
         with pytest.raises(ZeroDivisionError):
             run(tmp_path, **few, latency_rounds=2)
     assert not list(tmp_path.glob("*.json"))
-    monkeypatch.setattr(systems.TaskRunner, "_run_block", lambda *_: pytest.fail("all was asked"))
+    monkeypatch.setattr(AnswerQuestions, "__call__", lambda *_: pytest.fail("all was asked"))
     run(tmp_path, **few, latency_rounds=1)
     assert read_latency(tmp_path).measured.num_rounds == 1
 
@@ -526,7 +526,7 @@ BROKEN_OFF = {
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(systems, "MIN_BLOCK_SIZE", 4)
+    monkeypatch.setattr(plan, "MIN_BLOCK_SIZE", 4)
 
 
 def without_times(folder):
@@ -541,16 +541,16 @@ def test_an_evaluation_interrupted_at_random_questions_ends_as_an_unbroken_one(
 ):
     moments, asked = random.Random(5), []
     breaks, breaks_in_it = False, 0
-    ask = systems.TaskRunner._run_block
+    ask = AnswerQuestions.__call__
 
-    def interrupted(self, block, *args):
+    def interrupted(self, prepared, block, steps):
         if breaks and moments.random() < 1 / 6:
             raise KeyboardInterrupt
-        answers = ask(self, block, *args)
-        asked.append(block)
+        answers = ask(self, prepared, block, steps)
+        asked.append(block.ids)
         return answers
 
-    monkeypatch.setattr(systems.TaskRunner, "_run_block", interrupted)
+    monkeypatch.setattr(AnswerQuestions, "__call__", interrupted)
     run(tmp_path / "unbroken", **BROKEN_OFF)
     whole = list(asked)
     assert whole == whole[:4] * 5
@@ -578,7 +578,7 @@ def test_an_interrupted_evaluation_is_not_continued_as_another(
     other, said, run, base, task, tmp_path, monkeypatch
 ):
     few = {"limit": 4, "baselines": "none"}
-    monkeypatch.setattr(systems, "_mean_over_draws", lambda *_: 1 / 0)
+    monkeypatch.setattr(outcomes, "mean_over_draws", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(tmp_path, **few)
     if other == "settings":
@@ -610,7 +610,7 @@ def test_finished_results_are_not_replaced_by_those_of_another_evaluation(
 def test_a_folder_with_foreign_files_is_refused_before_anything_is_asked(
     run, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(systems.TaskRunner, "_run_block", lambda *_: pytest.fail("asked"))
+    monkeypatch.setattr(AnswerQuestions, "__call__", lambda *_: pytest.fail("asked"))
     (tmp_path / "notes.json").write_text("{}")
     with pytest.raises(RecordError, match=r"notes\.json isn't a result"):
         run(tmp_path)

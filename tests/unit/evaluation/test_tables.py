@@ -6,14 +6,11 @@ from types import SimpleNamespace
 import pytest
 
 from drllm.config import EvaluateConfig
-from drllm.evaluation.systems import SystemRun
-from drllm.evaluation.tables import (
-    TaskRuns,
-    correct_tables,
-    describe_seeds,
-    list_drop_candidates,
-    name_depth,
-)
+from drllm.evaluation.findings import describe_seeds
+from drllm.evaluation.judge import build_evaluation, correct_tables, list_drop_candidates
+from drllm.evaluation.outcomes import SeedRuns, SystemRun, TaskRuns
+from drllm.evaluation.plan import name_depth
+from drllm.evaluation.tables import build_curve, build_table, compare_seeds
 from drllm.paths import StaticPath
 from drllm.records.manifest import new_manifest
 from drllm.records.static_paths import steps_to_write
@@ -48,7 +45,7 @@ def runs(*systems, chance=0.25, seeds=(), notes=()):
     )
     task.num_questions, task.not_asked = len(systems[0].correct), {}
     return TaskRuns(
-        harness_task=SimpleNamespace(task=task, ids=list(range(task.num_questions))),
+        rendered=SimpleNamespace(task=task, ids=list(range(task.num_questions))),
         systems=systems,
         notes=notes,
         config=EvaluateConfig(),
@@ -60,8 +57,8 @@ def runs(*systems, chance=0.25, seeds=(), notes=()):
 
 def evaluation(*systems, **options):
     found = runs(*systems, **options)
-    table = found.build_table()
-    return found.build_evaluation(table, found.build_curve(table), HEADER)
+    table = build_table(found)
+    return build_evaluation(found, table, build_curve(found, table), HEADER)
 
 
 def said(*systems, **options):
@@ -163,15 +160,15 @@ def beside_routers(routed=27.4, drop_test=None):
     routed = run("routed", RIGHT_80, executions=routed, losses=[3.2] * 40)
     found = runs(run("base", RIGHT_50, losses=[3.3] * 40), routed, *systems)
     steps = {name: steps_to_write(path) for name, path in paths.items()}
-    table = found.build_table()
+    table = build_table(found)
     header = HEADER | {"paths": steps}
-    return found.build_evaluation(table, found.build_curve(table), header, drop_test)
+    return build_evaluation(found, table, build_curve(found, table), header, drop_test)
 
 
 def test_a_depth_that_no_task_has_is_a_candidate_that_was_not_evaluated():
     found = runs(run("base", RIGHT_50), run("routed", RIGHT_50))
-    tables = {"a_task": found.build_table()}
-    curves = {"a_task": found.build_curve(found.build_table())}
+    tables = {"a_task": build_table(found)}
+    curves = {"a_task": build_curve(found, build_table(found))}
     candidates = list_drop_candidates(tables, curves, [name_depth(0.9)])
     assert candidates == {"routed, 90 % saved": {"a_task": None}}
     test = exclude_drop(candidates, Limits(max_drop=50))
@@ -240,17 +237,17 @@ def test_a_curve_has_base_first_and_each_system_from_the_most_executions_to_the_
 
 def test_tables_of_several_tasks_are_corrected_system_by_system():
     found = runs(run("base", RIGHT_50), run("routed", RIGHT_80))
-    tables = correct_tables([found.build_table(), found.build_table()])
+    tables = correct_tables([build_table(found), build_table(found)])
     [first, second] = [table[1].against_base.accuracy for table in tables]
     assert first.p_corrected == second.p_corrected == 2 * first.p
     assert first.num_tests == 2
     assert tables[0][0].against_base is None
-    [alone] = correct_tables([found.build_table()])
-    assert alone == list(found.build_table())
+    [alone] = correct_tables([build_table(found)])
+    assert alone == list(build_table(found))
 
 
 def seeds_of(base, routed, permuted):
-    return runs(base, chance=-1.0).compare_seeds(routed, permuted)
+    return compare_seeds(runs(base, chance=-1.0), SeedRuns(routed, permuted))
 
 
 def at(correct, name="routed", executions=9.0):

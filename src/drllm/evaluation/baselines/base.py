@@ -1,4 +1,4 @@
-"""The base class of baselines, the data that they may be fitted on, and their registry.
+"""The base class of baselines, and their registry.
 
 To add a baseline, write a module in this package with a class under `@register`, and a test
 (docs/add-a-baseline.md). The modules import torch inside functions only, so that the command line
@@ -9,19 +9,24 @@ Axes: Q questions, L layers, N calibration prompts.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from drllm.config import EvaluateConfig
 from drllm.config.fields import to_flag
 from drllm.cost import mean_executions
 from drllm.errors import ConfigError, unknown_name
-from drllm.paths import Decisions, StaticPath, to_path
-from drllm.records.supervision import SupervisionRecord
+from drllm.evaluation.baselines.material import (
+    Material,
+    Measure,
+    Remember,
+    make_measure,
+    measure_all,
+)
+from drllm.paths import StaticPath
 from drllm.registry import Registry
 
 if TYPE_CHECKING:
@@ -30,8 +35,6 @@ if TYPE_CHECKING:
 
     from drllm.models.routing.policies import Policy
     from drllm.models.routing.routed_model import RoutedModel
-    from drllm.models.scoring.score import Request
-    from drllm.tuning.path_scorer import Item
 
 NOTHING = "nothing"
 ROUTES = "nothing but the routed model's own routes on these questions"
@@ -41,107 +44,29 @@ TARGETS = "the routers' own targets"
 """Values of `Baseline.fitted_on`, as tables and reports print them."""
 QUESTIONS = (CALIBRATION, CHOICE)
 """The values of `fitted_on` for which the evaluation reads further questions to fit on."""
-STATE_CACHE_GB = 1.0  # for states that candidates share while they are measured
-
-Measure: TypeAlias = Callable[[Sequence[Decisions]], list[float]]
-"""Returns the value of each candidate. A candidate is the decisions of a plan that a baseline may
-choose. A larger value is better."""
 
 
-def _measure_all(_name: str, candidates: Sequence[Decisions], measure: Measure) -> list[float]:
-    """Measure all candidates and store nothing. This is the default of `Material.remember`."""
-    return measure(candidates)
+class PolicyMaker(ABC):
+    """Makes a policy that needs the model. Unlike the policy, it can be pickled and compared."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class Material:
-    """The data of one task that baselines may be fitted on, never the questions that are reported.
-
-    Attributes:
-        routed: The routed model.
-        prompts: The token ids of each calibration prompt of the task, `[N]`.
-        questions: The same prompts with their options; empty for a task without options.
-        golds: The number of the right option of each question.
-        supervision: The routers' targets; empty if the evaluation has none.
-        name: The task's name.
-        remember: A function that takes a measure's name, candidates and the measure, and returns
-            the candidates' values. An evaluation stores the values and measures new candidates
-            only, since measuring is the slowest part of fitting. The default stores nothing.
-    """
-
-    routed: RoutedModel
-    prompts: Sequence[Sequence[int]] = ()
-    questions: Sequence[Request] = ()
-    golds: Sequence[int] = ()
-    supervision: Sequence[SupervisionRecord] = ()
-    name: str = ""
-    remember: Callable[[str, Sequence[Decisions], Measure], list[float]] = _measure_all
-
-    def measure(self, kind: str) -> Measure:
-        """Return a function that measures candidates in nats, and remembers their values.
-
-        Args:
-            kind: `loss` measures the mean log-probability of the calibration prompts' tokens,
-                without the first token of each prompt. `answers` measures the mean log-probability
-                of the gold option among a question's options.
-
-        Raises:
-            ModelError: The returned function raises this if the value of the full path isn't
-                finite. If the value of another candidate isn't finite, it counts as the worst.
-
-        Source: SLEB (arXiv 2402.09025) chooses by perplexity; TALE (arXiv 2510.22767), by
-            log-probability (D-18).
-        """
-        mean_logprobs = self._mean_token_logprobs
-        if kind == "answers":
-            mean_logprobs = self._mean_answer_logprobs
-        return lambda candidates: self.remember(f"{self.name} by {kind}", candidates, mean_logprobs)
-
-    def _mean_token_logprobs(self, candidates: Sequence[Decisions]) -> list[float]:
-        from drllm.models.scoring.score import Request
-        from drllm.tuning.objectives import LOSS
-        from drllm.tuning.path_scorer import Item
-
-        texts = [Request(ids[:1], [ids[1:]]) for ids in self.prompts if len(ids) > 1]
-        num_tokens = [len(text.continuations[0]) for text in texts]
-        return self._mean_scores(candidates, [Item(text) for text in texts], LOSS, num_tokens)
-
-    def _mean_answer_logprobs(self, candidates: Sequence[Decisions]) -> list[float]:
-        from drllm.tuning.objectives import GOLD
-        from drllm.tuning.path_scorer import Item
-
-        questions = zip(self.questions, self.golds, strict=True)
-        items = [Item(request, gold) for request, gold in questions]
-        return self._mean_scores(candidates, items, GOLD, [1] * len(items))
-
-    def _mean_scores(
-        self,
-        candidates: Sequence[Decisions],
-        items: Sequence[Item],
-        objective: str,
-        weights: Sequence[int],
-    ) -> list[float]:
-        """Return the value of each candidate: the weighted mean of its scores on the items."""
-        import numpy as np
-
-        from drllm.tuning.path_scorer import score_paths
-
-        paths = [StaticPath(to_path(decisions)) for decisions in candidates]
-        scores = score_paths(self.routed, items, paths, objective, STATE_CACHE_GB)
-        means: list[float] = np.average(scores.objective, axis=1, weights=weights).tolist()
-        return means
+    @abstractmethod
+    def make_policy(self, routed: RoutedModel) -> Policy:
+        """Return the policy for the model in this process."""
 
 
 @dataclass(frozen=True, slots=True)
 class BaselineRun:
     """How a baseline decides on a task's questions; a baseline with random draws has several runs.
 
+    It can be pickled, since the questions may be answered in other processes.
+
     Attributes:
-        decides: Decisions for each question `[Q, L]`, a policy, or one path for all questions.
+        decides: Decisions for each question `[Q, L]`, a policy, what makes a policy of the model,
+            or one path for all questions.
         note: Further information for the reader of the results, as part of a sentence.
     """
 
-    decides: Tensor | Policy | StaticPath
+    decides: Tensor | Policy | PolicyMaker | StaticPath
     note: str = ""
 
 
@@ -149,8 +74,11 @@ class Baseline(ABC):
     """A baseline of a routed model on one task; it is fitted on first use.
 
     Args:
-        routed: The routed model.
-        read_material: Returns the data to fit on; called once, when the data is first needed.
+        routed: The model. Its weights may be in other processes if only `find_obstacle` is called.
+        material: The data to fit on.
+        remember: Takes a measure's name, candidates and the measure, and returns the candidates'
+            values. An evaluation keeps the values and measures new candidates only, since measuring
+            is the slowest part of fitting. The default keeps nothing.
 
     Attributes:
         name: The name, with spaces between words.
@@ -175,15 +103,28 @@ class Baseline(ABC):
     is_drawn: ClassVar[bool] = False
     reads_question: ClassVar[bool] = False
 
-    def __init__(self, routed: RoutedModel, read_material: Callable[[], Material]) -> None:
+    def __init__(
+        self, routed: RoutedModel, material: Material, remember: Remember = measure_all
+    ) -> None:
         self.routed = routed
         self.num_layers = routed.num_layers
-        self._read_material = read_material
+        self.material = material
+        self._remember = remember
 
-    @functools.cached_property
-    def material(self) -> Material:
-        """The data to fit on, read on first use."""
-        return self._read_material()
+    @classmethod
+    def needs_material(cls) -> bool:
+        """Tell whether the calibration prompts and questions of the material are read."""
+        if cls.required_data is not None:
+            return True
+        return cls.fitted_on not in (NOTHING, ROUTES, TARGETS)
+
+    def measure(self, kind: str) -> Measure:
+        """Return a function that measures candidates, and remembers their values.
+
+        Args:
+            kind: What it measures, `loss` or `answers`; see `make_measure`.
+        """
+        return make_measure(self.routed, self.material, kind, self._remember)
 
     def find_obstacle(self, executions: float) -> str | None:
         """Return the reason why the baseline can't run at these mean executions; None if it can."""

@@ -6,6 +6,7 @@ Axes: N prompts, B rows, T tokens, D hidden, L layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from drllm.evaluation.baselines.base import (
     CALIBRATION,
     Baseline,
     BaselineRun,
+    PolicyMaker,
     average_executions,
     register,
 )
@@ -55,7 +57,20 @@ class ConfidenceExit(Baseline):
         executions = min(average_executions(routes), float(self.num_layers))
         threshold = find_threshold(self.confidences, executions).value
         note = f"exits above a confidence of {threshold:.4f}"
-        return BaselineRun(ExitPolicy(self.lens, threshold), note)
+        return BaselineRun(ConfidenceThreshold(threshold), note)
+
+
+@dataclass(frozen=True)
+class ConfidenceThreshold(PolicyMaker):
+    """Makes an `ExitPolicy` with this threshold."""
+
+    threshold: float
+
+    def make_policy(self, routed: RoutedModel) -> Policy:
+        """Return the policy, which reads the model's norm and head."""
+        from drllm.models.scoring.logit_lens import LogitLens
+
+        return ExitPolicy(LogitLens(routed), self.threshold)
 
 
 class ExitPolicy(Policy):

@@ -11,6 +11,7 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from drllm.evaluation.baselines import base
+from drllm.evaluation.baselines.material import Measure
 from drllm.models.routing.policies import Policy, PromptView
 from drllm.paths import Decisions, num_executions
 
@@ -123,13 +124,13 @@ class BlockInfluence(LayerDropping):
 class _GreedyDropping(LayerDropping):
     """Drops layers one by one; each step drops the layer whose absence gives the best value."""
 
-    measure_name: ClassVar[str]  # what gives the value: the argument of `Material.measure`
+    measure_name: ClassVar[str]  # what gives the value: the argument of `measure`
 
     _order: Sequence[int] = ()  # the layers that are dropped first, as far as they were computed
 
     def choose_layers(self, number: int) -> Sequence[int]:
         """Return the layers that are dropped first, and compute more of them if necessary."""
-        measure = self.material.measure(self.measure_name)
+        measure = self.measure(self.measure_name)
         self._order = drop_greedily(measure, self.num_layers, number, self._order)
         return self._order[:number]
 
@@ -256,7 +257,7 @@ def order_by_influence(influence: Sequence[float]) -> list[int]:
 
 
 def drop_greedily(
-    measure: base.Measure,
+    measure: Measure,
     num_layers: int,
     number: int,
     start: Sequence[int] = (),

@@ -80,10 +80,8 @@ class LabelFrequency(base.Baseline):
 
     def make_run(self, routes: Tensor, generator: torch.Generator) -> base.BaselineRun:
         """Return decisions that are drawn for each question and layer independently."""
-        routers = self.routed.routers
-        assert routers is not None
         executions = base.average_executions(routes)
-        frequencies = tilt_frequencies(routers.config.label_counts, executions)
+        frequencies = tilt_frequencies(self.material.label_counts, executions)
         expected = expected_executions(frequencies)
         note = ""
         if abs(expected - executions) > TOLERANCE:

@@ -72,7 +72,8 @@ class RoutedLM(HFLM):  # type: ignore[misc]
 
     Args:
         pretrained: A base model (alias, hub id or folder), or a folder of routers, which names its
-            base model. From Python also a `BaseModel`.
+            base model. From Python also a `BaseModel`; or a `RoutedModel` without routers, whose
+            weights may be in other processes if nothing is run.
         routers: The routers of a base model: a folder or a hub id; from Python also a
             `RouterStack`.
         base: The base model of a folder of routers, if its config names none.
@@ -103,7 +104,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
 
     def __init__(
         self,
-        pretrained: str | BaseModel,
+        pretrained: str | BaseModel | RoutedModel,
         *,
         routers: str | RouterStack | None = None,
         base: str | None = None,
@@ -118,6 +119,10 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         parameters = [*signature(RoutedLM).parameters][:-1]  # without `arguments`
         refuse_unknown_arguments(arguments, parameters)
         batch_size = check_batch_size(batch_size)
+        routed: RoutedModel | None = None
+        if isinstance(pretrained, RoutedModel):
+            routed = pretrained
+            pretrained = _describe_base(routed)
         depth = read_depth(arguments)
         loading = select_arguments(arguments, LOADING_ARGUMENTS)
         source = resolve_source(pretrained, routers, base)
@@ -139,7 +144,9 @@ class RoutedLM(HFLM):  # type: ignore[misc]
             trust_remote_code=loading.get("trust_remote_code", False),
             **select_arguments(arguments, HFLM_ARGUMENTS),
         )
-        self.routed = RoutedModel(self.base.model, source.routers, tokenizer=self.base.tokenizer)
+        if routed is None:
+            routed = RoutedModel(self.base.model, source.routers, tokenizer=self.base.tokenizer)
+        self.routed = routed
         self.routers_source: str | None = None
         if source.routers is not None:
             self.routers_source = str(routers or pretrained)
@@ -347,6 +354,12 @@ def _join_processes(device: str | None) -> Accelerator | None:
         cpu=device == "cpu" or not torch.cuda.is_available(),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
+
+
+def _describe_base(routed: RoutedModel) -> BaseModel:
+    """Return the base model under a routed model."""
+    name = str(getattr(routed.model, "name_or_path", "") or "in memory")
+    return BaseModel(routed.model, routed.tokenizer, name)
 
 
 def _load_base(source: ModelSource, device: str | None, loading: Mapping[str, Any]) -> BaseModel:

@@ -250,13 +250,20 @@ def _find_problem(name: str, tensor: Tensor, shape: list[int]) -> str | None:
     return None
 
 
-def check_routers(model: Any, routers: RouterStack) -> None:
+def check_routers(
+    model: Any, routers: RouterStack, identity: Mapping[str, Any] | None = None
+) -> None:
     """Refuse routers that were made for another model; the message lists every difference.
 
     PEFT adapters and devices don't matter. If only the base model's id differs, a warning says so.
+
+    Args:
+        model: The model.
+        routers: The routers.
+        identity: What `describe` returns for the model, if its weights are in other processes.
     """
     config = routers.config
-    differences = _compare_base(config, describe(model))
+    differences = _compare_base(config, identity or describe(model))
     if differences:
         expected = config.base_model or "another model"
         raise CheckpointError(

@@ -7,7 +7,8 @@ their product is added to the map's weight.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +85,39 @@ def install_path(injection: Injection, path_file: PathFile) -> StaticPath:
     path = path_file.path_for({"id": name, **describe(injection.model)})
     record = path_file.record
     if isinstance(record, HealedPath) and record.adapter not in injection.lora.names:
-        adapter_file = path_file.file.with_name(ADAPTER_FILE)
-        weights = _read_weights(injection, adapter_file, record)
-        injection.add_adapter(record.adapter, weights)
+        read_adapter(injection.model, path_file.file, record).add_to(injection)
     return path
+
+
+@dataclass(frozen=True)
+class HealedAdapter:
+    """The adapter of a healed path, as its file holds it. It can be pickled.
+
+    Attributes:
+        file: The file of the adapter.
+        record: The healed path.
+        weights: The weights in the file.
+    """
+
+    file: Path
+    record: HealedPath
+    weights: LoraWeights
+
+    def add_to(self, injection: Injection) -> None:
+        """Put the adapter into a model.
+
+        Raises:
+            RecordError: The adapter lacks a linear map that the path runs.
+            RoutingError: It is for other linear maps, or the model can't have an adapter.
+            ConfigError: PEFT isn't installed.
+        """
+        layers = self.weights.layers()
+        for name in injection.linear_maps:
+            if parse_layer(name) in layers and name not in self.weights.maps:
+                raise RecordError(
+                    f"{self.file} has no weights for {name}, which the path runs; heal again"
+                )
+        injection.add_adapter(self.record.adapter, self.weights)
 
 
 def _list_config_values(config: Any, record: HealedPath) -> dict[str, Any]:
@@ -101,34 +131,35 @@ def _list_config_values(config: Any, record: HealedPath) -> dict[str, Any]:
     return dict(sorted(values.items()))
 
 
-def _read_weights(injection: Injection, file: Path, record: HealedPath) -> LoraWeights:
-    """Read the adapter of a healed path, and check that it fits the path and the model."""
+def read_adapter(model: Any, path_file: Path, record: HealedPath) -> HealedAdapter:
+    """Read the adapter of a healed path, and check that it fits the path.
+
+    Args:
+        model: The model; its weights may be in other processes.
+        path_file: The healed path's `path.json`.
+        record: What the file holds.
+
+    Raises:
+        RecordError: The adapter is broken, or belongs to another path.
+    """
+    file = path_file.with_name(ADAPTER_FILE)
     try:
         tensors = load_file(file)
     except (SafetensorError, OSError) as error:
         raise RecordError(f"{file} can't be read: {error}") from error
-    matrices_by_map = _group_by_map(file, tensors, _peft_prefix(injection.model) + ".")
+    matrices_by_map = _group_by_map(file, tensors, _peft_prefix(model) + ".")
     maps: dict[str, tuple[Tensor, Tensor]] = {}
     for name, matrices in matrices_by_map.items():
         if matrices.keys() != {"A", "B"} or matrices["A"].shape[0] != record.rank:
             raise RecordError(f"{file}: {name} has no A and B of rank {record.rank}; heal again")
         maps[name] = (matrices["A"], matrices["B"])
-    _check_maps(file, maps, record, injection)
-    return LoraWeights(record.rank, record.alpha, maps)
-
-
-def _check_maps(
-    file: Path, maps: Collection[str], record: HealedPath, injection: Injection
-) -> None:
-    """Refuse an adapter that isn't for every linear map of exactly the record's layers."""
-    layers = sorted({parse_layer(name) for name in maps})
-    if layers != record.adapted_layers:
+    weights = LoraWeights(record.rank, record.alpha, maps)
+    if weights.layers() != record.adapted_layers:
         raise RecordError(
-            f"{file} is for the layers {layers}, the path runs {record.adapted_layers} with it"
+            f"{file} is for the layers {weights.layers()}, the path runs {record.adapted_layers} "
+            f"with it"
         )
-    for name in injection.linear_maps:
-        if parse_layer(name) in layers and name not in maps:
-            raise RecordError(f"{file} has no weights for {name}, which the path runs; heal again")
+    return HealedAdapter(file, record, weights)
 
 
 def _group_by_map(

@@ -47,10 +47,13 @@ class Workers:
     Attributes:
         base: The base model. With Ray its weights are in the workers alone; here are its config,
             its tokenizer and its layers without weights.
+        routed: The base model as a `RoutedModel` without routers. In this process it is the model
+            that functions get in `prepare`.
         executor: Runs blocks. Functions get a `RoutedModel` without routers in `prepare`.
     """
 
     base: BaseModel
+    routed: RoutedModel
     executor: Executor
 
 
@@ -79,7 +82,7 @@ def open_workers(
     with unrouted(model, tokenizer, listener) as base:
         routed = RoutedModel(base.model, tokenizer=base.tokenizer)
         try:
-            yield Workers(base, LocalExecutor(routed, base.identity, base.runtime))
+            yield Workers(base, routed, LocalExecutor(routed, base.identity, base.runtime))
         finally:
             routed.detach()
 
@@ -102,4 +105,5 @@ def _open_ray(model: Any, config: ExecutorConfig, listener: Listener) -> Iterato
         )
     with executor:
         base = load_without_weights(model, executor.identity, executor.runtime)
-        yield Workers(base, executor)
+        routed = RoutedModel(base.model, tokenizer=base.tokenizer)
+        yield Workers(base, routed, executor)

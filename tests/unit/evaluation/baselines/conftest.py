@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 import slow_way
-from drllm.evaluation.baselines.base import Material
+from drllm.evaluation.baselines.material import Material
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.score import Request
 from slow_way import gold_logprob_alone
@@ -40,10 +40,9 @@ def some_prompts():
 
 
 @pytest.fixture(scope="session")
-def material_of():
-    """A function that returns the questions, their prompts and gold options for a model."""
-    return lambda routed: Material(
-        routed=routed,
+def material():
+    """The questions, their prompts and gold options."""
+    return Material(
         prompts=[each.context for each in QUESTIONS],
         questions=QUESTIONS,
         golds=GOLDS,
@@ -51,15 +50,10 @@ def material_of():
     )
 
 
-@pytest.fixture(scope="module")
-def material(routed, material_of):
-    return material_of(routed)
-
-
 @pytest.fixture(scope="session")
 def without_a_model():
     """A function that makes a baseline that only knows the number of layers."""
-    return lambda kind, num_layers: kind(SimpleNamespace(num_layers=num_layers), lambda: None)
+    return lambda kind, num_layers: kind(SimpleNamespace(num_layers=num_layers), Material())
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from drllm.evaluation.baselines.layer_dropping import (
     mix_decisions,
     order_by_influence,
 )
+from drllm.evaluation.baselines.material import make_measure
 from drllm.models.routing.policies import FixedPolicy
 from drllm.models.routing.routed_model import RoutedModel
 
@@ -173,8 +174,11 @@ def brute_force(measure, num_layers):
     return order
 
 
-def test_the_order_equals_that_of_trying_one_path_at_a_time(material, slow_gold_logprob):
-    measure, order = material.measure("answers"), brute_force(slow_gold_logprob, SHALLOW)
+def test_the_order_equals_that_of_trying_one_path_at_a_time(routed, material, slow_gold_logprob):
+    measure, order = (
+        make_measure(routed, material, "answers"),
+        brute_force(slow_gold_logprob, SHALLOW),
+    )
     assert (
         drop_greedily(measure, SHALLOW, SHALLOW - 1)
         == drop_greedily(measure, SHALLOW, SHALLOW)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from drllm.errors import ModelError
-from drllm.evaluation.baselines.base import BASELINES, Material
+from drllm.evaluation.baselines.base import BASELINES
+from drllm.evaluation.baselines.material import Material, make_measure
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.score import Request
 from drllm.paths import to_path
@@ -27,8 +28,8 @@ def small_batches(monkeypatch):
     monkeypatch.setattr("drllm.models.scoring.score.BATCH_SIZE", 2)
 
 
-def test_the_gold_logprob_equals_that_of_each_option_alone(material, slow_gold_logprob):
-    found = material.measure("answers")(PLANS)
+def test_the_gold_logprob_equals_that_of_each_option_alone(routed, material, slow_gold_logprob):
+    found = make_measure(routed, material, "answers")(PLANS)
     assert found == pytest.approx([slow_gold_logprob(to_path(p)) for p in PLANS], abs=TOLERANCE)
     assert max(found) - min(found) > 100 * TOLERANCE
 
@@ -36,7 +37,7 @@ def test_the_gold_logprob_equals_that_of_each_option_alone(material, slow_gold_l
 def test_the_token_logprob_is_minus_the_loss_of_the_plain_model(routed, model):
     rng = random.Random(0)
     texts = [[rng.randrange(3, 101) for _ in range(length)] for length in (2, 9, 30, 1)]
-    found = Material(routed=routed, prompts=texts).measure("loss")(PLANS)
+    found = make_measure(routed, Material(prompts=texts), "loss")(PLANS)
     for plan, value in zip(PLANS, found, strict=True):
         plain = ListedModel(model, plan)
         logprobs = [each for text in texts[:3] for each in plain.each(text[:1], text[1:])]
@@ -48,7 +49,8 @@ def test_numbers_of_the_full_path_that_are_not_finite_are_refused(tiny_llama):
     model.model.layers[1].mlp.down_proj.weight.data.fill_(float("nan"))
     questions = [Request([5, 6], [[7], [8]])]
     routed = RoutedModel(model)
-    measure = Material(routed=routed, questions=questions, golds=[0]).measure("answers")
+    material = Material(questions=questions, golds=[0])
+    measure = make_measure(routed, material, "answers")
     assert measure([(1, 0, 1, 1)])[0] < 0
     with pytest.raises(ModelError, match="--dtype float32"):
         measure([(1, 1, 1, 1)])
@@ -64,12 +66,12 @@ def test_what_is_known_of_candidates_is_not_measured_again(material, routed, mon
         return known[key]
 
     def plans():
-        known_too = dataclasses.replace(material, name="arc", remember=remember)
+        named = dataclasses.replace(material, name="arc")
         routes = torch.tensor([[1, 1, 1, 0], [1, 0, 1, 0]])
         names = ("greedy by loss", "greedy by answers")
         rng = torch.Generator().manual_seed(0)
         return [
-            BASELINES.get(name)(routed, lambda: known_too).make_run(routes, rng) for name in names
+            BASELINES.get(name)(routed, named, remember).make_run(routes, rng) for name in names
         ]
 
     def measured_again(*_):

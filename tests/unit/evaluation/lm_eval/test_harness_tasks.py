@@ -15,7 +15,7 @@ from drllm.errors import TaskError
 from drllm.evaluation.lm_eval.model import RoutedLM
 from drllm.evaluation.lm_eval.task import draw_stock_task
 from drllm.evaluation.questions import select_tasks
-from drllm.evaluation.run import evaluate
+from drllm.evaluation.stage import evaluate
 from drllm.records.results import read_results
 from drllm.tasks.harness import LmEvalTask
 from harness_files import GENERATED, OPTIONS, ROWS, written_task

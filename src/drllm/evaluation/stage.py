@@ -1,0 +1,326 @@
+"""The stage `evaluate`: it runs systems on tasks, and writes `eval/TASK.json` and samples.
+
+`evaluate` reads the inputs (`inputs`), plans each task (`plan`), runs the systems (`run`), judges
+the outcomes (`judge`) and writes the records. The results of systems are kept in `partial/`. If the
+same evaluation is started again, it reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from drllm.config import EvaluateConfig
+from drllm.config.fields import replace_settings
+from drllm.errors import ArchitectureError
+from drllm.evaluation.flops import ModelShape
+from drllm.evaluation.inputs import (
+    EvaluationInputs,
+    Paths,
+    Routers,
+    check_seeds,
+    load_inputs,
+    note_other_prompts,
+    read_request,
+)
+from drllm.evaluation.latency import count_timed_tokens, write_latency
+from drllm.evaluation.questions import check_output, needs_fitting
+from drllm.models.routers.files import WEIGHTS_FILE
+from drllm.models.routing.policies import RouterPolicy
+from drllm.models.routing.routed_model import unrouted
+from drllm.models.routing.workers import Workers, open_workers
+from drllm.records.codec import sha256, write_json
+from drllm.records.manifest import new_manifest, write_records
+from drllm.records.places import only_writer, stage_folder
+from drllm.records.results import (
+    SAMPLES_FILE,
+    Evaluation,
+    Results,
+    Sample,
+    list_possible_results,
+    read_evaluation,
+)
+from drllm.records.static_paths import steps_to_write
+from drllm.tasks.base import Task
+from drllm.tasks.registry import TASKS
+from drllm.work.listener import Listener
+from drllm.work.store import ResultStore, refuse_other_run
+
+if TYPE_CHECKING:
+    from drllm.evaluation.lm_eval.model import RoutedLM
+    from drllm.evaluation.rendering import TaskRenderer
+
+PARTIAL_FOLDER = "partial"
+
+
+def evaluate(
+    model: Any,
+    tasks: Task | str | Sequence[Task | str] | None = None,
+    config: EvaluateConfig | None = None,
+    output_dir: Path | str | None = None,
+    *,
+    routers: Routers | Sequence[Routers] = (),
+    paths: Paths | None = None,
+    tokenizer: Any = None,
+    listener: Listener | None = None,
+    **settings: Any,
+) -> Results:
+    """Evaluate base, routed model, baselines and static paths on tasks.
+
+    `tasks` and `paths` are settings too, for the command line. An argument replaces the setting.
+
+    Args:
+        model: A `RoutedModel`, whose own routers are evaluated. Or the base model (a name, a
+            `ModelConfig`, the result of `load`, or a model of transformers) with `routers`, `paths`
+            or both. With Ray a name or a `ModelConfig`.
+        tasks: Tasks, names of tasks, or files of questions; None takes the config's tasks.
+        config: The settings; None takes the defaults.
+        output_dir: Folder for `TASK.json` of each task, `samples.jsonl` and `latency.json`. An
+            interrupted evaluation in this folder is resumed. None keeps no files.
+        routers: Routers, or their folders. Several routers must come from the same training with
+            different seeds. Baselines are compared with the first seed's routers. The other routers
+            show how much the results of seeds differ. They run at every depth too, each with its
+            own permuted routes if this baseline runs.
+        paths: Static paths by name, or files as for `--paths`; None takes the config's paths.
+            Without routers, paths are compared with base alone.
+        tokenizer: The model's tokenizer; None loads it by the model's name.
+        listener: Receives the progress; None shows nothing.
+        settings: Settings of `EvaluateConfig` by name, which replace the config's settings.
+
+    Returns:
+        The results in the order of the tasks. The files are written when all tasks are done, since
+        p-values are corrected for the number of tasks.
+
+    Raises:
+        ConfigError: There are neither routers nor paths, a setting makes no sense, a baseline lacks
+            the data that it is fitted on, or `output_dir` holds another evaluation.
+        PathError: The model can't run a path, or a path has the name of another system.
+        TaskError: A task is unknown, or has no questions in the split.
+        CheckpointError: The routers belong to another model.
+        RecordError: `output_dir` has other files that would be read as results.
+
+    Source: the comparison is ours (docs/differences.md, D-18).
+    """
+    listener = listener or Listener()
+    config = replace_settings(EvaluateConfig, config, settings)
+    request = read_request(model, tasks, config, routers, paths)
+    with ExitStack() as stack:
+        output = stage_folder(output_dir, stack)
+        check_output(output)
+        workers = stack.enter_context(open_workers(model, tokenizer, request.config, listener))
+        inputs = load_inputs(request, workers, output)
+        if inputs.routers.first is not None:
+            note_other_prompts(inputs.routers.first, request.config, listener)
+        header = _make_header(inputs, workers)
+        _refuse_other_results(output, header, request.config)
+        check_seeds(inputs.routers, workers)
+        results = _plan_run_judge(inputs, workers, header, output, listener)
+    if output_dir is not None:
+        results.folder = output
+    return results
+
+
+def _plan_run_judge(
+    inputs: EvaluationInputs,
+    workers: Workers,
+    header: Mapping[str, Any],
+    output: Path,
+    listener: Listener,
+) -> Results:
+    """Plan the tasks, run the systems, measure time, judge the outcomes, and write the records."""
+    # Imported here because they load the harness, which an installation without `eval` lacks.
+    from drllm.evaluation.answers import ModelSettings
+    from drllm.evaluation.judge import build_samples, judge_runs
+    from drllm.evaluation.plan import Planner
+    from drllm.evaluation.progress import EvaluationProgress
+    from drllm.evaluation.run import run_task
+    from drllm.evaluation.systems import Runner
+
+    config = inputs.request.config
+    for name, weights in inputs.request.adapters.items():  # the model had them
+        workers.routed.injection.add_adapter(name, weights)
+    lm = _make_harness_model(inputs, workers)
+    store = ResultStore(
+        output / PARTIAL_FOLDER, _make_identity(inputs, workers), stage="evaluation"
+    )
+    with only_writer(output, "evaluation", "--output-dir"):
+        store.open()
+        planner = Planner(
+            config=config,
+            lm=lm,
+            renderer=_make_renderer(inputs, lm, store),
+            routers=inputs.routers.stacks,
+            paths=inputs.paths,
+        )
+        with listener.busy("reading the questions"):
+            plans = planner.plan_tasks(inputs.request.tasks)
+        num_timed_tokens = 0
+        if inputs.routers.stacks:
+            num_timed_tokens = count_timed_tokens(config)
+        total = num_timed_tokens + sum(plan.cost for plan in plans)
+        routers = {str(folder): stack for folder, stack in inputs.routers.stacks.items()}
+        with listener.progress("evaluating", "") as on_progress:
+            runner = Runner(
+                executor=workers.executor,
+                settings=ModelSettings(config.batch_size, routers, inputs.adapters),
+                store=store,
+                progress=EvaluationProgress(total, on_progress),
+                lm=lm,
+                config=config,
+            )
+            shape = _read_shape(inputs, workers)
+            runs = [run_task(plan, runner, shape) for plan in plans]
+            prompts = [tokens for plan in plans for tokens in plan.questions.rendered.prompt_tokens]
+            runner.progress.start("measuring time")
+            _measure_latency(inputs, workers, prompts, output)
+            runner.progress.finish("measuring time", num_timed_tokens)
+        evaluations = judge_runs(runs, header, config)
+        samples = [sample for task_runs in runs for sample in build_samples(task_runs)]
+        _write_results(evaluations, samples, header, output)
+        store.remove()
+    return Results(evaluations)
+
+
+def _make_header(inputs: EvaluationInputs, workers: Workers) -> dict[str, Any]:
+    """Return the fields that the records of all tasks share."""
+    routers = inputs.routers
+    first_folder = None
+    if routers.first_folder is not None:
+        first_folder = str(routers.first_folder)
+    other_seeds = {}
+    for folder, file_hash in routers.hashes.items():
+        if folder != routers.first_folder:
+            other_seeds[str(folder)] = file_hash
+    manifest = new_manifest(
+        "evaluation",
+        model=workers.base.identity,
+        config=inputs.request.config.to_dict(),
+        inputs=[folder / WEIGHTS_FILE for folder in routers.stacks],
+    )
+    return {
+        **manifest,
+        "runtime": workers.base.runtime,
+        "routers": first_folder,
+        "routers_sha256": routers.first_hash,
+        "paths": {name: steps_to_write(path) for name, path in inputs.paths.items()},
+        "other_seeds": other_seeds,
+    }
+
+
+def _refuse_other_results(output: Path, header: Mapping[str, Any], config: EvaluateConfig) -> None:
+    """Raise ConfigError if the folder has the results of another evaluation."""
+    for file in list_possible_results(output):
+        refuse_other_run(
+            f"the evaluation in {file}",
+            _read_identity(msgspec.structs.asdict(read_evaluation(file)), config),
+            _read_identity(header, config),
+            "choose another --output-dir, or delete the old results",
+        )
+
+
+def _read_identity(header: Mapping[str, Any], config: EvaluateConfig) -> dict[str, Any]:
+    """Return the fields of a header that are equal if two evaluations are the same.
+
+    Settings that no result depends on are left out.
+    """
+    incidental = config.to_dict().keys() - config.decisive().keys()
+    settings = {key: value for key, value in header["config"].items() if key not in incidental}
+    identity: dict[str, Any] = {"config": settings}
+    for name in ("routers_sha256", "paths", "other_seeds", "model", "runtime"):
+        identity[name] = header[name]
+    return identity
+
+
+def _make_identity(inputs: EvaluationInputs, workers: Workers) -> dict[str, object]:
+    """Return the values that must be equal to resume an interrupted evaluation."""
+    config = inputs.request.config
+    files = [folder / WEIGHTS_FILE for folder in inputs.routers.stacks]
+    if config.supervision is not None:
+        files.append(Path(config.supervision))
+    return {
+        "config": config.decisive(),
+        "tasks": [task.name for task in inputs.request.tasks],
+        "paths": dict(inputs.paths),
+        "files": {f"{path}_sha256": sha256(path) for path in files},
+        "model": workers.base.identity,
+        "runtime": workers.base.runtime,
+    }
+
+
+def _make_harness_model(inputs: EvaluationInputs, workers: Workers) -> RoutedLM:
+    """Return the model with the interface of the harness, to render tasks in this process.
+
+    It has the policy of the first seed's routers, since the harness' requests must have a prompt if
+    the policy reads it.
+    """
+    from drllm.evaluation.lm_eval.model import RoutedLM
+
+    lm = RoutedLM(workers.routed, batch_size=inputs.request.config.batch_size)
+    if inputs.routers.first is not None:
+        lm.policy = RouterPolicy(inputs.routers.first)
+    return lm
+
+
+def _make_renderer(inputs: EvaluationInputs, lm: RoutedLM, store: ResultStore) -> TaskRenderer:
+    """Return what renders the tasks of this evaluation."""
+    from drllm.evaluation.rendering import TaskRenderer
+
+    return TaskRenderer(
+        lm=lm,
+        config=inputs.request.config,
+        store=store,
+        may_know_questions=_may_know_questions(inputs),
+    )
+
+
+def _may_know_questions(inputs: EvaluationInputs) -> bool:
+    """Tell whether something may be trained, tuned or fitted on questions of a harness task.
+
+    This is excluded if only drllm's own tasks were used. A task of the user may have the same
+    questions under another name.
+    """
+    config = inputs.request.config
+    if config.supervision is not None or needs_fitting(config):
+        return True
+    tasks = set(inputs.tuned_on)
+    for routers in inputs.routers.stacks.values():
+        tasks.update(routers.config.training.get("tasks", ()))
+    return not tasks <= {*TASKS}
+
+
+def _read_shape(inputs: EvaluationInputs, workers: Workers) -> ModelShape | str:
+    """Return the model's shape, or the reason why its cost can't be derived."""
+    adapters = dict(inputs.request.adapters)
+    for adapter in inputs.adapters:
+        adapters[adapter.record.adapter] = adapter.weights
+    try:
+        return ModelShape.from_model(workers.base.model, adapters)
+    except ArchitectureError as error:
+        return str(error)
+
+
+def _measure_latency(
+    inputs: EvaluationInputs, workers: Workers, prompts: Sequence[Sequence[int]], output: Path
+) -> None:
+    """Measure the first seed's routers and write `latency.json`, if the settings say so."""
+    config = inputs.request.config
+    routers = inputs.routers
+    with unrouted(workers.base) as base:  # time is measured on copies, which are routed anew
+        write_latency(base, routers.first_folder, routers.first, prompts, config, output)
+
+
+def _write_results(
+    evaluations: Sequence[Evaluation],
+    samples: Sequence[Sample],
+    header: Mapping[str, Any],
+    output: Path,
+) -> None:
+    """Write the records of all tasks, and the samples."""
+    for evaluation in evaluations:
+        write_json(output / f"{evaluation.task}.json", evaluation)
+    manifest = new_manifest("samples", model=header["model"], config=header["config"])
+    write_records(output / SAMPLES_FILE, samples, manifest)
