@@ -15,16 +15,14 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor
 
 from drllm.errors import TaskError
 from drllm.models.base.batching import MemoryBatcher, PathSize
 from drllm.models.base.layers import can_pack
-from drllm.models.routing.policies import FixedPolicy, Policy, find_shared_plan
+from drllm.models.routing.policies import FixedPolicy, Policy
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.models.scoring.choices import ChoiceBatch
-from drllm.models.scoring.score import Outcome, Request
+from drllm.models.scoring.score import Outcome, Request, Scorer
 from drllm.paths import Decisions, StaticPath
 
 OptionScore: TypeAlias = tuple[float, bool]
@@ -98,13 +96,13 @@ class RequestBatch:
         self.keys.append(key)
         self.questions.append(Request(prompt, continuations, num_unscored))
 
-    def answers(self, scores: Mapping[int, Outcome]) -> list[OptionScore]:
+    def answers(self, outcomes: Mapping[int, Outcome]) -> list[OptionScore]:
         """Return the answer to each request.
 
-        `scores` has the score of each question by its place in `questions`.
+        `outcomes` has the outcome of each question by its place in `questions`.
         """
         return [
-            (scores[place].logprobs[number], scores[place].greedy[number])
+            (outcomes[place].logprobs[number], outcomes[place].greedy[number])
             for place, number in self.places
         ]
 
@@ -268,17 +266,18 @@ class RequestScorer:
         if isinstance(decides, StaticPath):
             return self.score_plans(requests, [decides])[0], {}
         request_batch = batch_requests(requests, self.max_length, by_prompt=by_prompt)
-        scores: dict[int, Outcome] = {}
+        outcomes: dict[int, Outcome] = {}
         routes: dict[Hashable, Decisions] = {}
-        for places, batch in self._batches(request_batch.questions):
+        for places, scorer in self._batches(request_batch.questions):
             keys = [request_batch.keys[place] for place in places]
-            batch_scores, batch_routes = self._score_batch(batch, self._make_policy(decides, keys))
+            policy = self._make_policy(decides, keys)
+            batch_outcomes, batch_routes = scorer.score_under_policy(policy)
             self.counts.add(batch_routes)
-            scores.update(zip(places, batch_scores, strict=True))
+            outcomes.update(zip(places, batch_outcomes, strict=True))
             for key, route in zip(keys, batch_routes.tolist(), strict=True):
                 routes[key] = tuple(route)
-            on_progress(sum(len(request.continuations) for request in batch.requests))
-        return request_batch.answers(scores), routes
+            on_progress(sum(len(request.continuations) for request in scorer.requests))
+        return request_batch.answers(outcomes), routes
 
     def score_plans(
         self, requests: Sequence[HarnessRequest], plans: Sequence[Paths | StaticPath]
@@ -288,20 +287,20 @@ class RequestScorer:
         Layers that several plans begin with run once.
         """
         request_batch = batch_requests(requests, self.max_length, by_prompt=True)
-        scores: list[dict[int, Outcome]] = [{} for _ in plans]  # by plan, then by place
-        for places, batch in self._batches(request_batch.questions):
+        outcomes: list[dict[int, Outcome]] = [{} for _ in plans]  # by plan, then by place
+        for places, scorer in self._batches(request_batch.questions):
             keys = [request_batch.keys[place] for place in places]
             pairs: list[tuple[int, Decisions | StaticPath]] = []
             for plan in plans:
                 for row, key in enumerate(keys):
                     path = plan[key] if isinstance(plan, Mapping) else plan
                     pairs.append((row, path))
-            batch_scores = iter(batch.scores(pairs, greedy=True))
-            for plan_scores in scores:
-                next_scores = itertools.islice(batch_scores, len(places))
-                plan_scores.update(zip(places, next_scores, strict=True))
-            batch.forget()
-        return [request_batch.answers(plan_scores) for plan_scores in scores]
+            batch_outcomes = iter(scorer.score(pairs, greedy=True))
+            for plan_outcomes in outcomes:
+                next_outcomes = itertools.islice(batch_outcomes, len(places))
+                plan_outcomes.update(zip(places, next_outcomes, strict=True))
+            scorer.forget()
+        return [request_batch.answers(plan_outcomes) for plan_outcomes in outcomes]
 
     def _make_policy(self, decides: Policy | Plan, keys: Sequence[Hashable]) -> Policy:
         """Return the policy for a pass with the questions of these keys."""
@@ -309,22 +308,10 @@ class RequestScorer:
             return FixedPolicy([decides[key] for key in keys], self.routed.num_layers)
         return decides
 
-    def _score_batch(self, batch: ChoiceBatch, policy: Policy) -> tuple[list[Outcome], Tensor]:
-        """Score a batch's questions under a policy; return their routes `[P, L]` too.
+    def _batches(self, questions: Sequence[Request]) -> Iterator[tuple[list[int], Scorer]]:
+        """Yield the questions of each pass: their places, and their scorer.
 
-        If the policy has one plan for all questions, the plan is run as a path, so that the
-        prompts' common beginning is read once.
-        """
-        plan = find_shared_plan(policy, self.routed.num_layers)
-        if not isinstance(plan, tuple) or not batch.shares_beginning:
-            return batch.routed_scores(policy)
-        pairs = [(place, plan) for place in range(len(batch.requests))]
-        return batch.scores(pairs, greedy=True), torch.tensor([plan] * len(pairs))
-
-    def _batches(self, questions: Sequence[Request]) -> Iterator[tuple[list[int], ChoiceBatch]]:
-        """Yield the questions of each pass, as places and as a batch, the longest questions first.
-
-        The places are those in `questions`.
+        The places are those in `questions`. The longest questions come first.
         """
         lengths = [question.length for question in questions]
         num_rows = self._count_rows(questions)
@@ -341,7 +328,7 @@ class RequestScorer:
             places = order[:num_questions]
             order = order[num_questions:]
             batch = [questions[place] for place in places]
-            yield places, ChoiceBatch(self.routed, batch, STATE_CACHE_GB)
+            yield places, Scorer(self.routed, batch, STATE_CACHE_GB)
 
     def _count_rows(self, questions: Sequence[Request]) -> list[int]:
         """Return how many rows of a pass each question takes."""
