@@ -15,6 +15,7 @@ from drllm.config import EvaluateConfig
 from drllm.cost import decode_executions, mean_executions, path_executions
 from drllm.evaluation.answers import Answers, BatchResult
 from drllm.evaluation.flops import ModelShape
+from drllm.evaluation.lm_eval.grading import choose_answer, compute_gold_logprob, grade_answers
 from drllm.evaluation.lm_eval.task import RenderedTask
 from drllm.paths import Decisions, StaticPath
 from drllm.statistics.intervals import accuracy_interval
@@ -58,25 +59,27 @@ class SystemRun(Outcomes, kw_only=True):
         return f"{self.name}, {self.setting}"
 
 
-def add_grades(run: SystemRun, task: RenderedTask, answers: Sequence[Answers]) -> None:
+def add_grades(run: SystemRun, rendered: RenderedTask, answers: Sequence[Answers]) -> None:
     """Let the harness grade a system's answers, and set the scores and the answers.
 
     Args:
         run: The system, whose fields are set.
-        task: The questions.
+        rendered: The questions.
         answers: For each draw the answers to all questions.
     """
-    grades_by_draw = [task.grade(draw) for draw in answers]
+    grades_by_draw = [grade_answers(rendered, draw) for draw in answers]
     for metric in grades_by_draw[0][0]:
         scores = [[grades[metric] for grades in draw] for draw in grades_by_draw]
         run.metrics[metric] = mean_over_draws(scores)
-    run.correct = run.metrics[task.task.metric]
+    run.correct = run.metrics[rendered.task.metric]
     for place, question_answers in enumerate(answers[0]):
-        run.answers.append(task.answer(place, question_answers))
-    if task.has_options:
+        run.answers.append(choose_answer(rendered, place, question_answers))
+    if rendered.has_options:
         logprobs_by_draw = []
         for draw in answers:
-            logprobs = [task.gold_logprob(place, scores) for place, scores in enumerate(draw)]
+            logprobs = []
+            for place, question_answers in enumerate(draw):
+                logprobs.append(compute_gold_logprob(rendered, place, question_answers))
             logprobs_by_draw.append(logprobs)
         run.gold_logprob = mean_over_draws(logprobs_by_draw)
 

@@ -1,4 +1,4 @@
-"""Let lm-evaluation-harness ("the harness") render the questions of a task and grade the answers.
+"""Let lm-evaluation-harness ("the harness") render the questions of a task.
 
 The task is one of drllm's tasks, as task objects (see `objects`), or one of the harness' own.
 """
@@ -9,7 +9,6 @@ import hashlib
 import io
 import itertools
 import json
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
 from typing import Any, TypeAlias
@@ -19,10 +18,9 @@ from lm_eval.api.instance import Instance
 from drllm.errors import TaskError
 from drllm.evaluation.lm_eval.leaves import HarnessTask
 from drllm.evaluation.lm_eval.model import RoutedLM
-from drllm.evaluation.lm_eval.scoring import HarnessRequest, OptionScore
+from drllm.evaluation.lm_eval.scoring import HarnessRequest
 from drllm.tasks.examples import choose
 from drllm.tasks.harness import FEWSHOT_SEED, LmEvalTask, find_gold_indices
-from drllm.tuning.path_scorer import log_share
 from drllm.work.listener import quiet
 
 Key: TypeAlias = tuple[str, int]
@@ -30,7 +28,7 @@ Key: TypeAlias = tuple[str, int]
 
 
 class RenderedTask:
-    """The questions of one task, as the harness renders and grades them.
+    """The questions of one task, as the harness renders them.
 
     The harness' task is a group if the set has several parts. The order of the questions is the
     same in all lists, and methods take a question's place in this order.
@@ -132,64 +130,6 @@ class RenderedTask:
             answer = answer[0]
         return str(answer)
 
-    def grade(self, answers: Sequence[Sequence[OptionScore | str]]) -> list[dict[str, float]]:
-        """Let the harness grade the answers to each question.
-
-        Args:
-            answers: The scores of each question's options, or its generated answer alone.
-
-        Returns:
-            For each question, name of a metric → its value.
-        """
-        for instances, question_answers in zip(self.instances, answers, strict=True):
-            for instance, answer in zip(instances, question_answers, strict=True):
-                instance.resps = [answer]
-                instance.filtered_resps = {}
-        for task in self.leaves.values():
-            task.apply_filters()
-        return [self._grade_question(place) for place in range(len(self.keys))]
-
-    def _grade_question(self, place: int) -> dict[str, float]:
-        """Return the metrics of one question, after the harness has filtered the answers."""
-        name, _ = self.keys[place]
-        instances = self.instances[place]
-        answers = [instance.filtered_resps[self.task.filter] for instance in instances]
-        values = self.leaves[name].process_results(self.docs[place], answers)
-        metrics = {}
-        for metric, value in values.items():
-            if isinstance(value, (bool, int, float)):  # only the harness aggregates other types
-                metrics[metric] = float(value)
-        reported = self.task.metric
-        if not 0 <= metrics.get(reported, -1.0) <= 1:
-            raise TaskError(
-                f"the metric {reported} of task {name!r} is {values.get(reported)} for a question, "
-                f"and drllm compares metrics from 0 to 1; evaluate the task with 'drllm lm-eval "
-                f"run'"
-            )
-        return metrics
-
-    def answer(self, place: int, answers: Sequence[OptionScore | str]) -> int | str:
-        """Return the number of the option that the model chose, from 0, or the generated text."""
-        logprobs = _read_logprobs(answers)
-        if not logprobs:
-            return str(answers[0])
-        if self.task.metric == "acc_norm":  # the harness divides by the number of characters
-            name, _ = self.keys[place]
-            options = self.leaves[name].doc_to_choice(self.docs[place])
-            logprobs = [value / len(text) for value, text in zip(logprobs, options, strict=True)]
-        return logprobs.index(max(logprobs))
-
-    def gold_logprob(self, place: int, answers: Sequence[OptionScore | str]) -> float:
-        """Return the gold option's log-probability among a question's options, in nats.
-
-        The probabilities of several gold options are added.
-        """
-        logprobs = _read_logprobs(answers)
-        gold_logprobs = [log_share(logprobs, gold) for gold in self.golds(place)]
-        if len(gold_logprobs) == 1:
-            return gold_logprobs[0]
-        return math.log(sum(math.exp(logprob) for logprob in gold_logprobs))
-
 
 def _build_requests(
     leaves: Mapping[str, Any], places: Mapping[str, list[int]], lm: RoutedLM, *, chat: bool
@@ -233,11 +173,6 @@ def _group_instances(leaves: Mapping[str, Any]) -> list[list[Instance]]:
 def _predict_all(key: Key, tokens: Sequence[int]) -> HarnessRequest:
     """Make a request that predicts all tokens of a text but the first."""
     return HarnessRequest(key, tokens[:1], tokens[1:])
-
-
-def _read_logprobs(answers: Sequence[OptionScore | str]) -> list[float]:
-    """Return the log-probabilities of scored options; an empty list for a generated answer."""
-    return [answer[0] for answer in answers if not isinstance(answer, str)]
 
 
 def draw_stock_task(

@@ -8,6 +8,7 @@ import pytest
 
 from drllm.errors import TaskError
 from drllm.evaluation.lm_eval.folders import make_task_folder
+from drllm.evaluation.lm_eval.grading import choose_answer, compute_gold_logprob, grade_answers
 from drllm.evaluation.lm_eval.leaves import QUESTIONS, WORKED_EXAMPLES, Leaf, describe_task
 from drllm.evaluation.lm_eval.model import RoutedLM
 from drllm.evaluation.lm_eval.objects import make_task_objects
@@ -86,7 +87,9 @@ def make_answers(task: RenderedTask) -> list[list[Any]]:
     """Make answers to a task's requests; about half of the generated ones are right."""
     rng = random.Random(0)
     if task.has_options:
-        return [[(-rng.random(), rng.random() < 0.5) for _ in each] for each in task.instances]
+        return [
+            [(-rng.random(), rng.random() < 0.5) for _ in instances] for instances in task.instances
+        ]
     answers = []
     for place, (leaf, _) in enumerate(task.keys):
         right = task.leaves[leaf].doc_to_target(task.docs[place])
@@ -109,11 +112,14 @@ def assert_equal(ours: RenderedTask, theirs: RenderedTask) -> None:
         assert [ours.golds(place) for place in places] == [theirs.golds(place) for place in places]
     assert [ours.text(place) for place in places] == [theirs.text(place) for place in places]
     answers = make_answers(ours)
-    grades = ours.grade(answers)
-    assert grades == theirs.grade(answers)
+    grades = grade_answers(ours, answers)
+    assert grades == grade_answers(theirs, answers)
     assert len({grade[ours.task.metric] for grade in grades}) > 1, "the sample must be a test"
-    for place, each in enumerate(answers):
-        assert ours.answer(place, each) == theirs.answer(place, each)
+    for place, question_answers in enumerate(answers):
+        for judge in (
+            (choose_answer, compute_gold_logprob) if ours.has_options else (choose_answer,)
+        ):
+            assert judge(ours, place, question_answers) == judge(theirs, place, question_answers)
 
 
 @pytest.mark.parametrize("num_fewshot", [None, 2])
