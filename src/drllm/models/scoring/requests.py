@@ -46,6 +46,11 @@ class Request:
         return cls(tokens[:1], [tokens[1:]])
 
     @property
+    def is_generated(self) -> bool:
+        """Whether an answer is generated."""
+        return self.max_new_tokens is not None
+
+    @property
     def scored_from(self) -> list[int]:
         """For each continuation, the place of its first scored token; 0 by default."""
         return list(self.num_unscored) or [0] * len(self.continuations)

@@ -59,19 +59,46 @@ def score(
     """
     # Paths become decisions if possible, since the full path is recognised by its decisions.
     plans = [_simplify(path, routed.num_layers) for path in paths]
-    # Sorted, so that paths with a common beginning are in the same pass.
-    order = sorted(range(len(plans)), key=lambda number: get_layers(plans[number]))
     outcomes = [[Outcome()] * len(requests) for _ in plans]
     for places in _split_into_batches(requests):
         batch = [requests[place] for place in places]
-        pairs = list(itertools.product(order, range(len(places))))
         scorer = Scorer(routed, batch, state_cache_gb)
-        plan_pairs = [(row, plans[number]) for number, row in pairs]
-        batch_outcomes = scorer.score(plan_pairs, kl=kl, greedy=greedy)
-        for (number, row), outcome in zip(pairs, batch_outcomes, strict=True):
-            outcomes[number][places[row]] = outcome
+        batch_outcomes = _score_plans(scorer, plans, kl=kl, greedy=greedy)
+        for number in range(len(plans)):
+            for place, outcome in zip(places, batch_outcomes[number], strict=True):
+                outcomes[number][place] = outcome
         del scorer  # frees its states before the next scorer measures the free memory
     return outcomes
+
+
+def _split_into_batches(requests: Sequence[Request]) -> list[list[int]]:
+    """Return the places of the requests of each batch: of one kind, and of similar length."""
+    generated = [place for place, request in enumerate(requests) if request.is_generated]
+    scored = [place for place, request in enumerate(requests) if not request.is_generated]
+    batches: list[list[int]] = []
+    for places in (scored, generated):
+        lengths = [requests[place].length for place in places]
+        for numbers in group_by_length(lengths, BATCH_SIZE):
+            batch = [places[number] for number in numbers]
+            batches.append(batch)
+    return batches
+
+
+def _score_plans(
+    scorer: "Scorer", plans: Sequence[Plan], *, kl: bool, greedy: bool
+) -> list[list[Outcome]]:
+    """Return the outcome of each plan on each request of a scorer, `[N][P]`."""
+    num_requests = len(scorer.requests)
+    # Sorted, so that paths with a common beginning are in the same pass.
+    order = sorted(range(len(plans)), key=lambda number: get_layers(plans[number]))
+    pairs: list[PlanPair] = []
+    for number in order:
+        pairs += [(place, plans[number]) for place in range(num_requests)]
+    outcomes = iter(scorer.score(pairs, kl=kl, greedy=greedy))
+    plan_outcomes: list[list[Outcome]] = [[] for _ in plans]
+    for number in order:
+        plan_outcomes[number] = list(itertools.islice(outcomes, num_requests))
+    return plan_outcomes
 
 
 class Scorer:
@@ -105,7 +132,8 @@ class Scorer:
     ) -> None:
         self.routed = routed
         self.requests = list(requests)
-        self.generates = _check_limits(self.requests)
+        _check_requests(self.requests)
+        self.generates = any(request.is_generated for request in self.requests)
         self._state_cache_gb = state_cache_gb
         self._paths_per_pass = paths_per_pass
         self._batch: ChoiceBatch | AnswerBatch
@@ -234,40 +262,22 @@ def _simplify(plan: Plan, num_layers: int) -> Plan:
     return plan.plan(num_layers) if isinstance(plan, StaticPath) else plan
 
 
-def _split_into_batches(requests: Sequence[Request]) -> list[list[int]]:
-    """Return the places of the requests of each batch: of one kind, and of similar length."""
-    groups: list[list[int]] = [[], []]  # without and with generated answers
-    for place, request in enumerate(requests):
-        groups[request.max_new_tokens is not None].append(place)
-    batches: list[list[int]] = []
-    for group in groups:
-        lengths = [requests[place].length for place in group]
-        for numbers in group_by_length(lengths, BATCH_SIZE):
-            batch = [group[number] for number in numbers]
-            batches.append(batch)
-    return batches
-
-
-def _check_limits(requests: Sequence[Request]) -> bool:
-    """Return whether the requests generate answers; refuse requests that don't fit together."""
-    num_generated = 0
-    for request in requests:
-        if request.max_new_tokens is None:
-            continue
-        num_generated += 1
+def _check_requests(requests: Sequence[Request]) -> None:
+    """Refuse requests that can't be in one scorer, or whose answers can't be generated."""
+    generated = [request for request in requests if request.is_generated]
+    if len(generated) not in (0, len(requests)):
+        raise RoutingError(
+            f"{len(generated)} of {len(requests)} requests generate answers; put them into a "
+            f"scorer of their own, or use the function score"
+        )
+    for request in generated:
         if request.continuations:
             raise RoutingError(
                 "a request has both continuations and max_new_tokens; make two requests of it"
             )
-        if request.max_new_tokens < 1:
+        if request.max_new_tokens is not None and request.max_new_tokens < 1:
             raise RoutingError(
                 f"max_new_tokens of a request is {request.max_new_tokens}; give a number from 1"
             )
         if not request.context:
             raise RoutingError("a prompt has no tokens")
-    if num_generated not in (0, len(requests)):
-        raise RoutingError(
-            f"{num_generated} of {len(requests)} requests generate answers; put them into a scorer "
-            f"of their own, or use the function score"
-        )
-    return num_generated > 0
