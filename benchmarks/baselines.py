@@ -30,7 +30,7 @@ from drllm.evaluation.baselines.layer_dropping import (
 )
 from drllm.evaluation.baselines.material import Material, make_measure
 from drllm.models.base.load import BaseModel
-from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.routed_model import RoutedModel
 from drllm.tasks.examples import OPTIONS_REWARD, choose
 from drllm.tasks.registry import get_task
 

@@ -34,7 +34,7 @@ import torch
 
 from drllm.config import ModelConfig, SearchConfig
 from drllm.models.base.load import BaseModel
-from drllm.models.routing.workers import LoadRouted, Workers
+from drllm.models.workers import LoadRouted, Workers
 from drllm.paths import Decisions, full_decisions
 from drllm.records.manifest import to_lines
 from drllm.records.search import Retest, SearchRecord, TriedPath

@@ -51,12 +51,12 @@ from drllm.evaluation.latency import (
 from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import encode, pad_left
 from drllm.models.export import export_path
+from drllm.models.routed_model import RoutedModel
 from drllm.models.routers.config import RouterConfig
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.batch_generation import generate_many
 from drllm.models.routing.kv_cache import RoutedCacheLayer
 from drllm.models.routing.policies import FixedPolicy, FullPolicy, Policy, PromptView, RouterPolicy
-from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import StaticPath, to_path
 from drllm.tasks.registry import get_task
 

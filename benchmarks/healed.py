@@ -18,8 +18,8 @@ from common.quantities import QUICK, WHOLE, compare_with_full, measure_quantitie
 
 from drllm.config import TuneConfig
 from drllm.config.fields import LARGEST_INT
+from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.healed import install_path
-from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import StaticPath
 from drllm.records.static_paths import TEST, read_path_list
 from drllm.tuning.data_splits import split_tasks

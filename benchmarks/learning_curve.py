@@ -39,11 +39,11 @@ from drllm.agreement import compute_metrics, count_baselines
 from drllm.config import TrainConfig, TuneConfig
 from drllm.config.fields import LARGEST_INT
 from drllm.errors import ConfigError
+from drllm.models.routed_model import RoutedModel, detach
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.depth_control import route_prompts
 from drllm.models.routing.policies import RouterPolicy
-from drllm.models.routing.routed_model import RoutedModel, detach
-from drllm.models.routing.workers import open_workers
+from drllm.models.workers import open_workers
 from drllm.paths import StaticPath, to_path
 from drllm.records.static_paths import SELECT, TEST
 from drllm.records.supervision import join_supervision

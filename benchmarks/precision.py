@@ -24,7 +24,7 @@ from common.search_rounds import make_search_rounds
 from torch import nn
 
 from drllm.models.base.load import load
-from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.routed_model import RoutedModel
 from drllm.search.evaluator import Evaluator, JudgedOutcome
 from drllm.tasks.examples import choose
 from drllm.tasks.registry import get_task

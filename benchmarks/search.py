@@ -43,8 +43,8 @@ from drllm.config import SearchConfig
 from drllm.cost import distinct_executions
 from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import encode, render
+from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.injection import LayerCall, LayerHandle
-from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.prefix_sharing import PrefixSharingDriver, pack_rows
 from drllm.paths import Decisions, to_path

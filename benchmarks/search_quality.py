@@ -37,7 +37,7 @@ import msgspec
 import torch
 
 from drllm.config import SearchConfig
-from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.routed_model import RoutedModel
 from drllm.paths import Decisions, num_executions, to_path
 from drllm.records.codec import write_atomically
 from drllm.search import actions, retest, strategies

@@ -27,7 +27,7 @@ from common import bound
 from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import pad_left
 from drllm.models.check import replace_layers
-from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.routed_model import RoutedModel
 from drllm.paths import Decisions, StaticPath
 from drllm.tasks.examples import OPTIONS_REWARD, choose
 from drllm.tasks.registry import get_task

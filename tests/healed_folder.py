@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.healed import save_healed
 from drllm.models.routing.lora import LoraWeights
-from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import StaticPath
 from drllm.records.healed import HealedPath, HealPoint, Losses
 from drllm.records.manifest import new_manifest

@@ -7,9 +7,9 @@ from statistics import fmean
 from typing import Any
 
 from common.compare import ACCURACY
+from drllm.models.routed_model import RoutedModel
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.depth_control import find_depth_bias
-from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import StaticPath
 from drllm.tuning.objectives import GOLD, LOSS
 from drllm.tuning.path_scorer import make_items, make_text_items, score_paths

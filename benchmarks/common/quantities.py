@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from common.compare import ACCURACY, SEED, compared, in_words
 from drllm.config import TuneConfig
-from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.routed_model import RoutedModel
 from drllm.paths import StaticPath
 from drllm.tasks.examples import Prompt, choose
 from drllm.tuning.data_splits import TaskSplits

@@ -21,6 +21,9 @@ from drllm.evaluation.stage import evaluate as evaluate
 from drllm.models.base.load import BaseModel as BaseModel
 from drllm.models.base.load import load as load
 from drllm.models.export import Export as Export
+from drllm.models.routed_model import RoutedModel as RoutedModel
+from drllm.models.routed_model import attach as attach
+from drllm.models.routed_model import detach as detach
 from drllm.models.routers.config import RouterConfig as RouterConfig
 from drllm.models.routers.stack import RouterStack as RouterStack
 from drllm.models.routing.batch_generation import GeneratedAnswer as GeneratedAnswer
@@ -31,9 +34,6 @@ from drllm.models.routing.policies import FullPolicy as FullPolicy
 from drllm.models.routing.policies import Policy as Policy
 from drllm.models.routing.policies import PromptView as PromptView
 from drllm.models.routing.policies import RouterPolicy as RouterPolicy
-from drllm.models.routing.routed_model import RoutedModel as RoutedModel
-from drllm.models.routing.routed_model import attach as attach
-from drllm.models.routing.routed_model import detach as detach
 from drllm.paths import StaticPath as StaticPath
 from drllm.paths import sketch as sketch
 from drllm.paths import to_decisions as to_decisions

@@ -33,9 +33,9 @@ def routers(tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[...
 
     from drllm.config import ModelConfig
     from drllm.models.base.load import load
+    from drllm.models.routed_model import RoutedModel
     from drllm.models.routers.config import RouterConfig
     from drllm.models.routers.stack import RouterStack
-    from drllm.models.routing.routed_model import RoutedModel
 
     config = RouterConfig(num_layers=4, hidden_size=32, num_windows=4, router_width=16)
     stack = RouterStack(config, torch.Generator().manual_seed(0))

@@ -10,7 +10,7 @@ import drllm
 from drllm.errors import ArchitectureError, CheckpointError
 from drllm.models.base.identity import fingerprint
 from drllm.models.base.load import BaseModel, load
-from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.routed_model import RoutedModel
 from drllm.paths import full_decisions
 from drllm.search.evaluator import Evaluator
 from drllm.tasks.registry import get_task

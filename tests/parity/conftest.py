@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 
 from drllm.models.families import IN_SUITE
-from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.routed_model import RoutedModel
 from slow_way import ListedModel
 
 TELLING = ("llama", "gemma3_text", "gpt2")

@@ -11,10 +11,10 @@ from peft import LoraConfig, get_peft_model
 
 from drllm.errors import RoutingError
 from drllm.models.base.prompts import pad_left
+from drllm.models.routed_model import RoutedModel, attach
 from drllm.models.routing.batch_generation import generate_many
 from drllm.models.routing.kv_cache import cache_argument
 from drllm.models.routing.lora import LoraWeights, read_map_sizes
-from drllm.models.routing.routed_model import RoutedModel, attach
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.prefix_cache import PrefixCache
 from drllm.models.scoring.prefix_sharing import pack_rows

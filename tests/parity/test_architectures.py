@@ -7,10 +7,10 @@ import torch
 from transformers import DynamicCache
 
 from drllm.models.base.prompts import pad_left
+from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.depth_control import run_prompts
 from drllm.models.routing.kv_cache import cache_argument
 from drllm.models.routing.policies import FixedPolicy, RecordingPolicy
-from drllm.models.routing.routed_model import RoutedModel
 from slow_way import LOGIT_TOLERANCE, answers, right_padded, stored_rows, tiny_routers
 
 TELLING_ONLY = ("test_every_plan_gives_other_answers_so_that_a_mistake_would_show",)

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, pipeline
 
 from drllm.errors import RoutingError
 from drllm.models.base.prompts import pad_left
+from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.policies import FixedPolicy
-from drllm.models.routing.routed_model import RoutedModel
 from slow_way import LOGIT_TOLERANCE, ListedModel, tiny_routers
 
 pytestmark = pytest.mark.filterwarnings(  # transformers renames it; PEFT still asks by the old name

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from drllm.models.base.prompts import encode, encode_continuation, render
-from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.routed_model import RoutedModel
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.score import Request
 from drllm.search.evaluator import MAX_RIVALS, Evaluator, gold_text

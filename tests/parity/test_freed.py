@@ -9,7 +9,7 @@ import weakref
 import pytest
 import torch
 
-from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.routed_model import RoutedModel
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.score import Request
 from drllm.paths import StaticPath

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.routed_model import RoutedModel
 from drllm.models.scoring.answers import AnswerBatch
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.score import Request

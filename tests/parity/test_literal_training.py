@@ -14,9 +14,9 @@ import torch
 
 from drllm.config import TrainConfig
 from drllm.models.base.load import BaseModel
+from drllm.models.routed_model import RoutedModel
 from drllm.models.routers.checkpoint import load_routers
-from drllm.models.routing.routed_model import RoutedModel
-from drllm.models.routing.workers import open_workers
+from drllm.models.workers import open_workers
 from drllm.records.supervision import SupervisionRecord
 from drllm.training.feature_store import FeatureStore
 from drllm.training.features import collect_features

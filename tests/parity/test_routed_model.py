@@ -17,10 +17,10 @@ from transformers.utils import is_torch_flex_attn_available
 
 from drllm.errors import PathError, RoutingError
 from drllm.models.base.prompts import pad_left
+from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.driver import RoutedPass
 from drllm.models.routing.kv_cache import cache_argument
 from drllm.models.routing.policies import FullPolicy
-from drllm.models.routing.routed_model import RoutedModel
 from slow_way import (
     LOGIT_TOLERANCE,
     Opaque,

@@ -11,8 +11,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 import drllm
 from drllm.config import SearchConfig
 from drllm.errors import RoutingError
+from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.policies import FixedPolicy, RouterPolicy
-from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.answers import AnswerBatch
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.score import Request

@@ -8,8 +8,8 @@ from functools import cache
 import pytest
 import torch
 
+from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.policies import FixedPolicy, FullPolicy
-from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring import prefix_sharing as sharing
 from drllm.models.scoring.answers import AnswerBatch
 from drllm.models.scoring.choices import ChoiceBatch

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from drllm.models.base.prompts import encode
-from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.routed_model import RoutedModel
 from drllm.search.evaluator import Evaluator
 from drllm.tasks.registry import get_task
 from slow_way import ListedModel, answers

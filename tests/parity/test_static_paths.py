@@ -10,8 +10,8 @@ from transformers import DynamicCache
 from drllm.errors import PathError, RoutingError
 from drllm.models.base.prompts import pad_left
 from drllm.models.families import FAMILIES, REFUSED
+from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.kv_cache import cache_argument
-from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import StaticPath
 from slow_way import ListedModel, answers, biased_model, stored_rows
 

@@ -19,8 +19,8 @@ from transformers.generation.streamers import BaseStreamer
 
 import slow_way
 from drllm.models.base.prompts import pad_left
+from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.kv_cache import cache_argument
-from drllm.models.routing.routed_model import RoutedModel
 from slow_way import FOREIGN_ERRORS, FULL
 
 TELLING_ONLY = True  # read by conftest: the other families run in `make test-all`

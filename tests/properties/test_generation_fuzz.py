@@ -31,10 +31,10 @@ from drllm.models.base.layers import find_layers
 from drllm.models.base.prompts import pad_left
 from drllm.models.check import make_tiny, replace_layers
 from drllm.models.families import IN_SUITE
+from drllm.models.routed_model import RoutedModel
 from drllm.models.routers.stack import RouterStack, Spans
 from drllm.models.routing.kv_cache import cache_argument
 from drllm.models.routing.policies import RouterPolicy
-from drllm.models.routing.routed_model import RoutedModel
 from slow_way import FOREIGN_ERRORS, right_padded, stored_rows, tiny_routers
 
 pytestmark = pytest.mark.filterwarnings(  # of a model that asks itself by an old name

@@ -14,7 +14,7 @@ import pytest
 
 from drllm.config import ModelConfig, SearchConfig
 from drllm.models.base.load import load
-from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.routed_model import RoutedModel
 from drllm.tasks.registry import get_task
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"

@@ -14,9 +14,9 @@ import torch
 from drllm.config import ModelConfig, TrainConfig
 from drllm.errors import DrllmError, PathError, RecordError
 from drllm.models.base.load import load
+from drllm.models.routed_model import RoutedModel
 from drllm.models.routers.checkpoint import load_routers
 from drllm.models.routing.healed import install_path
-from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import StaticPath
 from drllm.records.healed import read_healed
 from drllm.records.manifest import read_manifest

@@ -46,9 +46,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from drllm.errors import ArchitectureError
 from drllm.models.base.layers import find_layers
+from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.injection import Injection
 from drllm.models.routing.policies import FixedPolicy
-from drllm.models.routing.routed_model import RoutedModel
 from slow_way import ListedModel
 
 MODELS = ("llama", "qwen3", "mistral", "gpt2", "gemma3")

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from drllm.config import ModelConfig
 from drllm.models.base import load as loading
 from drllm.models.base.prompts import encode
-from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.routed_model import RoutedModel
 
 NUM_NEW = 32
 NUM_POSITIONS = 8

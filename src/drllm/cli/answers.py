@@ -19,8 +19,8 @@ from drllm.work.listener import duration
 
 if TYPE_CHECKING:
     from drllm.models.base.prompts import Prompt, PromptForm
+    from drllm.models.routed_model import RoutedModel
     from drllm.models.routing.batch_generation import GeneratedAnswer
-    from drllm.models.routing.routed_model import RoutedModel
 
 
 def answer_prompt(session: Session, prompt: str) -> None:

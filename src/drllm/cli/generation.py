@@ -19,9 +19,9 @@ from drllm.pipeline.model import open_model
 from drllm.records.static_paths import PathFile
 
 if TYPE_CHECKING:
+    from drllm.models.routed_model import RoutedModel
     from drllm.models.routers.stack import RouterStack
     from drllm.models.routing.policies import Policy
-    from drllm.models.routing.routed_model import RoutedModel
 
 
 @verb(
@@ -58,7 +58,7 @@ def generate(command: CommandLine, terminal: Terminal) -> None:
     inputs = read_inputs(command, config, depth, terminal)
 
     with open_model(choose_model(command, inputs.routers, inputs.path), terminal) as base:
-        from drllm.models.routing.routed_model import RoutedModel
+        from drllm.models.routed_model import RoutedModel
 
         routed = RoutedModel(base.model, inputs.routers, tokenizer=base.tokenizer)
         path_summary = None

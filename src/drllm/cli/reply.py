@@ -12,7 +12,7 @@ from drllm.work.listener import duration
 
 if TYPE_CHECKING:
     from drllm.models.base.prompts import Prompt, PromptForm
-    from drllm.models.routing.routed_model import RoutedModel
+    from drllm.models.routed_model import RoutedModel
 
 INCOMPLETE = "\ufffd"  # how a tokenizer decodes a part of a character
 

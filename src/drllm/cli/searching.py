@@ -95,7 +95,7 @@ def _forecast(
         open_model(command.get_settings(ModelConfig), terminal) as base,
         terminal.busy("measuring"),
     ):
-        from drllm.models.routing.routed_model import RoutedModel
+        from drllm.models.routed_model import RoutedModel
         from drllm.search.forecast import forecast_search
 
         routed = RoutedModel(base.model, tokenizer=base.tokenizer)

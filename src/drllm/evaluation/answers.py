@@ -25,10 +25,10 @@ from drllm.evaluation.latency import device_clock
 from drllm.evaluation.lm_eval.model import RoutedLM
 from drllm.evaluation.lm_eval.scoring import Decides, HarnessRequest, OptionScore, Paths, Plan
 from drllm.evaluation.lm_eval.task import Key
+from drllm.models.routed_model import RoutedModel
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.healed import HealedAdapter
 from drllm.models.routing.policies import FixedPolicy, FullPolicy, Policy, RouterPolicy
-from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import Decisions, StaticPath
 from drllm.work.run import BlockFunction, BlockSteps
 

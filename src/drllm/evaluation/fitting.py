@@ -17,8 +17,8 @@ from drllm.errors import ConfigError
 from drllm.evaluation.answers import EvaluationModel, ModelSettings, report_start
 from drllm.evaluation.baselines.base import Baseline, BaselineRun
 from drllm.evaluation.baselines.material import Material, Measure
+from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.depth_control import find_depth_bias
-from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import Decisions
 from drllm.work.run import BlockFunction, BlockSteps
 

@@ -14,11 +14,11 @@ from drllm.config import EvaluateConfig
 from drllm.errors import ConfigError, PathError
 from drllm.evaluation.baselines.base import BASELINES
 from drllm.evaluation.questions import select_tasks, without_routers
+from drllm.models.routed_model import RoutedModel
 from drllm.models.routers.checkpoint import check_routers, load_routers, save_routers
 from drllm.models.routers.files import WEIGHTS_FILE
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.healed import HealedAdapter, read_adapter
-from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import StaticPath
 from drllm.records.codec import sha256
 from drllm.records.healed import HealedPath
@@ -31,7 +31,7 @@ from drllm.work.listener import Listener
 
 if TYPE_CHECKING:
     from drllm.models.routing.lora import LoraWeights
-    from drllm.models.routing.workers import Workers
+    from drllm.models.workers import Workers
 
 Routers: TypeAlias = "Path | str | RouterStack"
 Paths: TypeAlias = "str | Sequence[str] | Mapping[str, StaticPath]"

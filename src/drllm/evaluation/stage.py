@@ -29,10 +29,10 @@ from drllm.evaluation.inputs import (
 )
 from drllm.evaluation.latency import count_timed_tokens, write_latency
 from drllm.evaluation.questions import check_output, needs_fitting
+from drllm.models.routed_model import unrouted
 from drllm.models.routers.files import WEIGHTS_FILE
 from drllm.models.routing.policies import RouterPolicy
-from drllm.models.routing.routed_model import unrouted
-from drllm.models.routing.workers import Workers, open_workers
+from drllm.models.workers import Workers, open_workers
 from drllm.records.codec import sha256, write_json
 from drllm.records.manifest import new_manifest, write_records
 from drllm.records.places import only_writer, stage_folder

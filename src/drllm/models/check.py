@@ -28,8 +28,8 @@ from drllm.models.base.layers import find_layers
 from drllm.models.base.prompts import pad_left
 from drllm.models.families import COMMON, FAMILIES
 from drllm.models.path_config import reorder_lists
+from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.generate import end_tokens
-from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import to_path
 
 TOLERANCE = 1e-3

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def open_model(config: ModelConfig, listener: Listener) -> Iterator[BaseModel]:
     """Load the base model for the block, and keep transformers quiet until the block ends."""
     with listener.busy(f"loading {config.model}"):
-        from drllm.models.routing.routed_model import unrouted  # this import takes seconds
+        from drllm.models.routed_model import unrouted  # this import takes seconds
     with unrouted(config, listener=listener) as base:
         yield base
 

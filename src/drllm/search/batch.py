@@ -15,7 +15,7 @@ import torch
 
 from drllm.config import SearchConfig
 from drllm.errors import ConfigError, ModelError, RoutingError, TaskError
-from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.routed_model import RoutedModel
 from drllm.models.scoring.prefix_sharing import Pair
 from drllm.paths import num_executions
 from drllm.records.search import FailedQuestion, Retest, SearchRecord, TriedPath

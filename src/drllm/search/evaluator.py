@@ -13,7 +13,7 @@ from functools import partial
 from drllm.errors import ModelError
 from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import context_length, encode, encode_continuation, render
-from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.routed_model import RoutedModel
 from drllm.models.scoring.prefix_sharing import Pair
 from drllm.models.scoring.score import Outcome, Request, Scorer
 from drllm.paths import full_decisions

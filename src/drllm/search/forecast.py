@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from drllm.config import SearchConfig
-from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.routed_model import RoutedModel
 from drllm.records.manifest import to_lines
 from drllm.records.search import SearchRecord
 from drllm.search.batch import search_in_step

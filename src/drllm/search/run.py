@@ -18,7 +18,7 @@ from drllm.config import SearchConfig
 from drllm.config.fields import replace_settings
 from drllm.errors import ConfigError, RecordError, TaskError
 from drllm.models.base.prompts import render
-from drllm.models.routing.workers import Workers, open_workers
+from drllm.models.workers import Workers, open_workers
 from drllm.records.codec import hash_values
 from drllm.records.manifest import new_manifest, read_manifest, write_or_remove, write_records
 from drllm.records.places import only_writer

@@ -21,10 +21,10 @@ from torch import Tensor
 from drllm.errors import ModelError
 from drllm.models.base.batching import MemoryBatcher, PathSize, group_by_length
 from drllm.models.base.load import BaseModel
+from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.depth_control import run_prompts
 from drllm.models.routing.policies import FixedPolicy, RecordingPolicy
-from drllm.models.routing.routed_model import RoutedModel
-from drllm.models.routing.workers import Workers
+from drllm.models.workers import Workers
 from drllm.records.codec import hash_values
 from drllm.records.manifest import new_manifest
 from drllm.records.supervision import RejectedQuestion, SupervisionRecord

@@ -27,7 +27,7 @@ from drllm.models.base.prompts import PromptForm, infer_form
 from drllm.models.routers.checkpoint import load_routers, save_routers
 from drllm.models.routers.files import WEIGHTS_FILE
 from drllm.models.routers.stack import RouterStack
-from drllm.models.routing.workers import Workers, open_workers
+from drllm.models.workers import Workers, open_workers
 from drllm.records.codec import encode, write_atomically
 from drllm.records.layers import LAYERS_FILE, Layers
 from drllm.records.manifest import write_or_remove

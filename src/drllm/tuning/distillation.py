@@ -20,9 +20,9 @@ from torch.nn.utils.rnn import pad_sequence
 from drllm.models.base.devices import on_device
 from drllm.models.base.load import resolve_dtype
 from drllm.models.base.prompts import context_length
+from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.driver import PathPass
 from drllm.models.routing.injection import Driver, LayerCall
-from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import StaticPath
 from drllm.tuning.heal_texts import Tokens
 

@@ -24,8 +24,8 @@ from drllm.errors import ConfigError
 from drllm.extras import need
 from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import context_length
+from drllm.models.routed_model import RoutedModel, unrouted
 from drllm.models.routing.healed import save_healed
-from drllm.models.routing.routed_model import RoutedModel, unrouted
 from drllm.paths import StaticPath
 from drllm.records.healed import HEALED_FILE, HealedPath, Losses, read_healed
 from drllm.records.manifest import new_manifest

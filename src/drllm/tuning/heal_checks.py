@@ -5,7 +5,7 @@ from statistics import fmean
 
 import torch
 
-from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.routed_model import RoutedModel
 from drllm.models.scoring.score import Request
 from drllm.paths import StaticPath
 from drllm.records.healed import Losses

@@ -6,8 +6,8 @@ from functools import partial
 
 from drllm.models.base.prompts import Prompt as Conversation
 from drllm.models.base.prompts import context_length, encode, render
+from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.batch_generation import generate_many
-from drllm.models.routing.routed_model import RoutedModel
 from drllm.tuning.heal_texts import TextSource, Tokens
 from drllm.tuning.path_scorer import make_text_items
 from drllm.work.listener import Listener

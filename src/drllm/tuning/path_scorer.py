@@ -17,8 +17,8 @@ import numpy as np
 
 from drllm.errors import ModelError
 from drllm.models.base.load import BaseModel
+from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.batch_generation import generate_many
-from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.score import Outcome, Request, score
 from drllm.paths import StaticPath
 from drllm.search.evaluator import TokenizedPrompt, tokenize_prompt

@@ -15,7 +15,7 @@ import numpy as np
 
 from drllm.config import TuneConfig
 from drllm.config.fields import make_settings, replace_settings
-from drllm.models.routing.workers import Workers, open_workers
+from drllm.models.workers import Workers, open_workers
 from drllm.paths import StaticPath
 from drllm.records.codec import hash_values, write_json
 from drllm.records.manifest import new_manifest

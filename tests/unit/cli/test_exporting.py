@@ -137,7 +137,7 @@ def test_a_real_model_exported_from_decisions_answers_as_the_routed_one(smollm2,
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from drllm.models.routing.routed_model import RoutedModel
+    from drllm.models.routed_model import RoutedModel
 
     decisions = [1] * 30
     decisions[12], decisions[20] = 0, 2

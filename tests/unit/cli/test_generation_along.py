@@ -9,7 +9,7 @@ from drllm.cli.reply import PathSummary, Session
 from drllm.config import GenerateConfig
 from drllm.models.base.load import load
 from drllm.models.base.prompts import PromptForm
-from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.routed_model import RoutedModel
 from drllm.paths import StaticPath
 from paths_json import PATHS, written_paths
 from slow_way import ListedModel

@@ -10,7 +10,7 @@ from drllm.errors import ArchitectureError
 from drllm.evaluation.flops import ModelShape, kv_bytes, prompt_flops
 from drllm.evaluation.latency import empty_cache
 from drllm.models.families import FAMILIES
-from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.routed_model import RoutedModel
 from drllm.paths import StaticPath
 from slow_way import stored_bytes
 

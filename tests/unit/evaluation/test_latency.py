@@ -24,10 +24,10 @@ from drllm.evaluation.latency import (
 from drllm.models.base.identity import fingerprint
 from drllm.models.base.load import BaseModel
 from drllm.models.check import make_tiny
+from drllm.models.routed_model import RoutedModel
 from drllm.models.routers.checkpoint import save_routers
 from drllm.models.routing.kv_cache import cache_argument
 from drllm.models.routing.policies import FixedPolicy, RouterPolicy
-from drllm.models.routing.routed_model import RoutedModel
 from drllm.records.codec import sha256
 from drllm.records.results import read_latency
 from slow_way import tiny_routers

@@ -15,8 +15,8 @@ from drllm.evaluation.stage import evaluate
 from drllm.models.base.identity import fingerprint
 from drllm.models.base.load import BaseModel, load
 from drllm.models.base.prompts import encode
+from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.healed import install_path
-from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import StaticPath
 from drllm.records.codec import read_json_lines
 from drllm.records.results import read_results

@@ -25,8 +25,8 @@ from drllm.evaluation.stage import evaluate
 from drllm.models.base.identity import fingerprint
 from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import encode
+from drllm.models.routed_model import RoutedModel
 from drllm.models.routers.checkpoint import load_routers, save_routers
-from drllm.models.routing.routed_model import RoutedModel
 from drllm.records.codec import read_json_lines
 from drllm.records.manifest import read_manifest
 from drllm.records.results import read_latency, read_results

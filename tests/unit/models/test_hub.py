@@ -18,10 +18,10 @@ import pytest
 from huggingface_hub import constants
 
 from drllm.errors import CheckpointError
+from drllm.models.routed_model import RoutedModel
 from drllm.models.routers.config import RouterConfig
 from drllm.models.routers.files import find_routers
 from drllm.models.routers.stack import RouterStack
-from drllm.models.routing.routed_model import RoutedModel
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NO_PUSH = {

@@ -7,8 +7,8 @@ import drllm
 from drllm.config import ExecutorConfig, ModelConfig
 from drllm.errors import ConfigError
 from drllm.models.base.load import load, load_without_weights
-from drllm.models.routing.routed_model import RoutedModel
-from drllm.models.routing.workers import open_workers
+from drllm.models.routed_model import RoutedModel
+from drllm.models.workers import open_workers
 from drllm.work.listener import Listener
 
 RAY = ExecutorConfig(executor="ray")

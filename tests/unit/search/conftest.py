@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.routed_model import RoutedModel
 from drllm.tasks.base import Task
 from drllm.tasks.registry import get_task
 

@@ -8,7 +8,7 @@ import drllm
 from drllm.config import SearchConfig
 from drllm.errors import ConfigError, ModelError
 from drllm.models.base.prompts import encode, render
-from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.routed_model import RoutedModel
 from drllm.paths import full_decisions
 from drllm.records.search import FailedQuestion
 from drllm.search import evaluator, retest

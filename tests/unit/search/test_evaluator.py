@@ -11,8 +11,8 @@ import torch
 import slow_way
 from drllm.errors import ModelError
 from drllm.models.base.prompts import encode, render
+from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.injection import LayerCall
-from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring import answers
 from drllm.models.scoring.score import Outcome
 from drllm.search.evaluator import Evaluator, gold_text

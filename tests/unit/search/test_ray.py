@@ -12,7 +12,7 @@ import pytest
 import drllm
 from drllm.config import ModelConfig, SearchConfig
 from drllm.errors import ModelError
-from drllm.models.routing.workers import open_workers
+from drllm.models.workers import open_workers
 from drllm.records.manifest import read_manifest
 from drllm.search import FAILED_FILE
 from drllm.search.batch import SearchBatch

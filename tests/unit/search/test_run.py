@@ -13,8 +13,8 @@ import drllm
 from drllm.config import SearchConfig
 from drllm.errors import ConfigError, RecordError, TaskError
 from drllm.models.base.load import BaseModel
-from drllm.models.routing.routed_model import RoutedModel
-from drllm.models.routing.workers import Workers
+from drllm.models.routed_model import RoutedModel
+from drllm.models.workers import Workers
 from drllm.records import codec
 from drllm.records.codec import read_json_lines
 from drllm.records.manifest import manifest_path

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from drllm.config import TrainConfig
 from drllm.models.base.load import BaseModel
-from drllm.models.routing.workers import open_workers
+from drllm.models.workers import open_workers
 from drllm.records.supervision import SupervisionRecord
 from drllm.training import stage
 from drllm.training.feature_store import FeatureStore

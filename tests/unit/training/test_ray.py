@@ -15,7 +15,7 @@ import drllm
 from drllm.config import ModelConfig, TrainConfig
 from drllm.errors import ConfigError, ModelError
 from drllm.models.base.load import load_without_weights
-from drllm.models.routing.workers import Workers, open_workers
+from drllm.models.workers import Workers, open_workers
 from drllm.records.supervision import SupervisionRecord
 from drllm.training import stage
 from drllm.training.feature_store import FeatureStore

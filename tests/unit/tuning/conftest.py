@@ -2,7 +2,7 @@
 
 import pytest
 
-from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.routed_model import RoutedModel
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ from drllm import extras
 from drllm.config import EvaluateConfig, HealConfig
 from drllm.errors import ConfigError, PathError, RecordError, TaskError
 from drllm.evaluation.inputs import refuse_tuning_questions
+from drllm.models.routed_model import RoutedModel, unrouted
 from drllm.models.routing.healed import install_path
 from drllm.models.routing.injection import LayerCall
-from drllm.models.routing.routed_model import RoutedModel, unrouted
 from drllm.paths import StaticPath
 from drllm.records.healed import HEALED_FILE, read_healed
 from drllm.records.static_paths import load_path

@@ -6,7 +6,7 @@ import pytest
 
 from drllm.errors import ModelError
 from drllm.models.base.prompts import encode, encode_continuation
-from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.routed_model import RoutedModel
 from drllm.paths import StaticPath
 from drllm.search.evaluator import tokenize_prompt
 from drllm.tasks.examples import Prompt, with_options

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from drllm.models.routed_model import RoutedModel
     from drllm.models.routing.policies import Policy
-    from drllm.models.routing.routed_model import RoutedModel
 
 NOTHING = "nothing"
 ROUTES = "nothing but the routed model's own routes on these questions"

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from drllm.models.routing.routed_model import RoutedModel
+    from drllm.models.routed_model import RoutedModel
     from drllm.models.scoring.logit_lens import LogitLens
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from drllm.models.routing.routed_model import RoutedModel
+    from drllm.models.routed_model import RoutedModel
 
 
 class LayerDropping(base.Baseline):

@@ -13,7 +13,7 @@ from drllm.paths import Decisions, StaticPath, to_path
 from drllm.records.supervision import SupervisionRecord
 
 if TYPE_CHECKING:
-    from drllm.models.routing.routed_model import RoutedModel
+    from drllm.models.routed_model import RoutedModel
     from drllm.models.scoring.score import Request
     from drllm.tuning.path_scorer import Item
 

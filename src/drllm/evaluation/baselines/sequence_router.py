@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from drllm.models.routing.routed_model import RoutedModel
+    from drllm.models.routed_model import RoutedModel
 
 MAX_BIAS = 1024.0  # largest bias in either direction; the router's logits are far smaller
 

@@ -45,11 +45,11 @@ from drllm.evaluation.lm_eval.scoring import (
 )
 from drllm.models.base.batching import MemoryBatcher, PathSize
 from drllm.models.base.load import BaseModel, load
+from drllm.models.routed_model import RoutedModel
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.depth_control import encode_calibration, make_policy, read_calibration
 from drllm.models.routing.healed import install_path
 from drllm.models.routing.policies import PathPolicy, Policy
-from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import Decisions
 from drllm.records.static_paths import PathFile, load_path
 from drllm.work.listener import quiet

@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from drllm.models.base.layers import can_split
+from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.batch_generation import LOOKS_BACK
 from drllm.models.routing.generate import make_option_lookup
 from drllm.models.routing.kv_cache import cache_argument
 from drllm.models.routing.policies import Policy, find_shared_plan
-from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.prefix_sharing import MIN_PREFIX, count_common_tokens
 
 

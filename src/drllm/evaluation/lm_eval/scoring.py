@@ -20,8 +20,8 @@ from torch import Tensor
 from drllm.errors import TaskError
 from drllm.models.base.batching import MemoryBatcher, PathSize
 from drllm.models.base.layers import can_pack
+from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.policies import FixedPolicy, Policy
-from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.score import Outcome, Request, Scorer
 from drllm.paths import Decisions, StaticPath
 

@@ -19,9 +19,9 @@ from transformers.cache_utils import Cache
 
 from drllm.models.base.batching import MemoryBatcher, PathSize
 from drllm.models.base.devices import on_device
+from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.generate import end_tokens
 from drllm.models.routing.kv_cache import cache_argument
-from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.kl import KlFromFull
 from drllm.models.scoring.prefix_cache import make_prefix_cache
 from drllm.models.scoring.prefix_sharing import Pair, PlanPair, pack_rows

@@ -18,8 +18,8 @@ from drllm.errors import RoutingError
 from drllm.models.base.batching import MemoryBatcher, PathSize
 from drllm.models.base.devices import on_device
 from drllm.models.base.layers import can_pack
+from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.policies import PathPolicy, Policy, PromptView
-from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.kl import KlFromFull
 from drllm.models.scoring.packing import PackedBatch, pack
 from drllm.models.scoring.prefix_cache import make_prefix_cache

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from drllm.errors import ArchitectureError
 from drllm.models.base.layers import temporary_hooks, unwrap_peft
+from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.injection import Driver
-from drllm.models.routing.routed_model import RoutedModel
 
 NUM_TOKENS = 8  # number of tokens for the check; a padding token alone may have zeros as embedding
 RELATIVE_TOLERANCE = 1e-3

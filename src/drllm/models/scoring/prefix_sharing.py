@@ -23,9 +23,9 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from drllm.errors import RoutingError
 from drllm.models.base.layers import can_split
+from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.injection import Driver, Forward, LayerCall
 from drllm.models.routing.kv_cache import RoutedCacheLayer, find_entry
-from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.packing import PackedBatch, pack
 from drllm.models.scoring.prefix_cache import PrefixCache, PrefixState
 from drllm.models.scoring.requests import Request, Tokens

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from drllm.errors import RoutingError
 from drllm.models.base.batching import group_by_length
+from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.policies import Policy, find_shared_plan
-from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.answers import AnswerBatch
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.prefix_sharing import Pair, PlanPair

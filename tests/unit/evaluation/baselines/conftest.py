@@ -7,7 +7,7 @@ import pytest
 
 import slow_way
 from drllm.evaluation.baselines.material import Material
-from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.routed_model import RoutedModel
 from drllm.models.scoring.score import Request
 from slow_way import gold_logprob_alone
 

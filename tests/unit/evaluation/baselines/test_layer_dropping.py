@@ -18,8 +18,8 @@ from drllm.evaluation.baselines.layer_dropping import (
     order_by_influence,
 )
 from drllm.evaluation.baselines.material import make_measure
+from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.policies import FixedPolicy
-from drllm.models.routing.routed_model import RoutedModel
 
 L, SHALLOW = 30, 4
 COSINE_TOLERANCE = 1e-5

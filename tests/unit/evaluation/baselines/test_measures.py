@@ -10,7 +10,7 @@ import torch
 from drllm.errors import ModelError
 from drllm.evaluation.baselines.base import BASELINES
 from drllm.evaluation.baselines.material import Material, make_measure
-from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.routed_model import RoutedModel
 from drllm.models.scoring.score import Request
 from drllm.paths import to_path
 from drllm.tuning import path_scorer

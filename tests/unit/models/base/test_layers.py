@@ -7,7 +7,7 @@ from transformers import BertConfig, BertLMHeadModel, T5Config, T5ForConditional
 
 from drllm.errors import ArchitectureError
 from drllm.models.base.layers import can_pack, can_split, find_layers, probe
-from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.routed_model import RoutedModel
 
 SMALL = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 64}
 

@@ -15,7 +15,7 @@ from drllm.errors import ConfigError, ModelError
 from drllm.models.base import load as loading
 from drllm.models.base import smollm2 as alias
 from drllm.models.base.identity import fingerprint
-from drllm.models.routing.routed_model import unrouted
+from drllm.models.routed_model import unrouted
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -10,7 +10,7 @@ from drllm.errors import ArchitectureError
 from drllm.models.base.layers import find_layers, find_linear_maps
 from drllm.models.base.sublayers import find_sublayers
 from drllm.models.families import FAMILIES, REFUSED
-from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.routed_model import RoutedModel
 from slow_way import NOT_TOLD_APART, biased_model
 
 ROUTED = sorted(FAMILIES.keys() - {f for group in list(REFUSED.values())[:2] for f in group})

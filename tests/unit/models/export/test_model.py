@@ -16,7 +16,7 @@ from drllm.models import export
 from drllm.models.base.load import BaseModel
 from drllm.models.export import export_path
 from drllm.models.families import IN_SUITE
-from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.routed_model import RoutedModel
 from drllm.paths import to_decisions
 from slow_way import LOGIT_TOLERANCE, ListedModel
 

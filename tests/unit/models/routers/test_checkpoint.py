@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from drllm.errors import CheckpointError, ConfigError, ModelError, RoutingError
 from drllm.models.base.identity import fingerprint
+from drllm.models.routed_model import RoutedModel
 from drllm.models.routers.card import write_card
 from drllm.models.routers.checkpoint import (
     check_routers,
@@ -20,7 +21,6 @@ from drllm.models.routers.checkpoint import (
 )
 from drllm.models.routers.config import RouterConfig, read_config
 from drllm.models.routers.stack import RouterStack
-from drllm.models.routing.routed_model import RoutedModel
 
 IDS = torch.tensor([[5, 7, 11, 13, 17, 19, 23, 29, 31]])
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

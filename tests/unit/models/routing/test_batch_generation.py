@@ -10,6 +10,7 @@ import torch
 from transformers import NoRepeatNGramLogitsProcessor, StopStringCriteria
 
 from drllm.errors import ConfigError, RoutingError
+from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.batch_generation import (
     REFUSED_OPTIONS,
     _split_by_plan,
@@ -17,7 +18,6 @@ from drllm.models.routing.batch_generation import (
     prompt_tokens,
 )
 from drllm.models.routing.policies import Policy
-from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import StaticPath
 from slow_way import tiny_routers
 

@@ -10,6 +10,7 @@ from drllm.config import DepthConfig
 from drllm.config.fields import to_flag
 from drllm.cost import mean_executions
 from drllm.errors import ConfigError, RecordError, RoutingError
+from drllm.models.routed_model import RoutedModel
 from drllm.models.routers.config import RouterConfig
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing import depth_control
@@ -21,7 +22,6 @@ from drllm.models.routing.depth_control import (
     route_prompts,
 )
 from drllm.models.routing.policies import FixedPolicy, FullPolicy, Policy, RouterPolicy
-from drllm.models.routing.routed_model import RoutedModel
 
 L = 6
 NUM_PROMPTS = 40

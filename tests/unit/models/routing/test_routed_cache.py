@@ -7,8 +7,8 @@ import torch
 from transformers import DynamicCache
 
 from drllm.errors import RoutingError
+from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.kv_cache import cache_argument
-from drllm.models.routing.routed_model import RoutedModel
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 

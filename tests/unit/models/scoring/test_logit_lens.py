@@ -6,8 +6,8 @@ import torch
 from drllm.errors import ArchitectureError
 from drllm.models.base.layers import find_layers
 from drllm.models.families import IN_SUITE
+from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.policies import FixedPolicy
-from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.logit_lens import LogitLens
 from slow_way import LOGIT_TOLERANCE, ListedModel
 

@@ -6,8 +6,8 @@ import pickle
 import pytest
 
 from drllm.errors import RoutingError
+from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.policies import FixedPolicy, FullPolicy, PathPolicy
-from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring import score as module
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.score import Outcome, Request, Scorer, score

@@ -15,7 +15,7 @@ from drllm.errors import ConfigError
 from drllm.models.base.batching import share_memory
 from drllm.models.base.hub import quiet
 from drllm.models.base.load import BaseModel, load, load_without_weights
-from drllm.models.routing.routed_model import RoutedModel, unrouted
+from drllm.models.routed_model import RoutedModel, unrouted
 from drllm.work.listener import Listener
 from drllm.work.local import LocalExecutor
 from drllm.work.ray import RayExecutor, WorkerPlan
