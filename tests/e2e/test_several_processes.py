@@ -1,25 +1,87 @@
-"""A verb in processes that a launcher starts: refused, with the hint to use Ray."""
+"""Several processes of a launcher: `lm-eval` shares them, other verbs refuse, scripts go on alone.
+
+`test_lm_eval.py` compares the numbers of two processes with those of one.
+"""
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 import drllm
 from drllm.cli import main
+from drllm.cli.verbs import VERBS
 from drllm.config import ModelConfig
 
+MOST_S = 240.0
+ONE_OF_SEVERAL = """
+import os, sys
+from drllm.cli import main
+os.environ.update(environment)
+sys.stderr = open(said, "w", buffering=1)
+sys.exit(main(words))
+"""
+ON_RAY = {"search", "train", "tune", "evaluate"}
+FLAGS = {
+    "evaluate": "--routers none",
+    "export": "--path none.json --output-dir none",
+    "generate": "--routers none Why?",
+    "heal": "--path none.json:skip2",
+    "ls": "tasks",
+    "report": "none",
+    "run": "none.yaml --output-dir none",
+    "show": "none",
+    "supervise": "--search none.jsonl --output none.jsonl",
+    "train": "--supervision none.jsonl",
+}
 
-@pytest.mark.parametrize("verb", ["search", "train", "tune", "evaluate", "heal"])
-def test_a_verb_that_divides_nothing_is_refused_in_several_processes(verb, monkeypatch, capsys):
+
+@pytest.fixture
+def run_in_two(processes: Any, tmp_path: Path) -> Callable[[list[str]], list[int]]:
+    """A function that runs a command in two processes, as torchrun starts them."""
+
+    def run(words: list[str]) -> list[int]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        pair = []
+        for rank in ("0", "1"):
+            environment = {**place, "WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank}
+            given = {"words": words, "environment": environment, "said": str(tmp_path / rank)}
+            pair.append(processes.Process(target=exec, args=(ONE_OF_SEVERAL, given)))
+            pair[-1].start()
+        for process in pair:
+            process.join(MOST_S)
+        return [process.exitcode for process in pair]
+
+    return run
+
+
+def test_what_is_wrong_with_an_lm_eval_is_said_by_all_in_the_same_line(run_in_two, tmp_path):
+    model = f"pretrained={tmp_path / 'none'},num_windows=8"
+    words = ["lm-eval", "run", "--model", "drllm", "--model_args", model, "--device", "cpu"]
+    assert run_in_two([*words, "--tasks", "builtin_facts", "--split", "test"]) == [2, 2]
+    said = [(tmp_path / rank).read_text().splitlines()[-1] for rank in "01"]
+    assert said[0] == said[1]
+    assert str(tmp_path / "none") in said[0]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_other_verb_is_refused_in_several_processes(verb, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    given = {"heal": ["--path", "none.json:skip2"], "train": ["--supervision", "none.jsonl"]}
-    assert main([verb, *given.get(verb, [])]) == 2
-    said = capsys.readouterr().err
-    assert f"drllm {verb} runs in one process, and WORLD_SIZE is 2" in said
-    assert ("--executor ray" in said) == (verb != "heal")
+    monkeypatch.setenv("RANK", "0")
+    assert main([verb, *FLAGS.get(verb, "").split()]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    command = f"drllm {verb}"
+    if verb in ON_RAY:
+        command += " --executor ray"
+    assert f"drllm {verb} runs in one process, and WORLD_SIZE is 2" in line
+    assert line.endswith(f"start it without a launcher: {command} …")
 
 
-def test_processes_of_a_script_of_ones_own_share_nothing_unless_told_to(
-    monkeypatch, model_folder, tmp_path
-):
+def test_a_script_of_ones_own_works_alone_in_each_process(monkeypatch, model_folder, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     settings = {"num_fit": 8, "num_judged": 4, "max_skipped": 1}

@@ -12,11 +12,12 @@ import time
 from collections.abc import Sequence
 from itertools import takewhile
 
-from drllm import __version__, processes
+from drllm import __version__
 from drllm.cli.help import print_help, print_overview
+from drllm.cli.launcher import count_processes, is_first_process
 from drllm.cli.parser import parse
 from drllm.cli.terminal import Terminal
-from drllm.cli.verbs import FOREIGN, HELP, VERBS, find_verb
+from drllm.cli.verbs import FOREIGN, HELP, VERBS, Verb, find_verb
 from drllm.config import ExecutorConfig
 from drllm.errors import ConfigError, DrllmError
 from drllm.extras import need
@@ -39,11 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with terminal.warnings():
             return _run(words, terminal)
     except DrllmError as error:
-        if not processes.is_first():
+        if not is_first_process():
             # If the first process failed too, it prints the error, and the launcher ends this
             # process during the sleep.
             time.sleep(3)
-            terminal.err.quiet = False
         terminal.fail(str(error))
         return 2
     except KeyboardInterrupt:
@@ -75,7 +75,6 @@ def _run(words: list[str], terminal: Terminal) -> int:
         need("eval", "the verb lm-eval")
         from drllm.cli import harness
 
-        processes.divides = True
         harness.run(words[1:])
     elif _find_help_flags(words):
         everything = "--help-all" in _find_help_flags(words)
@@ -92,23 +91,22 @@ def _find_help_flags(words: list[str]) -> set[str]:
 
 
 def _run_verb(words: list[str], terminal: Terminal) -> int:
-    """Parse a command line, run its verb, and return the exit status.
-
-    A launcher may run the same verb in several processes. Only the first process prints.
-    """
+    """Parse a command line, run its verb, and return the exit status."""
     command = parse(words)
     verb = VERBS[command.verb]
-    processes.divides = verb.shares
-    num_processes = processes.count_launched()
-    if num_processes > 1 and verb.resumes and not verb.shares:
-        single_command = f"drllm {verb.name}"
-        if any(issubclass(group, ExecutorConfig) for group in verb.settings):
-            single_command += " --executor ray"
-        raise ConfigError(
-            f"drllm {verb.name} runs in one process, and WORLD_SIZE is {num_processes}; start it "
-            f"without a launcher: {single_command} …"
-        )
-    is_quiet = not processes.is_first()
-    terminal.err.quiet = is_quiet
-    terminal.out.quiet = is_quiet
+    _refuse_launcher(verb)
     return verb.run(command, terminal) or 0
+
+
+def _refuse_launcher(verb: Verb) -> None:
+    """Refuse to run the same command in each of the processes that a launcher has started."""
+    num_processes = count_processes()
+    if num_processes == 1:
+        return
+    single_command = f"drllm {verb.name}"
+    if any(issubclass(group, ExecutorConfig) for group in verb.settings):
+        single_command += " --executor ray"
+    raise ConfigError(
+        f"drllm {verb.name} runs in one process, and WORLD_SIZE is {num_processes}; start it "
+        f"without a launcher: {single_command} …"
+    )

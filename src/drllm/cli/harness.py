@@ -19,7 +19,7 @@ from lm_eval._cli import HarnessCLI
 from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.utils import setup_logging
 
-from drllm import processes
+from drllm.cli.launcher import count_processes, is_first_process
 from drllm.errors import ConfigError, TaskError, nearest_name
 from drllm.evaluation.lm_eval.folders import FolderFiles, make_own_task_folder
 from drllm.evaluation.lm_eval.leaves import HarnessTask
@@ -90,7 +90,7 @@ def _evaluate(harness: HarnessCLI, args: Namespace) -> None:
             limit=settings.limit,
             data_dir=data_dir,
             num_fewshot=settings.num_fewshot,
-            num_processes=processes.count(),
+            num_processes=count_processes(),
         )
     with ExitStack() as stack:
         if settings.cache_requests:
@@ -160,7 +160,8 @@ def _read_output_folder(settings: EvaluatorConfig) -> Path | None:
     output = Path(settings.output_path)
     if output.suffix == ".json":
         output = output.parent
-    check_folder(output, "--output_path")  # the harness would fail only at the end
+    if is_first_process():  # only the first process writes
+        check_folder(output, "--output_path")  # the harness would fail only at the end
     return output
 
 
@@ -185,11 +186,11 @@ def _write_tasks(
     In the first process the folder is in `--output_path`. In the other processes, and without
     `--output_path`, it is temporary.
     """
-    if processes.is_first():
+    if is_first_process():
         for task in tasks:
             for note in task.notes:
                 logger.warning("%s: %s", task.name, note)
-    if output is not None and processes.is_first():
+    if output is not None and is_first_process():
         folder = str(output / FOLDER / files.key)
     else:
         folder = stack.enter_context(TemporaryDirectory(prefix="drllm-tasks-"))

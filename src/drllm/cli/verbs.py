@@ -110,7 +110,6 @@ class Verb:
         model_from: A phrase for the help: which base model is used without `--model`, such as "the
             model that the paths.json names". It is empty for the default model.
         resumes: Whether the same command resumes interrupted work.
-        shares: Whether several processes can divide the work.
     """
 
     name: str
@@ -121,7 +120,6 @@ class Verb:
     flags: tuple[Flag, ...] = ()
     model_from: str = ""
     resumes: bool = False
-    shares: bool = False
 
 
 CONFIG = Flag(

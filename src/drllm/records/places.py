@@ -10,7 +10,6 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from drllm.errors import ConfigError, RecordError
-from drllm.processes import is_first
 from drllm.records.codec import file_exists, read_json
 from drllm.records.manifest import manifest_path
 
@@ -25,8 +24,6 @@ def check_folder(folder: Path, flag: str) -> None:
     If the folder doesn't exist, its nearest existing parent is checked. `flag` names the folder in
     the message.
     """
-    if not is_first():  # only the first process writes
-        return
     place = folder
     while not place.exists() and place != place.parent:
         place = place.parent
@@ -77,10 +74,9 @@ def _is_of_another_stage(file: Path, schema: str) -> bool:
 def stage_folder(output: Path | str | None, stack: ExitStack) -> Path:
     """Return the folder that a stage writes to: the output, or a new temporary folder.
 
-    The folder is temporary if there is no output, and in all processes but the first. A temporary
-    folder is deleted at the end of the stack.
+    A temporary folder is deleted at the end of the stack.
     """
-    if output and is_first():
+    if output:
         return Path(output)
     return Path(stack.enter_context(TemporaryDirectory()))
 
