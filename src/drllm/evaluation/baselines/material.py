@@ -92,7 +92,7 @@ def _mean_token_logprobs(
     from drllm.tuning.objectives import LOSS
     from drllm.tuning.path_scorer import Item
 
-    texts = [Request(ids[:1], [ids[1:]]) for ids in material.prompts if len(ids) > 1]
+    texts = [Request.from_text(ids) for ids in material.prompts if len(ids) > 1]
     num_tokens = [len(text.continuations[0]) for text in texts]
     return _mean_scores(routed, candidates, [Item(text) for text in texts], LOSS, num_tokens)
 
