@@ -13,13 +13,13 @@ from drllm.cli.show_results import show_next_steps, show_tasks
 from drllm.cli.terminal import LOADING, Terminal
 from drllm.cli.verbs import Flag, verb
 from drllm.config import EvaluateConfig, ModelConfig
-from drllm.evaluation.questions import check_output, select_tasks, without_routers
+from drllm.evaluation.questions import check_output
+from drllm.evaluation.request import EvaluationRequest, read_request
 from drllm.models.routers.places import check_place
 from drllm.records.places import check_folder
-from drllm.records.static_paths import PathFile, read_path_list
 
 if TYPE_CHECKING:
-    from drllm.models.routers.stack import RouterStack
+    from drllm.evaluation.inputs import LoadedRouters
 
 
 @verb(
@@ -41,30 +41,27 @@ if TYPE_CHECKING:
 )
 def evaluate_verb(command: CommandLine, terminal: Terminal) -> int:
     """Compare the base model, routers, baselines and static paths on tasks."""
-    check_model_name(command)
     config = command.get_settings(EvaluateConfig)
     output = command.path("output_dir")
     places = command.paths("routers")
-    if not places:
-        config = without_routers(config)
+
+    check_model_name(command)
     for place in places:
         check_place(place)
     with terminal.busy("reading the questions"):
-        tasks = select_tasks(config)
-    paths = _read_paths(config)
+        request = read_request(config, has_routers=bool(places))
     check_folder(output, "--output-dir")
     check_output(output)
-    print_splits(tasks, terminal)
+    print_splits(request.tasks, terminal)
     with terminal.busy("reading the routers"):
-        folders, first_routers = _read_all_routers(places)
-    path_with_model = None
-    if first_routers is None:
-        path_with_model = next((path for path in paths if path.record), None)
-    model = choose_model(command, first_routers, path_with_model)
+        routers = _load_routers(places)
+    model = _choose_model(command, request, routers)
     with terminal.busy(LOADING):
-        from drllm.evaluation.stage import evaluate
-    results = evaluate(model, tasks, config, output, routers=folders, listener=terminal)
-    show_tasks(output, terminal, [task.name for task in tasks])
+        from drllm.evaluation.stage import evaluate_request
+
+    results = evaluate_request(request, model, routers, output, listener=terminal)
+
+    show_tasks(output, terminal, [task.name for task in request.tasks])
     terminal.fact("results", output)
     drop_test = results[0].drop_test
     if drop_test is None:
@@ -73,26 +70,27 @@ def evaluate_verb(command: CommandLine, terminal: Terminal) -> int:
     return 0 if drop_test.chosen else 1
 
 
-def _read_paths(config: EvaluateConfig) -> list[PathFile]:
-    """Read the static paths of `--paths`; with `--max-drop`, they must be named one by one."""
-    needs_names = config.max_drop is not None
-    paths = read_path_list(config.paths or "", needs_names=needs_names)
-    return list(paths.values())
+def _load_routers(places: Sequence[Path]) -> list[LoadedRouters]:
+    """Load the routers of every seed from their folders or the hub."""
+    if not places:
+        return []
+    from drllm.evaluation.inputs import LoadedRouters
 
-
-def _read_all_routers(places: Sequence[Path]) -> tuple[list[Path], RouterStack | None]:
-    """Read the routers of every seed, so that a mistake is found before a model is loaded.
-
-    Returns their local folders, and the first seed's routers; None if there are no routers.
-    """
-    folders: list[Path] = []
-    first_routers: RouterStack | None = None
+    loaded: list[LoadedRouters] = []
     for place in places:
-        folder, routers = read_routers(place)
-        folders.append(folder)
-        if first_routers is None:
-            first_routers = routers
-    return folders, first_routers
+        folder, stack = read_routers(place)
+        loaded.append(LoadedRouters(stack, folder))
+    return loaded
+
+
+def _choose_model(
+    command: CommandLine, request: EvaluationRequest, routers: Sequence[LoadedRouters]
+) -> ModelConfig:
+    """Return the base model: the user's, else the first routers', else that of a file of paths."""
+    if routers:
+        return choose_model(command, routers[0].stack)
+    path_with_model = next((path for path in request.path_files if path.record), None)
+    return choose_model(command, path=path_with_model)
 
 
 @verb(

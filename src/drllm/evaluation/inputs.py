@@ -1,19 +1,18 @@
 """The inputs of an evaluation: routers by seed, static paths, and the adapters of healed paths.
 
-What needs no model is checked before one is loaded.
+`request` has what needs no model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from drllm.config import EvaluateConfig
-from drllm.errors import ConfigError, PathError
-from drllm.evaluation.baselines.base import BASELINES
-from drllm.evaluation.questions import select_tasks, without_routers
+from drllm.errors import ConfigError
+from drllm.evaluation.request import EvaluationRequest
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routers.checkpoint import check_routers, load_routers, save_routers
 from drllm.models.routers.files import WEIGHTS_FILE
@@ -22,11 +21,8 @@ from drllm.models.routing.healed import HealedAdapter, read_adapter
 from drllm.paths import StaticPath
 from drllm.records.codec import sha256
 from drllm.records.healed import HealedPath
-from drllm.records.results import BASE, ROUTED
-from drllm.records.static_paths import PathFile, read_path_list
-from drllm.tasks.base import Task
+from drllm.records.static_paths import PathFile
 from drllm.tasks.examples import KL_REWARD, OPTIONS_REWARD
-from drllm.tasks.graded import pin_reward
 from drllm.work.listener import Listener
 
 if TYPE_CHECKING:
@@ -34,135 +30,26 @@ if TYPE_CHECKING:
     from drllm.models.workers import Workers
 
 Routers: TypeAlias = "Path | str | RouterStack"
-Paths: TypeAlias = "str | Sequence[str] | Mapping[str, StaticPath]"
 
 
 @dataclass(frozen=True)
-class EvaluationRequest:
-    """What is to be evaluated, as far as it is known without the base model.
+class LoadedRouters:
+    """Routers, and the folder that they were loaded from; None if they have none yet."""
 
-    Attributes:
-        config: The settings as records have them.
-        tasks: The tasks.
-        routers: Routers, or their folders, the first seed's first; empty if only paths are
-            evaluated.
-        paths: Static paths by name; a `PathFile` becomes a path once the model is known.
-        adapters: The adapters that the model already has, by name.
+    stack: RouterStack
+    folder: Path | None = None
+
+
+def list_routers(model: Any, routers: Routers | Sequence[Routers]) -> list[Routers]:
+    """Return the routers to evaluate, or their folders: the model's own, or those given beside it.
+
+    Raises:
+        ConfigError: The model has its own routers, or may have them, and others are given too.
     """
-
-    config: EvaluateConfig
-    tasks: Sequence[Task]
-    routers: Sequence[Routers]
-    paths: Mapping[str, StaticPath | PathFile]
-    adapters: Mapping[str, LoraWeights]
-
-    @property
-    def path_files(self) -> list[PathFile]:
-        """The paths that come from files."""
-        return [path for path in self.paths.values() if isinstance(path, PathFile)]
-
-
-def read_request(
-    model: Any,
-    tasks: Task | str | Sequence[Task | str] | None,
-    config: EvaluateConfig,
-    routers: Routers | Sequence[Routers],
-    paths: Paths | None,
-) -> EvaluationRequest:
-    """Check everything that needs no base model; the arguments are those of `evaluate`."""
     if isinstance(routers, (str, Path, RouterStack)):
         routers = [routers]
-    is_routed = isinstance(model, RoutedModel) and model.routers is not None
-    has_routers = bool(routers) or is_routed
-    config = complete_settings(config, paths, has_routers=has_routers)
-    tasks = select_tasks(config, tasks)
-    named_paths = name_paths(paths, config)
-    for path in named_paths.values():
-        if isinstance(path, PathFile):
-            refuse_tuning_questions(path, tasks, config)
-    adapters: dict[str, LoraWeights] = {}
-    if isinstance(model, RoutedModel):
-        adapters = dict(model.injection.lora.all_weights())
-        routers = take_routers(model, routers)
-    return EvaluationRequest(config, tasks, list(routers), named_paths, adapters)
-
-
-def complete_settings(
-    config: EvaluateConfig, paths: Paths | None, *, has_routers: bool
-) -> EvaluateConfig:
-    """Return the settings as records have them, with the paths and the hash of the reward's file.
-
-    Raises:
-        ConfigError: There are neither routers nor paths, a setting only has an effect on routers
-            and there are none, or time can't be measured.
-    """
-    if paths is not None:
-        names = list(paths)
-        if isinstance(paths, str):
-            names = [paths]
-        config = replace(config, paths=",".join(names) or None)
-    if not has_routers:
-        config = without_routers(config)
-    if config.latency and config.executor == "ray":
-        raise ConfigError(
-            "--latency times the model in this process, and --executor is ray; leave one of them "
-            "out"
-        )
-    if config.reward is not None:
-        config = replace(config, reward=pin_reward(config.reward))
-    return config
-
-
-def name_paths(paths: Paths | None, config: EvaluateConfig) -> Mapping[str, StaticPath | PathFile]:
-    """Return the static paths by name; raise PathError if a path has another system's name."""
-    named_paths: Mapping[str, StaticPath | PathFile]
-    if isinstance(paths, Mapping):
-        named_paths = paths
-    else:
-        needs_names = config.max_drop is not None  # the names fix the order of its tests
-        named_paths = read_path_list(config.paths or "", needs_names=needs_names)
-    for name in named_paths:
-        if name in (BASE, ROUTED, *BASELINES):
-            raise PathError(
-                f"a path is called {name!r}, as another system is; give it another name"
-            )
-    return named_paths
-
-
-def refuse_tuning_questions(
-    path_file: PathFile, tasks: Sequence[Task], config: EvaluateConfig
-) -> None:
-    """Raise ConfigError if a path would be evaluated on questions that it was chosen on."""
-    record = path_file.record
-    if record is None:
-        return
-    file = path_file.file
-    for task in tasks:
-        if task.name not in record.tasks:
-            continue
-        if task.name in record.divided:
-            raise ConfigError(
-                f"{file} was tuned on some of the questions of {task.name} that an evaluation "
-                f"asks; 'drllm show {file}' shows its results on the other questions"
-            )
-        split = config.get_split(task.name)
-        if split != "test":
-            raise ConfigError(
-                f"{file} was tuned on {task.name}, and --split {split} holds questions that its "
-                f"paths were chosen on; evaluate them on test"
-            )
-
-
-def take_routers(model: RoutedModel, routers: Sequence[Routers]) -> list[RouterStack]:
-    """Return the routers of a routed model; the list is empty if the model has no routers.
-
-    Args:
-        model: The routed model.
-        routers: The routers that the user gave beside the model; there must be none.
-
-    Raises:
-        ConfigError: The user gave routers too.
-    """
+    if not isinstance(model, RoutedModel):
+        return list(routers)
     if routers:
         raise ConfigError(
             "a RoutedModel is evaluated with its own routers, but other routers are given; give "
@@ -171,6 +58,18 @@ def take_routers(model: RoutedModel, routers: Sequence[Routers]) -> list[RouterS
     if model.routers is None:
         return []
     return [model.routers]
+
+
+def load_listed_routers(routers: Sequence[Routers]) -> list[LoadedRouters]:
+    """Load the routers that are given as folders."""
+    loaded: list[LoadedRouters] = []
+    for stack_or_folder in routers:
+        if isinstance(stack_or_folder, RouterStack):
+            loaded.append(LoadedRouters(stack_or_folder))
+        else:
+            folder = Path(stack_or_folder)
+            loaded.append(LoadedRouters(load_routers(folder), folder))
+    return loaded
 
 
 @dataclass(frozen=True)
@@ -207,12 +106,14 @@ class EvaluationInputs:
         request: What is to be evaluated.
         routers: The routers of each seed.
         paths: All static paths by name.
-        adapters: The adapters of healed paths, which the workers put into their models.
+        model_adapters: The adapters that the model already has, by name.
+        adapters: The adapters of other healed paths, which the workers put into their models.
     """
 
     request: EvaluationRequest
     routers: SeedRouters
     paths: dict[str, StaticPath]
+    model_adapters: Mapping[str, LoraWeights]
     adapters: Sequence[HealedAdapter]
 
     @property
@@ -225,11 +126,26 @@ class EvaluationInputs:
         return tasks
 
 
-def load_inputs(request: EvaluationRequest, workers: Workers, output: Path) -> EvaluationInputs:
-    """Load the routers, and turn the files of paths into paths of the model.
+def find_adapters(model: Any) -> dict[str, LoraWeights]:
+    """Return the adapters that a routed model has, by name; there are none in other models."""
+    if not isinstance(model, RoutedModel):
+        return {}
+    return dict(model.injection.lora.all_weights())
+
+
+def prepare_inputs(
+    request: EvaluationRequest,
+    routers: Sequence[LoadedRouters],
+    model_adapters: Mapping[str, LoraWeights],
+    workers: Workers,
+    output: Path,
+) -> EvaluationInputs:
+    """Turn the files of paths into paths of the model, and read the adapters of healed paths.
 
     Args:
         request: What is to be evaluated.
+        routers: The routers of each seed.
+        model_adapters: The adapters that the model already has.
         workers: The base model.
         output: The folder of the evaluation, where routers without a folder are saved.
 
@@ -239,26 +155,27 @@ def load_inputs(request: EvaluationRequest, workers: Workers, output: Path) -> E
         RecordError: The adapter of a healed path is broken.
     """
     identity = workers.base.identity
-    routers = load_seeds(request.routers, output)
+    seeds = save_seeds(routers, output)
     paths = {}
     for name, path in request.paths.items():
         if isinstance(path, PathFile):
             paths[name] = path.path_for(identity)
         else:
             paths[name] = path.check(identity["num_layers"])
-    return EvaluationInputs(request, routers, paths, read_adapters(request, workers))
+    adapters = read_adapters(request, model_adapters, workers)
+    return EvaluationInputs(request, seeds, paths, model_adapters, adapters)
 
 
-def load_seeds(routers: Sequence[Routers], output: Path) -> SeedRouters:
-    """Load routers from their folders; routers without a folder are saved in the output first."""
+def save_seeds(routers: Sequence[LoadedRouters], output: Path) -> SeedRouters:
+    """Return the routers by folder; routers without a folder are saved in the output first."""
     stacks: dict[Path, RouterStack] = {}
-    for number, stack_or_folder in enumerate(routers):
-        if isinstance(stack_or_folder, RouterStack):
-            folder = output / "routers" / str(number)
-            save_routers(stack_or_folder, folder)
+    for number, loaded in enumerate(routers):
+        if loaded.folder is not None:
+            stacks[loaded.folder] = loaded.stack
         else:
-            folder = Path(stack_or_folder)
-        stacks[folder] = load_routers(folder)
+            folder = output / "routers" / str(number)
+            save_routers(loaded.stack, folder)
+            stacks[folder] = load_routers(folder)
     hashes = {folder: sha256(folder / WEIGHTS_FILE) for folder in stacks}
     if len(set(hashes.values())) < len(routers):
         raise ConfigError("the same routers are given twice; give the routers of each seed once")
@@ -271,12 +188,14 @@ def check_seeds(routers: SeedRouters, workers: Workers) -> None:
         check_routers(workers.base.model, stack, workers.base.identity)
 
 
-def read_adapters(request: EvaluationRequest, workers: Workers) -> list[HealedAdapter]:
+def read_adapters(
+    request: EvaluationRequest, model_adapters: Collection[str], workers: Workers
+) -> list[HealedAdapter]:
     """Read the adapters of healed paths that the model doesn't have already."""
     adapters: dict[str, HealedAdapter] = {}
     for path_file in request.path_files:
         record = path_file.record
-        if not isinstance(record, HealedPath) or record.adapter in request.adapters:
+        if not isinstance(record, HealedPath) or record.adapter in model_adapters:
             continue
         if record.adapter not in adapters:
             model = workers.base.model

@@ -1,8 +1,8 @@
 """The stage `evaluate`: it runs systems on tasks, and writes `eval/TASK.json` and samples.
 
-`evaluate` reads the inputs (`inputs`), plans each task (`plan`), runs the systems (`run`), judges
-the outcomes (`judge`) and writes the records. The results of systems are kept in `partial/`. If the
-same evaluation is started again, it reads them.
+`evaluate` reads the request (`request`) and the routers (`inputs`), plans each task (`plan`), runs
+the systems (`run`), judges the outcomes (`judge`) and writes the records. The results of systems
+are kept in `partial/`. If the same evaluation is started again, it reads them.
 """
 
 from __future__ import annotations
@@ -20,15 +20,18 @@ from drllm.errors import ArchitectureError
 from drllm.evaluation.flops import ModelShape
 from drllm.evaluation.inputs import (
     EvaluationInputs,
-    Paths,
+    LoadedRouters,
     Routers,
     check_seeds,
-    load_inputs,
+    find_adapters,
+    list_routers,
+    load_listed_routers,
     note_other_prompts,
-    read_request,
+    prepare_inputs,
 )
 from drllm.evaluation.latency import count_timed_tokens, write_latency
 from drllm.evaluation.questions import check_output, needs_fitting
+from drllm.evaluation.request import EvaluationRequest, Paths, read_request
 from drllm.models.routed_model import unrouted
 from drllm.models.routers.files import WEIGHTS_FILE
 from drllm.models.routing.policies import RouterPolicy
@@ -107,12 +110,40 @@ def evaluate(
     """
     listener = listener or Listener()
     config = replace_settings(EvaluateConfig, config, settings)
-    request = read_request(model, tasks, config, routers, paths)
+    listed_routers = list_routers(model, routers)
+    request = read_request(config, tasks, paths, has_routers=bool(listed_routers))
+    loaded_routers = load_listed_routers(listed_routers)
+    return evaluate_request(
+        request, model, loaded_routers, output_dir, tokenizer=tokenizer, listener=listener
+    )
+
+
+def evaluate_request(
+    request: EvaluationRequest,
+    model: Any,
+    routers: Sequence[LoadedRouters],
+    output_dir: Path | str | None = None,
+    *,
+    tokenizer: Any = None,
+    listener: Listener | None = None,
+) -> Results:
+    """Evaluate what is read and checked already; otherwise as `evaluate`.
+
+    Args:
+        request: What is to be evaluated, from `read_request`.
+        model: As for `evaluate`.
+        routers: The routers of each seed; none if only paths are evaluated.
+        output_dir: As for `evaluate`.
+        tokenizer: As for `evaluate`.
+        listener: As for `evaluate`.
+    """
+    listener = listener or Listener()
+    model_adapters = find_adapters(model)  # before the model is opened, which removes them
     with ExitStack() as stack:
         output = stage_folder(output_dir, stack)
         check_output(output)
         workers = stack.enter_context(open_workers(model, tokenizer, request.config, listener))
-        inputs = load_inputs(request, workers, output)
+        inputs = prepare_inputs(request, routers, model_adapters, workers, output)
         if inputs.routers.first is not None:
             note_other_prompts(inputs.routers.first, request.config, listener)
         header = _make_header(inputs, workers)
@@ -141,7 +172,7 @@ def _plan_run_judge(
     from drllm.evaluation.systems import Runner
 
     config = inputs.request.config
-    for name, weights in inputs.request.adapters.items():  # the model had them
+    for name, weights in inputs.model_adapters.items():  # the model had them
         workers.routed.injection.add_adapter(name, weights)
     lm = _make_harness_model(inputs, workers)
     store = ResultStore(
@@ -294,7 +325,7 @@ def _may_know_questions(inputs: EvaluationInputs) -> bool:
 
 def _read_shape(inputs: EvaluationInputs, workers: Workers) -> ModelShape | str:
     """Return the model's shape, or the reason why its cost can't be derived."""
-    adapters = dict(inputs.request.adapters)
+    adapters = dict(inputs.model_adapters)
     for adapter in inputs.adapters:
         adapters[adapter.record.adapter] = adapter.weights
     try:

@@ -13,7 +13,7 @@ import torch
 from drllm import extras
 from drllm.config import EvaluateConfig, HealConfig
 from drllm.errors import ConfigError, PathError, RecordError, TaskError
-from drllm.evaluation.inputs import refuse_tuning_questions
+from drllm.evaluation.request import refuse_tuning_questions
 from drllm.models.routed_model import RoutedModel, unrouted
 from drllm.models.routing.healed import install_path
 from drllm.models.routing.injection import LayerCall

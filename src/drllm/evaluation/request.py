@@ -1,0 +1,138 @@
+"""What is to be evaluated: reads the settings, the tasks and the paths, and checks them.
+
+This needs neither the base model nor its routers. This module doesn't import torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+from drllm.config import EvaluateConfig
+from drllm.errors import ConfigError, PathError
+from drllm.evaluation.baselines.base import BASELINES
+from drllm.evaluation.questions import select_tasks, without_routers
+from drllm.paths import StaticPath
+from drllm.records.results import BASE, ROUTED
+from drllm.records.static_paths import PathFile, read_path_list
+from drllm.tasks.base import Task
+from drllm.tasks.graded import pin_reward
+
+Paths: TypeAlias = "str | Sequence[str] | Mapping[str, StaticPath]"
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """What is to be evaluated, besides the routers.
+
+    Attributes:
+        config: The settings as records have them.
+        tasks: The tasks.
+        paths: Static paths by name; a `PathFile` becomes a path once the model is known.
+    """
+
+    config: EvaluateConfig
+    tasks: Sequence[Task]
+    paths: Mapping[str, StaticPath | PathFile]
+
+    @property
+    def path_files(self) -> list[PathFile]:
+        """The paths that come from files."""
+        return [path for path in self.paths.values() if isinstance(path, PathFile)]
+
+
+def read_request(
+    config: EvaluateConfig,
+    tasks: Task | str | Sequence[Task | str] | None = None,
+    paths: Paths | None = None,
+    *,
+    has_routers: bool,
+) -> EvaluationRequest:
+    """Read what is to be evaluated, and refuse what can't be.
+
+    Args:
+        config: The settings.
+        tasks: Tasks, or names of tasks; None takes the config's tasks.
+        paths: Static paths by name, or files; None takes the config's paths.
+        has_routers: Whether routers are evaluated.
+
+    Raises:
+        ConfigError: Settings make no sense together, or a package is missing.
+        PathError: A path has the name of another system.
+        RecordError: A file of paths can't be read.
+        TaskError: A task is unknown, or has no questions.
+    """
+    config = complete_settings(config, paths, has_routers=has_routers)
+    selected_tasks = select_tasks(config, tasks)
+    named_paths = name_paths(paths, config)
+    for path in named_paths.values():
+        if isinstance(path, PathFile):
+            refuse_tuning_questions(path, selected_tasks, config)
+    return EvaluationRequest(config, selected_tasks, named_paths)
+
+
+def complete_settings(
+    config: EvaluateConfig, paths: Paths | None, *, has_routers: bool
+) -> EvaluateConfig:
+    """Return the settings as records have them, with the paths and the hash of the reward's file.
+
+    Raises:
+        ConfigError: There are neither routers nor paths, a setting only has an effect on routers
+            and there are none, or time can't be measured.
+    """
+    if paths is not None:
+        names = list(paths)
+        if isinstance(paths, str):
+            names = [paths]
+        config = replace(config, paths=",".join(names) or None)
+    if not has_routers:
+        config = without_routers(config)
+    if config.latency and config.executor == "ray":
+        raise ConfigError(
+            "--latency times the model in this process, and --executor is ray; leave one of them "
+            "out"
+        )
+    if config.reward is not None:
+        config = replace(config, reward=pin_reward(config.reward))
+    return config
+
+
+def name_paths(paths: Paths | None, config: EvaluateConfig) -> Mapping[str, StaticPath | PathFile]:
+    """Return the static paths by name; raise PathError if a path has another system's name."""
+    named_paths: Mapping[str, StaticPath | PathFile]
+    if isinstance(paths, Mapping):
+        named_paths = paths
+    else:
+        needs_names = config.max_drop is not None  # the names fix the order of its tests
+        named_paths = read_path_list(config.paths or "", needs_names=needs_names)
+    for name in named_paths:
+        if name in (BASE, ROUTED, *BASELINES):
+            raise PathError(
+                f"a path is called {name!r}, as another system is; give it another name"
+            )
+    return named_paths
+
+
+def refuse_tuning_questions(
+    path_file: PathFile, tasks: Sequence[Task], config: EvaluateConfig
+) -> None:
+    """Raise ConfigError if a path would be evaluated on questions that it was chosen on."""
+    record = path_file.record
+    if record is None:
+        return
+    file = path_file.file
+    for task in tasks:
+        if task.name not in record.tasks:
+            continue
+        if task.name in record.divided:
+            raise ConfigError(
+                f"{file} was tuned on some of the questions of {task.name} that an evaluation "
+                f"asks; 'drllm show {file}' shows its results on the other questions"
+            )
+        split = config.get_split(task.name)
+        if split != "test":
+            raise ConfigError(
+                f"{file} was tuned on {task.name}, and --split {split} holds questions that its "
+                f"paths were chosen on; evaluate them on test"
+            )
