@@ -8,8 +8,9 @@ import io
 import re
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
-from contextlib import ExitStack, redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -65,6 +66,14 @@ def _add_flags(harness: HarnessCLI) -> None:
     )
 
 
+@dataclass(frozen=True)
+class OwnTasks:
+    """drllm's tasks of a command, and the files that make them tasks of the harness."""
+
+    tasks: Sequence[HarnessTask]
+    files: FolderFiles
+
+
 def _evaluate(harness: HarnessCLI, args: Namespace) -> None:
     """Run `lm-eval run`, with drllm's tasks if `--data_dir` or `--split` is given.
 
@@ -76,34 +85,22 @@ def _evaluate(harness: HarnessCLI, args: Namespace) -> None:
     del args.data_dir
     del args.split
     settings = _read_harness_settings(args)
+
     names = _read_task_names(settings)
     _refuse_routers_with_other_model(settings)
     output = _read_output_folder(settings)
     _adjust_arguments(args, settings)
-    tasks: list[HarnessTask] = []
-    files: FolderFiles | None = None  # the files of drllm's tasks
+    own_tasks = None
     if data_dir is not None or split is not None:
         _refuse_include_path(settings)
-        tasks, files = make_own_task_folder(
-            names,
-            split=split or "test",
-            limit=settings.limit,
-            data_dir=data_dir,
-            num_fewshot=settings.num_fewshot,
-            num_processes=count_processes(),
-        )
+        own_tasks = _make_own_tasks(names, settings, data_dir, split or "test")
+
     with ExitStack() as stack:
         if settings.cache_requests:
-            from lm_eval.caching import cache
-
-            # The harness' key of a cached request is too coarse, so its cache gets a folder for
-            # each of our keys.
-            cache_folder = str(Path(cache.PATH) / f"drllm-{_make_cache_key(args, files)}")
-            stack.enter_context(patch.object(cache, "PATH", cache_folder))
-        if files is not None:
-            folder = _write_tasks(tasks, files, output, stack)
-            args.tasks = [task.harness_name for task in tasks]
-            args.include_path = folder
+            stack.enter_context(_separate_cache(args, own_tasks))
+        if own_tasks is not None:
+            args.include_path = _write_tasks(own_tasks, output, stack)
+            args.tasks = [task.harness_name for task in own_tasks.tasks]
         _execute(harness, args, names, settings.include_path)
 
 
@@ -178,23 +175,49 @@ def _adjust_arguments(args: Namespace, settings: EvaluatorConfig) -> None:
         args.gen_kwargs = options
 
 
-def _write_tasks(
-    tasks: Sequence[HarnessTask], files: FolderFiles, output: Path | None, stack: ExitStack
-) -> str:
+def _make_own_tasks(
+    names: Sequence[str], settings: EvaluatorConfig, data_dir: str | None, split: str
+) -> OwnTasks:
+    """Draw the questions of drllm's tasks, and make tasks of the harness with them."""
+    tasks, files = make_own_task_folder(
+        names,
+        split=split,
+        limit=settings.limit,
+        data_dir=data_dir,
+        num_fewshot=settings.num_fewshot,
+        num_processes=count_processes(),
+    )
+    return OwnTasks(tasks, files)
+
+
+@contextmanager
+def _separate_cache(args: Namespace, own_tasks: OwnTasks | None) -> Iterator[None]:
+    """Give the harness' cache of requests a folder for each of our keys, in the block.
+
+    The harness' own key of a cached request is too coarse.
+    """
+    from lm_eval.caching import cache
+
+    folder = Path(cache.PATH) / f"drllm-{_make_cache_key(args, own_tasks)}"
+    with patch.object(cache, "PATH", str(folder)):
+        yield
+
+
+def _write_tasks(own_tasks: OwnTasks, output: Path | None, stack: ExitStack) -> str:
     """Write drllm's tasks into a folder, and return the folder.
 
     In the first process the folder is in `--output_path`. In the other processes, and without
     `--output_path`, it is temporary.
     """
     if is_first_process():
-        for task in tasks:
+        for task in own_tasks.tasks:
             for note in task.notes:
                 logger.warning("%s: %s", task.name, note)
     if output is not None and is_first_process():
-        folder = str(output / FOLDER / files.key)
+        folder = str(output / FOLDER / own_tasks.files.key)
     else:
         folder = stack.enter_context(TemporaryDirectory(prefix="drllm-tasks-"))
-    files.write(Path(folder))
+    own_tasks.files.write(Path(folder))
     return folder
 
 
@@ -210,7 +233,6 @@ def _execute(
         include_path: The user's own folder of the harness' tasks.
     """
     import datasets
-    import lm_eval.tasks
 
     import drllm.evaluation.lm_eval.model  # noqa: F401 (registers our model)
 
@@ -222,30 +244,38 @@ def _execute(
         match = re.fullmatch(r"Tasks not found: (.*)", str(error))
         if match is None:
             raise
-        name = match[1].split(", ")[0]
-        if is_task_name(name):
-            raise TaskError(
-                f"task {name!r} is a task of drllm and not of the harness; give --split test, or "
-                f"--data_dir FOLDER to read its questions from files"
-            ) from error
-        known_names = lm_eval.tasks.TaskManager(include_path=include_path).all_tasks
-        raise TaskError(
-            f"{nearest_name('task', name, known_names)}; 'drllm lm-eval ls tasks' lists all, "
-            f"--include_path FOLDER adds your own"
-        ) from error
+        first_name = match[1].split(", ")[0]
+        raise TaskError(_describe_unknown_task(first_name, include_path)) from error
     except download_errors as error:
-        cause = " ".join(str(error).split()).rstrip(".")
-        remedy = "connect or log in (hf auth login)"
-        if any(is_task_name(name) for name in names):
-            remedy += (
-                ", or give --data_dir FOLDER to read the questions of drllm's tasks from files"
-            )
-        raise TaskError(
-            f"the questions of a task can't be fetched from the hub ({cause}); {remedy}"
-        ) from error
+        raise TaskError(_describe_failed_download(error, names)) from error
 
 
-def _make_cache_key(args: Namespace, files: FolderFiles | None) -> str:
+def _describe_unknown_task(name: str, include_path: str | None) -> str:
+    """Say what to do about a task that the harness doesn't have."""
+    if is_task_name(name):
+        return (
+            f"task {name!r} is a task of drllm and not of the harness; give --split test, or "
+            f"--data_dir FOLDER to read its questions from files"
+        )
+    import lm_eval.tasks
+
+    known_names = lm_eval.tasks.TaskManager(include_path=include_path).all_tasks
+    return (
+        f"{nearest_name('task', name, known_names)}; 'drllm lm-eval ls tasks' lists all, "
+        f"--include_path FOLDER adds your own"
+    )
+
+
+def _describe_failed_download(error: Exception, names: Sequence[str]) -> str:
+    """Say what to do about questions that couldn't be fetched; `names` are those of the tasks."""
+    cause = " ".join(str(error).split()).rstrip(".")
+    remedy = "connect or log in (hf auth login)"
+    if any(is_task_name(name) for name in names):
+        remedy += ", or give --data_dir FOLDER to read the questions of drllm's tasks from files"
+    return f"the questions of a task can't be fetched from the hub ({cause}); {remedy}"
+
+
+def _make_cache_key(args: Namespace, own_tasks: OwnTasks | None) -> str:
     """Return a key for the requests in the harness' cache.
 
     The harness tells requests apart by task, number of shots and tokenizer. Our key adds the rows
@@ -256,6 +286,6 @@ def _make_cache_key(args: Namespace, files: FolderFiles | None) -> str:
     for name, value in sorted(vars(args).items()):
         if name not in without_effect:
             arguments.append((name, value))
-    rows = "" if files is None else files.key
+    rows = "" if own_tasks is None else own_tasks.files.key
     content = (rows, arguments, version("lm_eval"), version("drllm"))
     return hash_values([content])[:16]
