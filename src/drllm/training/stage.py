@@ -23,11 +23,12 @@ from drllm.agreement import TRAIN, VALIDATION, Counts, compute_metrics
 from drllm.config import TrainConfig
 from drllm.config.fields import replace_settings
 from drllm.errors import ConfigError
+from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import PromptForm, infer_form
 from drllm.models.routers.checkpoint import load_routers, save_routers
 from drllm.models.routers.files import WEIGHTS_FILE
 from drllm.models.routers.stack import RouterStack
-from drllm.models.workers import Workers, open_workers
+from drllm.models.workers import open_workers
 from drllm.records.codec import encode, write_atomically
 from drllm.records.layers import LAYERS_FILE, Layers
 from drllm.records.manifest import write_or_remove
@@ -165,20 +166,20 @@ def _compute_inputs(
             features=features,
             base_identity=identity,
             prompts=PromptInfo(rewards=rewards, form=form),
-            device=_choose_device(workers),
+            device=_choose_device(workers.base),
         )
 
 
-def _choose_device(workers: Workers) -> torch.device:
+def _choose_device(base: BaseModel) -> torch.device:
     """Return where the routers are trained: where the base model is.
 
     With Ray, the base model is in other processes. Then it is the same kind of device, if this
     process has one.
     """
-    device: torch.device = workers.base.model.device
+    device: torch.device = base.model.device
     if device.type != "meta":
         return device
-    if workers.executor.runtime["device"] == "cuda" and torch.cuda.is_available():
+    if base.runtime["device"] == "cuda" and torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("cpu")
 

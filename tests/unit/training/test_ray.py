@@ -15,13 +15,12 @@ import drllm
 from drllm.config import ModelConfig, TrainConfig
 from drllm.errors import ConfigError, ModelError
 from drllm.models.base.load import load_without_weights
-from drllm.models.workers import Workers, open_workers
+from drllm.models.workers import open_workers
 from drllm.records.supervision import SupervisionRecord
 from drllm.training import stage
 from drllm.training.feature_store import FeatureStore
 from drllm.training.features import collect_features
 from drllm.work.listener import Listener
-from drllm.work.local import LocalExecutor
 
 WORKERS = 2
 RAY = TrainConfig(executor="ray", num_workers=WORKERS, num_epochs=2, num_windows=W)
@@ -168,8 +167,7 @@ def test_routers_are_trained_on_the_kind_of_device_that_pooled_if_it_is_here(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: is_here)
     runtime = {"dtype": "float32", "device": pooled_on, "attn_implementation": "sdpa"}
     base = load_without_weights(model, {}, runtime)
-    workers = Workers(base, LocalExecutor(None, {}, runtime))  # stands for the workers of Ray
-    assert stage._choose_device(workers) == torch.device(device)
+    assert stage._choose_device(base) == torch.device(device)
 
 
 def test_a_model_object_is_refused_before_ray_starts(tiny_llama, tiny_tokenizer, tmp_path):
