@@ -13,6 +13,7 @@ from drllm.cli.verbs import Flag, verb
 from drllm.config import ModelConfig, TrainConfig
 from drllm.errors import CheckpointError, ConfigError
 from drllm.records.places import check_folder
+from drllm.training import is_finished
 from drllm.training.inputs import collect_targets
 
 SWITCH_FLAGS = [
@@ -62,14 +63,13 @@ def train_verb(command: CommandLine, terminal: Terminal) -> None:
     check_folder(output, output_flag)
     if features is not None:
         check_folder(features, "--features")
-    with terminal.busy(LOADING):
-        from drllm.training.checkpoint import is_finished
-        from drllm.training.stage import train
     if all(is_finished(folder) for folder in folders):
         raise CheckpointError(
             f"{output} holds trained routers already; choose another {output_flag}, or delete the "
             f"folder"
         )
+    with terminal.busy(LOADING):
+        from drllm.training.stage import train
 
     train(
         command.get_settings(ModelConfig),

@@ -15,7 +15,7 @@ from drllm.errors import ConfigError
 from drllm.evaluation.request import EvaluationRequest
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routers.checkpoint import check_routers, load_routers, save_routers
-from drllm.models.routers.files import WEIGHTS_FILE
+from drllm.models.routers.places import WEIGHTS_FILE
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.healed import HealedAdapter, read_adapter
 from drllm.paths import StaticPath

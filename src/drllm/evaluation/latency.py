@@ -27,7 +27,7 @@ from drllm.cost import mean_executions
 from drllm.models.base.layers import find_layers
 from drllm.models.base.load import BaseModel
 from drllm.models.routed_model import RoutedModel
-from drllm.models.routers.files import WEIGHTS_FILE
+from drllm.models.routers.places import WEIGHTS_FILE
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.kv_cache import cache_argument
 from drllm.models.routing.policies import Policy, RouterPolicy

@@ -33,7 +33,7 @@ from drllm.evaluation.latency import count_timed_tokens, write_latency
 from drllm.evaluation.questions import check_output, needs_fitting
 from drllm.evaluation.request import EvaluationRequest, Paths, read_request
 from drllm.models.routed_model import unrouted
-from drllm.models.routers.files import WEIGHTS_FILE
+from drllm.models.routers.places import WEIGHTS_FILE
 from drllm.models.routing.policies import RouterPolicy
 from drllm.models.workers import Workers, open_workers
 from drllm.records.codec import sha256, write_json

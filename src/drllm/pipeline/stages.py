@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from drllm.config import EvaluateConfig, ExecutorConfig, HealConfig, ModelConfig
 from drllm.evaluation.baselines.base import needs_targets
+from drllm.models.routers.places import CONFIG_FILE, WEIGHTS_FILE
 from drllm.pipeline.manifest import RunManifest, hash_file
 from drllm.pipeline.recipes import Recipe
 from drllm.records import codec
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 STAGES = ("search", "supervise", "train", "tune", "heal", "evaluate", "report")
 RECIPE_FILE = "run.yaml"
-ROUTER_FILES = ("router_config.json", "routers.safetensors")
+ROUTER_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 """The files of routers that results depend on."""
 TRAINED_FILES = (*ROUTER_FILES, "README.md", "config.json", "metrics.jsonl", "layers.json")
 """The files that a training writes for each seed."""

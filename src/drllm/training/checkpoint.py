@@ -17,12 +17,11 @@ from torch import Tensor
 from drllm.config import TrainConfig
 from drllm.errors import CheckpointError, RecordError
 from drllm.models.routers.config import read_config
-from drllm.models.routers.files import WEIGHTS_FILE
 from drllm.records.codec import decode, encode, write_atomically
+from drllm.training import CHECKPOINT_FILE, is_finished
 from drllm.training.trainer import Trainer
 from drllm.work.store import differences
 
-CHECKPOINT_FILE = "checkpoint.safetensors"
 HEADER = "drllm.training"  # the key of the header in the file's metadata
 # A tensor in the file is named PART.NAME: the part of the state, and the name of the weight.
 WEIGHTS = "weights"
@@ -100,11 +99,6 @@ def resume_training(output: Path, identity: Mapping[str, Any], trainer: Trainer)
             f"{path} belongs to another run, made with {'; '.join(different_values)}; choose "
             f"another output folder, or delete the checkpoint to train from the beginning"
         )
-
-
-def is_finished(output: Path) -> bool:
-    """Tell whether a folder holds routers whose training has ended."""
-    return (output / WEIGHTS_FILE).exists() and not (output / CHECKPOINT_FILE).exists()
 
 
 def is_done(output: Path, identity: Mapping[str, Any]) -> bool:

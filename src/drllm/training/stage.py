@@ -26,7 +26,7 @@ from drllm.errors import ConfigError
 from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import PromptForm, infer_form
 from drllm.models.routers.checkpoint import load_routers, save_routers
-from drllm.models.routers.files import WEIGHTS_FILE
+from drllm.models.routers.places import WEIGHTS_FILE
 from drllm.models.routers.stack import RouterStack
 from drllm.models.workers import open_workers
 from drllm.records.codec import encode, write_atomically
@@ -34,8 +34,8 @@ from drllm.records.layers import LAYERS_FILE, Layers
 from drllm.records.manifest import write_or_remove
 from drllm.records.places import check_folder, stage_folder
 from drllm.records.supervision import RejectedQuestion, TargetSet, check_targets
+from drllm.training import CHECKPOINT_FILE
 from drllm.training.checkpoint import (
-    CHECKPOINT_FILE,
     is_done,
     make_identity,
     resume_training,

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from small import IDENTITY, QUICK, BrokenOffError, Watching, files_of, make_features, stop_at
 
 from drllm.errors import CheckpointError
-from drllm.training.checkpoint import CHECKPOINT_FILE, HEADER
+from drllm.training import CHECKPOINT_FILE
+from drllm.training.checkpoint import HEADER
 from drllm.training.stage import train_seed
 
 SETTINGS = replace(QUICK, num_epochs=6, warmup_steps=5)

@@ -10,8 +10,7 @@ from killable import CONFIG, kills_that_changed_nothing, run_script, train
 from small import BrokenOffError, files_of
 
 from drllm.errors import CheckpointError
-from drllm.training import stage
-from drllm.training.checkpoint import CHECKPOINT_FILE, is_finished
+from drllm.training import CHECKPOINT_FILE, is_finished, stage
 from drllm.training.stage import discard, fit_seed
 
 ONE = replace(CONFIG, num_seeds=1)

@@ -11,7 +11,7 @@ from drllm.models.routers.checkpoint import load_routers
 from drllm.records.codec import read_json
 from drllm.records.layers import Layers
 from drllm.supervision.summary import class_counts
-from drllm.training.checkpoint import is_finished
+from drllm.training import is_finished
 from drllm.training.stage import PromptInfo, train_seed
 from drllm.training.trainer import Trainer, count_decisions, hold_out
 

@@ -9,7 +9,7 @@ from small import IDENTITY, QUICK, BrokenOffError, make_features, stop_at
 
 from drllm.errors import ConfigError
 from drllm.models.routers.checkpoint import load_routers
-from drllm.training.checkpoint import CHECKPOINT_FILE
+from drllm.training import CHECKPOINT_FILE
 from drllm.training.stage import train_seed
 from drllm.training.trackers import FOLDER, RUN_FILE, check_trackers
 

@@ -24,8 +24,8 @@ from drllm.models.base.identity import describe
 from drllm.models.base.layers import unwrap_peft
 from drllm.models.routers.card import FOLDER, MARK, write_card
 from drllm.models.routers.config import FORMAT_VERSION, RouterConfig, read_config
-from drllm.models.routers.files import COUNTED_FILE, WEIGHTS_FILE
-from drllm.models.routers.places import CONFIG_FILE
+from drllm.models.routers.files import COUNTED_FILE
+from drllm.models.routers.places import CONFIG_FILE, WEIGHTS_FILE
 from drllm.models.routers.stack import NUM_DECISIONS, RouterStack
 from drllm.records.identity import differ
 

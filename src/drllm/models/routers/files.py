@@ -9,9 +9,8 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from drllm.errors import CheckpointError, ConfigError
 from drllm.models.base import hub
 from drllm.models.base.cards import CARD_FILE, HUB_ID
-from drllm.models.routers.places import CONFIG_FILE
+from drllm.models.routers.places import CONFIG_FILE, WEIGHTS_FILE
 
-WEIGHTS_FILE = "routers.safetensors"
 COUNTED_FILE = "config.json"  # only the hub reads this file, to count downloads
 FILES = [CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, COUNTED_FILE]
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from drllm.errors import CheckpointError
 
 CONFIG_FILE = "router_config.json"
+WEIGHTS_FILE = "routers.safetensors"
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")  # unlike `cards.HUB_ID` without paths such as ./routers
 
 
