@@ -192,8 +192,8 @@ class ReadyWorker:
 
 def make_workers(executor: Any) -> Workers:
     """Return an executor with a base model that is never run."""
-    model = SimpleNamespace(device=torch.device("meta"))
-    return Workers(BaseModel(model, None, "ready-made"), executor)
+    model: Any = SimpleNamespace(device=torch.device("meta"))
+    return Workers(BaseModel(model, None, "ready-made"), model, executor)
 
 
 class BatchClock(Listener):

@@ -40,7 +40,7 @@ def settings(**values):
 def run(routed, folder, tasks, listener=None, runtime=RUNTIME, identity=IDENTITY, **values):
     config = settings(**values)
     base = BaseModel(routed.model, routed.tokenizer, "tiny")
-    workers = Workers(base, LocalExecutor(routed, identity, runtime))
+    workers = Workers(base, routed, LocalExecutor(routed, identity, runtime))
     return run_search(workers, collect_questions(tasks, config), config, folder, listener)
 
 
