@@ -95,6 +95,8 @@ def test_an_adapted_model_generates_under_routing(tiny_llama):
         assert torch.equal(expected, again.generate(**prompts(), max_new_tokens=8, do_sample=False))
 
 
+# PEFT before 0.21 takes the empty name of a model made from a configuration for one on the hub.
+@pytest.mark.filterwarnings("ignore:Could not find a config file in  -:UserWarning")
 def test_adapter_weights_keep_their_names(tiny_llama, tmp_path):
     plain = get_peft_model(tiny_llama(), lora())
     adapted = get_peft_model(RoutedModel(tiny_llama()).model, lora())
@@ -301,8 +303,12 @@ def test_decoding_with_a_compiled_model_follows_the_pinned_route(tiny_llama):
     assert torch.equal(expected, routed.generate(**prompts(), **options))
 
 
-LIMIT = {"fail_on_recompile_limit_hit": True}
-"""Has torch raise where it would give up compiling a function, which it only warns of else."""
+LIMIT = {"fail_on_recompile_limit_hit": True, "recompile_limit": 8}
+"""Has torch raise where it would give up compiling a function, which it only warns of else.
+
+The limit is torch's own. transformers up to 5.0 sets it to 64 for the whole process once it has
+read a prompt in chunks, as another test may have let it.
+"""
 
 
 @needs_tracing
@@ -315,7 +321,7 @@ def test_routers_in_a_compiled_model_never_meet_the_limit_of_recompilations(tiny
     for ids in asked:
         expected.append(routed.generate(ids, **options))
         routes |= set(map(tuple, routed.last_route.tolist()))
-    assert len(routes) > torch._dynamo.config.recompile_limit, "the sample must be a test"
+    assert len(routes) > LIMIT["recompile_limit"], "the sample must be a test"
     routed.model.forward = compiled(routed.model.forward)
     with torch._dynamo.config.patch(LIMIT):
         found = [routed.generate(ids, **options) for ids in asked]

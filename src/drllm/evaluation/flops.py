@@ -65,7 +65,8 @@ class ModelShape:
             adapters: The adapters that paths may name, by name. None if there are no adapters.
 
         Raises:
-            ArchitectureError: The cost doesn't follow from these sizes (experts, latent K/V).
+            ArchitectureError: The cost doesn't follow from these sizes (experts, latent K/V, a
+                recurrent state).
         """
         _, layers = find_layers(model)
         model = unwrap_peft(model)
@@ -123,14 +124,22 @@ def kv_bytes(shape: ModelShape, plan: Plan) -> int:
 
 
 def _refuse_unsupported(model: Any) -> None:
-    """Raise ArchitectureError if the configuration has a field whose cost isn't derived."""
+    """Raise ArchitectureError if a model's class or configuration has a cost that isn't derived."""
+    name = type(model).__name__
+    # Layers with a recurrent state run other products than attention does, or no attention at all.
+    # Not every version of transformers says so in the configuration.
+    if getattr(model, "_is_stateful", False):
+        raise ArchitectureError(
+            f"{name} keeps a recurrent state in its layers, for which FLOPs and K/V aren't "
+            f"derived; go by executions and measured time"
+        )
     config = model.config.get_text_config()
-    for name in UNSUPPORTED_FIELDS:
-        value = getattr(config, name, None)
+    for field_name in UNSUPPORTED_FIELDS:
+        value = getattr(config, field_name, None)
         if value:
             raise ArchitectureError(
-                f"{type(model).__name__} has {name} = {value}, for which FLOPs and K/V aren't "
-                f"derived; go by executions and measured time"
+                f"{name} has {field_name} = {value}, for which FLOPs and K/V aren't derived; go by "
+                f"executions and measured time"
             )
 
 

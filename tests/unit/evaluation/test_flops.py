@@ -117,6 +117,19 @@ def test_models_whose_cost_does_not_follow_are_refused(tiny_model, family, reaso
         ModelShape.from_model(tiny_model(family))
 
 
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "falcon_h1", "rwkv"])
+def test_models_with_a_recurrent_state_are_refused(tiny_model, family):
+    with pytest.raises(ArchitectureError, match="state"):
+        ModelShape.from_model(tiny_model(family))
+
+
+def test_a_recurrent_state_is_refused_whatever_the_configuration_says(tiny_llama):
+    model = tiny_llama()
+    model._is_stateful = True
+    with pytest.raises(ArchitectureError, match=r"keeps a recurrent state .*measured time"):
+        ModelShape.from_model(model)
+
+
 def test_packed_weights_count_as_what_they_stand_for(tiny_llama):
     model, plain = tiny_llama(), ModelShape.from_model(tiny_llama())
     linear = model.model.layers[0].mlp.up_proj

@@ -138,6 +138,15 @@ def with_weights(folder, change):
     with_record(folder, adapter_sha256=sha256(folder / ADAPTER_FILE))
 
 
+def with_complex_weights(folder):
+    try:
+        with_weights(
+            folder, lambda t: t.update({Q + "A.weight": t[Q + "A.weight"].to(torch.complex64)})
+        )
+    except KeyError as dtype:  # the oldest safetensors that drllm supports
+        pytest.skip(f"the installed safetensors can't write {dtype}")
+
+
 def with_record(folder, **changes):
     values = read_json(folder / HEALED_FILE, dict)
     write_json(folder / HEALED_FILE, values | changes)
@@ -207,9 +216,7 @@ BAD = {
     "has 2 axes of bool, expected": lambda f: with_weights(
         f, lambda t: t.update({Q + "A.weight": t[Q + "A.weight"].bool()})
     ),
-    "has 2 axes of complex64, expected": lambda f: with_weights(
-        f, lambda t: t.update({Q + "A.weight": t[Q + "A.weight"].to(torch.complex64)})
-    ),
+    "has 2 axes of complex64, expected": lambda f: with_complex_weights(f),
     "is for another model": lambda f: with_weights(
         f, lambda t: t.update({Q + "A.weight": torch.zeros(4, 31)})
     ),
