@@ -1,181 +1,290 @@
-"""A search, tuning, healing or evaluation that is killed ends as an undisturbed one."""
+"""Work that is killed again and again ends with the files of an undisturbed run, and no others."""
 
+import hashlib
+import itertools
 import json
-import random
-import sys
+import re
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 
-from drllm.cli import main
-from drllm.records.search import read_search
-from drllm.search import CHUNKS_FOLDER, count_kept_batches
+from killable_command import Command, Operation, read_operations, start_server
 
-MOST_S = 120.0
-QUESTIONS = 24
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A stage, and what it does when its work is done.
+
+    Attributes:
+        command: Its command line, without the model and the folder.
+        kept: How the paths of the results begin that an interrupted run keeps, in the folder.
+        when_done: What the same command says when all is done.
+        status_when_done: Its exit status then.
+        is_repeated: Whether it does the work again then, and writes equal files.
+        other: Flags of other work, which the folder is refused for.
+        refusal: What the message says then.
+    """
+
+    command: str
+    kept: str
+    when_done: str
+    status_when_done: int = 0
+    is_repeated: bool = False
+    other: str
+    refusal: str
+
+
+STAGES = {
+    "search": Stage(
+        command="search --dataset builtin_facts --limit 12 --block-size 3 --num-simulations 12",
+        kept="search.partial/",
+        when_done="nothing was searched again",
+        other="--num-simulations 13",
+        refusal="num_simulations 12, now 13",
+    ),
+    "features": Stage(
+        command="train --supervision {inputs}/supervision.jsonl --num-epochs 2 "
+        "--features {folder}/features",
+        kept="features/features-",
+        when_done="holds trained routers already",
+        status_when_done=2,
+        other="--num-windows 4 --output-dir {other}",
+        refusal="num_windows 8, now 4",
+    ),
+    "train": Stage(
+        command="train --supervision {inputs}/supervision.jsonl --num-epochs 3 --num-seeds 2",
+        kept="seed_1/checkpoint",
+        when_done="holds trained routers already",
+        status_when_done=2,
+        other="--num-epochs 4",
+        refusal="holds trained routers already",
+    ),
+    "tune": Stage(
+        command="tune --tasks builtin_facts --num-fit 30 --num-judged 24 --max-skipped 2 "
+        "--max-loss 10 --beam 2",
+        kept="paths.partial/",
+        when_done="skip2",
+        other="--beam 3",
+        refusal="beam 2, now 3",
+    ),
+    "heal": Stage(
+        command="heal --path {inputs}/plan.json --tasks builtin_facts --limit 20 --steps 12 "
+        "--rank 2 --num-held-out 4",
+        kept="heal.partial/",
+        when_done="steps",
+        other="--steps 13",
+        refusal="steps 12, now 13",
+    ),
+    "evaluate": Stage(
+        command="evaluate --routers {routers} --tasks builtin_arithmetic --limit 7 --batch-size 1 "
+        "--baselines permuted-routes --num-random-draws 2 --num-texts 2",
+        kept="partial/",
+        when_done="routed",
+        is_repeated=True,
+        other="--limit 6",
+        refusal="limit 7, now 6",
+    ),
+}
+NUM_TARGETS = 40
 
 
 @pytest.fixture
-def words(model_folder: Callable[..., Path]) -> list[str]:
-    settings = ["--dataset", "builtin_facts", "--limit", str(QUESTIONS), "--block-size", "1"]
-    return ["search", "--model", str(model_folder()), "--device", "cpu", *settings]
+def inputs(tmp_path: Path) -> Path:
+    """A folder with targets to train on, and a path to heal."""
+    folder = tmp_path / "inputs"
+    folder.mkdir()
+    rows = []
+    for number in range(NUM_TARGETS):
+        row = {
+            "question": f"Question {number}: {'why ' * (number % 7)}?",
+            "optimal_layer_config": [1, number % 3, 1, number // 3 % 3],
+            "answer": "yes",
+        }
+        rows.append(json.dumps(row) + "\n")
+    (folder / "supervision.jsonl").write_text("".join(rows))
+    (folder / "plan.json").write_text('{"decisions": [1, 0, 1, 1]}')
+    return folder
 
 
-def run_command(words: list[str]) -> None:
-    """Run a command in this process, and end with its status."""
-    sys.exit(main(words))
+SECONDS = re.compile(rb'("seconds": ?)[\d.e+-]+')
+DATE = re.compile(rb"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00")
+MEASURED = re.compile(rb'("(?:margin|kl)": ?)(-?[\d.e+-]+)')
+"""Numbers whose last bits depend on which paths of a search run in one batch of the model."""
 
 
-def begun(processes: Any, words: list[str]) -> Any:
-    process = processes.Process(target=run_command, args=(words,))
-    process.start()
-    return process
+@dataclass(frozen=True)
+class FileContent:
+    """The content of a file.
+
+    Attributes:
+        text: The content without times, dates and the values of `MEASURED`. Hashes of the folder's
+            files are replaced by the files' paths, and the folder's own path is left out.
+        measured: The values of `MEASURED` in the files of a search.
+    """
+
+    text: bytes
+    measured: list[float]
 
 
-def to_the_end(processes: Any, words: list[str]) -> float:
-    """Run a command in a process of its own and return its seconds."""
+def read_contents(folder: Path) -> dict[str, FileContent]:
+    """Return the content of all files of a folder, by path."""
+    files = read_files(folder)
+    paths = {hashlib.sha256(content).hexdigest(): path for path, content in files.items()}
+    contents = {}
+    for path, text in files.items():
+        measured = []
+        if path.startswith(("search.", "supervision.")):
+            measured = [float(number) for _, number in MEASURED.findall(text)]
+            text = MEASURED.sub(rb"\1null", text)
+        text = SECONDS.sub(rb"\1null", text)
+        text = DATE.sub(b"DATE", text)
+        text = text.replace(str(folder).encode(), b"")
+        for digest, other_path in paths.items():
+            text = text.replace(digest.encode(), other_path.encode())
+        contents[path] = FileContent(text, measured)
+    return contents
+
+
+def assert_same(contents: dict[str, FileContent], expected: dict[str, FileContent]) -> None:
+    """Compare contents: measured numbers within 1e-4 (the design's words), all else exactly."""
+    assert contents.keys() == expected.keys()
+    for path, content in contents.items():
+        assert content.text == expected[path].text, path
+        assert content.measured == pytest.approx(expected[path].measured, abs=1e-4), path
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    """Return the content of all files by path; folders have none."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b""
+        for path in folder.rglob("*")
+    }
+
+
+@dataclass(frozen=True)
+class UndisturbedRun:
+    """What a run does and writes that nothing interrupts.
+
+    Attributes:
+        contents: The content of its files, by path.
+        seconds: How long it took.
+        operations: Its operations on files.
+        deletions: Those of them that delete a file or a folder.
+    """
+
+    contents: dict[str, FileContent]
+    seconds: float
+    operations: Sequence[Operation]
+    deletions: Sequence[Operation]
+
+
+def run_undisturbed(command: Command) -> UndisturbedRun:
+    list_file = command.log.with_name("operations.json")
     started = time.monotonic()
-    process = begun(processes, words)
-    process.join(MOST_S)
-    assert process.exitcode == 0
-    return time.monotonic() - started
-
-
-@pytest.mark.thorough
-@pytest.mark.parametrize(("kills", "simulations"), [(3, 8), (20, 50)])
-def test_a_search_killed_at_random_moments_ends_as_an_undisturbed_one(
-    kills, simulations, processes, words, tmp_path, assert_same_run
-):
-    words = [*words, "--num-simulations", str(simulations), "--output-dir"]
-    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    to_the_end(processes, [*words, str(undisturbed)])
-    moments = random.Random(kills)
-    done: list[int] = []
-    for num_batches in sorted(moments.choices(range(QUESTIONS), k=kills)):
-        process = begun(processes, [*words, str(killed)])
-        while count_kept_batches(killed / CHUNKS_FOLDER) < num_batches and process.is_alive():
-            time.sleep(0.001)
-        process.join(moments.uniform(0, 0.5))
-        process.kill()
-        process.join(MOST_S)
-        assert process.exitcode in (-9, 0)  # 0: it was quicker than the kill
-        if process.exitcode == -9:
-            done.append(count_kept_batches(killed / CHUNKS_FOLDER))
-    to_the_end(processes, [*words, str(killed)])
-
-    assert any(0 < batches < QUESTIONS for batches in done), f"no kill came in its midst: {done}"
-    expected, found = (read_search(folder / "search.jsonl") for folder in (undisturbed, killed))
-    assert_same_run(found, expected)
-    names = [sorted(path.name for path in folder.iterdir()) for folder in (killed, undisturbed)]
-    assert names[0] == names[1], "nothing half-written is left behind"
-
-
-@pytest.mark.thorough  # tuning/test_run interrupts one in this process
-@pytest.mark.parametrize("kills", [1, 8])
-def test_a_tuning_killed_at_random_moments_ends_as_an_undisturbed_one(
-    kills, processes, model_folder, tmp_path
-):
-    settings = (
-        "--tasks builtin_facts --num-fit 30 --num-judged 24 --max-skipped 2 --max-loss 10 --beam 2 "
-        "--device cpu"
+    command.run(list_file)
+    seconds = time.monotonic() - started
+    operations = read_operations(list_file)
+    return UndisturbedRun(
+        contents=read_contents(command.folder),
+        seconds=seconds,
+        operations=operations,
+        deletions=[
+            operation for operation in operations if operation.event in ("os.remove", "os.rmdir")
+        ],
     )
-    words = ["tune", "--model", str(model_folder()), *settings.split(), "--output-dir"]
-    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    to_the_end(processes, [*words, str(undisturbed)])
-    moments = random.Random(kills)
-    kept = killed / "paths.partial"
-    inside = 0
-    for after in sorted(moments.choices(range(1, 9), k=kills)):
-        process = begun(processes, [*words, str(killed)])
-        while len(list(kept.glob("*.json"))) < after and process.is_alive():
-            time.sleep(0.001)
-        time.sleep(moments.uniform(0, 0.02))
-        process.kill()
-        process.join()
-        assert process.exitcode in (-9, 0)  # 0: it was quicker than the kill
-        inside += kept.exists()
-    assert inside, "no kill came in its midst"
-    to_the_end(processes, [*words, str(killed)])
-    expected, found = (
-        json.loads((each / "paths.json").read_text()) for each in (undisturbed, killed)
-    )
-    assert {**found, "created": None} == {**expected, "created": None}
-    assert [path.name for path in killed.iterdir()] == [path.name for path in undisturbed.iterdir()]
 
 
-@pytest.mark.thorough  # tuning/test_heal interrupts one in this process
-def test_a_healing_killed_at_random_moments_ends_with_the_adapter_of_an_undisturbed_one(
-    processes, model_folder, tmp_path, monkeypatch
+KINDS = ("seconds", "operation", "seconds", "deletion", "operation")
+"""How the moments of the five kills of a round are drawn."""
+
+
+def draw_moment(
+    kind: str, undisturbed: UndisturbedRun, random: Random, round_number: int
+) -> float | Operation:
+    """Return when to kill a run: after so many seconds, or before an operation.
+
+    Deletions are taken in turn, the last one first, since a stage ends with its clean-up.
+    """
+    if kind == "seconds":
+        return random.uniform(0, undisturbed.seconds)
+    if kind == "operation":
+        return random.choice(undisturbed.operations)
+    deletions = undisturbed.deletions
+    return deletions[-1 - round_number % len(deletions)]
+
+
+@pytest.fixture
+def make_command(
+    name: str,
+    inputs: Path,
+    model_folder: Callable[..., Path],
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> Callable[[str], Command]:
+    """A function that returns the stage's command, which writes to a folder of the given name."""
+    stage = STAGES[name]
+    settings = ["--model", str(model_folder()), "--device", "cpu", "--output-dir"]
+    routers = None
+    if "{routers}" in stage.command:
+        routers = request.getfixturevalue("finished_run") / "routers"
+
+    def make(folder_name: str) -> Command:
+        folder = tmp_path / folder_name
+        words = stage.command.format(folder=folder, inputs=inputs, routers=routers).split()
+        words += [*settings, str(folder)]
+        return Command(words, folder, tmp_path / "log.txt", stage.status_when_done)
+
+    return make
+
+
+def assert_done(
+    stage: Stage, command: Command, expected: dict[str, FileContent], drllm: Callable[..., Any]
+) -> None:
+    """Check the files of a command that has ended; then start other work, and the same again."""
+    assert_same(read_contents(command.folder), expected)
+    files = read_files(command.folder)
+    other_words = stage.other.format(other=command.folder.with_name("other")).split()
+    message = drllm(command.words[0], *command.words[1:], *other_words, status=2).err
+    assert stage.refusal in message
+    assert read_files(command.folder) == files
+    output = drllm(command.words[0], *command.words[1:], status=stage.status_when_done)
+    assert stage.when_done in output.out + output.err
+    if stage.is_repeated:
+        assert_same(read_contents(command.folder), expected)
+    else:
+        assert read_files(command.folder) == files
+
+
+CASES = [
+    pytest.param("search", ("operation", "operation", "deletion"), 1, id="search-3-times"),
+    *[
+        pytest.param(name, KINDS, 4, id=f"{name}-20-times", marks=pytest.mark.thorough)
+        for name in STAGES
+    ],
+]
+
+
+@pytest.mark.parametrize(("name", "kinds", "num_rounds"), CASES)
+def test_a_stage_killed_at_random_moments_ends_with_the_files_of_an_undisturbed_run(
+    name, kinds, num_rounds, make_command, drllm
 ):
-    monkeypatch.setattr("drllm.tuning.heal.SAVE_SECONDS", 0.0)  # the processes are forks
-    plan = tmp_path / "plan.json"
-    plan.write_text('{"decisions": [1, 0, 1, 1]}')
-    settings = "--tasks builtin_facts --limit 20 --steps 60 --rank 2 --num-held-out 4 --device cpu"
-    words = ["heal", "--model", str(model_folder()), "--path", str(plan), *settings.split()]
-    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    to_the_end(processes, [*words, "--output-dir", str(undisturbed)])
-    moments = random.Random(0)
-    for _ in range(3):
-        process = begun(processes, [*words, "--output-dir", str(killed)])
-        while not (killed / "heal.partial").exists() and process.is_alive():
-            time.sleep(0.001)
-        time.sleep(moments.uniform(0, 0.5))
-        process.kill()
-        process.join()
-    to_the_end(processes, [*words, "--output-dir", str(killed)])
-    names = [sorted(path.name for path in folder.iterdir()) for folder in (killed, undisturbed)]
-    assert names[0] == names[1]
-    expected, found = (
-        (folder / "adapter_model.safetensors").read_bytes() for folder in (undisturbed, killed)
-    )
-    assert found == expected
-
-
-SETTINGS = (
-    *("--tasks", "builtin_arithmetic", "--limit", "7", "--batch-size", "1"),
-    *("--baselines", "permuted-routes", "--num-random-draws", "2", "--num-texts", "2"),
-)
-NUM_BLOCKS = 7
-"""Of each of three systems: answers are generated, and a batch is one question."""
-
-
-def outcome(folder: Path) -> tuple[Any, Any]:
-    """Return what an evaluation wrote, without its times."""
-    result = json.loads((folder / "builtin_arithmetic.json").read_text())
-    rows = [{**row, "seconds": None} for row in result["systems"]]
-    assert not (folder / "partial").exists()
-    return {**result, "created": None, "systems": rows}, (folder / "samples.jsonl").read_bytes()
-
-
-@pytest.mark.thorough  # evaluation/test_run interrupts some in this process
-@pytest.mark.parametrize("kills", [1, 15])
-def test_an_evaluation_killed_at_random_questions_ends_as_an_undisturbed_one(
-    kills, processes, finished_run, tmp_path
-):
-    words = ["evaluate", "--routers", str(finished_run / "routers"), "--device", "cpu", *SETTINGS]
-    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    to_the_end(processes, [*words, "--output-dir", str(undisturbed)])
-    moments = random.Random(kills)
-    inside = 0
-    for after in sorted(moments.sample(range(1, 5 * NUM_BLOCKS // 2), kills)):
-        process = begun(processes, [*words, "--output-dir", str(killed)])
-        while num_blocks(killed / "partial") < after and process.is_alive():
-            time.sleep(0.001)
-        time.sleep(moments.uniform(0, 0.02))
-        process.kill()
-        process.join()
-        assert process.exitcode in (-9, 0)  # 0: it was quicker than the kill
-        inside += any((killed / "partial").glob("b*.*.json"))
-    assert inside, "no kill came inside of a system"
-    to_the_end(processes, [*words, "--output-dir", str(killed)])
-    assert outcome(killed) == outcome(undisturbed)
-
-
-def num_blocks(partial: Path) -> int:
-    """Count the blocks that were answered, those of systems that are done included."""
-    names = [path.name for path in partial.glob("b*.json")]
-    parts = [name for name in names if name.count(".") > 1]
-    return NUM_BLOCKS * (len(names) - len(parts)) + len(parts)
+    stage = STAGES[name]
+    start_server()
+    undisturbed = run_undisturbed(make_command("undisturbed"))
+    killed = make_command("killed")
+    random = Random(name)
+    num_with_results = 0
+    for round_number, kind in itertools.product(range(num_rounds), kinds):
+        while not killed.run_and_kill(draw_moment(kind, undisturbed, random, round_number)):
+            assert_done(stage, killed, undisturbed.contents, drllm)
+            shutil.rmtree(killed.folder)
+        num_with_results += any(killed.folder.glob(f"{stage.kept}*"))
+    killed.run()
+    assert_done(stage, killed, undisturbed.contents, drllm)
+    assert num_with_results > 0, "no kill came in the midst of the work"

@@ -59,10 +59,10 @@ def search_paths(
     """Search the paths of questions, and write `search.jsonl` and `supervision.jsonl`.
 
     After an interruption the same call resumes the search. Of an unfinished batch at most one step
-    is lost. The records are the same as without the interruption, except for their times. A
-    question that fails every time is set aside in `search.failed.jsonl`. The targets in
-    `supervision.jsonl` are those of `supervise` with its default settings; a file of the user's own
-    stays as it is.
+    is lost. The records are the same as without the interruption, except for their times and the
+    last bits of margins and KLs. A question that fails every time is set aside in
+    `search.failed.jsonl`. The targets in `supervision.jsonl` are those of `supervise` with its
+    default settings; a file of the user's own stays as it is.
 
     Args:
         model: A name or a `ModelConfig` to load the model, the result of `load`, a `RoutedModel`,
