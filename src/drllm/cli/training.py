@@ -69,9 +69,9 @@ def train_verb(command: CommandLine, terminal: Terminal) -> None:
             f"folder"
         )
     with terminal.busy(LOADING):
-        from drllm.training.stage import train
+        from drllm.training.stage import train_on_targets
 
-    train(
+    train_on_targets(
         command.get_settings(ModelConfig),
         targets,
         config,

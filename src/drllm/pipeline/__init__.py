@@ -1,1 +1,1 @@
-"""Runs all stages of a recipe, one after the other, in a run folder (`folder.run`)."""
+"""Runs all stages of a recipe, one after the other, in a run folder (`folder.run_recipe`)."""

@@ -8,12 +8,12 @@ from drllm.config import TrainConfig
 from drllm.records.supervision import SupervisionRecord, TargetSet, read_targets
 from drllm.training.trackers import check_trackers
 
-TargetSource: TypeAlias = "TargetSet | Sequence[SupervisionRecord] | Sequence[Path] | Path | str"
-"""Where the targets of a training come from: files, the result of `supervise`, or a `TargetSet`."""
+TargetSource: TypeAlias = "Sequence[SupervisionRecord] | Sequence[Path] | Path | str"
+"""Where the targets of a training come from: files, or the result of `supervise`."""
 
 
 def collect_targets(source: TargetSource, config: TrainConfig) -> TargetSet:
-    """Return the targets of a training, read from their files unless they are read already.
+    """Check the settings of a training, and return its targets.
 
     Args:
         source: The targets, or their files.
@@ -25,8 +25,6 @@ def collect_targets(source: TargetSource, config: TrainConfig) -> TargetSet:
     """
     config.check_effects()
     check_trackers(config.trackers)
-    if isinstance(source, TargetSet):
-        return source
     if isinstance(source, str | Path):
         return read_targets([Path(source)])
     files = [Path(item) for item in source if isinstance(item, str | Path)]

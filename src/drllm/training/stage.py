@@ -101,8 +101,7 @@ def train(
     Args:
         model: A name or a `ModelConfig`; without Ray also what `load` returns, a `RoutedModel`, or
             a causal language model of transformers.
-        targets: The result of `drllm.supervise`; or a file `supervision.jsonl`, or several; or a
-            `TargetSet`, if they are read already.
+        targets: The result of `drllm.supervise`; or a file `supervision.jsonl`, or several.
         config: The settings.
         output_dir: Folder for the first seed's routers. The routers of a further seed S go to its
             folder `seed_S`. None trains a single seed in a temporary folder.
@@ -123,20 +122,51 @@ def train(
         CheckpointError: The folder holds another training, or can no longer be written.
     """
     config = replace_settings(TrainConfig, config, settings)
-    listener = listener or Listener()
     if output_dir is None and config.num_seeds > 1:
         raise ConfigError(f"--num-seeds {config.num_seeds} needs a folder for the routers")
     target_set = collect_targets(targets, config)
     with ExitStack() as stack:
         if output_dir is None:
             output_dir = stage_folder(None, stack) / "routers"
-        output = Path(output_dir)
-        check_folder(output, "output")
-        store = FeatureStore(Path(features or output / FEATURES_FOLDER), config.feature_dtype)
-        inputs = _compute_inputs(model, tokenizer, target_set, config, store, listener)
-        _write_rejected(output, inputs.features.rejected, len(target_set.records), listener)
-        _train_seeds(inputs, config.by_seed(output), listener, None if features else store)
-        return load_routers(output)
+        return train_on_targets(
+            model,
+            target_set,
+            config,
+            Path(output_dir),
+            tokenizer=tokenizer,
+            features=features,
+            listener=listener,
+        )
+
+
+def train_on_targets(
+    model: Any,
+    targets: TargetSet,
+    config: TrainConfig,
+    output: Path,
+    *,
+    tokenizer: Any = None,
+    features: Path | str | None = None,
+    listener: Listener | None = None,
+) -> RouterStack:
+    """Train routers on targets that are read already; otherwise as `train`.
+
+    Args:
+        model: As for `train`.
+        targets: The result of `collect_targets`.
+        config: The settings.
+        output: Folder for the first seed's routers; the folders of further seeds are inside.
+        tokenizer: As for `train`.
+        features: As for `train`.
+        listener: As for `train`.
+    """
+    listener = listener or Listener()
+    check_folder(output, "output")
+    store = FeatureStore(Path(features or output / FEATURES_FOLDER), config.feature_dtype)
+    inputs = _compute_inputs(model, tokenizer, targets, config, store, listener)
+    _write_rejected(output, inputs.features.rejected, len(targets.records), listener)
+    _train_seeds(inputs, config.by_seed(output), listener, None if features else store)
+    return load_routers(output)
 
 
 def _compute_inputs(
