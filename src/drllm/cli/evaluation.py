@@ -15,8 +15,10 @@ from drllm.cli.verbs import Flag, verb
 from drllm.config import EvaluateConfig, ModelConfig
 from drllm.evaluation.questions import check_output
 from drllm.evaluation.request import EvaluationRequest, read_request
+from drllm.extras import need
 from drllm.models.routers.places import check_place
 from drllm.records.places import check_folder
+from drllm.reporting.run import read_run
 
 if TYPE_CHECKING:
     from drllm.evaluation.inputs import LoadedRouters
@@ -61,7 +63,7 @@ def evaluate_verb(command: CommandLine, terminal: Terminal) -> int:
 
     results = evaluate_request(request, model, routers, output, listener=terminal)
 
-    show_tasks(output, terminal, [task.name for task in request.tasks])
+    show_tasks(results, output, terminal)
     terminal.fact("results", output)
     drop_test = results[0].drop_test
     if drop_test is None:
@@ -114,11 +116,14 @@ def _choose_model(
 )
 def report(command: CommandLine, terminal: Terminal) -> None:
     """Write report.html and report.md about a run."""
-    from drllm.reporting import stage
+    from drllm.reporting.stage import choose_page, write_report
 
-    place = command.optional_path("output_dir")
+    need("report", "a report")
     folders = command.paths("run_dir")
-    files = stage.report(*folders, output_dir=place, listener=terminal)
+    page = choose_page(folders, command.optional_path("output_dir"))
+    with terminal.busy("drawing the report"):
+        runs = [read_run(folder) for folder in folders]
+        files = write_report(runs, page)
     terminal.fact("report", ", ".join(map(str, files)))
-    if len(folders) == 1:
-        show_next_steps(folders[0], terminal)
+    if len(runs) == 1:
+        show_next_steps(runs[0], terminal)

@@ -9,6 +9,7 @@ from drllm.cli.verbs import Flag, verb
 from drllm.errors import ConfigError, unknown_name
 from drllm.pipeline.folder import run_recipe
 from drllm.pipeline.recipes import read_recipe
+from drllm.reporting.run import read_run
 
 RECIPES = Path(__file__).with_name("recipes")  # the folder of the packaged recipes
 
@@ -43,7 +44,7 @@ def run(command: CommandLine, terminal: Terminal) -> None:
     for name, time in times.items():
         terminal.fact(name, time)
     terminal.fact("page", folder / "report.html")
-    show_next_steps(folder, terminal)
+    show_next_steps(read_run(folder), terminal)
 
 
 def _find_recipe(place: Path) -> Path:

@@ -4,7 +4,7 @@ The sentences about the results are in the files of the evaluation; here they ar
 module doesn't import torch.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from rich.text import Text
@@ -14,7 +14,7 @@ from drllm.records import results
 from drllm.reporting.key_figures import describe_times
 from drllm.reporting.next_steps import suggest_steps
 from drllm.reporting.numbers import NONE, difference, label, plain, signed, verdict_on_routed
-from drllm.reporting.run import read_run
+from drllm.reporting.run import Run
 
 MAX_STEPS = 3  # maximum number of next steps that are printed; the report has all
 
@@ -27,24 +27,25 @@ def show_results(folder: Path, terminal: Terminal, tasks: Sequence[str] = ()) ->
         terminal: Where the tables are printed.
         tasks: The tasks to print; empty for all tasks. The test of a drop always covers all tasks.
     """
-    show_tasks(folder, terminal, tasks)
-    for evaluation in results.read_results(folder):
+    evaluations = results.read_results(folder)
+    shown = [evaluation for evaluation in evaluations if not tasks or evaluation.task in tasks]
+    show_tasks(shown, folder, terminal)
+    for evaluation in evaluations:
         if evaluation.drop_test is not None:
             terminal.say(evaluation.drop_test.sentence())
             return  # the results of every task hold the same test
 
 
-def show_tasks(folder: Path, terminal: Terminal, tasks: Sequence[str] = ()) -> None:
-    """Print the tables of an `eval` folder, without the test of a drop (see `show_results`)."""
-    for evaluation in results.read_results(folder):
-        if not tasks or evaluation.task in tasks:
-            show_evaluation(evaluation, terminal)
+def show_tasks(evaluations: Iterable[results.Evaluation], folder: Path, terminal: Terminal) -> None:
+    """Print the tables of tasks, then the times that the folder `eval` holds."""
+    for evaluation in evaluations:
+        show_evaluation(evaluation, terminal)
     show_latency(folder, terminal)
 
 
-def show_next_steps(folder: Path, terminal: Terminal) -> None:
-    """Print what is worth doing next in a run folder, with commands to paste."""
-    for step, command in suggest_steps(read_run(folder))[:MAX_STEPS]:
+def show_next_steps(run: Run, terminal: Terminal) -> None:
+    """Print what is worth doing after a run, with commands to paste."""
+    for step, command in suggest_steps(run)[:MAX_STEPS]:
         terminal.say()
         terminal.say(step)
         terminal.command(command)

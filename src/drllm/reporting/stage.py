@@ -14,7 +14,7 @@ from drllm.records.codec import write_atomically
 from drllm.records.results import Results
 from drllm.reporting.document import Document, to_markdown
 from drllm.reporting.drawing import NARROW, WIDE, draw_png
-from drllm.reporting.run import read_run
+from drllm.reporting.run import Run, read_run
 from drllm.reporting.sections import build_document
 from drllm.work.listener import Listener
 
@@ -52,9 +52,22 @@ def report(
     """
     need("report", "a report")
     folders = [_find_folder(run) for run in runs]
-    page = _choose_page(folders, output_dir)
+    page = choose_page(folders, output_dir)
     with listener.busy("drawing the report"):
-        files = _render_files(build_document([read_run(folder) for folder in folders]), page)
+        return write_report([read_run(folder) for folder in folders], page)
+
+
+def write_report(runs: Sequence[Run], page: Path) -> tuple[Path, Path]:
+    """Write the report of runs that are read already.
+
+    Args:
+        runs: The runs; several are compared.
+        page: The HTML file, from `choose_page`.
+
+    Returns:
+        The HTML file and the Markdown file.
+    """
+    files = _render_files(build_document(runs), page)
     for path, content in files.items():
         write_atomically(path, content)
     for picture in list_pictures(page):
@@ -94,7 +107,7 @@ def _find_folder(run: Path | str | Results) -> Path:
     return run.folder.parent if run.folder.name == "eval" else run.folder
 
 
-def _choose_page(folders: Sequence[Path], output_dir: Path | str | None) -> Path:
+def choose_page(folders: Sequence[Path], output_dir: Path | str | None) -> Path:
     """Return the page to write; see `report`."""
     if not folders:
         raise ConfigError("no run folder is given; give one that 'drllm run' has written")
