@@ -88,7 +88,9 @@ MODEL_FOLDERS = (
 )
 HARNESS_FOLDERS = ("tests/unit/evaluation/lm_eval",)
 STARTS_PROCESSES = re.compile(
-    r"^\s*(?:import|from) (?:subprocess|multiprocessing|process_server|ray|killable)\b", re.M
+    r"^\s*(?:import|from) "
+    r"(?:subprocess|multiprocessing|process_server|ray|killable|killable_command)\b",
+    re.M,
 )
 
 

@@ -82,8 +82,10 @@ STAGES = {
         refusal="steps 12, now 13",
     ),
     "evaluate": Stage(
-        command="evaluate --routers {routers} --tasks builtin_arithmetic --limit 7 --batch-size 1 "
-        "--baselines permuted-routes --num-random-draws 2 --num-texts 2",
+        command="evaluate --routers {routers} --paths {inputs}/plan.json "
+        "--tasks builtin_arithmetic --limit 7 --batch-size 1 --num-texts 2 "
+        "--baselines permuted-routes,greedy-by-loss --num-random-draws 2 "
+        "--curve 0.1875 --num-calibration 4",
         kept="partial/",
         when_done="routed",
         is_repeated=True,
