@@ -55,7 +55,8 @@ from drllm.work.store import ResultStore, refuse_other_run
 
 if TYPE_CHECKING:
     from drllm.evaluation.lm_eval.model import RoutedLM
-    from drllm.evaluation.rendering import TaskRenderer
+    from drllm.evaluation.outcomes import TaskRuns
+    from drllm.evaluation.plan import Planner, TaskPlan
 
 PARTIAL_FOLDER = "partial"
 
@@ -164,14 +165,8 @@ def _plan_run_judge(
 ) -> Results:
     """Plan the tasks, run the systems, measure time, judge the outcomes, and write the records."""
     # Imported here because they load the harness, which an installation without `eval` lacks.
-    from drllm.evaluation.answers import ModelSettings
     from drllm.evaluation.judge import build_samples, judge_runs
-    from drllm.evaluation.plan import Planner
-    from drllm.evaluation.progress import EvaluationProgress
-    from drllm.evaluation.run import run_task
-    from drllm.evaluation.systems import Runner
 
-    config = inputs.request.config
     for name, weights in inputs.model_adapters.items():  # the model had them
         workers.routed.injection.add_adapter(name, weights)
     lm = _make_harness_model(inputs, workers)
@@ -180,40 +175,53 @@ def _plan_run_judge(
     )
     with only_writer(output, "evaluation", "--output-dir"):
         store.open()
-        planner = Planner(
-            config=config,
-            lm=lm,
-            renderer=_make_renderer(inputs, lm, store),
-            routers=inputs.routers.stacks,
-            paths=inputs.paths,
-        )
         with listener.busy("reading the questions"):
-            plans = planner.plan_tasks(inputs.request.tasks)
-        num_timed_tokens = 0
-        if inputs.routers.stacks:
-            num_timed_tokens = count_timed_tokens(config)
-        total = num_timed_tokens + sum(plan.cost for plan in plans)
-        routers = {str(folder): stack for folder, stack in inputs.routers.stacks.items()}
-        with listener.progress("evaluating", "") as on_progress:
-            runner = Runner(
-                executor=workers.executor,
-                settings=ModelSettings(config.batch_size, routers, inputs.adapters),
-                store=store,
-                progress=EvaluationProgress(total, on_progress),
-                lm=lm,
-                config=config,
-            )
-            shape = _read_shape(inputs, workers)
-            runs = [run_task(plan, runner, shape) for plan in plans]
-            prompts = [tokens for plan in plans for tokens in plan.questions.rendered.prompt_tokens]
-            runner.progress.start("measuring time")
-            _measure_latency(inputs, workers, prompts, output)
-            runner.progress.finish("measuring time", num_timed_tokens)
-        evaluations = judge_runs(runs, header, config)
+            plans = _make_planner(inputs, lm, store).plan_tasks(inputs.request.tasks)
+        runs = _run_plans(plans, inputs, workers, lm, store, output, listener)
+        evaluations = judge_runs(runs, header, inputs.request.config)
         samples = [sample for task_runs in runs for sample in build_samples(task_runs)]
         _write_results(evaluations, samples, header, output)
         store.remove()
     return Results(evaluations)
+
+
+def _run_plans(
+    plans: Sequence[TaskPlan],
+    inputs: EvaluationInputs,
+    workers: Workers,
+    lm: RoutedLM,
+    store: ResultStore,
+    output: Path,
+    listener: Listener,
+) -> list[TaskRuns]:
+    """Run all systems on all tasks, then measure time."""
+    from drllm.evaluation.answers import ModelSettings
+    from drllm.evaluation.progress import EvaluationProgress
+    from drllm.evaluation.run import run_task
+    from drllm.evaluation.systems import Runner
+
+    config = inputs.request.config
+    num_timed_tokens = 0
+    if inputs.routers.stacks:
+        num_timed_tokens = count_timed_tokens(config)
+    total = num_timed_tokens + sum(plan.cost for plan in plans)
+    routers = {str(folder): stack for folder, stack in inputs.routers.stacks.items()}
+    with listener.progress("evaluating", "") as on_progress:
+        runner = Runner(
+            executor=workers.executor,
+            settings=ModelSettings(config.batch_size, routers, inputs.adapters),
+            store=store,
+            progress=EvaluationProgress(total, on_progress),
+            lm=lm,
+            config=config,
+        )
+        shape = _read_shape(inputs, workers)
+        runs = [run_task(plan, runner, shape) for plan in plans]
+        prompts = [tokens for plan in plans for tokens in plan.questions.rendered.prompt_tokens]
+        runner.progress.start("measuring time")
+        _measure_latency(inputs, workers, prompts, output)
+        runner.progress.finish("measuring time", num_timed_tokens)
+    return runs
 
 
 def _make_header(inputs: EvaluationInputs, workers: Workers) -> dict[str, Any]:
@@ -296,15 +304,21 @@ def _make_harness_model(inputs: EvaluationInputs, workers: Workers) -> RoutedLM:
     return lm
 
 
-def _make_renderer(inputs: EvaluationInputs, lm: RoutedLM, store: ResultStore) -> TaskRenderer:
-    """Return what renders the tasks of this evaluation."""
+def _make_planner(inputs: EvaluationInputs, lm: RoutedLM, store: ResultStore) -> Planner:
+    """Return what plans the tasks of this evaluation, and renders their questions."""
+    from drllm.evaluation.plan import Planner
     from drllm.evaluation.rendering import TaskRenderer
 
-    return TaskRenderer(
+    config = inputs.request.config
+    renderer = TaskRenderer(
+        lm=lm, config=config, store=store, may_know_questions=_may_know_questions(inputs)
+    )
+    return Planner(
+        config=config,
         lm=lm,
-        config=inputs.request.config,
-        store=store,
-        may_know_questions=_may_know_questions(inputs),
+        renderer=renderer,
+        routers=inputs.routers.stacks,
+        paths=inputs.paths,
     )
 
 
