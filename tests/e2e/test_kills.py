@@ -264,7 +264,7 @@ def assert_done(
 
 
 CASES = [
-    pytest.param("search", ("operation", "operation", "deletion"), 1, id="search-3-times"),
+    pytest.param("search", ("operation", "deletion"), 1, id="search-twice"),
     *[
         pytest.param(name, KINDS, 4, id=f"{name}-20-times", marks=pytest.mark.thorough)
         for name in STAGES
