@@ -90,7 +90,8 @@ def test_a_script_of_ones_own_works_alone_in_each_process(monkeypatch, model_fol
     assert (tmp_path / "own" / "paths.json").exists()
 
 
-def test_a_rank_without_other_processes_means_nothing(monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
+@pytest.mark.parametrize(("name", "value"), [("RANK", "1"), ("WORLD_SIZE", "2")])
+def test_one_of_the_two_variables_alone_means_nothing(name, value, monkeypatch, capsys):
+    monkeypatch.setenv(name, value)
     assert main(["ls", "tasks"]) == 0
     assert "builtin_facts" in capsys.readouterr().out

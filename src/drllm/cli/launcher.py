@@ -8,7 +8,12 @@ import os
 
 
 def count_processes() -> int:
-    """Return the number of processes that a launcher has started; 1 without a launcher."""
+    """Return the number of processes that a launcher has started; 1 without a launcher.
+
+    A launcher sets RANK too. On some clusters WORLD_SIZE alone is set for every job.
+    """
+    if "RANK" not in os.environ:
+        return 1
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
