@@ -137,18 +137,15 @@ def codes_of(name: str) -> set[CodeType]:
     return {function.__code__ for function in functions if inspect.isfunction(function)}
 
 
-@pytest.fixture(scope="module")
-def traces(
-    tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[..., Path]
-) -> list[Trace]:
+@pytest.fixture
+def traces(tmp_path: Path, model_folder: Callable[..., Path]) -> list[Trace]:
     """The calls of the four walks, which a tiny model takes."""
     import drllm
     from drllm.cli import main
 
     model = ["--model", str(model_folder()), "--device", "cpu"]
-    folder = tmp_path_factory.mktemp("walks")
-    routers = str(folder / "routers")
-    targets = str(folder / "targets.jsonl")
+    routers = str(tmp_path / "routers")
+    targets = str(tmp_path / "targets.jsonl")
     questions = ["--limit", "4", "--num-simulations", "8", "--block-size", "2"]
 
     def run(trace: Trace, *words: str) -> None:
@@ -156,9 +153,9 @@ def traces(
             assert main(list(words)) == 0
 
     question, prompt, record, outcome = [Trace() for _ in range(4)]
-    search = ["search", *model, "--dataset", "builtin_facts", "--output-dir", str(folder)]
+    search = ["search", *model, "--dataset", "builtin_facts", "--output-dir", str(tmp_path)]
     run(question, *search, *questions)
-    run(record, "supervise", "--search", str(folder / "search.jsonl"), "--output", targets)
+    run(record, "supervise", "--search", str(tmp_path / "search.jsonl"), "--output", targets)
     training = ["--num-epochs", "1", "--warmup-steps", "0", "--output-dir", routers]
     run(record, "train", *model, "--supervision", targets, *training)
     base = drllm.load(str(model_folder()), device="cpu")
@@ -167,26 +164,25 @@ def traces(
         routed = drllm.attach(base, routers=routers)
         routed.generate(**tokens, max_new_tokens=2, do_sample=False)
     tasks = ["--tasks", "builtin_facts", "--limit", "4", "--num-random-draws", "2"]
-    results = ["--output-dir", str(folder / "eval")]
+    results = ["--output-dir", str(tmp_path / "eval")]
     run(outcome, "evaluate", *model, "--routers", routers, *tasks, *results)
-    run(outcome, "report", str(folder))
+    run(outcome, "report", str(tmp_path))
     return [question, prompt, record, outcome]
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("number", range(4))
-def test_the_steps_of_a_walk_are_in_the_order_of_the_calls(traces, number):
-    title, steps = list(walks().items())[number]
-    calls = traces[number].calls
-    place = 0
-    for name, *_ in steps:
-        codes = codes_of(name)
-        assert codes, f"{name} is no function of drllm's own"
-        start = place if name in ALSO_EARLIER else 0
-        first = next((index for index in range(start, len(calls)) if calls[index] in codes), None)
-        assert first is not None, f"{title}: {name} isn't called"
-        assert first >= place, f"{title}: {name} is called before the step that stands before it"
-        place = first + 1
+def test_the_steps_of_the_walks_are_in_the_order_of_the_calls(traces):
+    for (title, steps), trace in zip(walks().items(), traces, strict=True):
+        place = 0
+        for name, *_ in steps:
+            codes = codes_of(name)
+            assert codes, f"{name} is no function of drllm's own"
+            start = place if name in ALSO_EARLIER else 0
+            places = [index for index, code in enumerate(trace.calls) if code in codes]
+            first = next((index for index in places if index >= start), None)
+            assert first is not None, f"{title}: {name} isn't called"
+            assert first >= place, f"{title}: {name} is called before the step before it"
+            place = first + 1
 
 
 def test_the_files_of_the_table_exist():
