@@ -48,7 +48,6 @@ from drllm.models.base.load import BaseModel, load
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.depth_control import encode_calibration, make_policy, read_calibration
-from drllm.models.routing.healed import install_path
 from drllm.models.routing.policies import PathPolicy, Policy
 from drllm.paths import Decisions
 from drllm.records.static_paths import PathFile, load_path
@@ -151,14 +150,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         if source.routers is not None:
             self.routers_source = str(routers or pretrained)
         self.path_source: str | None = None
-        if path is None:
-            self.policy = _make_depth_policy(self.routed, depth, self.tokenizer)
-        else:
-            _refuse_second_plan(path, self.routed, depth)
-            path_file = load_path(path)
-            self.path_source = _name_path(path_file)
-            layers = install_path(self.routed.injection, path_file)
-            self.policy = self.routed.build_policy(layers)
+        self.policy = self._make_policy(path, depth)
         self.choose_policy: Callable[[list[str]], Policy] = lambda _prompts: self.policy
         self.scorer = RequestScorer(
             self.routed, self.max_length, self.batch_size, self.max_batch_size
@@ -167,6 +159,15 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         self.generated_routes: dict[str, Decisions] = {}
         self._prompts: list[str] = []  # the prompts that `_model_generate` answers next
         self._prefix = CommonPrefix(self.routed)
+
+    def _make_policy(self, path: str | None, depth: DepthConfig) -> Policy:
+        """Return the policy of a path, or of the settings of depth; remember the path's name."""
+        if path is None:
+            return _make_depth_policy(self.routed, depth, self.tokenizer)
+        _refuse_second_plan(path, self.routed, depth)
+        path_file = load_path(path)
+        self.path_source = _name_path(path_file)
+        return self.routed.build_policy(path_file)
 
     def _init_hflm(self, accelerator: Accelerator | None, **settings: Any) -> None:
         """Initialise the harness' own class with the loaded base model.
