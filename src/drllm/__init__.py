@@ -61,6 +61,7 @@ _MODULES = {
     "TrainConfig": "drllm.config",
     "tune": "drllm.tuning.run",
     "TuneConfig": "drllm.config",
+    "WorkerError": "drllm.errors",
 }
 """The public names and their modules; `__init__.pyi` repeats them for editors."""
 

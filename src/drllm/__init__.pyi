@@ -17,6 +17,7 @@ from drllm.errors import PathError as PathError
 from drllm.errors import RecordError as RecordError
 from drllm.errors import RoutingError as RoutingError
 from drllm.errors import TaskError as TaskError
+from drllm.errors import WorkerError as WorkerError
 from drllm.evaluation.stage import evaluate as evaluate
 from drllm.models.base.load import BaseModel as BaseModel
 from drllm.models.base.load import load as load
