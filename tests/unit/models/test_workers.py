@@ -47,12 +47,12 @@ def test_a_model_without_weights_tokenises_and_has_its_layers(model_folder):
 
 
 @pytest.mark.thorough
-def test_workers_of_ray_load_the_model_by_its_folder(model_folder):
+def test_workers_of_ray_load_the_model_by_its_folder(model_folder, leaving_things_open):
     pytest.importorskip("ray")
     config = ModelConfig(model=str(model_folder()), device="cpu", dtype="float32")
     base = load(config)
     ray = ExecutorConfig(executor="ray", num_workers=2)
-    with open_workers(config, None, ray, Listener()) as workers:
+    with leaving_things_open(), open_workers(config, None, ray, Listener()) as workers:
         assert workers.executor.identity == base.identity
         assert workers.base.identity == base.identity
         assert workers.executor.num_workers == 2

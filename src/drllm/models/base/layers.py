@@ -128,6 +128,9 @@ def is_kv(entry: Any) -> bool:
 def probe(model: Any, decoder: nn.Module, layers: nn.ModuleList) -> bool:
     """Run one token to check that a model can be routed; tell whether its layers return tuples.
 
+    A model without weights can't run, so it isn't checked, and the result is False. It stands for a
+    model in other processes, which check theirs.
+
     Args:
         model: A model that isn't routed yet.
         decoder: The module that runs the layers, from `find_layers`.
@@ -137,6 +140,8 @@ def probe(model: Any, decoder: nn.Module, layers: nn.ModuleList) -> bool:
         ArchitectureError: The loop doesn't call each layer once, the loop uses more of a layer's
             output than the hidden state, or a layer keeps a state other than K/V.
     """
+    if _has_no_weights(model):
+        return False
     name = type(unwrap_peft(model)).__name__
     token = one_token(model)
     outputs: list[Any] = []
@@ -172,6 +177,12 @@ def probe(model: Any, decoder: nn.Module, layers: nn.ModuleList) -> bool:
             f"return isn't known, so it can't be routed"
         )
     return True
+
+
+def _has_no_weights(model: Any) -> bool:
+    """Tell whether all weights are on the device `meta`, and accelerate doesn't load them."""
+    is_offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())
+    return not is_offloaded and all(weight.is_meta for weight in model.parameters())
 
 
 def one_token(model: Any) -> torch.Tensor:

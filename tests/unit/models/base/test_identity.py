@@ -8,8 +8,12 @@ import torch
 from drllm.errors import ModelError
 from drllm.models.base.identity import describe, fingerprint
 
-# PEFT asks transformers by a name that the newest versions call old.
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+pytestmark = [
+    # PEFT asks transformers by a name that the newest versions call old.
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
+    # PEFT 0.18 advises against an adapter on a part of tied weights.
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings:UserWarning"),
+]
 
 CPU = torch.device("cpu")
 

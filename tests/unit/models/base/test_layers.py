@@ -1,5 +1,6 @@
 """Which models can be routed: what the rule finds and what the probe refuses."""
 
+import accelerate
 import pytest
 import torch
 from torch import nn
@@ -79,6 +80,23 @@ class Wrapped(nn.Module):
 
 def each(layers, change):
     return nn.ModuleList([Wrapped(layer, change) for layer in layers])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
+def test_a_model_without_weights_is_not_run(tiny_model, family):
+    model = tiny_model(family).to("meta")
+    model.get_decoder().register_forward_pre_hook(lambda *_: pytest.fail("the model was run"))
+    assert RoutedModel(model).num_layers == 6
+
+
+def test_a_model_whose_weights_accelerate_loads_is_probed(tiny_llama):
+    model = tiny_llama()
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert all(weight.is_meta for weight in model.parameters())
+    passes = []
+    model.model.register_forward_pre_hook(lambda *_: passes.append(1))
+    assert RoutedModel(model).num_layers == 6
+    assert passes
 
 
 def test_the_probe_leaves_no_trace(tiny_llama):

@@ -216,7 +216,7 @@ BAD = {
     "has 2 axes of bool, expected": lambda f: with_weights(
         f, lambda t: t.update({Q + "A.weight": t[Q + "A.weight"].bool()})
     ),
-    "has 2 axes of complex64, expected": lambda f: with_complex_weights(f),
+    "has 2 axes of complex64, expected": with_complex_weights,
     "is for another model": lambda f: with_weights(
         f, lambda t: t.update({Q + "A.weight": torch.zeros(4, 31)})
     ),
