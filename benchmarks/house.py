@@ -1,6 +1,6 @@
 """How large a package is and how dense its code: for reading beside other packages, not as limits.
 
-    python benchmarks/house.py [FOLDER | NAME=FOLDER ...] [--json FILE]
+    python benchmarks/house.py [FOLDER | NAME=FOLDER ...] [--longest N] [--json FILE]
 
 A FOLDER is that of a package (`src/drllm`, `.venv/lib/python3.11/site-packages/peft`); without one,
 drllm's own. Tests and docs are counted where the package lies in a repository, which a
@@ -16,6 +16,8 @@ What is counted:
   Imports inside functions and under TYPE_CHECKING count.
 - A tuple assignment has a tuple on both sides: `a, b = x, y`.
 - A flag is counted once, however many verbs take it.
+- `--longest` lists functions by their lines without the docstring, which says how a function is
+  used. Of equally long ones, the one with the longer docstring comes first.
 """
 
 from __future__ import annotations
@@ -179,6 +181,22 @@ def num_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     return (function.end_lineno or function.lineno) - function.lineno + 1
 
 
+def longest_functions(folder: Path, number: int) -> list[tuple[int, str]]:
+    """Return the longest functions of a package: lines without the docstring, and the name."""
+    found = []
+    for module, (_, tree) in read_modules(folder).items():
+        for node in ast.walk(tree):
+            if isinstance(node, FUNCTIONS):
+                length = num_lines(node)
+                docstring = docstring_of(node)
+                code_length = length
+                if docstring is not None:
+                    code_length -= (docstring.end_lineno or 0) - docstring.lineno + 1
+                found.append((code_length, length, f"{module}.{node.name}:{node.lineno}"))
+    found.sort(key=lambda item: (-item[0], -item[1], item[2]))
+    return [(code_length, name) for code_length, _, name in found[:number]]
+
+
 def num_parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     """Return the number of parameters of a function, without `self` and `cls`."""
     arguments = function.args
@@ -321,6 +339,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("packages", nargs="*", default=[str(OWN)], metavar="NAME=FOLDER")
+    parser.add_argument("--longest", type=int, default=0, metavar="N")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     houses = {}
@@ -331,6 +350,12 @@ def main() -> None:
             parser.error(f"{folder} is no folder of a package; give one with an __init__.py")
         houses[name or path.name] = count_package(path)
     print(to_table(houses))
+    if options.longest:
+        for word in options.packages:
+            for length, function in longest_functions(
+                Path(word.rpartition("=")[2]), options.longest
+            ):
+                print(f"{length} {function}")
     if options.json:
         values = {name: asdict(house) for name, house in houses.items()}
         options.json.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

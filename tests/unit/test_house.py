@@ -78,6 +78,16 @@ def test_long_functions_and_large_classes_are_counted_from_the_limit_on(house, p
     assert (counts.long_functions, counts.large_classes) == (1, 1)
 
 
+def test_the_longest_functions_are_listed_without_their_docstrings(house, package):
+    documented = 'def documented():\n    """One.\n\n    Two.\n    """\n    return 1\n'
+    text = f"def short(): ...\n{documented}def plain():\n    return 2\n"
+    folder = package(code=text)
+    assert house.longest_functions(folder, 2) == [
+        (2, "made.code.documented:2"),
+        (2, "made.code.plain:8"),
+    ]
+
+
 def test_circles_are_found_through_local_and_type_checking_imports(house, package):
     folder = package(
         a="from made import b",
