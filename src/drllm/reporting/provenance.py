@@ -39,7 +39,7 @@ def provenance_section(run: Run) -> Section:
 def _source_table(run: Run) -> Markdown:
     caption = "Files that this report was made from; their manifests hold every setting."
     rows = [_source_row(source) for source in run.sources]
-    return write_table(caption, HEADER, rows, "made|ran on|SHA-256|made from")
+    return write_table(caption, HEADER, rows, word_columns="made|ran on|SHA-256|made from")
 
 
 def _source_row(source: ReportSource) -> list[str]:

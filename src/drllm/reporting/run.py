@@ -246,8 +246,10 @@ def _read_recipe(run: Run) -> None:
 def _refuse_empty(run: Run) -> None:
     if run.has_training or run.evaluations or run.paths or run.healed:
         return
+    # A damaged result isn't recognised as a result, so it wasn't read. Reading it now raises an
+    # error that names the file.
     for path in results.list_possible_results(run.folder):
-        read_json(path, Version)  # a damaged result raises an error that names the file
+        read_json(path, Version)
     raise RecordError(
         f"{run.folder} holds no search.jsonl, supervision.jsonl, routers/, paths.json, healed path "
         f"or eval/; give a folder that 'drllm run' has written"
@@ -307,7 +309,7 @@ def _find_model(run: Run) -> Mapping[str, Any]:
         if fingerprints:
             _, first_fingerprint = fingerprints[0]
             if have_same_weights(first_fingerprint, fingerprint, name):
-                fingerprint = first_fingerprint
+                fingerprint = first_fingerprint  # so that the two compare as equal below
         fingerprints.append((name, fingerprint))
     _refuse_different(run, "base models with different weights, by fingerprint", fingerprints)
     return models[0][1] if models else {}
