@@ -173,7 +173,7 @@ def clear_half_written(folder: Path) -> None:
     """Delete temporary files that killed processes of this machine left in a folder."""
     pattern = re.compile(rf"\..+\.{_host()}-(\d+)-\w{{8}}")
     with contextlib.suppress(OSError):  # a leftover file does no harm
-        # os.listdir is fast: a folder may hold thousands of chunks, and each write calls this.
+        # os.listdir is fast: a folder may hold thousands of results, and each write calls this.
         for name in os.listdir(folder):  # noqa: PTH208
             if not name.startswith("."):  # quicker than the pattern
                 continue

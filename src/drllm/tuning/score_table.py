@@ -195,10 +195,10 @@ class ScoreTable:
     def _insert_scores(self, block: _ScoreBlock, scores: Scores) -> None:
         """Insert the scores of a block, and report the progress."""
         for number, path in enumerate(block.paths):
-            row = _find_row(self._objectives, block.task, block.part, path)
+            row = _get_row(self._objectives, block.task, block.part, path)
             row[block.places] = scores.objective[number]
             if scores.right:  # empty if the questions have no options
-                row = _find_row(self._is_right, block.task, block.part, path)
+                row = _get_row(self._is_right, block.task, block.part, path)
                 row[block.places] = scores.right[number]
         self.seconds += scores.seconds / self._executor.num_workers
         row = self._objectives[block.task, block.part, block.paths[0]]
@@ -220,15 +220,13 @@ class ScoreTable:
 
     def _insert_grades(self, block: _AnswerBlock, grades: Sequence[float]) -> None:
         """Insert the grades of a block, and report the progress."""
-        row = _find_row(self._grades, block.task, block.part, block.path)
+        row = _get_row(self._grades, block.task, block.part, block.path)
         row[block.places] = grades
         note = f"answering along one path, question {_count_known(row)} of {len(row)}"
         self._on_scored(len(grades), self.seconds, note)
 
 
-def _find_row(
-    rows: dict[Place, Floats], task: TaskQuestions, part: str, path: StaticPath
-) -> Floats:
+def _get_row(rows: dict[Place, Floats], task: TaskQuestions, part: str, path: StaticPath) -> Floats:
     """Return a row of the table `[Q]`; add it if it isn't there."""
     place = (task, part, path)
     if place not in rows:
