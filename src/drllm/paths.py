@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from drllm.errors import PathError
 
@@ -132,6 +132,19 @@ def _check_layer(layer: object, place: int, num_layers: int) -> None:
         )
 
 
+class Gap(NamedTuple):
+    """The layers that a path leaves out between two of its layers.
+
+    Attributes:
+        layer: The layer that the path runs before the gap.
+        next_layer: The layer that the path runs next; L if it runs none, so that the last layers
+            are left out.
+    """
+
+    layer: int
+    next_layer: int
+
+
 @dataclass(frozen=True, slots=True)
 class StaticPath:
     """A path that is the same for a whole task.
@@ -183,6 +196,30 @@ class StaticPath:
             return self.decisions(num_layers)
         except PathError:
             return self
+
+    def gaps(self, num_layers: int) -> "list[Gap]":
+        """Return the places where the path leaves out layers, in order.
+
+        Layers that are left out before the first layer of the path aren't between two layers, so
+        they are no gap.
+
+        Raises:
+            PathError: The path runs a layer twice, or goes back.
+
+        Example:
+            >>> StaticPath([0, 1, 4]).gaps(num_layers=6)
+            [Gap(layer=1, next_layer=4), Gap(layer=4, next_layer=6)]
+        """
+        gaps = []
+        for layer, next_layer in zip(self.layers, (*self.layers[1:], num_layers), strict=True):
+            if next_layer <= layer:
+                raise PathError(
+                    f"layer {next_layer} comes after layer {layer} in the path; a path whose "
+                    f"layers are repaired runs each layer at most once, in order"
+                )
+            if next_layer > layer + 1:
+                gaps.append(Gap(layer, next_layer))
+        return gaps
 
     def edits(self, num_layers: int) -> str:
         """Describe how the path differs from the full path of L layers.
