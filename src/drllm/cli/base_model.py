@@ -25,16 +25,17 @@ def check_model_name(command: CommandLine) -> None:
 
     The check needs no network. Only loading the model shows whether a hub id exists.
     """
-    from drllm.models.base.smollm2 import ALIAS
+    from drllm.models.base.aliases import ALIASES
 
     model = command.get_settings(ModelConfig).model
-    if model == ALIAS or Path(model).expanduser().exists():
+    if model in ALIASES or Path(model).expanduser().exists():
         return
     if model in HUB_IDS_WITHOUT_OWNER or re.fullmatch(r"\w[\w.-]*/[\w.-]+", model):
         return
-    advice = f"give a hub id (OWNER/NAME), a local folder, or the alias {ALIAS!r}"
-    if difflib.get_close_matches(model, [ALIAS], n=1):
-        advice = f"did you mean {ALIAS!r}?"
+    advice = f"give a hub id (OWNER/NAME), a local folder, or an alias ({', '.join(ALIASES)})"
+    close = difflib.get_close_matches(model, ALIASES, n=1)
+    if close:
+        advice = f"did you mean {close[0]!r}?"
     raise ModelError(f"there is no model {model!r}; {advice}")
 
 

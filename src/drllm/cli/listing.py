@@ -38,9 +38,10 @@ def _list_tasks(terminal: Terminal) -> None:
 
 
 def _list_models(terminal: Terminal) -> None:
-    from drllm.models.base import smollm2
+    from drllm.models.base.aliases import ALIASES
 
-    terminal.say(f"{smollm2.ALIAS}  {smollm2.describe()}")
+    for alias, packaged in ALIASES.items():
+        terminal.say(f"{alias}  {packaged.describe()}")
     terminal.say("Or any hub id (OWNER/NAME) or local folder of a decoder-only model.")
 
 

