@@ -1,19 +1,21 @@
 """A small folder of a healed path as `drllm heal` writes it, for tests of whatever reads one."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.healed import save_healed
-from drllm.models.routing.lora import LoraWeights
+from drllm.models.routing.lora import LoraWeights, parse_layer
 from drllm.paths import StaticPath
-from drllm.records.healed import HealedPath, HealPoint, Losses
+from drllm.records.healed import GapRecord, HealedPath, HealPoint, Losses, RefitRecord
 from drllm.records.manifest import new_manifest
 from drllm.records.static_paths import steps_to_write
-from slow_way import tiny_adapter
+from slow_way import tiny_adapter, tiny_refit
 
 PATH = [0, 1, 3, 4, 4, 5]
+REFIT_PATH = [0, 1, 3, 4]  # a path in order, with gaps after layers 1 and 4
 
 
 def written_healed(
@@ -32,22 +34,70 @@ def written_healed(
     adapter = adapter or tiny_adapter(routed, sorted(layers))
     routed.injection.add_adapter("written", adapter)
     values = {
+        "first_layer": first_layer,
+        "rank": adapter.rank,
+        "alpha": adapter.alpha,
+        "curve": (HealPoint(step=9, tokens=99, seconds=1.5, train_kl=0.5, held_out_kl=0.6),),
+    }
+    return _write(folder, routed, identity, path, values | fields)
+
+
+def written_refit(
+    folder: Path,
+    model: Any,
+    identity: Mapping[str, Any],
+    *,
+    path: Sequence[int] = REFIT_PATH,
+    has_lora: bool = False,
+    **fields: Any,
+) -> HealedPath:
+    """Write a healed path with a refit, and with LoRA if that is wanted; return its record."""
+    routed = RoutedModel(model)
+    pairs = itertools.pairwise([*path, identity["num_layers"]])
+    gaps = {layer: next_layer for layer, next_layer in pairs if next_layer > layer + 1}
+    refit = tiny_refit(routed, list(gaps))
+    records = []
+    for name in refit:
+        layer = parse_layer(name)
+        records.append(GapRecord(layer=layer, next_layer=gaps[layer], map=name, ridge=0.1))
+    lora = None
+    if has_lora:
+        lora = tiny_adapter(routed, path)
+        lora = LoraWeights(
+            lora.rank, lora.alpha, {k: v for k, v in lora.maps.items() if k not in refit}
+        )
+    routed.injection.add_adapter("written", lora, refit)
+    values = {
+        "first_layer": 0,
+        "rank": lora.rank if lora else 0,
+        "alpha": lora.alpha if lora else 0.0,
+        "refit": RefitRecord(gaps=tuple(records), num_tokens=50_000),
+        "held_out": {"arc_easy": Losses(full=2.0, path=3.0, refit=2.3, healed=2.2)},
+    }
+    return _write(folder, routed, identity, path, values | fields)
+
+
+def _write(
+    folder: Path,
+    routed: RoutedModel,
+    identity: Mapping[str, Any],
+    path: Sequence[int],
+    fields: Mapping[str, Any],
+) -> HealedPath:
+    """Write the adapter that is in the model, take the routing off, and return the record."""
+    values = {
         "name": "less",
         "steps": steps_to_write(StaticPath(path)),
         "executions": float(len(path)),
         "num_layers": identity["num_layers"],
-        "first_layer": first_layer,
-        "rank": adapter.rank,
-        "alpha": adapter.alpha,
         "adapter_sha256": "",
         "tasks": ("arc_easy",),
         "texts": ("books.jsonl",),
-        "curve": (HealPoint(step=9, tokens=99, seconds=1.5, train_kl=0.5, held_out_kl=0.6),),
         "held_out": {"arc_easy": Losses(full=2.0, path=3.0, healed=2.2)},
     }
-    manifest = new_manifest("healed_path", model=identity, config={"rank": adapter.rank})
+    manifest = new_manifest("healed_path", model=identity, config={"rank": fields["rank"]})
     try:
-        record = HealedPath(**manifest, **values | fields)
+        record = HealedPath(**manifest, **{**values, **fields})
         return save_healed(folder, record, routed.injection, "written")
     finally:
         routed.detach()

@@ -6,6 +6,7 @@ And what such tests are made of: routers that decide, paths, and how scores are 
 import copy
 import itertools
 import random
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -62,17 +63,17 @@ FOREIGN_ERRORS = (
 """What transformers raises where the untouched model can't do something either."""
 
 
-def biased_model(family: str, too_old: Mapping[str, tuple[str, ...]]) -> Any:
+def biased_model(family: str, too_old: Mapping[str, tuple[str, ...]], **overrides: Any) -> Any:
     """Return a tiny model with biases that aren't zero, as after any training.
 
     The test is skipped where the installed transformers doesn't have the family, or is one of the
-    versions (their beginnings) in which it can't be used.
+    versions (their beginnings) in which it can't be used. `overrides` are settings of its config.
     """
     if family not in CONFIG_MAPPING:
         pytest.skip(f"not in this transformers: {family}")
     if transformers.__version__.startswith(too_old.get(family, ())):
         pytest.skip(f"not routed, or not exported, in this transformers: {family}")
-    model = make_tiny(family)
+    model = make_tiny(family, **overrides)
     generator = torch.Generator().manual_seed(1)
     for name, weight in model.named_parameters():
         if name.endswith("bias"):
@@ -90,7 +91,8 @@ class ListedModel:
         model: A model that isn't routed; it stays as it is.
         decisions: `[L]`.
         path: Layers in any order, instead of decisions.
-        adapter: The weights of an adapter, which are merged into copies of the layers.
+        adapter: LoRA weights, which are merged into copies of the layers.
+        refit: New weights of linear maps, which copies of the layers have in place of their own.
         cached: Give each listed layer a copy of its own and number them anew, so that the model
             can be run with a cache too: one entry a listed layer.
     """
@@ -102,6 +104,7 @@ class ListedModel:
         *,
         path: Sequence[int] = (),
         adapter: LoraWeights | None = None,
+        refit: Mapping[str, Tensor] | None = None,
         cached: bool = False,
     ) -> None:
         path = list(path if decisions is None else to_path(decisions))
@@ -117,6 +120,8 @@ class ListedModel:
                 layer = copy.deepcopy(layer, dict(weights))
             if adapter is not None:
                 layer = merged(layer, index, adapter)
+            if refit is not None:
+                layer = refitted(layer, index, refit)
             listed.append(layer)
         if cached:
             number_layers(listed)
@@ -267,6 +272,29 @@ def merged(layer: nn.Module, index: int, adapter: LoraWeights) -> nn.Module:
     return layer
 
 
+def refitted(layer: nn.Module, index: int, refit: Mapping[str, Tensor]) -> nn.Module:
+    """Return a copy of a layer with the new weights of a refit."""
+    layer = copy.deepcopy(layer)
+    for name, weight in refit.items():
+        number, _, place = name.partition(".")
+        if int(number) == index:
+            layer.get_submodule(place).weight.data = weight.clone()
+    return layer
+
+
+def tiny_refit(routed: Any, layers: Sequence[int], seed: int = 0) -> dict[str, Tensor]:
+    """Make new weights for the last linear map of some layers, as before gaps of a path."""
+    generator = torch.Generator().manual_seed(seed)
+    last_maps = {parse_layer(name): name for name in routed.injection.linear_maps}
+    refit = {}
+    for layer in layers:
+        name = last_maps[layer]
+        weight = routed.injection.linear_maps[name].weight
+        noise = 0.1 * torch.randn(weight.shape, generator=generator)
+        refit[name] = weight + noise.to(weight)
+    return refit
+
+
 def tiny_adapter(routed: Any, layers: Sequence[int], seed: int = 0, rank: int = 4) -> LoraWeights:
     """Make an adapter of some layers that changes what they give, as after training."""
     generator = torch.Generator().manual_seed(seed)
@@ -381,6 +409,20 @@ def answers(model: Any, prompts: Sequence[Sequence[int]], **options: Any) -> lis
     options = {"do_sample": False, **options}
     output = model.generate(input_ids=ids, attention_mask=mask, **options)
     return output[:, ids.shape[1] :].tolist()
+
+
+class Meeting:
+    """Stops a pass at its first layer until another thread has had its turn."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.has_begun = threading.Event()
+        self.may_go_on = threading.Event()
+        self.handle = layer.register_forward_pre_hook(self.wait)
+
+    def wait(self, *_args: Any) -> None:
+        if not self.has_begun.is_set():
+            self.has_begun.set()
+            assert self.may_go_on.wait(30)
 
 
 class Recorder(Policy):

@@ -23,6 +23,7 @@ from drllm.paths import StaticPath, get_adapter, get_layers
 from slow_way import (
     LOGIT_TOLERANCE,
     ListedModel,
+    Meeting,
     answers,
     assert_sums,
     biased_model,
@@ -249,20 +250,6 @@ def test_a_pass_that_mixes_a_healed_path_with_another_is_refused(routed):
         with pytest.raises(RoutingError, match="in one batch with another path") as caught, run:
             pass
         assert "\n" not in str(caught.value)
-
-
-class Meeting:
-    """Stops a pass at its first layer until another thread has had its turn."""
-
-    def __init__(self, layer):
-        self.has_begun = threading.Event()
-        self.may_go_on = threading.Event()
-        self.handle = layer.register_forward_pre_hook(self.wait)
-
-    def wait(self, *_args):
-        if not self.has_begun.is_set():
-            self.has_begun.set()
-            assert self.may_go_on.wait(30)
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def show_healed(file: Path, terminal: Terminal) -> None:
     """Print a healed path: its losses by source, and how it was trained."""
     record = read_healed(file)
     terminal.table(
-        path_sections.LOSS_COLUMNS,
+        path_sections.loss_columns(record),
         path_sections.loss_rows(record),
         title=path_sections.LOSS_CAPTION,
         numbers_from=1,
@@ -43,5 +43,8 @@ def show_healed(file: Path, terminal: Terminal) -> None:
     terminal.say(path_sections.describe_healing(record))
     plain_path = record.path.with_adapter("")  # the adapter is described below
     terminal.fact(record.name, plain_path.edits(record.num_layers))
-    terminal.fact("adapter", f"rank {record.rank}, from layer {record.first_layer} on")
+    if record.refit is not None:
+        terminal.fact("refit", ", ".join(record.refit.maps))
+    if record.rank > 0:
+        terminal.fact("adapter", f"rank {record.rank}, from layer {record.first_layer} on")
     terminal.fact("healed path", file.parent)

@@ -141,6 +141,6 @@ def _print_export(exported: Export, num_layers: int, terminal: Terminal) -> None
         )
     terminal.say(f"size        {size}")
     precision = "bit by bit"
-    if exported.is_healed:
+    if exported.is_merged:
         precision = "up to rounding, since the adapter is merged"
     terminal.say(f"checked     loaded again, its logits equal the path's {precision}")

@@ -65,7 +65,7 @@ class ModelSettings:
     def prepare(self, routed: RoutedModel) -> "EvaluationModel":
         """Put routers and adapters on a worker's model, and give it the harness' interface."""
         for adapter in self.adapters:
-            if adapter.record.adapter not in routed.injection.lora.names:
+            if adapter.record.adapter not in routed.injection.adapters.names:
                 adapter.add_to(routed.injection)
         for stack in self.routers.values():
             stack.to(routed.model.device)

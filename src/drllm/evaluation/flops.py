@@ -17,7 +17,7 @@ from torch import nn
 
 from drllm.errors import ArchitectureError
 from drllm.models.base.layers import find_layers, unwrap_peft
-from drllm.models.routing.lora import LoraWeights
+from drllm.models.routing.adapters import AdapterWeights
 from drllm.paths import Plan, get_adapter, get_layers
 from drllm.records.results import Flops
 
@@ -53,7 +53,7 @@ class ModelShape:
 
     @classmethod
     def from_model(
-        cls, model: Any, adapters: Mapping[str, LoraWeights] | None = None
+        cls, model: Any, adapters: Mapping[str, AdapterWeights] | None = None
     ) -> "ModelShape":
         """Read the shape of a model of transformers, routed or not, without running it.
 

@@ -26,7 +26,7 @@ from drllm.tasks.examples import KL_REWARD, OPTIONS_REWARD
 from drllm.work.listener import Listener
 
 if TYPE_CHECKING:
-    from drllm.models.routing.lora import LoraWeights
+    from drllm.models.routing.adapters import AdapterWeights
     from drllm.models.workers import Workers
 
 Routers: TypeAlias = "Path | str | RouterStack"
@@ -113,7 +113,7 @@ class EvaluationInputs:
     request: EvaluationRequest
     routers: SeedRouters
     paths: dict[str, StaticPath]
-    model_adapters: Mapping[str, LoraWeights]
+    model_adapters: Mapping[str, AdapterWeights]
     adapters: Sequence[HealedAdapter]
 
     @property
@@ -126,17 +126,17 @@ class EvaluationInputs:
         return tasks
 
 
-def find_adapters(model: Any) -> dict[str, LoraWeights]:
+def find_adapters(model: Any) -> dict[str, AdapterWeights]:
     """Return the adapters that a routed model has, by name; there are none in other models."""
     if not isinstance(model, RoutedModel):
         return {}
-    return dict(model.injection.lora.all_weights())
+    return dict(model.injection.adapters.all_weights())
 
 
 def prepare_inputs(
     request: EvaluationRequest,
     routers: Sequence[LoadedRouters],
-    model_adapters: Mapping[str, LoraWeights],
+    model_adapters: Mapping[str, AdapterWeights],
     workers: Workers,
     output: Path,
 ) -> EvaluationInputs:

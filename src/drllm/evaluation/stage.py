@@ -168,7 +168,7 @@ def _plan_run_judge(
     from drllm.evaluation.judge import build_samples, judge_runs
 
     for name, weights in inputs.model_adapters.items():  # the model had them
-        workers.routed.injection.add_adapter(name, weights)
+        workers.routed.injection.add_adapter(name, weights.lora, weights.refit)
     lm = _make_harness_model(inputs, workers)
     store = ResultStore(
         output / PARTIAL_FOLDER, _make_identity(inputs, workers), stage="evaluation"

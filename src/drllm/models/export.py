@@ -67,7 +67,7 @@ class Export(NamedTuple):
         dtype: The dtype of the weights.
         num_bytes: The size of the weights.
         num_repeated_bytes: The size of the layers that are written a second time or more.
-        is_healed: Whether an adapter is merged into the weights.
+        is_merged: Whether LoRA weights are merged into the weights, which rounds them.
     """
 
     folder: Path
@@ -75,7 +75,7 @@ class Export(NamedTuple):
     dtype: str
     num_bytes: int
     num_repeated_bytes: int
-    is_healed: bool
+    is_merged: bool
 
 
 def export_path(
@@ -84,13 +84,14 @@ def export_path(
     """Write a path as a checkpoint that `AutoModelForCausalLM.from_pretrained` loads.
 
     The folder holds config, weights, generation config, tokenizer and a model card. Loading it
-    doesn't need drllm. PEFT merges a healed path's adapter into the weights. An ordinary checkpoint
-    can't share a layer, so a layer that the path runs twice is written twice.
+    doesn't need drllm. A healed path's refit replaces weights, and PEFT merges its LoRA weights
+    into others. An ordinary checkpoint can't share a layer, so a layer that the path runs twice is
+    written twice.
 
     The folder appears only when everything is written and checked. For the check, the checkpoint is
     loaded again. Its weights must be the base model's weights bit for bit. For a short row of
-    tokens, its logits must be the logits of the base model along the path, bit for bit or, with a
-    merged adapter, up to rounding.
+    tokens, its logits must be the logits of the base model along the path, bit for bit or, with
+    merged LoRA weights, up to rounding.
 
     Args:
         base: The base model, which isn't routed. It isn't changed.
@@ -125,42 +126,50 @@ def export_path(
         )
     with hub.quiet():
         exported = _build(base.model, path.layers)
-        merged, logits = _run_base(base.model, path, file)
-        num_bytes, num_repeated_bytes = _put_weights(exported, base.model, path.layers, merged)
+        along_path = _run_base(base.model, path, file)
+        num_bytes, num_repeated_bytes = _put_weights(
+            exported, base.model, path.layers, along_path.new_weights
+        )
         export = Export(
             folder=output,
             path=path.layers,
             dtype=base.runtime["dtype"],
             num_bytes=num_bytes,
             num_repeated_bytes=num_repeated_bytes,
-            is_healed=bool(path.adapter),
+            is_merged=along_path.is_merged,
         )
         card = model_card(base.identity, path, export.dtype, num_repeated_bytes, file)
         with _create_folder(output) as folder:
             _write(folder, exported, base, card)
             del exported  # frees its copies of weights before the checkpoint is loaded
-            _verify(folder, base.model, path, merged, logits)
+            _verify(folder, base.model, path, along_path)
     return export
 
 
-def _run_base(
-    model: Any, path: StaticPath, file: PathFile | None
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Run the base model along a path.
+class PathRun(NamedTuple):
+    """The base model's run along a path."""
 
-    Returns:
-        The weights that differ with a merged adapter, by linear map, and the logits.
-    """
+    new_weights: dict[str, Tensor]  # weights that differ from the base model's, by linear map
+    is_merged: bool  # whether LoRA weights are merged into some of them
+    logits: Tensor  # of the row of `_make_tokens`, [1, T, V]
+
+
+def _run_base(model: Any, path: StaticPath, file: PathFile | None) -> PathRun:
+    """Run the base model along a path, with the path's adapter if it has one."""
     routed = Routing(model)
+    injection = routed.injection
     try:
         if file is not None:
-            install_path(routed.injection, file)
+            install_path(injection, file)
         with routed.fixed(path):
             logits = _compute_logits(model)
-        merged: dict[str, Tensor] = {}
+        new_weights: dict[str, Tensor] = {}
         if path.adapter:
-            merged = routed.injection.lora.merged_weights(path.adapter)
-        return merged, logits
+            new_weights.update(injection.adapters.weights(path.adapter).refit)
+        is_merged = path.adapter in injection.lora.names
+        if is_merged:
+            new_weights.update(injection.lora.merged_weights(path.adapter))
+        return PathRun(new_weights, is_merged, logits)
     finally:
         routed.detach()
 
@@ -233,14 +242,14 @@ class NamedWeight(NamedTuple):
 
 
 def _list_weights(
-    base: Any, path: tuple[int, ...], merged: Mapping[str, Tensor]
+    base: Any, path: tuple[int, ...], new_weights: Mapping[str, Tensor]
 ) -> Iterator[NamedWeight]:
     """Yield the weights of the model for a path.
 
     Args:
         base: The base model.
         path: Indices of the base model's layers, in the order executed.
-        merged: Weights with a merged adapter, by linear map. They replace the base model's weights.
+        new_weights: Weights that replace the base model's weights, by linear map.
     """
     layers = find_layers(base)[1]
     prefix = find_layers_name(base, layers)
@@ -252,12 +261,12 @@ def _list_weights(
         for name, weight in layers[layer].state_dict().items():
             values = weight
             if name.endswith(".weight"):
-                values = merged.get(f"{layer}.{name.removesuffix('.weight')}", weight)
+                values = new_weights.get(f"{layer}.{name.removesuffix('.weight')}", weight)
             yield NamedWeight(f"{prefix}.{place}.{name}", values, is_copy)
 
 
 def _put_weights(
-    exported: Any, base: Any, path: tuple[int, ...], merged: Mapping[str, Tensor]
+    exported: Any, base: Any, path: tuple[int, ...], new_weights: Mapping[str, Tensor]
 ) -> tuple[int, int]:
     """Put the weights into an exported model.
 
@@ -266,7 +275,7 @@ def _put_weights(
     """
     weights: dict[str, Tensor] = {}
     num_copied_bytes = 0
-    for weight in _list_weights(base, path, merged):
+    for weight in _list_weights(base, path, new_weights):
         weights[weight.name] = weight.values
         if weight.is_copy:
             # safetensors refuses tensors that share memory, except those that the class ties.
@@ -314,13 +323,8 @@ def _compute_logits(model: Any) -> Tensor:
     return logits
 
 
-def _verify(
-    folder: Path, base: Any, path: StaticPath, merged: Mapping[str, Tensor], expected: Tensor
-) -> None:
-    """Load the checkpoint, and refuse it if it differs from the base model along the path.
-
-    `merged` has the weights with a merged adapter, and `expected` the logits along the path.
-    """
+def _verify(folder: Path, base: Any, path: StaticPath, along_path: PathRun) -> None:
+    """Load the checkpoint, and refuse it if it differs from the base model along the path."""
     loaded = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=base.dtype,
@@ -329,7 +333,8 @@ def _verify(
     )
     loaded.to(base.device).eval()
     check_layers(find_layers(loaded)[1], find_layers(base)[1], path.layers)
-    weights = {weight.name: weight.values for weight in _list_weights(base, path.layers, merged)}
+    listed_weights = _list_weights(base, path.layers, along_path.new_weights)
+    weights = {weight.name: weight.values for weight in listed_weights}
     loaded_weights = loaded.state_dict()
     for name, values in weights.items():
         loaded_values = loaded_weights[name]
@@ -341,13 +346,14 @@ def _verify(
     # The last bits of a product depend on the memory addresses of its factors, so both models get
     # the same tensors.
     loaded.load_state_dict(weights, assign=True)
-    _verify_logits(_compute_logits(loaded), expected, type(base).__name__, bool(path.adapter))
+    _verify_logits(_compute_logits(loaded), along_path, type(base).__name__)
 
 
-def _verify_logits(logits: Tensor, expected: Tensor, class_name: str, is_merged: bool) -> None:
-    """Refuse logits that differ from the expected logits, with an adapter by more than rounding."""
+def _verify_logits(logits: Tensor, along_path: PathRun, class_name: str) -> None:
+    """Refuse logits that differ from the path's, with merged LoRA by more than rounding."""
+    expected = along_path.logits
     allowed = 0.0
-    if is_merged:
+    if along_path.is_merged:
         tolerance = MERGED_TOLERANCE if logits.dtype.itemsize > 2 else MERGED_TOLERANCE_16_BITS
         allowed = tolerance * float(expected.std())
     difference = float((logits - expected).abs().max())

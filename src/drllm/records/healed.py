@@ -1,5 +1,6 @@
-"""`path.json` of a healed path: the path, and how its adapter was trained."""
+"""`path.json` of a healed path: the path, and how its adapter was solved and trained."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,17 +38,42 @@ class Losses(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     full: float  # of the full path
     path: float  # of the path without the adapter
+    refit: float | None = None  # of the path with the refit alone; None if it wasn't measured
     healed: float  # of the path with the adapter
     num_texts: int | None = None  # not in older files
 
 
+class GapRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A gap of a path, and the linear map before the gap that was solved anew."""
+
+    layer: Annotated[int, msgspec.Meta(ge=0)]  # the layer that runs before the gap
+    next_layer: int  # the layer that runs after the gap; at the end of the model the number L
+    map: str  # the name of the map, such as `11.mlp.down_proj`
+    ridge: Annotated[float, msgspec.Meta(ge=0)]  # λ
+
+
+class RefitRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the refit of a path was solved."""
+
+    gaps: Annotated[tuple[GapRecord, ...], msgspec.Meta(min_length=1)]
+    num_tokens: Annotated[int, msgspec.Meta(ge=1)]  # calibration tokens
+
+    @property
+    def maps(self) -> tuple[str, ...]:
+        """The names of the refitted linear maps."""
+        return tuple(gap.map for gap in self.gaps)
+
+
 class HealedPath(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A path and its LoRA adapter, as `drllm heal` writes them.
+    """A path and its adapter, as `drllm heal` writes them.
+
+    The adapter has LoRA weights, a refit, or both.
 
     Attributes:
-        first_layer: The adapter changes the layers of the path from this layer on.
-        rank: The rank of the adapter.
+        first_layer: LoRA changes the layers of the path from this layer on.
+        rank: LoRA's rank; 0 if the adapter has no LoRA weights.
         alpha: LoRA's alpha.
+        refit: How the refit was solved; None if the adapter has no refit.
         adapter_sha256: The hash of the adapter's weights.
         tasks: The tasks that the adapter was trained on.
         texts: The names of other sources of texts that the adapter was trained on, such as files.
@@ -62,8 +88,9 @@ class HealedPath(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
     executions: float
     num_layers: int
     first_layer: Annotated[int, msgspec.Meta(ge=0)]
-    rank: Annotated[int, msgspec.Meta(ge=1)]
-    alpha: Annotated[float, msgspec.Meta(gt=0, le=1e6)]
+    rank: Annotated[int, msgspec.Meta(ge=0)]
+    alpha: Annotated[float, msgspec.Meta(ge=0, le=1e6)]
+    refit: RefitRecord | None = None
     adapter_sha256: str
     # Only in older files: further routes that the adapter was trained for.
     others: tuple[tuple[StepRecord, ...], ...] = ()
@@ -87,7 +114,9 @@ class HealedPath(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def adapted_layers(self) -> list[int]:
-        """The layers that the adapter changes, in order."""
+        """The layers that have LoRA weights, in order."""
+        if self.rank == 0:
+            return []
         return sorted({step.layer for step in self.steps if step.layer >= self.first_layer})
 
 
@@ -100,6 +129,7 @@ def read_healed(file: Path) -> HealedPath:
     """
     record = read_json(file, HealedPath)
     refuse_parts_of_layers(record.steps, file)
+    _check_adapter(record, file)
     if record.others:
         content = f"a healed path with an adapter for {1 + len(record.others)} routes"
         refuse_removed(file, content, "heal one path again")
@@ -114,6 +144,44 @@ def read_healed(file: Path) -> HealedPath:
             f"back, or heal again"
         )
     return record
+
+
+def _check_adapter(record: HealedPath, file: Path) -> None:
+    """Refuse an adapter without weights, and a refit that doesn't fit the gaps of the path."""
+    if record.rank > 0 and record.alpha == 0:
+        raise RecordError(f"{file} has LoRA weights of rank {record.rank} and alpha 0; heal again")
+    if record.rank == 0 and record.refit is None:
+        raise RecordError(
+            f"{file} has neither LoRA weights (its rank is 0) nor a refit; heal again"
+        )
+    if record.refit is None:
+        return
+    gaps = _find_gaps(record)
+    layers = set()
+    for gap in record.refit.gaps:
+        if gaps.get(gap.layer) != gap.next_layer or gap.layer in layers:
+            raise RecordError(
+                f"{file} has a refit for a gap from layer {gap.layer} to {gap.next_layer}, which "
+                f"isn't a gap of its path, or comes twice; heal again"
+            )
+        if gap.map.partition(".")[0] != str(gap.layer):
+            raise RecordError(
+                f"{file} has a refit of {gap.map!r}, expected a linear map of layer {gap.layer}; "
+                f"heal again"
+            )
+        layers.add(gap.layer)
+
+
+def _find_gaps(record: HealedPath) -> dict[int, int]:
+    """Return the gaps of a path: the layer before a gap → the layer after it.
+
+    A path that doesn't visit the layers in order, once each, has no gaps that can be refitted.
+    """
+    layers = [step.layer for step in record.steps]
+    if layers != sorted(set(layers)):
+        return {}
+    pairs = itertools.pairwise([*layers, record.num_layers])
+    return {layer: next_layer for layer, next_layer in pairs if next_layer > layer + 1}
 
 
 def refuse_parts_of_layers(steps: Sequence[StepRecord], file: Path) -> None:

@@ -143,27 +143,50 @@ def _change_figures(record: StaticPaths) -> list[Block]:
     return curves
 
 
+def loss_columns(record: HealedPath) -> str:
+    """Return the columns of `loss_rows`."""
+    if _has_refit_losses(record):
+        return LOSS_COLUMNS.replace("path alone|", "path alone|refit|")
+    return LOSS_COLUMNS
+
+
 def loss_rows(record: HealedPath) -> Iterator[list[str]]:
     """Yield a row for each source: its losses, and the share of the loss that was recovered."""
+    has_refit_losses = _has_refit_losses(record)
     for name, loss in record.held_out.items():
         lost = loss.path - loss.full
         recovered = (loss.path - loss.healed) / lost if lost > 0 else None
         num_texts = NONE if loss.num_texts is None else count(loss.num_texts)
-        losses = [plain(value, 3) for value in (loss.full, loss.path, loss.healed)]
+        losses = [plain(loss.full, 3), plain(loss.path, 3)]
+        if has_refit_losses:
+            losses.append(plain(loss.refit, 3))
+        losses.append(plain(loss.healed, 3))
         yield [name, num_texts, *losses, percent(recovered, 0)]
 
 
+def _has_refit_losses(record: HealedPath) -> bool:
+    """Tell whether the loss with the refit alone was measured."""
+    return any(loss.refit is not None for loss in record.held_out.values())
+
+
 def describe_healing(record: HealedPath) -> str:
-    """Say in one sentence what a healed path costs, and what its training changed."""
-    divergences = [point.held_out_kl for point in record.curve]
-    last = record.curve[-1]
+    """Say in one sentence what a healed path costs, and what solving and training changed."""
     cost = plain(record.executions, 2).removesuffix(".00")
-    return (
-        f"The path runs {cost} of {record.num_layers} executions; its KL from the full path on "
-        f"held-out texts of the same sources was {plain(divergences[0], 3)} nats a token before "
-        f"and is {plain(min(divergences), 3)} after healing, which took {count(last.step)} steps "
-        f"({count(last.tokens)} tokens, {duration(last.seconds)})."
-    )
+    parts = [f"The path runs {cost} of {record.num_layers} executions"]
+    if record.refit is not None:
+        num_maps = len(record.refit.gaps)
+        maps = "1 linear map was" if num_maps == 1 else f"{num_maps} linear maps were"
+        parts.append(f"{maps} solved anew on {count(record.refit.num_tokens)} tokens")
+    if record.curve:
+        divergences = [point.held_out_kl for point in record.curve]
+        last = record.curve[-1]
+        parts.append(
+            f"its KL from the full path on held-out texts of the same sources was "
+            f"{plain(divergences[0], 3)} nats a token before and is {plain(min(divergences), 3)} "
+            f"after healing, which took {count(last.step)} steps ({count(last.tokens)} tokens, "
+            f"{duration(last.seconds)})"
+        )
+    return f"{'; '.join(parts)}."
 
 
 def healed_section(record: HealedPath, *, folded: bool) -> Section:
@@ -173,15 +196,17 @@ def healed_section(record: HealedPath, *, folded: bool) -> Section:
     is at the top of the report instead.
     """
     sentence = describe_healing(record)
-    curve = Figure(
-        draw=partial(figures.draw_kl, record.curve),
-        name="healing",
-        alt=f"KL from the full path over the tokens that were trained on. {sentence}",
-        caption="KL from the full path; on training texts it is a running mean. The adapter of the "
-        "lowest point on held-out texts is kept.",
-    )
-    table = write_table(LOSS_CAPTION, LOSS_COLUMNS, list(loss_rows(record)))
-    blocks: list[Block] = [curve, table]
+    blocks: list[Block] = []
+    if record.curve:
+        curve = Figure(
+            draw=partial(figures.draw_kl, record.curve),
+            name="healing",
+            alt=f"KL from the full path over the tokens that were trained on. {sentence}",
+            caption="KL from the full path; on training texts it is a running mean. The adapter of "
+            "the lowest point on held-out texts is kept.",
+        )
+        blocks.append(curve)
+    blocks.append(write_table(LOSS_CAPTION, loss_columns(record), list(loss_rows(record))))
     if folded:
         blocks.insert(0, write_paragraph(sentence))
     return Section("Healed path", blocks, folded=folded)

@@ -239,12 +239,11 @@ class HealRun:
     def begin_training(self) -> AdapterTraining:
         """Put a new adapter into the model, and return its training."""
         rank = self.config.rank
-        parameters = self.routed.injection.lora.create(
+        parameters = self.routed.injection.create_lora(
             ADAPTER,
             rank=rank,
             alpha=rank,  # a scaling of 1, so that a learning rate means the same at every rank
             layers=self.adapted_layers,
-            maps=self.routed.injection.linear_maps,
             seed=self.config.seed,
         )
         first_layer = min(self.adapted_layers)

@@ -25,7 +25,7 @@ from drllm.reporting.stage import report
 from drllm.tasks.examples import choose
 from drllm.tasks.registry import get_task
 from drllm.work.listener import Listener
-from healed_folder import written_healed
+from healed_folder import written_healed, written_refit
 from paths_json import written_paths
 from slow_way import ListedModel, tiny_routers
 
@@ -105,6 +105,25 @@ def test_a_healed_path_is_a_system_like_any_other(base, evaluated, tmp_path):
     again = run(held, tmp_path / "again", paths={"less": path})
     held.detach()
     assert again.system("less").gold_logprob == system.gold_logprob
+
+
+def test_a_refitted_path_is_a_system_from_its_folder_and_in_a_routed_model(base, tmp_path):
+    place = tmp_path / "healed"
+    record = written_refit(place, base.model, base.identity, path=[0, 1, 3, 4], tasks=())
+    routed = RoutedModel(base.model, tokenizer=base.tokenizer)
+    path = install_path(routed.injection, load_path(str(place)))
+    refit = routed.injection.refits.weights(record.adapter)
+    listed = ListedModel(routed.detach(), path=path.layers, refit=refit)
+    result = run(base, tmp_path / "eval", paths=str(place))
+    assert_outcomes(listed, base, result, tmp_path / "eval", "less")
+    held = RoutedModel(base.model, tokenizer=base.tokenizer)
+    held.injection.add_adapter(record.adapter, refit=refit)
+    again = run(held, tmp_path / "again", paths={"less": path})
+    held.detach()
+    assert again.system("less").gold_logprob == result.system("less").gold_logprob
+    plain = run(base, tmp_path / "plain", paths={"less": path.with_adapter("")})
+    assert plain.system("less").gold_logprob != result.system("less").gold_logprob
+    assert plain.system("less").prompt_flops == result.system("less").prompt_flops
 
 
 def test_questions_that_a_path_was_healed_on_are_not_reported(base, tmp_path):

@@ -177,6 +177,24 @@ def test_a_row_has_a_sources_losses_and_which_share_of_what_was_lost_is_won_back
     assert "80" in next(line for line in shown.splitlines() if "arc_easy" in line)
 
 
+def test_a_refit_alone_is_reported_with_its_losses_and_without_a_curve(healed, drllm):
+    gap = {"layer": 1, "next_layer": 3, "map": "1.mlp.down_proj", "ridge": 0.1}
+    losses = {"full": 2.0, "path": 3.0, "refit": 2.5, "healed": 2.5}
+
+    def make_refit(values):
+        values |= {"rank": 0, "alpha": 0, "curve": [], "held_out": {"arc_easy": losses}}
+        values["refit"] = {"gaps": [gap], "num_tokens": 50_000}
+
+    healed.change("path.json", make_refit)
+    text = report_text(healed.path)
+    assert "; 1 linear map was solved anew on 50 000 tokens." in text
+    assert "| arc_easy | 2.000 | 3.000 | 2.500 | 2.500 | 50 % |" in text
+    assert not (healed.path / "report_figures").exists()
+    shown = drllm("show", healed.path).out
+    assert "1.mlp.down_proj" in shown
+    assert "rank" not in shown
+
+
 def test_the_curves_are_drawn_over_thousands_of_tokens():
     [axes] = draw_kl(CURVE, LIGHT, NARROW).axes
     training, held_out = axes.get_lines()

@@ -174,9 +174,9 @@ class Routing:
 
         Decisions are `[L]` for every row, or `[B, L]`. A static path may run its layers in any
         order; `last_route` then says how often each layer ran. What `drllm.load_path` returns is
-        a path too; the adapter of a healed path is then put into the model, where it stays. A
-        healed path needs the model for itself: while a pass runs along it, another thread can't run
-        another path.
+        a path too; the adapter of a healed path is then put into the model, where it stays. If
+        the adapter has LoRA weights, the path needs the model for itself: while a pass runs along
+        it, another thread can't run another path. A refit alone doesn't hinder other threads.
 
         Raises:
             PathError: This model can't run the decisions or the path.
@@ -195,7 +195,7 @@ class Routing:
         if not isinstance(decisions, StaticPath):
             return FixedPolicy(decisions, self.num_layers)
         if plan.adapter:
-            self.injection.lora.check(plan.adapter)
+            self.injection.adapters.check(plan.adapter)
         return PathPolicy(plan, self.num_layers)
 
     @contextmanager

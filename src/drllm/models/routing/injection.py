@@ -11,8 +11,8 @@ Axes: B rows of the batch, R rows that run, T tokens, K keys, D hidden, E rotary
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -24,32 +24,25 @@ from transformers.cache_utils import Cache
 from drllm.errors import RoutingError
 from drllm.models.base.devices import on_device
 from drllm.models.base.layers import find_layers, find_linear_maps, probe
+from drllm.models.routing.adapters import Adapters, AdapterWeights
+from drllm.models.routing.call_arguments import (
+    BATCH_AXES,
+    ROTARY,
+    UNREAD_OPTIONS,
+    check_tensors,
+    cut_last_tokens,
+    find_cache,
+    find_mask,
+    refuse_foreign_cache,
+    refuse_packed,
+)
 from drllm.models.routing.context import Override, ThreadValue
 from drllm.models.routing.forward_override import ForwardOverride, find_overrides
 from drllm.models.routing.lora import LoraAdapters, LoraWeights
+from drllm.models.routing.refits import MapHandle, Refit, Refits
 
 REFUSED_OUTPUTS = ("output_attentions", "output_router_logits")
 """Options of a forward pass that request outputs which routing can't return."""
-
-ROTARY = ("position_embeddings", "position_embeddings_global", "position_embeddings_local")
-"""Names of the arguments that hold cosines and sines: `[B, T, E]`, or a table `[K, E]` in which the
-layer looks up positions."""
-
-BATCH_AXES: dict[str, int | None] = {
-    "attention_mask": 0,
-    **dict.fromkeys(ROTARY, 0),
-    "position_ids": -2,
-    "cache_position": None,
-}
-"""Batch axis of each tensor argument of a layer; None for a tensor without a batch axis. Other
-tensor arguments are refused: a shape doesn't show which axis is the batch, since T may equal B."""
-
-CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
-"""Names of a layer's cache argument in all versions of transformers. If the argument isn't a
-`Cache`, it is refused."""
-
-UNREAD_OPTIONS = ("tokenizer",)
-"""Options of `generate` that reach the layers, though no layer reads them."""
 
 
 class Driver:
@@ -87,6 +80,10 @@ class Forward:
     attention_mask: Any
     requested_outputs: tuple[str, ...]  # the `REFUSED_OUTPUTS` that the caller requests
     driver: Driver = field(init=False)
+    adapter: str = ""  # the name of the adapter that the pass runs with; empty for none
+    # Weights that linear maps run with in place of their own, by the map's name. Only a map with an
+    # override reads them; see `Refits.override_maps`.
+    new_weights: Mapping[str, Tensor] = field(default_factory=dict)
     # The cache, if decisions are pinned in it and a layer that all rows run once may run without
     # the driver; else None.
     pinned_cache: Cache | None = None
@@ -102,6 +99,19 @@ class Forward:
         if (rows, device) not in self.indices:
             self.indices[rows, device] = on_device(rows, device)
         return self.indices[rows, device]
+
+    @contextmanager
+    def using_weights(self, new_weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Let linear maps run with other new weights inside the block, as in one `LayerCall.run`.
+
+        The weights must be on the devices and in the dtypes of the maps' own weights.
+        """
+        previous = self.new_weights
+        self.new_weights = new_weights
+        try:
+            yield
+        finally:
+            self.new_weights = previous
 
 
 _driver: Override[Driver] = Override("driver")  # see `Injection.driven_by`
@@ -135,6 +145,8 @@ class Injection:
             )
         self.returns_tuple = probe(model, self.decoder, self.layers)
         self.lora = LoraAdapters(model)
+        self.refits = Refits(self.current)
+        self.adapters = Adapters(self.lora, self.refits)
         self.install()
 
     @staticmethod
@@ -154,6 +166,7 @@ class Injection:
         for handle in self.handles:
             handle.put_on()
         self.decoder_handle.put_on()
+        self.refits.install()
         self.lora.install()
         self._hooks = [
             self.decoder.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -163,12 +176,17 @@ class Injection:
 
     def remove(self) -> None:
         """Take every override and hook off. Refuse if other code has put an override over ours."""
-        overrides: list[LayerHandle | DecoderHandle] = [*self.handles, self.decoder_handle]
-        for handle in overrides:
-            is_gone = handle.module.__dict__.get("forward") == handle.previous  # taken off already
-            if not (handle.is_on_top or is_gone):
+        overrides: list[LayerHandle | DecoderHandle | MapHandle] = [
+            *self.handles,
+            self.decoder_handle,
+            *self.refits.handles,
+        ]
+        for override in overrides:
+            forward = override.module.__dict__.get("forward")
+            is_gone = forward == override.previous  # taken off already
+            if not (override.is_on_top or is_gone):
                 raise RoutingError(
-                    f"the forward of {handle.place} was overridden again after routing was "
+                    f"the forward of {override.place} was overridden again after routing was "
                     f"attached; take that override off, then detach()"
                 )
         replaced = self.lora.find_replaced()
@@ -178,6 +196,7 @@ class Injection:
                 f"loaded; put it back, then detach()"
             )
         self.lora.remove()
+        self.refits.remove()
         self.decoder_handle.take_off()
         for handle in self.handles:
             handle.take_off()
@@ -198,9 +217,17 @@ class Injection:
         with self.driven_by(Driver()):
             return find_linear_maps(self.model)
 
-    def add_adapter(self, name: str, weights: LoraWeights) -> None:
-        """Put an adapter into the model; see `LoraAdapters.add`."""
-        self.lora.add(name, weights, self.linear_maps)
+    def add_adapter(
+        self, name: str, lora: LoraWeights | None = None, refit: Refit | None = None
+    ) -> None:
+        """Put an adapter with LoRA weights, a refit, or both into the model; see `Adapters.add`."""
+        self.adapters.add(name, AdapterWeights(lora, refit or {}), self.linear_maps)
+
+    def create_lora(
+        self, name: str, rank: int, alpha: float, layers: Collection[int], seed: int
+    ) -> list[nn.Parameter]:
+        """Put new LoRA weights on the linear maps of some layers; see `Adapters.create_lora`."""
+        return self.adapters.create_lora(name, rank, alpha, layers, self.linear_maps, seed)
 
     @cached_property
     def can_drop_tokens(self) -> bool:
@@ -223,11 +250,15 @@ class Injection:
         """Begin a forward pass of the decoder."""
         for handle in self.handles:
             self._check_handle(handle)
-        mask = _find_mask(args, kwargs)
-        _refuse_packed(kwargs, mask)
+        mask = find_mask(args, kwargs)
+        refuse_packed(kwargs, mask)
         forward = Forward(mask, self._find_requested_outputs(kwargs))
         driver = _driver.get(self) or self.default
         forward.driver = driver.begin(forward)
+        forward.adapter = forward.driver.adapter(find_cache(args, kwargs))
+        if forward.adapter:
+            self.adapters.check(forward.adapter)
+            forward.new_weights = self.refits.weights(forward.adapter)
         self.current.begin(forward)
 
     def _check_handle(self, handle: LayerHandle) -> None:
@@ -285,7 +316,8 @@ class DecoderHandle(ForwardOverride):
     - passes under a policy that reads the prompt, such as routers: every route would need a graph
       of its own, until torch gives up;
     - the pass that makes a cache's entries;
-    - all passes of a model with adapters, since the adapters are switched for each pass.
+    - passes along a healed path; and all passes of a model with LoRA weights, since these are
+      switched for each pass.
     """
 
     place = "the decoder"
@@ -300,7 +332,7 @@ class DecoderHandle(ForwardOverride):
             return _uncompiled(self._run_switched, *args, **kwargs)
         if torch.compiler.is_compiling():
             current = self.injection.current.get()
-            if current is not None and not current.driver.compiles(_find_cache(args, kwargs)):
+            if current is not None and not _compiles(current, find_cache(args, kwargs)):
                 return _uncompiled(self.original(), *args, **kwargs)
         if self.previous is not None:
             return self.previous(*args, **kwargs)
@@ -309,11 +341,19 @@ class DecoderHandle(ForwardOverride):
         return type(self.module).forward(self.module, *args, **kwargs)
 
     def _run_switched(self, *args: Any, **kwargs: Any) -> Any:
-        """Run a pass with its adapter switched on and all others off."""
+        """Run a pass with its LoRA weights switched on and all others off."""
+        lora = self.injection.lora
         current = self.injection.current.get()
-        name = "" if current is None else current.driver.adapter(_find_cache(args, kwargs))
-        with self.injection.lora.running(name):
+        name = "" if current is None else current.adapter
+        if name not in lora.names:  # the adapter is a refit alone
+            name = ""
+        with lora.running(name):
             return self.original()(*args, **kwargs)
+
+
+def _compiles(forward: Forward, cache: Cache | None) -> bool:
+    """Say whether a pass can be compiled."""
+    return not forward.adapter and forward.driver.compiles(cache)
 
 
 def _run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -321,27 +361,6 @@ def _run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 _uncompiled: Any = torch.compiler.disable(_run)  # type: ignore[no-untyped-call]
-
-
-def _find_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return the attention mask among the arguments of the decoder; None if there is no mask."""
-    mask = kwargs.get("attention_mask")
-    if "attention_mask" not in kwargs and len(args) > 1:
-        mask = args[1]
-    if not isinstance(mask, dict):
-        return mask
-    for value in mask.values():  # a mask per kind of attention, all with the same padding
-        if value is not None:
-            return value
-    return None
-
-
-def _find_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:
-    """Return the cache among the arguments of a call; None if there is no cache."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Cache):
-            return value
-    return None
 
 
 class LayerHandle(ForwardOverride):
@@ -404,9 +423,9 @@ class LayerCall:
         self.is_last = self.index == self.num_layers - 1
         self.forward = forward  # the pass that this call belongs to
         self.extras: tuple[Any, ...] = ()  # other outputs of the layer's last run
-        self.cache = _find_cache(args, kwargs)
+        self.cache = find_cache(args, kwargs)
         if self.cache is None:
-            _refuse_foreign_cache(kwargs)
+            refuse_foreign_cache(kwargs)
 
     def run(self, hidden: Tensor, rows: tuple[int, ...] | None = None) -> Tensor:
         """Execute the layer once, `[R, T, D]` to `[R, T, D]` of the same dtype.
@@ -434,7 +453,7 @@ class LayerCall:
             num_past: How many of the keys before this pass the mask keeps, the last ones.
         """
         part = ("last", num_tokens, num_past)
-        args, kwargs = self._cut(part, partial(_last_tokens, num_tokens, num_past))
+        args, kwargs = self._cut(part, partial(cut_last_tokens, num_tokens, num_past))
         return LayerCall(self._handle, self.forward, self._num_rows, args, kwargs)
 
     def _cut(
@@ -471,7 +490,7 @@ class LayerCall:
         if whole is not value:
             is_several = isinstance(value, (tuple, list))
             tensors = value if is_several else (value,)  # such as cosines and sines
-            _check_tensors(name, tensors, type(value).__name__)
+            check_tensors(name, tensors, type(value).__name__)
             parts = tuple([cut(name, tensor) for tensor in tensors])
             result = parts if is_several else parts[0]
             memo[name, part] = value, result
@@ -523,60 +542,3 @@ class RoutedRecomputation:
                 self.current.end()
 
         return self.checkpoint(run_in_pass, *args, **kwargs)
-
-
-def _refuse_packed(kwargs: dict[str, Any], mask: Any) -> None:
-    """Refuse several sequences in one row, since decisions are made for a whole row."""
-    is_packed = False
-    for name, value in kwargs.items():
-        if name.startswith("cu_seq_lens") and value is not None:  # where the sequences start
-            is_packed = True
-    positions = kwargs.get("position_ids")
-    # Without a mask, transformers begins a new sequence where the positions restart. A single
-    # position can't restart, and to test it would make a decode step wait for the device.
-    if mask is None and isinstance(positions, Tensor) and not torch.compiler.is_compiling():
-        restarts = positions.diff(dim=-1) < 0
-        if restarts.numel() > 0 and bool(restarts.any()):
-            is_packed = True
-    if is_packed:
-        raise RoutingError(
-            "packed sequences can't be routed: a row is no longer one prompt; give each prompt a "
-            "row of its own, with padding"
-        )
-
-
-def _refuse_foreign_cache(kwargs: dict[str, Any]) -> None:
-    """Refuse a cache that isn't a `Cache` of transformers."""
-    for name in CACHE_NAMES:
-        if kwargs.get(name) is not None:
-            raise RoutingError(
-                f"the cache of this model is a {type(kwargs[name]).__name__}, not a Cache of "
-                f"transformers; paged and other foreign caches can't be routed"
-            )
-
-
-def _check_tensors(name: str, tensors: Any, kind: str) -> None:
-    """Refuse an argument that can't be cut, or whose batch axis isn't known."""
-    if not all(isinstance(tensor, Tensor) for tensor in tensors):
-        raise RoutingError(
-            f"the layers of this model take {name!r} as a {kind}, which can't be cut by rows; load "
-            f"it with --attn-implementation sdpa (or eager)"
-        )
-    if name not in BATCH_AXES:
-        raise RoutingError(
-            f"the layers of this model take a tensor argument {name!r} whose batch axis isn't "
-            f"known; routing rows apart would be a guess, so give every row the same decisions"
-        )
-
-
-def _last_tokens(num_tokens: int, num_past: int, name: str, tensor: Tensor) -> Tensor:
-    """Return the part of a layer's argument that belongs to the last tokens of each row."""
-    if name in ROTARY:
-        return tensor if tensor.dim() == 2 else tensor[:, -num_tokens:]
-    if name != "attention_mask" or tensor.dim() == 2:
-        return tensor[..., -num_tokens:]
-    past = tensor.shape[-1] - tensor.shape[-2]
-    mask = tensor[..., -num_tokens:, :]
-    earlier_keys = mask[..., past - num_past : past]
-    last_keys = mask[..., mask.shape[-1] - num_tokens :]
-    return torch.cat([earlier_keys, last_keys], dim=-1)

@@ -88,20 +88,22 @@ class LoraAdapters:
 
     def check(self, name: str) -> str:
         """Return the name if the model has this adapter; raise a RoutingError if not."""
-        if name not in self._configs:
-            raise RoutingError(
-                f"this model has no adapter {name!r} (it has {', '.join(self.names) or 'none'}); "
-                f"load the healed path that it belongs to"
-            )
-        return name
+        return refuse_missing(name, self.names)
 
-    def add(self, name: str, weights: LoraWeights, maps: Mapping[str, nn.Module]) -> None:
+    def add(
+        self,
+        name: str,
+        weights: LoraWeights,
+        maps: Mapping[str, nn.Module],
+        excluded: Collection[str] = (),
+    ) -> None:
         """Put an adapter with given weights into the model.
 
         Args:
             name: The adapter's name in the model.
             weights: The adapter's weights.
             maps: The linear maps that an adapter may change, by name.
+            excluded: Names of linear maps that PEFT must leave alone, such as refitted maps.
 
         Raises:
             RoutingError: The name is empty or in use, the weights are for other maps or have other
@@ -119,7 +121,7 @@ class LoraAdapters:
                     f"{num_out}, it has A {list(a.shape)} and B {list(b.shape)}"
                 )
         target_maps = {key: maps[key] for key in weights.maps}
-        self._inject(name, weights.rank, weights.alpha, target_maps)
+        self._inject(name, weights.rank, weights.alpha, target_maps, excluded)
         for key, (a, b) in weights.maps.items():
             lora = self._places[key].lora
             lora.lora_A[name].weight.data.copy_(a)
@@ -133,12 +135,14 @@ class LoraAdapters:
         layers: Collection[int],
         maps: Mapping[str, nn.Module],
         seed: int,
+        excluded: Collection[str] = (),
     ) -> list[nn.Parameter]:
         """Put a new adapter on all linear maps of some layers, and return its parameters.
 
-        The adapter has no effect yet: A is random, as in PEFT, and B is zero. The parameters are
-        float32 and need gradients. Raises what `add` raises, and a RoutingError if the layers have
-        no linear maps or the model's weights are offloaded.
+        PEFT leaves the maps named in `excluded` alone. The adapter has no effect yet: A is random,
+        as in PEFT, and B is zero. The parameters are float32 and need gradients. Raises what `add`
+        raises, and a RoutingError if the layers have no linear maps or the model's weights are
+        offloaded.
         """
         target_maps: dict[str, Any] = {
             key: module for key, module in maps.items() if parse_layer(key) in layers
@@ -154,7 +158,7 @@ class LoraAdapters:
             )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self._inject(name, rank, alpha, target_maps)
+            self._inject(name, rank, alpha, target_maps, excluded)
         for place in self._find_places(name).values():
             place.lora.lora_A[name].float()
             place.lora.lora_B[name].float()
@@ -268,13 +272,18 @@ class LoraAdapters:
         return {key: place for key, place in self._places.items() if name in place.lora.lora_A}
 
     def _inject(
-        self, name: str, rank: int, alpha: float, target_maps: Mapping[str, nn.Module]
+        self,
+        name: str,
+        rank: int,
+        alpha: float,
+        target_maps: Mapping[str, nn.Module],
+        excluded: Collection[str],
     ) -> None:
         """Let PEFT put LoRA layers around linear maps, and leave everything else as it was."""
         self._check_new(name)
         from peft import inject_adapter_in_model
 
-        config = make_config(self._base, rank, alpha, target_maps)
+        config = make_config(self._base, rank, alpha, target_maps, excluded)
         gradients = [(weight, weight.requires_grad) for weight in self._base.parameters()]
         self._configs[name] = config
         try:
@@ -345,8 +354,28 @@ def _allocate_adapter(lora: Any, name: str) -> None:
     lora.lora_B[name].to_empty(device=device)
 
 
-def make_config(base: Any, rank: int, alpha: float, maps: Mapping[str, nn.Module]) -> Any:
-    """Return the `LoraConfig` of an adapter on linear maps of a model's layers."""
+def refuse_missing(name: str, names: Collection[str]) -> str:
+    """Return the name of an adapter; raise a RoutingError if it isn't among a model's adapters."""
+    if name not in names:
+        raise RoutingError(
+            f"this model has no adapter {name!r} (it has {', '.join(names) or 'none'}); load the "
+            f"healed path that it belongs to"
+        )
+    return name
+
+
+def make_config(
+    base: Any,
+    rank: int,
+    alpha: float,
+    maps: Mapping[str, nn.Module],
+    excluded: Collection[str],
+) -> Any:
+    """Return the `LoraConfig` of an adapter on linear maps of a model's layers.
+
+    The config excludes the maps named in `excluded` by their full names, since PEFT finds maps by
+    the end of their names.
+    """
     from peft import LoraConfig
 
     _, layers = find_layers(base)
@@ -357,6 +386,7 @@ def make_config(base: Any, rank: int, alpha: float, maps: Mapping[str, nn.Module
         target_modules=sorted({key.partition(".")[2] for key in maps}),
         layers_to_transform=sorted({parse_layer(key) for key in maps}),
         layers_pattern=prefix.rpartition(".")[2],
+        exclude_modules=sorted(f"{prefix}.{key}" for key in excluded) or None,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in maps.values()),
         task_type="CAUSAL_LM",
     )

@@ -1,6 +1,8 @@
 """The folder of a healed path: written, loaded, refused, merged."""
 
+import copy
 import json
+import sys
 
 import msgspec
 import pytest
@@ -24,14 +26,24 @@ from drllm.evaluation.flops import ModelShape, prompt_flops
 from drllm.models.base.load import BaseModel, load
 from drllm.models.export import MERGED_TOLERANCE, export_path
 from drllm.models.routed_model import RoutedModel
+from drllm.models.routing.adapters import AdapterWeights
 from drllm.models.routing.healed import install_path, save_healed
+from drllm.models.routing.injection import Driver, Injection
+from drllm.models.routing.lora import parse_layer
 from drllm.paths import StaticPath
 from drllm.records.codec import read_json, sha256, write_json
 from drllm.records.healed import ADAPTER_FILE, HEALED_FILE
 from drllm.records.static_paths import load_path, read_path_list
-from healed_folder import PATH, written_healed
+from healed_folder import PATH, written_healed, written_refit
 from paths_json import written_paths
-from slow_way import LOGIT_TOLERANCE, ListedModel, tiny_adapter
+from slow_way import (
+    LOGIT_TOLERANCE,
+    ListedModel,
+    biased_model,
+    largest_list,
+    tiny_adapter,
+    tiny_refit,
+)
 
 IDS = torch.tensor([list(range(5, 25))])
 
@@ -111,6 +123,107 @@ def test_without_peft_a_healed_path_is_refused_in_one_line(base, record, tmp_pat
     with pytest.raises(ConfigError, match=r'pip install "drllm\[heal\]"') as caught:
         install_path(routed.injection, load_path(str(tmp_path / "healed")))
     assert "\n" not in str(caught.value)
+
+
+def without_layers(model, path):
+    """Replace the layers that a path leaves out by the identity, in place."""
+
+    class Identity(torch.nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            # What the model's loop reads of a layer, such as its kind of attention.
+            self.attention_type = getattr(layer, "attention_type", None)
+
+        def forward(self, hidden_states, *_args, **_kwargs):
+            return hidden_states if returns_tensor else (hidden_states,)
+
+    returns_tensor = not Injection(model, Driver()).returns_tuple
+    drllm.detach(model)
+    stack, name = largest_list(model)
+    layers = getattr(stack, name)
+    for index in set(range(len(layers))) - set(path):
+        layers[index] = Identity(layers[index])
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of PEFT's
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "phi"])
+def test_peft_alone_loads_lora_and_refit_right(family, tmp_path):
+    """In 12 layers, of which 1 and 10 and 11 end in the same digit, with biases and Conv1D."""
+    model = biased_model(family, {}, num_hidden_layers=12)
+    path = [0, 1, 3, 4, 5, 8, 9, 10, 11]  # gaps after 1 and 5; 11 has LoRA on every map
+    identity = BaseModel(model, None, "tiny").identity
+    record = written_refit(tmp_path, model, identity, path=path, has_lora=True)
+    routed = RoutedModel(model)
+    healed = install_path(routed.injection, load_path(str(tmp_path)))
+    logits = along(routed, healed)
+    exact = along(routed.double(), healed)  # twelve layers round too much to compare otherwise
+    weights = routed.injection.adapters.weights(record.adapter)
+    assert {parse_layer(name) for name in weights.refit} == {1, 5}
+    routed.detach()
+    slow = ListedModel(model, path=path, adapter=weights.lora, refit=weights.refit)
+    torch.testing.assert_close(exact, slow.logits(IDS[0]), atol=1e-9, rtol=0)
+    model.float()
+    by_peft = PeftModel.from_pretrained(without_layers(model, path), tmp_path)
+    wrapped = [
+        name for name, module in by_peft.named_modules() if hasattr(module, "original_module")
+    ]
+    assert len(wrapped) == 2
+    with torch.no_grad():
+        peft_logits = by_peft(IDS, use_cache=False).logits[0]
+    torch.testing.assert_close(peft_logits, logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+def test_a_refit_alone_is_loaded_and_exported_without_peft(
+    family, tiny_tokenizer, tmp_path, monkeypatch
+):
+    base = BaseModel(biased_model(family, {}), tiny_tokenizer, "tiny")
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "peft"]:
+        monkeypatch.setitem(sys.modules, name, None)  # importing it raises ImportError
+    record = written_refit(tmp_path / "healed", base.model, base.identity)
+    assert not (tmp_path / "healed" / "adapter_config.json").exists()
+    assert (record.rank, record.adapted_layers) == (0, [])
+    routed = RoutedModel(base.model)
+    path = install_path(routed.injection, load_path(str(tmp_path / "healed")))
+    logits = along(routed, path)
+    refit = tiny_refit(routed, [1, 4])
+    routed.detach()
+    slow = ListedModel(base.model, path=path.layers, refit=refit)
+    torch.testing.assert_close(logits, slow.logits(IDS[0]), atol=LOGIT_TOLERANCE, rtol=0)
+    result = export_path(base, load_path(str(tmp_path / "healed")), tmp_path / "out")
+    assert not result.is_merged
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        assert torch.equal(plain(IDS, use_cache=False).logits[0], logits)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "solved these linear maps anew on 50,000 tokens" in card
+    assert "found its logits equal, bit by bit" in card
+
+
+def test_peft_refuses_the_folder_of_a_refit_alone(base, tmp_path):
+    written_refit(tmp_path, base.model, base.identity, has_lora=True)
+    assert (tmp_path / "adapter_config.json").exists()
+    written_refit(tmp_path, base.model, base.identity)  # the earlier config is removed
+    with pytest.raises(ValueError, match=r"adapter_config\.json"):
+        PeftModel.from_pretrained(base.model, str(tmp_path))
+    card = ModelCard((tmp_path / "README.md").read_text())
+    assert card.data.to_dict() == {"library_name": "drllm", "tags": ["layer-path"]}
+    assert "| arc_easy | 2 | 3 | 2.3 | 2.2 |" in card.text
+
+
+def test_where_peft_would_take_other_modules_too_it_gets_no_config(base, tmp_path):
+    written_refit(tmp_path / "healed", base.model, base.identity, has_lora=True)
+    routed = RoutedModel(base.model)
+    path_file = load_path(str(tmp_path / "healed"))
+    path = install_path(routed.injection, path_file)
+    # A second tower, in which the name of a module ends like that of a refitted map.
+    base.model.other_model = torch.nn.Module()
+    base.model.other_model.layers = copy.deepcopy(base.model.model.layers)
+    save_healed(tmp_path / "again", path_file.record, routed.injection, path.adapter)
+    assert (tmp_path / "again" / ADAPTER_FILE).exists()
+    assert not (tmp_path / "again" / "adapter_config.json").exists()
 
 
 def test_healed_paths_are_listed_by_name_and_one_name_by_folders(base, record, tmp_path):
@@ -233,6 +346,75 @@ def test_a_folder_that_was_changed_is_refused_in_one_line(base, record, tmp_path
     assert routed.injection.lora.names == ()
 
 
+M = "base_model.model.model.layers.1.mlp.down_proj."
+
+
+def refit_of(folder):
+    return read_json(folder / HEALED_FILE, dict)["refit"]
+
+
+def with_gap(folder, **changes):
+    refit = refit_of(folder)
+    refit["gaps"][0] |= changes
+    with_record(folder, refit=refit)
+
+
+BAD_REFITS = {
+    "1.mlp.down_proj has no new weight": lambda f: with_weights(f, lambda t: t.pop(M + "weight")),
+    r"shape \[32, 64\], the refit one of \[64, 32\]": lambda f: with_weights(
+        f, lambda t: t.update({M + "weight": t[M + "weight"].T.contiguous()})
+    ),
+    "down_proj.weight holds NaN or infinity": lambda f: with_weights(
+        f, lambda t: t[M + "weight"].fill_(torch.inf)
+    ),
+    "down_proj.weight has 1 axes of float32": lambda f: with_weights(
+        f, lambda t: t.update({M + "weight": torch.zeros(3)})
+    ),
+    "holds 'base_model.model.model.layers.3.mlp.down_proj.weight'": lambda f: with_weights(
+        f, lambda t: t.update({M.replace(".1.", ".3.") + "weight": torch.zeros(32, 64)})
+    ),
+    "isn't a gap of its path": lambda f: with_gap(f, next_layer=4),
+    "from layer 0 to 3, which": lambda f: with_gap(f, layer=0, map="0.mlp.down_proj"),
+    "from layer 4 to 6, which isn't a gap of its path, or comes twice": lambda f: with_gap(
+        f, layer=4, next_layer=6, map="4.mlp.up_proj"
+    ),
+    "expected a linear map of layer 1": lambda f: with_gap(f, map="3.mlp.down_proj"),
+    "down_proj.weight', expected names such as": lambda f: with_gap(f, map="1.mlp.up_proj"),
+    "1.mlp.down_proj has no new weight, or LoRA beside": lambda f: with_weights(
+        f, lambda t: t.update({M + "lora_A.weight": torch.zeros(4, 64)})
+    ),
+    "from layer 1 to 3, which": lambda f: with_record(
+        f, steps=[{"layer": layer} for layer in (1, 0, 3, 4)]
+    ),
+    "ridge": lambda f: with_gap(f, ridge=-1.0),
+    "num_tokens": lambda f: with_record(f, refit={**refit_of(f), "num_tokens": 0}),
+    "refit.gaps": lambda f: with_record(f, refit={**refit_of(f), "gaps": []}),
+    "unknown": lambda f: with_gap(f, kind="gate"),
+    "neither LoRA weights": lambda f: with_record(f, rank=0, refit=None),
+    "alpha 0": lambda f: with_record(f, rank=4, alpha=0.0),
+}
+
+
+@pytest.mark.parametrize("message", BAD_REFITS)
+@pytest.mark.parametrize("has_lora", [True, False])
+def test_a_refit_that_was_changed_is_refused_in_one_line(base, tmp_path, message, has_lora):
+    written_refit(tmp_path, base.model, base.identity, has_lora=has_lora)
+    BAD_REFITS[message](tmp_path)
+    routed = RoutedModel(base.model)
+    with pytest.raises((RecordError, RoutingError), match=message) as caught:
+        install_path(routed.injection, load_path(str(tmp_path)))
+    assert "\n" not in str(caught.value)
+    assert routed.injection.adapters.names == ()
+
+
+def test_weights_that_the_record_does_not_describe_are_not_saved(base, record, tmp_path):
+    routed = RoutedModel(base.model)
+    routed.injection.add_adapter("written", refit=tiny_refit(routed, [1]))
+    with pytest.raises(ValueError, match="the adapter rank 0"):
+        save_healed(tmp_path / "other", record, routed.injection, "written")
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_healed_path_of_another_model_is_refused(base, record, tmp_path, tiny_llama):
     routed = RoutedModel(tiny_llama(seed=1))
     with pytest.raises(PathError, match="fingerprint"):
@@ -281,6 +463,22 @@ def test_the_command_line_answers_along_a_healed_path_and_exports_it(base, recor
     assert plain.splitlines()[0] == said.splitlines()[0]
 
 
+@pytest.mark.parametrize("has_lora", [True, False])
+def test_the_command_line_answers_along_a_refitted_path_and_exports_it(
+    base, tmp_path, drllm, has_lora
+):
+    place = tmp_path / "healed"
+    written_refit(place, base.model, base.identity, has_lora=has_lora)
+    command = "generate --device cpu --no-chat --max-new-tokens 6"
+    answer = drllm(command, "--path", place, "a metal").out
+    assert "skips layers 2 and 5, with an adapter" in answer
+    exported = drllm("export --device cpu", "--path", place, "--output", tmp_path / "out").out
+    assert ("up to rounding" if has_lora else "bit by bit") in exported
+    plain = drllm(command, "--model", tmp_path / "out", "a metal").out
+    assert plain.splitlines()[0] == answer.splitlines()[0]
+    assert "4.mlp.down_proj" in drllm("show", place).out
+
+
 def test_the_files_are_peft_s_and_the_card_says_what_was_trained(base, record, tmp_path):
     config = json.loads((tmp_path / "healed" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (4, 8.0)
@@ -308,10 +506,13 @@ def test_what_an_adapter_adds_counts_as_arithmetic(base, record, tmp_path):
     routed = RoutedModel(base.model)
     install_path(routed.injection, load_path(str(tmp_path / "healed")))
     adapter = routed.injection.lora.weights(record.adapter)
-    shape = ModelShape.from_model(base.model, {record.adapter: adapter})
+    refit = AdapterWeights(refit=tiny_refit(routed, [1, 4]))
+    adapters = routed.injection.adapters.all_weights() | {"refit": refit}
+    shape = ModelShape.from_model(base.model, adapters)
     plain = prompt_flops(shape, record.path.with_adapter(""), 10)
     healed = prompt_flops(shape, record.path, 10)
     routed.detach()
+    assert plain == prompt_flops(shape, record.path.with_adapter("refit"), 10)  # replaces weights
     assert plain == prompt_flops(
         ModelShape.from_model(base.model), record.path.with_adapter(""), 10
     )
