@@ -4,6 +4,7 @@ And what such tests are made of: routers that decide, paths, and how scores are 
 """
 
 import copy
+import importlib.metadata
 import itertools
 import random
 import threading
@@ -37,6 +38,10 @@ SUM_TOLERANCE = 1e-4
 measured on these models)."""
 LOGPROB_TOLERANCE = 1e-4
 """Nats that a continuation may differ from the harness' own number (design figure)."""
+TORCH = tuple(map(int, importlib.metadata.version("torch").split(".")[:2]))
+needs_tracing = pytest.mark.skipif(
+    TORCH < (2, 9), reason="torch before 2.9 can't trace overrides of forward (shown on 2.4)"
+)
 FULL = (1,) * 6
 QUESTIONS = [
     Request([5, 6, 7, 8, 9], [[10], [11, 12, 13], [14, 15]]),

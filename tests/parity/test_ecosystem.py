@@ -1,7 +1,6 @@
 """A routed model among the tools people use with one: each leaves routing right, or says so."""
 
 import copy
-import importlib.metadata
 import io
 
 import accelerate
@@ -15,7 +14,7 @@ from drllm.errors import RoutingError
 from drllm.models.base.prompts import pad_left
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.policies import FixedPolicy
-from slow_way import LOGIT_TOLERANCE, ListedModel, tiny_routers
+from slow_way import LOGIT_TOLERANCE, ListedModel, needs_tracing, tiny_routers
 
 pytestmark = pytest.mark.filterwarnings(  # transformers renames it; PEFT still asks by the old name
     "ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"
@@ -255,12 +254,6 @@ def test_a_text_generation_pipeline_is_routed(planned, tiny_tokenizer):
     assert run(text, **options)[0]["generated_text"] == expected
     planned.detach()
     assert run(text, **options)[0]["generated_text"] != expected
-
-
-TORCH = tuple(map(int, importlib.metadata.version("torch").split(".")[:2]))
-needs_tracing = pytest.mark.skipif(
-    TORCH < (2, 9), reason="torch before 2.9 can't trace overrides of forward (shown on 2.4)"
-)
 
 
 def compiled(model, **options):

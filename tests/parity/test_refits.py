@@ -31,6 +31,7 @@ from slow_way import (
     biased_model,
     largest_list,
     merged,
+    needs_tracing,
     tiny_adapter,
     tiny_refit,
 )
@@ -334,6 +335,7 @@ def test_a_driver_runs_one_layer_with_several_weights_in_one_pass(tiny_llama):
     torch.testing.assert_close(logits, slow, atol=LOGIT_TOLERANCE, rtol=0)
 
 
+@needs_tracing
 @pytest.mark.thorough
 def test_a_model_with_refits_compiles_to_one_graph_while_none_is_active(routed):
     torch._dynamo.reset()
