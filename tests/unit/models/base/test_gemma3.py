@@ -195,7 +195,7 @@ def test_the_real_model_reads_and_writes_plain_english(real):
     inputs = base.tokenizer("The capital of France is", return_tensors="pt")
     output = base.model.generate(**inputs, max_new_tokens=12, do_sample=False)
     assert base.tokenizer.decode(output[0], skip_special_tokens=True) == (
-        "The capital of France is the capital of the country of France. It is the"
+        "The capital of France is the capital of the country of France. It is the largest"
     )
 
 
