@@ -103,8 +103,8 @@ class _ChildWatch:
             self.mlps.append(child)
         else:
             return
-        hidden = _first_argument(args, kwargs)
-        new_hidden = _first_output(output)
+        hidden = first_argument(args, kwargs)
+        new_hidden = first_output(output)
         has_shape = isinstance(new_hidden, torch.Tensor) and isinstance(hidden, torch.Tensor)
         if not has_shape or hidden.shape != new_hidden.shape:
             reason = "has a sublayer that changes the shape of a state"
@@ -134,7 +134,7 @@ class _SumCheck:
 
     def _put_noise(self, _layer: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Replace the input of the layer by noise, which is always the same."""
-        hidden = _first_argument(args, kwargs)
+        hidden = first_argument(args, kwargs)
         generator = torch.Generator().manual_seed(self.index)
         noise = torch.randn(hidden.shape, generator=generator)
         self._state = noise.to(hidden.device, hidden.dtype)
@@ -144,7 +144,7 @@ class _SumCheck:
 
     def _compare(self, _layer: nn.Module, _args: Any, output: Any) -> None:
         assert self._state is not None
-        if not torch.equal(_first_output(output), self._state):
+        if not torch.equal(first_output(output), self._state):
             reason = "does more than add the outputs of its attention and MLP"
             raise _make_error(self.model_name, self.index, reason)
 
@@ -162,14 +162,14 @@ def _run_token(model: Any, decoder: nn.Module, hooks: list[RemovableHandle]) -> 
         decoder(input_ids=one_token(model), use_cache=True)
 
 
-def _first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return the first argument of a call of a module: the hidden state."""
     if args:
         return args[0]
     return kwargs.get("hidden_states", next(iter(kwargs.values()), None))
 
 
-def _first_output(output: Any) -> Any:
+def first_output(output: Any) -> Any:
     """Return the first of a module's outputs: the hidden state."""
     if isinstance(output, tuple):
         return output[0]

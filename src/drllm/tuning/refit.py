@@ -1,0 +1,264 @@
+"""Repair a path in closed form: solve the down-projection before each gap anew.
+
+A path leaves out layers. In each *gap*, the last layer before it gets a new down-projection in its
+MLP, so that the state after the gap is as near as possible to the state of the full path. The gaps
+are solved in order, each on the path as repaired so far. Nothing is trained, and nothing is added
+to the model: the repaired path has as many weights as the plain one. `ridge` has the formula.
+
+Source: ours, from ReplaceMe (arXiv 2505.02819), which solves a map of the MLP's output; the inner
+activations of the MLP have more inputs to explain the gap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from drllm.errors import PathError
+from drllm.models.base.batching import free_bytes
+from drllm.models.base.down_projections import DownProjection, find_down_projections
+from drllm.models.routed_model import RoutedModel
+from drllm.models.routing.injection import Driver
+from drllm.models.routing.refits import check_map
+from drllm.paths import Gap, StaticPath
+from drllm.records.codec import hash_values
+from drllm.tuning.heal_texts import Tokens
+from drllm.tuning.layer_states import (
+    GapTokens,
+    LayerRunner,
+    StatesBatch,
+    Stream,
+    in_float32,
+    make_batches,
+)
+from drllm.tuning.ridge import Solution, TokenSums, solve_change
+
+HELD_OUT = 10  # every tenth text chooses λ
+SHARE_FOR_STATES = 0.25  # of the free memory, for the states of all texts at one layer
+
+
+@dataclass(frozen=True, slots=True)
+class RefittedGap:
+    """How a gap was solved.
+
+    Attributes:
+        gap: The gap.
+        name: The name of the down-projection, such as `11.mlp.down_proj`.
+        weight: Its new weight, in the dtype and the orientation of the old one.
+        ridge: λ.
+        unexplained: The squared error on held-out texts, as a share of that of the plain gap.
+    """
+
+    gap: Gap
+    name: str
+    weight: Tensor
+    ridge: float
+    unexplained: float
+
+
+def refit(
+    routed: RoutedModel,
+    path: StaticPath,
+    texts: Sequence[Tokens],
+    *,
+    first_token_weight: float | None = None,
+) -> list[RefittedGap]:
+    """Solve the down-projection before each gap of a path.
+
+    Args:
+        routed: The model.
+        path: The path; it runs its layers in order, once each, from the first layer on.
+        texts: Texts as tokens, mixed as the path will be used; 50 thousand tokens or more. Every
+            tenth text, by its hash, chooses λ.
+        first_token_weight: As in `TokenSums.with_first_tokens`.
+
+    Returns:
+        The gaps with their new weights, in order. The model isn't changed.
+
+    Raises:
+        PathError: The path repeats layers, goes back, or leaves out the first layer.
+        ArchitectureError: A down-projection isn't found, or isn't added to the state.
+        RoutingError: A weight is quantised or offloaded.
+
+    Source: ours.
+    """
+    gaps = check_path(path, routed.num_layers)
+    projections = find_projections(routed, gaps)
+    run = _RefitRun(routed, path, projections, texts)
+    with run.precision():
+        return [run.solve(gap, first_token_weight) for gap in gaps]
+
+
+def check_path(path: StaticPath, num_layers: int) -> list[Gap]:
+    """Return the gaps of a path; raise PathError if the path can't be refitted."""
+    gaps = path.gaps(num_layers)
+    first = path.layers[0]
+    if first != 0:
+        raise PathError(
+            f"the path begins with layer {first}, and no layer before it can be refitted; heal it "
+            f"with LoRA alone (--repair none)"
+        )
+    return gaps
+
+
+def find_projections(routed: RoutedModel, gaps: Sequence[Gap]) -> dict[int, DownProjection]:
+    """Return the down-projection before each gap, by layer, ready to run with new weights."""
+    layers = [gap.layer for gap in gaps]
+    with routed.injection.driven_by(Driver()):
+        projections = find_down_projections(routed.model, layers)
+    modules = {}
+    for projection in projections.values():
+        check_map(projection.name, projection.module)
+        modules[projection.name] = projection.module
+    routed.injection.refits.override_maps(modules)
+    return projections
+
+
+@dataclass
+class _CalibrationBatch:
+    """A batch of texts with its states along both paths."""
+
+    batch: StatesBatch
+    full: Stream
+    repaired: Stream
+    is_held_out: bool
+
+    def reset(self) -> None:
+        """Drop the states; the next gap computes them again from the embeddings."""
+        for stream in (self.full, self.repaired):
+            stream.state = None
+            stream.num_run = 0
+
+
+class _RefitRun:
+    """The gaps of one path, solved one after the other.
+
+    Args:
+        routed: The model.
+        path: The path.
+        projections: The down-projections before its gaps, by layer.
+        texts: The texts, as tokens.
+    """
+
+    def __init__(
+        self,
+        routed: RoutedModel,
+        path: StaticPath,
+        projections: dict[int, DownProjection],
+        texts: Sequence[Tokens],
+    ) -> None:
+        self.routed = routed
+        self.projections = projections
+        # `precision` changes the dtypes of the weights for a while.
+        self.dtypes: dict[int, torch.dtype] = {}
+        for layer, projection in projections.items():
+            self.dtypes[layer] = projection.weight.dtype
+        self.runner = LayerRunner(routed)
+        self.new_weights: dict[str, Tensor] = {}  # of the gaps that are solved
+        num_tokens = sum(map(len, texts))
+        width = routed.config.get_text_config().hidden_size
+        num_bytes = 2 * num_tokens * width * torch.float32.itemsize
+        self.keeps_states = num_bytes < SHARE_FOR_STATES * free_bytes(routed.device)
+        self.batches: list[_CalibrationBatch] = []
+        fit, held_out = split_for_ridge(texts)
+        for part, is_held_out in ((fit, False), (held_out, True)):
+            for batch in make_batches(part, routed.device):
+                full = Stream(range(routed.num_layers))
+                repaired = Stream(path.layers, self.new_weights)
+                self.batches.append(_CalibrationBatch(batch, full, repaired, is_held_out))
+
+    @contextmanager
+    def precision(self) -> Iterator[None]:
+        """Compute in float32 inside the block if the memory allows it.
+
+        bfloat16 rounds a state of norm 24,000, as at the attention sink of SmolLM2, by tens.
+        """
+        model = self.routed.model
+        extra = sum(
+            weight.numel() * (torch.float32.itemsize - weight.itemsize)
+            for weight in model.parameters()
+        )
+        has_room = extra < free_bytes(self.routed.device) / 2
+        with in_float32(model) if has_room else nullcontext():
+            yield
+
+    def solve(self, gap: Gap, first_token_weight: float | None) -> RefittedGap:
+        """Solve one gap, and use its new weight from here on."""
+        projection = self.projections[gap.layer]
+        fit, held_out = self.sum_tokens(gap)
+        solution = solve_change(fit, held_out, first_token_weight=first_token_weight)
+        weight = change_weight(projection, solution)
+        # The next gaps are solved on the path with the rounded weight, as it will be used.
+        rounded = weight.to(self.dtypes[gap.layer])
+        self.new_weights[projection.name] = rounded.to(weight.dtype)
+        return RefittedGap(gap, projection.name, rounded, solution.ridge, solution.unexplained)
+
+    def sum_tokens(self, gap: Gap) -> tuple[TokenSums, TokenSums]:
+        """Return the sums over the tokens of the texts to fit and of those that choose λ."""
+        num_outputs, num_inputs = _read_shape(self.projections[gap.layer].module)
+        device = _float64_device(self.routed.device)
+        fit = TokenSums(num_inputs, num_outputs, device)
+        held_out = TokenSums(num_inputs, num_outputs, device)
+        for batch in self.batches:
+            tokens = self.read_tokens(batch, gap)
+            sums = held_out if batch.is_held_out else fit
+            sums.add(
+                tokens.inputs.to(device),
+                tokens.residuals.to(device),
+                tokens.targets.to(device),
+                tokens.is_first.to(device),
+            )
+            if not self.keeps_states:
+                batch.reset()
+        return fit, held_out
+
+    def read_tokens(self, batch: _CalibrationBatch, gap: Gap) -> GapTokens:
+        """Advance both paths of a batch to a gap, and return what the gap's regression needs."""
+        runner = self.runner
+        full = batch.full
+        repaired = batch.repaired
+        if not self.new_weights:
+            # Up to the first gap both paths are the same.
+            runner.advance(batch.batch, full, gap.layer)
+            repaired.state = full.state
+            repaired.num_run = full.num_run
+        runner.advance(batch.batch, repaired, gap.layer)
+        runner.advance(batch.batch, full, gap.next_layer)
+        assert repaired.state is not None
+        assert full.state is not None
+        projection = self.projections[gap.layer]
+        return runner.read_gap(batch.batch, projection, repaired.state, full.state)
+
+
+def split_for_ridge(texts: Sequence[Tokens]) -> tuple[list[Tokens], list[Tokens]]:
+    """Return the texts to fit, and those to choose λ on: a tenth, by their hash, at least one."""
+    ordered = sorted(texts, key=lambda text: hash_values([text]))
+    num_held_out = max(1, len(ordered) // HELD_OUT)
+    return ordered[num_held_out:], ordered[:num_held_out]
+
+
+def change_weight(projection: DownProjection, solution: Solution) -> Tensor:
+    """Return W + ΔW in the weight's present dtype and its orientation."""
+    weight = projection.weight.detach()
+    change = solution.change.to(weight.device)
+    if isinstance(projection.module, Conv1D):
+        change = change.T
+    return (weight.double() + change).to(weight.dtype).contiguous()
+
+
+def _read_shape(module: Any) -> tuple[int, int]:
+    """Return the number of outputs and of inputs of a linear map."""
+    if isinstance(module, Conv1D):
+        return module.nf, module.nx
+    return module.out_features, module.in_features
+
+
+def _float64_device(device: torch.device) -> torch.device:
+    """Return the device if it computes in float64, else the CPU."""
+    return torch.device("cpu") if device.type == "mps" else device

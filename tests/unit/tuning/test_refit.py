@@ -1,0 +1,291 @@
+"""The refit of a path against the slow way: states one by one, and one least-squares problem."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from drllm.errors import ArchitectureError, PathError, RoutingError
+from drllm.models.base.layers import find_layers
+from drllm.models.routed_model import RoutedModel
+from drllm.paths import StaticPath
+from drllm.tuning.refit import refit, split_for_ridge
+
+NUM_LAYERS = 6
+PATHS = {
+    "one layer": [0, 1, 3, 4, 5],
+    "two layers in a row": [0, 1, 4, 5],
+    "two gaps": [0, 2, 4, 5],
+    "the last layers": [0, 1, 2, 3],
+    "all but the first": [0],
+}
+
+
+def make_texts(num_texts=24, vocabulary=100, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    texts = []
+    for number in range(num_texts):
+        tokens = torch.randint(4, vocabulary, (4 + number % 9,), generator=generator)
+        texts.append(tuple(tokens.tolist()))
+    return texts
+
+
+class SlowWay:
+    """Runs one unpadded text at a time through a plain copy of the model."""
+
+    def __init__(self, model, path):
+        self.full = copy.deepcopy(model)
+        self.repaired = copy.deepcopy(model)
+        self.path = path
+
+    @torch.no_grad()
+    def states_after(self, model, layers, text):
+        """Return the state after the last of some layers, `[T, D]`; the others do nothing."""
+        states = []
+        hooks = []
+        for index, layer in enumerate(find_layers(model)[1]):
+            keeps_input = index not in layers
+            hooks.append(layer.register_forward_hook(self.make_hook(states, keeps_input)))
+        try:
+            model(torch.tensor([text]), use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return states[-1][0]
+
+    def make_hook(self, states, keeps_input):
+        def hook(_layer, args, output):
+            state = output[0] if isinstance(output, tuple) else output
+            if keeps_input:
+                state = args[0]
+            states.append(state)
+            return (state, *output[1:]) if isinstance(output, tuple) else state
+
+        return hook
+
+    def run_and_record(self, module, layers, text):
+        """Return the state after some layers, and the input of a map, `[T, F]`."""
+        record = []
+        hook = module.register_forward_pre_hook(lambda _, args: record.append(args[0]))
+        output = self.states_after(self.repaired, layers, text)
+        hook.remove()
+        return output, record[-1].reshape(len(text), -1)
+
+    def find_gates(self, layer, layers, text):
+        """Return the sigmoid of the gate of a shared expert at each token, `[T, 1]`."""
+        gates = []
+        module = find_layers(self.repaired)[1][layer].mlp.shared_expert_gate
+        hook = module.register_forward_hook(lambda _, args, output: gates.append(output.sigmoid()))
+        self.states_after(self.repaired, layers, text)
+        hook.remove()
+        return gates[-1].reshape(len(text), 1)
+
+    def solve(self, gap, name, texts, ridge, factor=1.0):
+        """Return W + ΔW from all tokens of all texts at once, and change the copy's weight."""
+        module = find_layers(self.repaired)[1][gap.layer].get_submodule(name)
+        inputs, residuals, targets, is_first = [], [], [], []
+        for text in texts:
+            layers = [layer for layer in self.path if layer <= gap.layer]
+            output, z = self.run_and_record(module, layers, text)
+            target = self.states_after(self.full, range(gap.next_layer), text)
+            inputs.append(
+                z * self.find_gates(gap.layer, layers, text) if factor == "gate" else z * factor
+            )
+            residuals.append(target - output)
+            targets.append(target)
+            is_first += [True] + [False] * (len(text) - 1)
+        z = torch.cat(inputs).double()
+        r = torch.cat(residuals).double()
+        first = torch.tensor(is_first)
+        squares = torch.cat(targets).double().square().sum(dim=1)
+        weights = torch.ones(len(z), dtype=torch.float64)
+        weights[first] = squares[~first].mean() / squares[first]
+        scales = z[~first].square().mean(dim=0).sqrt()
+        penalty = torch.diag(scales) * (ridge * len(z)) ** 0.5
+        rows = torch.cat([z * weights.sqrt()[:, None], penalty])
+        values = torch.cat([r * weights.sqrt()[:, None], torch.zeros(len(scales), r.shape[1])])
+        change = torch.linalg.lstsq(rows, values).solution  # ΔWᵀ
+        if not isinstance(module, Conv1D):
+            change = change.T
+        module.weight.data = (module.weight.double() + change).to(module.weight.dtype)
+        return module.weight.data
+
+
+def assert_refit_is_the_slow_way(model, layers, texts, factor=1.0):
+    slow = SlowWay(model, layers)
+    gaps = refit(RoutedModel(model), StaticPath(layers), texts)
+    assert [gap.gap for gap in gaps] == StaticPath(layers).gaps(NUM_LAYERS)
+    for gap in gaps:
+        place = gap.name.partition(".")[2]
+        expected = slow.solve(gap.gap, place, texts, gap.ridge, factor)
+        change = gap.weight - find_layers(slow.full)[1][gap.gap.layer].get_submodule(place).weight
+        torch.testing.assert_close(gap.weight, expected, rtol=0, atol=1e-4 * float(change.norm()))
+    return gaps
+
+
+@pytest.mark.parametrize("layers", PATHS.values(), ids=PATHS)
+def test_each_gap_is_solved_on_the_path_as_repaired_so_far(layers, tiny_llama):
+    assert_refit_is_the_slow_way(tiny_llama(), layers, make_texts())
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("gpt2", "mlp.c_proj"),  # Conv1D, with a bias
+        ("gpt_neox", "mlp.dense_4h_to_h"),  # attention and MLP in parallel
+        ("phi", "mlp.fc2"),  # in parallel, with a bias
+        ("starcoder2", "mlp.c_proj"),  # a bias
+        ("qwen3", "mlp.down_proj"),
+    ],
+)
+def test_families_of_other_forms_are_solved_alike(family, name, tiny_model):
+    gaps = assert_refit_is_the_slow_way(tiny_model(family), [0, 1, 3, 5], make_texts())
+    assert [gap.name for gap in gaps] == [f"1.{name}", f"3.{name}"]
+
+
+def test_a_factor_on_the_output_counts(tiny_model):
+    model = tiny_model("granite", residual_multiplier=0.22)
+    assert_refit_is_the_slow_way(model, [0, 1, 4, 5], make_texts(), factor=0.22)
+
+
+def test_a_factor_of_each_token_counts(tiny_model):
+    """The shared expert of Qwen2-MoE has a gate that differs from token to token."""
+    model = tiny_model("qwen2_moe")
+    slow = SlowWay(model, [0, 1, 4, 5])
+    [gap] = refit(RoutedModel(model), StaticPath([0, 1, 4, 5]), make_texts())
+    assert gap.name == "1.mlp.shared_expert.down_proj"
+    expected = slow.solve(gap.gap, "mlp.shared_expert.down_proj", make_texts(), gap.ridge, "gate")
+    torch.testing.assert_close(gap.weight, expected, rtol=0, atol=1e-3)
+
+
+def test_weights_of_16_bits_are_solved_in_float32_and_come_back_as_they_were(tiny_llama):
+    model = tiny_llama().bfloat16()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    wide = RoutedModel(copy.deepcopy(model).float())
+    path = StaticPath([0, 1, 3, 4, 5])
+    [gap] = refit(RoutedModel(model), path, make_texts())
+    [expected] = refit(wide, path, make_texts())
+    assert gap.weight.dtype == torch.bfloat16
+    torch.testing.assert_close(gap.weight, expected.weight.bfloat16(), rtol=2**-7, atol=0)
+    for name, weight in model.state_dict().items():
+        assert weight.dtype == before[name].dtype
+        assert torch.equal(weight, before[name])
+
+
+def test_without_room_for_the_states_of_all_texts_the_result_is_the_same(tiny_llama, monkeypatch):
+    path = StaticPath([0, 2, 4])
+    expected = refit(RoutedModel(tiny_llama()), path, make_texts())
+    monkeypatch.setattr("drllm.tuning.refit.SHARE_FOR_STATES", 0)
+    for gap, other in zip(
+        expected, refit(RoutedModel(tiny_llama()), path, make_texts()), strict=True
+    ):
+        torch.testing.assert_close(other.weight, gap.weight)
+
+
+def test_the_base_model_is_not_changed(tiny_llama):
+    model = tiny_llama()
+    ids = torch.tensor([[5, 6, 7]])
+    before = model(ids).logits
+    routed = RoutedModel(model)
+    refit(routed, StaticPath([0, 2, 4]), make_texts())
+    assert torch.equal(model(ids).logits, before)
+    routed.detach()
+    assert torch.equal(model(ids).logits, before)
+
+
+def test_a_refit_brings_the_state_after_the_gap_nearer_on_other_texts(tiny_llama):
+    model = tiny_llama()
+    routed = RoutedModel(model)
+    layers = [0, 1, 2, 4, 5]
+    gaps = refit(routed, StaticPath(layers), make_texts(400))
+    assert gaps[0].unexplained < 1
+    slow = SlowWay(copy.deepcopy(routed.detach()), layers)
+    errors = []
+    for weight in (slow.repaired.model.layers[2].mlp.down_proj.weight.data, gaps[0].weight):
+        slow.repaired.model.layers[2].mlp.down_proj.weight.data = weight
+        error = 0.0
+        for text in make_texts(40, seed=1):
+            target = slow.states_after(slow.full, range(4), text)
+            state = slow.states_after(slow.repaired, range(3), text)
+            error += float((target - state)[1:].square().sum())
+        errors.append(error)
+    assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0, None])
+def test_first_tokens_have_the_weight_that_is_given(weight, tiny_llama):
+    """Without attention, a first token changes no other one, so with weight 0 it doesn't matter."""
+    texts = make_texts()
+    others = [(99, *text[1:]) for text in texts]
+    path = StaticPath([0, 1, 2, 3])
+
+    model = tiny_llama()
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.data.zero_()
+    results = []
+    for some in (texts, others):
+        fit, held_out = split_for_ridge(texts)
+        order = [texts.index(text) for text in [*fit, *held_out]]
+        with pytest.MonkeyPatch.context() as patch:
+            chosen = [some[place] for place in order]
+            split = (chosen[: len(fit)], chosen[len(fit) :])
+            patch.setattr("drllm.tuning.refit.split_for_ridge", lambda _, split=split: split)
+            [gap] = refit(RoutedModel(copy.deepcopy(model)), path, some, first_token_weight=weight)
+        results.append(gap.weight)
+    assert torch.equal(*results) == (weight == 0)
+
+
+def test_every_tenth_text_chooses_the_ridge_whatever_the_order():
+    texts = make_texts(40)
+    fit, held_out = split_for_ridge(texts)
+    assert len(held_out) == 4
+    assert sorted(fit + held_out) == sorted(texts)
+    assert set(split_for_ridge(texts[::-1])[1]) == set(held_out)
+    assert len(split_for_ridge(texts[:3])[1]) == 1
+
+
+@pytest.mark.parametrize(
+    ("layers", "says"),
+    [
+        ([0, 1, 1, 3], "layer 1 comes after layer 1"),
+        ([0, 2, 1, 5], "layer 1 comes after layer 2"),
+        ([1, 2, 4, 5], "begins with layer 1"),
+    ],
+)
+def test_a_path_that_has_no_refit_is_refused(layers, says, tiny_llama):
+    with pytest.raises(PathError, match=says):
+        refit(RoutedModel(tiny_llama()), StaticPath(layers), make_texts())
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "glm4", "olmo2", "olmo3", "exaone4"])
+def test_a_norm_behind_the_mlp_is_refused(family, tiny_model):
+    routed = RoutedModel(tiny_model(family))
+    with pytest.raises(ArchitectureError, match="a norm follows its MLP"):
+        refit(routed, StaticPath([0, 1, 3, 4, 5]), make_texts())
+
+
+def test_packed_experts_are_refused(tiny_model):
+    routed = RoutedModel(tiny_model("mixtral"))
+    with pytest.raises(ArchitectureError, match="experts"):
+        refit(routed, StaticPath([0, 1, 3, 4, 5]), make_texts())
+
+
+def test_offloaded_weights_are_refused(tiny_llama):
+    accelerate = pytest.importorskip("accelerate")
+    routed = RoutedModel(accelerate.cpu_offload(tiny_llama(), torch.device("cpu")))
+    with pytest.raises(RoutingError, match="is offloaded"):
+        refit(routed, StaticPath([0, 1, 3, 4, 5]), make_texts())
+
+
+def test_quantised_weights_are_refused(tiny_llama):
+    class OwnLinear(nn.Linear):
+        def forward(self, states):
+            return super().forward(states)
+
+    model = tiny_llama()
+    projection = model.model.layers[1].mlp.down_proj
+    projection.__class__ = OwnLinear
+    with pytest.raises(RoutingError, match="quantised, or its OwnLinear"):
+        refit(RoutedModel(model), StaticPath([0, 1, 3, 4, 5]), make_texts())
