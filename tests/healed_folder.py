@@ -1,9 +1,10 @@
 """A small folder of a healed path as `drllm heal` writes it, for tests of whatever reads one."""
 
-import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.healed import save_healed
@@ -49,13 +50,13 @@ def written_refit(
     *,
     path: Sequence[int] = REFIT_PATH,
     has_lora: bool = False,
+    refit: Mapping[str, Tensor] | None = None,
     **fields: Any,
 ) -> HealedPath:
     """Write a healed path with a refit, and with LoRA if that is wanted; return its record."""
     routed = RoutedModel(model)
-    pairs = itertools.pairwise([*path, identity["num_layers"]])
-    gaps = {layer: next_layer for layer, next_layer in pairs if next_layer > layer + 1}
-    refit = tiny_refit(routed, list(gaps))
+    gaps = {gap.layer: gap.next_layer for gap in StaticPath(path).gaps(identity["num_layers"])}
+    refit = refit or tiny_refit(routed, list(gaps))
     records = []
     for name in refit:
         layer = parse_layer(name)

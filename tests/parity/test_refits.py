@@ -90,6 +90,33 @@ def test_a_refitted_path_is_the_plain_model_with_the_new_weights(name, prompts):
     torch.testing.assert_close(logits, slow.logits(prompts[0]), atol=LOGIT_TOLERANCE, rtol=0)
 
 
+def test_the_down_projection_of_a_shared_expert_can_be_refitted(prompts, tiny_tokenizer, tmp_path):
+    """Qwen2-MoE runs it on all tokens as one long row, so it can't have LoRA."""
+    name = "1.mlp.shared_expert.down_proj"
+    model = biased_model("qwen2_moe", {})
+    base = BaseModel(model, tiny_tokenizer, "tiny")
+    routed = RoutedModel(model)
+    assert name not in routed.injection.linear_maps
+    weight = routed.injection.refittable_maps[name].weight
+    generator = torch.Generator().manual_seed(0)
+    refit = {name: weight + 0.1 * torch.randn(weight.shape, generator=generator)}
+    routed.detach()
+    path = [0, 1, 3, 4, 5]
+    slow = ListedModel(model, path=path, refit=refit)
+    record = written_refit(tmp_path / "healed", model, base.identity, path=path, refit=refit)
+    assert record.refit.maps == (name,)
+    healed = load_path(tmp_path / "healed")
+    export_path(base, healed, tmp_path / "out")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    routed = attach(base)
+    with routed.fixed(healed):
+        expected = [slow.greedy(prompt, 6, never=END) for prompt in prompts]
+        assert answers(routed, prompts, **LENGTHS) == expected
+        logits = routed(IDS, use_cache=False).logits
+    for other in (slow.logits(IDS[0]), exported(IDS, use_cache=False).logits[0]):
+        torch.testing.assert_close(logits[0], other, atol=LOGIT_TOLERANCE, rtol=0)
+
+
 WAYS = {
     "beams": {"num_beams": 3},
     "several beams": {"num_beams": 3, "num_return_sequences": 2},

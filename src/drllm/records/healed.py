@@ -1,13 +1,12 @@
 """`path.json` of a healed path: the path, and how its adapter was solved and trained."""
 
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 
-from drllm.errors import RecordError
+from drllm.errors import PathError, RecordError
 from drllm.paths import StaticPath
 from drllm.records.codec import read_json, sha256
 from drllm.records.removed import refuse_removed
@@ -156,7 +155,7 @@ def _check_adapter(record: HealedPath, file: Path) -> None:
         )
     if record.refit is None:
         return
-    gaps = _find_gaps(record)
+    gaps = _list_gaps(record)
     layers = set()
     for gap in record.refit.gaps:
         if gaps.get(gap.layer) != gap.next_layer or gap.layer in layers:
@@ -172,16 +171,16 @@ def _check_adapter(record: HealedPath, file: Path) -> None:
         layers.add(gap.layer)
 
 
-def _find_gaps(record: HealedPath) -> dict[int, int]:
-    """Return the gaps of a path: the layer before a gap → the layer after it.
+def _list_gaps(record: HealedPath) -> dict[int, int]:
+    """Return the gaps of a path that can be refitted: the layer before a gap → the layer after it.
 
-    A path that doesn't visit the layers in order, once each, has no gaps that can be refitted.
+    A path that doesn't visit the layers in order, once each, has no such gap.
     """
-    layers = [step.layer for step in record.steps]
-    if layers != sorted(set(layers)):
+    try:
+        gaps = record.path.gaps(record.num_layers)
+    except PathError:
         return {}
-    pairs = itertools.pairwise([*layers, record.num_layers])
-    return {layer: next_layer for layer, next_layer in pairs if next_layer > layer + 1}
+    return {gap.layer: gap.next_layer for gap in gaps}
 
 
 def refuse_parts_of_layers(steps: Sequence[StepRecord], file: Path) -> None:

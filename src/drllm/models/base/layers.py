@@ -283,14 +283,28 @@ def _smallest_window(model: Any) -> float:
     return min((size for size in sizes if size), default=math.inf)  # 0 means no window
 
 
+def list_linear_maps(model: Any) -> dict[str, nn.Module]:
+    """Return every `nn.Linear` and `Conv1D` in the layers, by name, such as `14.mlp.up_proj`.
+
+    The number is the layer. If PEFT has wrapped a map in a LoRA layer, the result has the map
+    without LoRA.
+    """
+    _, layers = find_layers(model)
+    maps: dict[str, nn.Module] = {}
+    for index, layer in enumerate(layers):
+        for place, module in layer.named_modules():
+            if isinstance(module, (nn.Linear, Conv1D)) and ".lora_" not in place:
+                maps[f"{index}.{place.removesuffix('.base_layer')}"] = module
+    return maps
+
+
 def find_linear_maps(model: Any) -> dict[str, nn.Module]:
-    """Return the layers' linear maps by name, such as `14.mlp.up_proj` in layer 14.
+    """Return the linear maps that read every token of every row, by name; see `list_linear_maps`.
 
     A map counts only if its input has an axis of rows and an axis of tokens. So the maps of experts
-    don't count, which read some of the tokens, nor do maps that read all rows as one long row. If
-    PEFT has wrapped a map in a LoRA layer, the result has the map without LoRA.
+    don't count, which read some of the tokens, nor do maps that read all rows as one long row.
     """
-    decoder, layers = find_layers(model)
+    decoder, _ = find_layers(model)
     maps: dict[str, nn.Module] = {}
 
     def add_map(name: str, module: nn.Module, args: Any, _output: Any) -> None:
@@ -298,11 +312,8 @@ def find_linear_maps(model: Any) -> dict[str, nn.Module]:
             maps[name] = module
 
     hooks = []
-    for index, layer in enumerate(layers):
-        for place, module in layer.named_modules():
-            if isinstance(module, (nn.Linear, Conv1D)) and ".lora_" not in place:
-                name = f"{index}.{place.removesuffix('.base_layer')}"
-                hooks.append(module.register_forward_hook(partial(add_map, name)))
+    for name, module in list_linear_maps(model).items():
+        hooks.append(module.register_forward_hook(partial(add_map, name)))
     ids = one_token(model).expand(MAP_ROWS, MAP_TOKENS)
     with temporary_hooks(hooks), torch.no_grad(), evaluation_mode(decoder):
         decoder(input_ids=ids, use_cache=False)

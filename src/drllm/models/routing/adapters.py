@@ -45,8 +45,16 @@ class Adapters:
         """Return the name if the model has this adapter; raise a RoutingError if not."""
         return refuse_missing(name, self.names)
 
-    def add(self, name: str, weights: AdapterWeights, maps: Mapping[str, nn.Module]) -> None:
+    def add(
+        self,
+        name: str,
+        weights: AdapterWeights,
+        lora_maps: Mapping[str, nn.Module],
+        refittable_maps: Mapping[str, nn.Module],
+    ) -> None:
         """Put an adapter into the model, wholly or not at all.
+
+        The maps are those that LoRA and a refit may change, by name.
 
         Raises what `LoraAdapters.add` and `Refits.add` raise, and a RoutingError if there are no
         weights, the name is in use, or a map has both a new weight and LoRA.
@@ -65,11 +73,11 @@ class Adapters:
                     f"refitted map can't have LoRA too"
                 )
         if weights.refit:
-            self.refits.add(name, weights.refit, maps)
+            self.refits.add(name, weights.refit, refittable_maps)
         if weights.lora is None:
             return
         try:
-            self.lora.add(name, weights.lora, maps, excluded=weights.refit)
+            self.lora.add(name, weights.lora, lora_maps, excluded=weights.refit)
         except BaseException:
             if weights.refit:
                 self.refits.drop(name)

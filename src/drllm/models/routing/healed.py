@@ -94,7 +94,7 @@ def _list_tensors(injection: Injection, weights: AdapterWeights) -> dict[str, Te
             tensors[f"{prefix}.{name}.lora_B.weight"] = b.float().cpu().contiguous()
     for name, weight in weights.refit.items():
         tensors[f"{prefix}.{name}.weight"] = _to_file(weight)
-        bias = injection.linear_maps[name].bias
+        bias = injection.refittable_maps[name].bias
         if weights.lora is not None and isinstance(bias, Tensor):
             # PEFT doesn't load a module without its bias. The bias is the base model's own.
             tensors[f"{prefix}.{name}.bias"] = _to_file(bias)

@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache
 
 from drllm.errors import RoutingError
 from drllm.models.base.devices import on_device
-from drllm.models.base.layers import find_layers, find_linear_maps, probe
+from drllm.models.base.layers import find_layers, find_linear_maps, list_linear_maps, probe
 from drllm.models.routing.adapters import Adapters, AdapterWeights
 from drllm.models.routing.call_arguments import (
     BATCH_AXES,
@@ -213,15 +213,22 @@ class Injection:
 
     @cached_property
     def linear_maps(self) -> dict[str, nn.Module]:
-        """The linear maps that an adapter may change, by name; see `find_linear_maps`."""
+        """The linear maps that LoRA may change, by name; see `find_linear_maps`."""
         with self.driven_by(Driver()):
             return find_linear_maps(self.model)
+
+    @cached_property
+    def refittable_maps(self) -> dict[str, nn.Module]:
+        """The linear maps that a refit may change, by name; see `list_linear_maps`."""
+        return list_linear_maps(self.model)
 
     def add_adapter(
         self, name: str, lora: LoraWeights | None = None, refit: Refit | None = None
     ) -> None:
         """Put an adapter with LoRA weights, a refit, or both into the model; see `Adapters.add`."""
-        self.adapters.add(name, AdapterWeights(lora, refit or {}), self.linear_maps)
+        weights = AdapterWeights(lora, refit or {})
+        lora_maps = {} if lora is None else self.linear_maps
+        self.adapters.add(name, weights, lora_maps, self.refittable_maps)
 
     def create_lora(
         self, name: str, rank: int, alpha: float, layers: Collection[int], seed: int

@@ -21,7 +21,7 @@ from drllm.models.routing.forward_override import ForwardOverride
 
 Refit = Mapping[str, Tensor]
 """The new weight of each refitted linear map, by the map's name LAYER.PLACE; see
-`find_linear_maps`. A weight has the shape of the map's own weight, so that of a `Conv1D` is
+`list_linear_maps`. A weight has the shape of the map's own weight, so that of a `Conv1D` is
 `[in, out]`. The map's bias stays."""
 
 
@@ -88,7 +88,7 @@ class Refits:
         Args:
             name: The adapter's name in the model.
             refit: The new weights.
-            maps: The linear maps that an adapter may change, by name.
+            maps: The linear maps that a refit may change, by name.
 
         Raises:
             RoutingError: The name is empty or in use, the weights are for other maps or have other
