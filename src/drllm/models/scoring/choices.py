@@ -19,6 +19,7 @@ from drllm.models.base.batching import MemoryBatcher, PathSize
 from drllm.models.base.devices import on_device
 from drllm.models.base.layers import can_pack
 from drllm.models.routed_model import RoutedModel
+from drllm.models.routing.crossings import Crossings
 from drllm.models.routing.policies import PathPolicy, Policy, PromptView
 from drllm.models.scoring.kl import KlFromFull
 from drllm.models.scoring.packing import PackedBatch, pack
@@ -95,6 +96,7 @@ class ChoiceBatch:
         *,
         paths_per_pass: int | None = None,
         contexts: PackedRows | None = None,
+        crossings: Crossings | None = None,
     ) -> None:
         """Lay the requests out as rows; no layer runs yet.
 
@@ -107,6 +109,7 @@ class ChoiceBatch:
                 fit into memory.
             contexts: Rows that hold the requests' contexts with the states of their paths. Only
                 the continuations are run after these rows. None runs the contexts too.
+            crossings: What runs in the gaps of paths; None for nothing.
 
         Raises:
             RoutingError: A prompt or a continuation has no tokens.
@@ -129,7 +132,9 @@ class ChoiceBatch:
             self._row_requests += parts
         # `contexts` has one row for each request, so without packing it doesn't fit these rows.
         past = contexts if packs else None
-        self._rows = pack_rows(routed, self._row_requests, self.states, contexts=past)
+        self._rows = pack_rows(
+            routed, self._row_requests, self.states, contexts=past, crossings=crossings
+        )
         self._kl = KlFromFull(self._rows)
         self._batcher = MemoryBatcher(routed.model, self.states, paths_per_pass)
         self._targets = [self._find_targets(request) for request in self._row_requests]

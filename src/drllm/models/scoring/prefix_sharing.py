@@ -22,14 +22,16 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from drllm.errors import RoutingError
+from drllm.models.base.devices import on_device
 from drllm.models.base.layers import can_split
 from drllm.models.routed_model import RoutedModel
+from drllm.models.routing.crossings import Crossings
 from drllm.models.routing.injection import Driver, Forward, LayerCall
 from drllm.models.routing.kv_cache import RoutedCacheLayer, find_entry
 from drllm.models.scoring.packing import PackedBatch, pack
 from drllm.models.scoring.prefix_cache import PrefixCache, PrefixState
 from drllm.models.scoring.requests import Request, Tokens
-from drllm.paths import Decisions, Path, Plan, get_adapter, get_layers
+from drllm.paths import Decisions, Gap, Path, Plan, get_adapter, get_layers
 
 Pair: TypeAlias = tuple[int, Decisions]
 """A prompt's row, and the decisions to run under."""
@@ -62,6 +64,7 @@ class PackedRows:
     keep_kv: bool = False  # whether K/V is kept, so that other rows can continue these rows
     past: PackedRows | None = None  # the rows that hold the past, with `keep_kv`
     past_rows: Sequence[int] = ()  # for each row, the row of `past` that it continues
+    crossings: Crossings | None = None  # what runs in the gaps of paths; None for nothing
     # The number that identifies these rows in the cache.
     number: int = field(default_factory=itertools.count().__next__, init=False)
 
@@ -129,6 +132,7 @@ def pack_rows(
     *,
     keep_kv: bool = False,
     contexts: PackedRows | None = None,
+    crossings: Crossings | None = None,
 ) -> PackedRows:
     """Pack requests as rows. Their past is `contexts`, or their common prefix, or there is none.
 
@@ -137,15 +141,21 @@ def pack_rows(
         requests: One request for each row.
         states: The cache of states to use.
         keep_kv: Whether other rows will continue these rows.
-        contexts: Rows that hold the requests' prompts, one row for each request; None without.
+        contexts: Rows that hold the requests' prompts, one row for each request, with the same
+            crossings; None without.
+        crossings: What runs in the gaps of paths; None for nothing.
     """
     dtype = routed.model.dtype
     device = routed.model.device
-    past = _choose_past(routed, [request.context for request in requests], states, contexts)
+    prompts = [request.context for request in requests]
+    past = _choose_past(routed, prompts, states, contexts, crossings)
     if past is None:
-        return PackedRows(routed, pack(requests, dtype=dtype, device=device), states, keep_kv)
+        packed = pack(requests, dtype=dtype, device=device)
+        return PackedRows(routed, packed, states, keep_kv, crossings=crossings)
     packed = pack(requests, num_past=past.num_tokens, dtype=dtype, device=device)
-    return PackedRows(routed, packed, states, keep_kv, past.holder, past.holder_rows)
+    return PackedRows(
+        routed, packed, states, keep_kv, past.holder, past.holder_rows, crossings=crossings
+    )
 
 
 def _choose_past(
@@ -153,6 +163,7 @@ def _choose_past(
     prompts: Sequence[Tokens],
     states: PrefixCache,
     contexts: PackedRows | None,
+    crossings: Crossings | None,
 ) -> _Past | None:
     """Return the past of prompts: `contexts` if given, else a common prefix that is long enough.
 
@@ -171,7 +182,7 @@ def _choose_past(
         return None
     prefix = Request(prompts[0][:num_common])
     packed = pack([prefix], dtype=routed.model.dtype, device=routed.model.device)
-    holder = PackedRows(routed, packed, states, keep_kv=True)
+    holder = PackedRows(routed, packed, states, keep_kv=True, crossings=crossings)
     return _Past(holder, [0] * len(prompts), [num_common] * len(prompts))
 
 
@@ -244,20 +255,25 @@ class PrefixSharingDriver(Driver):
         self._run_ready(call.index, hidden)
         if not call.is_last:
             return hidden
-        return self._final_states(hidden)
+        return self._final_states(hidden, call.num_layers)
 
-    def _final_states(self, embeddings: Tensor) -> Tensor:
+    def _final_states(self, embeddings: Tensor, num_layers: int) -> Tensor:
         """Return the last state of each pair, or only its tokens that need logits."""
         final = []
-        for row, plan in self.pairs:
-            state = self._held[row, self._paths[plan]]
-            final.append(state.hidden.to(embeddings.device))
+        gaps = []
+        for (row, plan), num in zip(self.pairs, self.num_logits, strict=True):
+            path = self._paths[plan]
+            state = self._held[row, path].hidden
+            if self.drops_tokens:
+                state = state[len(state) - num :]
+            final.append(state)
+            gaps.append(Gap(path[-1], num_layers))
+        if self.rows.crossings is not None:
+            final = self._cross(self.rows.crossings, final, gaps, [row for row, _ in self.pairs])
+        final = [state.to(embeddings.device) for state in final]
         if not self.drops_tokens:
             return stack_left_padded(final, embeddings.shape[1])
-        last_tokens = [
-            state[len(state) - num :] for state, num in zip(final, self.num_logits, strict=True)
-        ]
-        return torch.cat(last_tokens)[None]
+        return torch.cat(final)[None]
 
     def _run_ready(self, index: int, embeddings: Tensor) -> None:
         """Compute all states that can be computed once the model's loop has called a layer."""
@@ -440,13 +456,57 @@ class PrefixSharingDriver(Driver):
         A path's first execution reads the row's embeddings, and every other the state before it.
         """
         inputs = []
+        gaps: list[Gap | None] = []
         for row, path in states:
             if len(path) > 1:
                 inputs.append(self._held[row, path[:-1]].hidden)
+                gaps.append(Gap(path[-2], path[-1]))
             else:
                 inputs.append(embeddings[row, -self.lengths[row] :])
+                gaps.append(None)
+        if self.rows.crossings is not None:
+            inputs = self._cross(self.rows.crossings, inputs, gaps, [row for row, _ in states])
         device = inputs[0].device  # states lie on two devices where the model changes its device
         return stack_left_padded([part.to(device) for part in inputs])
+
+    def _cross(
+        self,
+        crossings: Crossings,
+        parts: Sequence[Tensor],
+        gaps: Sequence[Gap | None],
+        rows: Sequence[int],
+    ) -> list[Tensor]:
+        """Apply crossings to the states that cross a gap; return all states, `[T, D]` each.
+
+        Args:
+            crossings: What runs in gaps.
+            parts: The last tokens of the states, or all their tokens.
+            gaps: For each state, the layer that returned it and the layer that it enters; None
+                before the first layer of a path. Neighbouring layers have no gap between them.
+            rows: The row of each state.
+        """
+        crossed = list(parts)
+        places_by_gap: dict[Gap, list[int]] = {}
+        for place, gap in enumerate(gaps):
+            if gap is not None and gap.next_layer > gap.layer + 1:
+                places_by_gap.setdefault(gap, []).append(place)
+        for gap, places in places_by_gap.items():
+            lengths = [len(parts[place]) for place in places]
+            states = torch.cat([parts[place] for place in places])
+            is_first = torch.zeros(len(states), dtype=torch.bool)
+            start = 0
+            for place, length in zip(places, lengths, strict=True):
+                # The first token of a prompt is in a part that has all tokens and no past.
+                row = rows[place]
+                has_first = self.rows.packed.num_past[row] == 0 and length == self.lengths[row]
+                is_first[start : start + 1] = has_first and length > 0
+                start += length
+            outputs = crossings.cross(
+                gap.layer, gap.next_layer, states, on_device(is_first, states.device)
+            )
+            for place, part in zip(places, torch.split(outputs, lengths), strict=True):
+                crossed[place] = part
+        return crossed
 
     def _put_past(self, entry: DynamicLayer, states: Sequence[RowPath]) -> int:
         """Put the past K and V of some states into a cache entry; return the number of tokens."""

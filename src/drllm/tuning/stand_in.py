@@ -1,0 +1,263 @@
+"""A cheap stand-in for the refit of a path: a linear map of the state that crosses each gap.
+
+A tuning compares hundreds of paths, and a refit of each would take a minute. In their place a state
+h that crosses a gap (i, k) becomes
+
+    h + A n(h) + b,    n(h) = h / rms(h)
+
+The map is fitted in closed form on the full path's own states: h is what layer i returns, and the
+target is what enters layer k. So it doesn't depend on the rest of the path, and the states of one
+pass over the texts serve all gaps of all paths. A gap is solved when a path needs it. The first
+token of a text is apart: it becomes h + c, where c is the mean difference there, since the state of
+a first token may be 100 times as large as others.
+
+Memory: the states take L D 4 bytes a token, and each solved gap D² 4 bytes.
+
+Axes: n tokens, L layers, D hidden.
+
+Source: ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from drllm.errors import ConfigError
+from drllm.models.base.batching import free_bytes
+from drllm.models.routed_model import RoutedModel
+from drllm.models.routing.injection import Driver, LayerCall
+from drllm.paths import Gap
+from drllm.tuning.heal_texts import Tokens
+from drllm.tuning.layer_states import in_float32, make_batches
+from drllm.tuning.refit import split_for_ridge
+
+RIDGES = tuple(10.0**exponent for exponent in range(-5, 2))
+"""The values of λ to choose from, for inputs of variance 1."""
+SMALLEST_DEVIATION = 1e-6
+"""The least standard deviation of an input; an input that is always the same would divide by 0."""
+SHARE_ON_DEVICE = 0.25  # of the free memory of the model's device that the states may take
+SHARE_OF_MEMORY = 0.5  # of the free memory of the host that the states may take
+
+
+def normalise(states: Tensor) -> Tensor:
+    """Return n(h): states divided by the root mean squares of their entries, `[..., D]`."""
+    return states * (states.square().mean(dim=-1, keepdim=True) + 1e-12).rsqrt()
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class GapMap:
+    """The map of the states that cross one gap.
+
+    Attributes:
+        weight: A, `[D, D]` in float32.
+        bias: b, `[D]`.
+        first: c, which is added to the state of a first token instead, `[D]`.
+        unexplained: The squared error on held-out texts, as a share of that of the state as it is.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    first: Tensor
+    unexplained: float
+
+    def apply(self, states: Tensor, is_first: Tensor) -> Tensor:
+        """Map states `[..., D]`; `is_first` `[...]` marks the first tokens of texts."""
+        values = states.float()
+        device = states.device
+        changes = torch.nn.functional.linear(
+            normalise(values), self.weight.to(device), self.bias.to(device)
+        )
+        changes = torch.where(is_first[..., None], self.first.to(device), changes)
+        return (values + changes).to(states.dtype)
+
+
+class StandIn:
+    """The maps of all gaps, each solved when it is first needed. It is a `Crossings`.
+
+    Args:
+        fit: The states of the texts to fit the maps on.
+        held_out: The states of the texts to choose λ on.
+    """
+
+    def __init__(self, fit: FullPathStates, held_out: FullPathStates) -> None:
+        self._fit = fit
+        self._held_out = held_out
+        self._regressions: dict[int, _Regression] = {}  # by the layer before the gap
+        self._maps: dict[Gap, GapMap] = {}
+
+    def cross(self, layer: int, next_layer: int, states: Tensor, is_first: Tensor) -> Tensor:
+        """See `Crossings.cross`."""
+        return self.find_map(Gap(layer, next_layer)).apply(states, is_first)
+
+    @torch.no_grad()
+    def find_map(self, gap: Gap) -> GapMap:
+        """Return the map of a gap."""
+        if gap not in self._maps:
+            self._maps[gap] = self._solve(gap)
+        return self._maps[gap]
+
+    def _solve(self, gap: Gap) -> GapMap:
+        """Solve the map of a gap."""
+        if gap.layer not in self._regressions:
+            inputs = self._fit.states[gap.layer]
+            held_out_inputs = self._held_out.states[gap.layer]
+            self._regressions[gap.layer] = _Regression(inputs, held_out_inputs)
+        regression = self._regressions[gap.layer]
+        weight, bias, unexplained = regression.solve(
+            self._fit.differences(gap), self._held_out.differences(gap)
+        )
+        first = torch.cat([self._fit.first_differences(gap), self._held_out.first_differences(gap)])
+        return GapMap(weight.float(), bias.float(), first.mean(dim=0).float(), unexplained)
+
+
+class _Regression:
+    """The ridge regressions on the states after one layer, which all gaps behind it share.
+
+    The inputs n(h) get mean 0 and variance 1, and are turned to the principal axes of their
+    correlations. There the solution for each λ is a division.
+
+    Args:
+        states: The states to fit on, `[n, D]`.
+        held_out_states: The states to choose λ on.
+    """
+
+    def __init__(self, states: Tensor, held_out_states: Tensor) -> None:
+        self.states = states
+        inputs = normalise(states.double())
+        self.mean = inputs.mean(dim=0)
+        self.deviation = inputs.std(dim=0, correction=0).clamp_min(SMALLEST_DEVIATION)
+        inputs = self._standardise(states)
+        self.eigenvalues, self.axes = torch.linalg.eigh(inputs.T @ inputs)  # [D], [D, D]
+        self.held_out_inputs = self._standardise(held_out_states) @ self.axes
+
+    def solve(
+        self, differences: Tensor, held_out_differences: Tensor
+    ) -> tuple[Tensor, Tensor, float]:
+        """Return A, b, and the unexplained share of the held-out squared error.
+
+        If no λ explains anything of the held-out texts, A and b are 0.
+
+        Args:
+            differences: The target minus the state, `[n, D]`.
+            held_out_differences: The same on held-out texts.
+        """
+        differences = differences.double()
+        held_out_differences = held_out_differences.double()
+        mean = differences.mean(dim=0)
+        cross = self.axes.T @ (self._standardise(self.states).T @ (differences - mean))  # [D, D]
+        plain_error = float(held_out_differences.square().sum())
+        best_error = plain_error
+        weight = torch.zeros_like(cross)
+        bias = torch.zeros_like(mean)
+        for ridge in RIDGES:
+            solution = cross / (self.eigenvalues + ridge * len(differences))[:, None]
+            errors = held_out_differences - mean - self.held_out_inputs @ solution
+            error = float(errors.square().sum())
+            if error < best_error:
+                best_error = error
+                weight = ((self.axes @ solution) / self.deviation[:, None]).T
+                bias = mean - weight @ self.mean
+        return weight, bias, best_error / plain_error
+
+    def _standardise(self, states: Tensor) -> Tensor:
+        """Return n(h) with mean 0 and variance 1, in float64."""
+        return (normalise(states.double()) - self.mean) / self.deviation
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class FullPathStates:
+    """What each layer of the full path returned on some texts.
+
+    Attributes:
+        states: For each layer, the states of all tokens but first ones, `[L][n, D]` in float32.
+        first: For each layer, the states of first tokens, `[L][texts, D]`.
+    """
+
+    states: Sequence[Tensor]
+    first: Sequence[Tensor]
+
+    def differences(self, gap: Gap) -> Tensor:
+        """Return what a gap's states lack: what enters the layer after it minus the state."""
+        return self.states[gap.next_layer - 1] - self.states[gap.layer]
+
+    def first_differences(self, gap: Gap) -> Tensor:
+        """Return the same for first tokens, `[texts, D]`."""
+        return self.first[gap.next_layer - 1] - self.first[gap.layer]
+
+
+class _RecordStates(Driver):
+    """Runs all layers, and records what each returns."""
+
+    def __init__(self) -> None:
+        self.states: list[Tensor] = []  # [L][B, T, D]
+
+    def layer(self, call: LayerCall, hidden: Tensor) -> Tensor:
+        """Run the layer once."""
+        hidden = call.run(hidden)
+        self.states.append(hidden)
+        return hidden
+
+
+def fit_stand_in(routed: RoutedModel, texts: Sequence[Tokens]) -> StandIn:
+    """Run the full path on texts once, and return the stand-in that is fitted on its states.
+
+    Args:
+        routed: The model.
+        texts: Two texts or more, as tokens. A tenth, by their hash, chooses λ.
+
+    Raises:
+        ConfigError: The states don't fit into memory.
+    """
+    device = _choose_device(routed, sum(map(len, texts)))
+    fit, held_out = split_for_ridge(texts)
+    model = routed.model
+    extra = sum(
+        weight.numel() * (torch.float32.itemsize - weight.itemsize) for weight in model.parameters()
+    )
+    has_room = extra < free_bytes(routed.device) / 2
+    with torch.no_grad(), in_float32(model) if has_room else nullcontext():
+        return StandIn(
+            _record_states(routed, fit, device), _record_states(routed, held_out, device)
+        )
+
+
+def _choose_device(routed: RoutedModel, num_tokens: int) -> torch.device:
+    """Return the device that keeps the states: the model's if they fit there, else the host."""
+    width = routed.config.get_text_config().hidden_size
+    num_bytes = routed.num_layers * num_tokens * width * torch.float32.itemsize
+    device = torch.device(routed.device)
+    host = torch.device("cpu")
+    if device.type == "cuda" and num_bytes < SHARE_ON_DEVICE * free_bytes(device):
+        return device
+    if num_bytes > SHARE_OF_MEMORY * free_bytes(host):
+        raise ConfigError(
+            f"the states of {num_tokens} tokens, which paths are repaired by, take "
+            f"{num_bytes / 1e9:.1f} GB, more than half of the free memory; give a lower "
+            f"--calibration-tokens, or --repair none"
+        )
+    return host
+
+
+def _record_states(
+    routed: RoutedModel, texts: Sequence[Tokens], device: torch.device
+) -> FullPathStates:
+    """Run the full path on texts, and return its states, batch by batch."""
+    states: list[list[Tensor]] = [[] for _ in range(routed.num_layers)]
+    first: list[list[Tensor]] = [[] for _ in range(routed.num_layers)]
+    for batch in make_batches(texts, routed.device):
+        driver = _RecordStates()
+        with routed.injection.driven_by(driver):
+            routed.injection.decoder(input_ids=batch.ids, use_cache=False)
+        for layer, output in enumerate(driver.states):
+            tokens = batch.select(output).to(device, torch.float32)
+            is_first = batch.is_first.to(device)
+            states[layer].append(tokens[~is_first])
+            first[layer].append(tokens[is_first])
+    return FullPathStates(
+        [torch.cat(parts) for parts in states], [torch.cat(parts) for parts in first]
+    )
