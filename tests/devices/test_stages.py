@@ -11,9 +11,13 @@ import torch
 import drllm
 from devices.events import own_waits
 from devices.pretended import Devices, place_model
+from drllm.models.routed_model import RoutedModel
 from drllm.models.routers.config import RouterConfig
 from drllm.models.routers.stack import RouterStack
 from drllm.models.scoring import choices
+from drllm.models.scoring.score import Request, score
+from drllm.paths import StaticPath
+from drllm.tuning.stand_in import fit_stand_in
 
 L = 4
 NUM_NEW = 6
@@ -165,13 +169,34 @@ def test_healing_waits_once_a_step_and_heals_as_on_the_cpu(
 
 
 def tuned(model, tokenizer):
-    options = {"num_fit": 4, "num_judged": 4, "max_skipped": 1, "tokenizer": tokenizer}
+    # A refit takes the weights of a pretended device for quantised ones.
+    options = {"num_fit": 4, "num_judged": 4, "max_skipped": 1, "repair": "none"}
+    options["tokenizer"] = tokenizer
     return [path.steps for path in drllm.tune(model, TASK, **options).paths]
 
 
 @pytest.fixture(scope="module")
 def tuned_on_cpu(tiny_llama, tiny_tokenizer):
     return tuned(tiny_llama(num_layers=L, seed=3), tiny_tokenizer)
+
+
+def score_with_stand_in(model):
+    """Score two paths with maps in their gaps that are fitted on some texts."""
+    generator = torch.Generator().manual_seed(0)
+    texts = [tuple(torch.randint(4, 90, (8,), generator=generator).tolist()) for _ in range(30)]
+    routed = RoutedModel(model)
+    maps = fit_stand_in(routed, texts[:25])
+    requests = [Request.from_text(text) for text in texts[25:]]
+    paths = [StaticPath([0, 2, 3]), StaticPath([0, 1])]
+    outcomes = score(routed, requests, paths, crossings=maps)
+    return [[outcome.logprobs[0] for outcome in row] for row in outcomes]
+
+
+def test_paths_with_a_stand_in_for_their_refit_are_scored_as_on_the_cpu(model, tiny_llama, devices):
+    expected = score_with_stand_in(tiny_llama(num_layers=L, seed=3))
+    scores = score_with_stand_in(model)
+    for row, expected_row in zip(scores, expected, strict=True):
+        assert row == pytest.approx(expected_row, abs=1e-3)
 
 
 def test_static_paths_are_tuned_as_on_the_cpu(model, tuned_on_cpu, devices, tiny_tokenizer):

@@ -122,6 +122,8 @@ def read_inputs(
         calibration = _read_calibration(depth)
         routers = _read_routers(command)
     path = _read_path(command)
+    if path is not None and path.note:
+        terminal.note(path.note)
     form = _choose_form(config, routers)
     _check_conversations(file, rows, form, config)
     return Inputs(prompt, file, rows, routers, path, calibration, form)

@@ -15,6 +15,7 @@ from drllm.pipeline.model import open_model
 from drllm.records.healed import HEALED_FILE
 from drllm.records.places import check_folder
 from drllm.records.static_paths import FIT, PATHS_FILE, load_path
+from drllm.tuning.calibration import NO_REPAIR, read_calibration
 from drllm.tuning.data_splits import TaskSplits, split_tasks
 from drllm.tuning.heal_texts import read_sources
 
@@ -43,11 +44,15 @@ def tune_verb(command: CommandLine, terminal: Terminal) -> None:
         all_splits = split_tasks(config)
     for splits in all_splits:
         _print_num_questions(splits, config, terminal)
+    # Read now, so that a wrong file is refused before the model is loaded.
+    texts = []
+    if config.repair != NO_REPAIR:
+        texts = read_calibration(config, all_splits)
     with terminal.busy(LOADING):
         from drllm.tuning.run import tune
 
     model = command.get_settings(ModelConfig)
-    tune(model, all_splits, config, output, listener=terminal)
+    tune(model, all_splits, config, output, texts=texts, listener=terminal)
 
     show_paths(output / PATHS_FILE, terminal)
 
@@ -118,6 +123,8 @@ def export(command: CommandLine, terminal: Terminal) -> None:
     with terminal.busy(LOADING):
         from drllm.models.export import check_output, export_path
     check_output(output)
+    if path.note:
+        terminal.note(path.note)
 
     with (
         open_model(choose_model(command, path=path), terminal) as base,

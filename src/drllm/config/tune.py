@@ -32,6 +32,28 @@ class TuneConfig(ExecutorConfig):
         help="what a path should preserve; default: gold_logprob for questions with options, "
         "next_token_loss for other answers, kl for prompts without answers",
     )
+    repair: str | None = basic(
+        None,
+        choices=("refit", "none"),
+        # A tuning is recognised by whether its paths were really repaired.
+        decisive=False,
+        help="judge paths as heal --minutes 0 repairs them (refit), or with layers left out and "
+        "nothing else (none); default: refit, if the model's layers can be refitted",
+    )
+    text: str | None = incidental(
+        None,
+        basic=True,
+        placeholder="FILE,...",
+        no_effect_if=("repair", "none"),
+        help="texts to repair paths with, beside the questions that paths are fitted on; as for "
+        "heal --text",
+    )
+    refit_tokens: int | None = setting(
+        None,
+        minimum=2,
+        no_effect_if=("repair", "none"),
+        help="maximum tokens of text to repair paths with; default: 50,000",
+    )
     beam: int = setting(3, minimum=1, help="the best paths kept for each number of skipped layers")
     num_fit: int = setting(
         300,

@@ -147,6 +147,9 @@ def evaluate_request(
         inputs = prepare_inputs(request, routers, model_adapters, workers, output)
         if inputs.routers.first is not None:
             note_other_prompts(inputs.routers.first, request.config, listener)
+        for path_file in request.path_files:
+            if path_file.note:
+                listener.note(path_file.note)
         header = _make_header(inputs, workers)
         _refuse_other_results(output, header, request.config)
         check_seeds(inputs.routers, workers)

@@ -28,6 +28,7 @@ from drllm.search.questions import SearchQuestion, collect_questions
 from drllm.supervision.select import check_settings
 from drllm.tasks.base import Task
 from drllm.training.trackers import check_trackers
+from drllm.tuning.calibration import NO_REPAIR, read_calibration
 from drllm.tuning.data_splits import TaskSplits, split_tasks
 from drllm.tuning.heal_texts import TextSource, read_sources
 
@@ -94,6 +95,17 @@ class Recipe:
         return split_tasks(self.tune or config.TuneConfig())
 
     @cached_property
+    def tuning_texts(self) -> list[TextSource]:
+        """The texts that `tune` repairs paths with; none if it doesn't repair paths.
+
+        The first access reads them and may raise an error.
+        """
+        settings = self.tune or config.TuneConfig()
+        if settings.repair == NO_REPAIR:
+            return []
+        return read_calibration(settings, self.tuning_tasks)
+
+    @cached_property
     def healing_texts(self) -> list[TextSource]:
         """The texts of `heal`. The first access reads them and may raise an error."""
         return read_sources(self.heal or config.HealConfig())
@@ -123,6 +135,7 @@ class Recipe:
     def _check_tuning(self) -> None:
         """Check the section `tune`, and that the evaluation fits it."""
         _ = self.tuning_tasks  # reads and checks them
+        _ = self.tuning_texts
         if self.evaluate.max_drop is not None and self.evaluate.paths is None:
             raise ConfigError(
                 f"evaluate: 'max_drop' is {self.evaluate.max_drop:g}, which tests paths in an "

@@ -188,11 +188,15 @@ def _make_tune(run: Run) -> Stage:
         for part in splits.examples.values():
             examples += part
         hashes[splits.task.name] = codec.hash_values(examples)
-    made_from = {
+    made_from: dict[str, Any] = {
         "config": config.decisive(),
         "model": run.recipe.model.to_dict(),
         "questions": hashes,
     }
+    texts = run.recipe.tuning_texts
+    if texts:
+        made_from["texts"] = codec.hash_values(texts)
+        made_from["repair"] = config.repair
     return Stage(made_from, partial(_run_tune, run))
 
 
@@ -202,7 +206,14 @@ def _run_tune(run: Run) -> list[Path]:
     config = run.recipe.tune
     assert config is not None
     model = _choose_model(config, run)
-    tune(model, run.recipe.tuning_tasks, config, run.folder, listener=run.listener)
+    tune(
+        model,
+        run.recipe.tuning_tasks,
+        config,
+        run.folder,
+        texts=run.recipe.tuning_texts,
+        listener=run.listener,
+    )
     return [run.paths_file]
 
 

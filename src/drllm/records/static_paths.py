@@ -69,7 +69,13 @@ class PathScore(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 class NamedPath(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One path of a `paths.json`, its cost in layer equivalents, and its scores.
 
-    A path is `dominated` if another path saves more and does at least as well on `select`.
+    Attributes:
+        name: The name.
+        steps: The layers that it runs.
+        executions: Its cost.
+        dominated: Whether another path saves more and does at least as well on `select`.
+        measured: Its scores as it is: the layers are left out, and nothing is changed.
+        repaired: Its scores with its refit, as `drllm heal` solves it; empty without a repair.
     """
 
     name: str
@@ -77,6 +83,7 @@ class NamedPath(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     executions: float
     dominated: bool = False
     measured: tuple[PathScore, ...] = ()
+    repaired: tuple[PathScore, ...] = ()
 
     @property
     def path(self) -> StaticPath:
@@ -84,11 +91,23 @@ class NamedPath(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return StaticPath(step.layer for step in self.steps)
 
     def on(self, task: str, part: str) -> PathScore | None:
-        """Return the path's scores on a part of a task's questions; None if there are none."""
-        for score in self.measured:
-            if (score.task, score.part) == (task, part):
-                return score
-        return None
+        """Return the path's scores on a part of a task's questions; None if there are none.
+
+        If the path was repaired, these are its scores with its refit.
+        """
+        return _find_score(self.repaired or self.measured, task, part)
+
+    def plain_on(self, task: str, part: str) -> PathScore | None:
+        """Return the path's scores without a repair; None if there are none."""
+        return _find_score(self.measured, task, part)
+
+
+def _find_score(scores: Sequence[PathScore], task: str, part: str) -> PathScore | None:
+    """Return the scores on a part of a task's questions; None if there are none."""
+    for score in scores:
+        if (score.task, score.part) == (task, part):
+            return score
+    return None
 
 
 class StaticPaths(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -102,6 +121,9 @@ class StaticPaths(Header, frozen=True, kw_only=True, forbid_unknown_fields=True)
         runtime: Device and precision of the scores.
         questions_sha256: The digest of all questions of all parts.
         is_cut: Whether the search ended early because its time was over.
+        repair: How paths were repaired when they were chosen: `refit`, or an empty text.
+        refit_tokens: The number of tokens of the texts that paths were refitted on.
+        texts_sha256: The digest of the texts and questions that paths were repaired with.
         paths: The paths.
         choice: The certificate of an earlier version; it is ignored.
     """
@@ -113,6 +135,9 @@ class StaticPaths(Header, frozen=True, kw_only=True, forbid_unknown_fields=True)
     runtime: dict[str, Any] = msgspec.field(default_factory=dict)
     questions_sha256: str = ""
     is_cut: bool = False
+    repair: str = ""
+    refit_tokens: int = 0
+    texts_sha256: str = ""
     paths: tuple[NamedPath, ...]
     choice: Any | msgspec.UnsetType = msgspec.UNSET
 
@@ -125,6 +150,12 @@ class StaticPaths(Header, frozen=True, kw_only=True, forbid_unknown_fields=True)
             sentences.append(
                 f"The questions of {sets} were divided again, so test isn't the set's own test "
                 f"split."
+            )
+        if self.repair:
+            sentences.append(
+                "Paths were chosen with their gaps repaired. A repair restores the full path, also "
+                "where leaving layers out had gained something on a task, so both are reported: "
+                "with the refit, and plain."
             )
         if self.choice is not msgspec.UNSET and self.choice is not None:
             sentences.append(note_ignored_certificate(self.drllm_version))
@@ -211,6 +242,16 @@ class PathFile:
     static: StaticPath | None = None
     named: NamedPath | None = None
     record: StaticPaths | HealedPath | None = None
+
+    @property
+    def note(self) -> str:
+        """Say that the path was chosen with its refit and is run without it; else empty."""
+        if self.named is None or not self.named.repaired:
+            return ""
+        return (
+            f"{self.named.name} of {self.file} was chosen with a refit, and runs here without it; "
+            f"'drllm heal --path {self.file}:{self.named.name} --minutes 0' solves the refit"
+        )
 
     @property
     def is_healed(self) -> bool:

@@ -1,6 +1,6 @@
 """The results of `drllm tune` and `drllm heal`, written for reports and for the terminal."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from statistics import fmean
 
@@ -25,11 +25,25 @@ LOSS_CAPTION = (
 
 
 def path_rows(record: StaticPaths, task: str) -> Iterator[list[str]]:
-    """Yield a row for each path: its results on `test`, and its objective on each part."""
+    """Yield a row for each path: its results on `test`, and its objective on each part.
+
+    A path that was repaired has two rows: with its refit, and plain.
+    """
     for path in record.paths:
-        executions = plain(path.executions, 2).removesuffix(".00")
-        objectives = [_write_objective(path.on(task, part)) for part in (TEST, SELECT, FIT)]
-        yield [path.name, executions, *_test_cells(path.on(task, TEST)), *objectives]
+        if path.repaired:
+            yield _path_row(f"{path.name}, refit", path, partial(path.on, task))
+            yield _path_row(f"{path.name}, plain", path, partial(path.plain_on, task))
+        else:
+            yield _path_row(path.name, path, partial(path.on, task))
+
+
+def _path_row(
+    name: str, path: NamedPath, find_score: Callable[[str], PathScore | None]
+) -> list[str]:
+    """Return the row of a path; `find_score` returns its scores on a part."""
+    executions = plain(path.executions, 2).removesuffix(".00")
+    objectives = [_write_objective(find_score(part)) for part in (TEST, SELECT, FIT)]
+    return [name, executions, *_test_cells(find_score(TEST)), *objectives]
 
 
 def _test_cells(tested: PathScore | None) -> list[str]:
@@ -53,7 +67,10 @@ def advice(record: StaticPaths) -> Iterator[str]:
             if path.dominated or tested is None or tested.against_full is None:
                 continue
             saves_layers = path.executions < record.num_layers
-            sentence = tested.against_full.advice(f"path {path.name}", saves_layers=saves_layers)
+            name = f"path {path.name}"
+            if path.repaired:
+                name = f"{name} with its refit"
+            sentence = tested.against_full.advice(name, saves_layers=saves_layers)
             if len(record.tasks) > 1:
                 sentence = f"On {task}: {uncapitalize(sentence)}"
             yield f"{sentence}."
@@ -113,9 +130,13 @@ def paths_section(record: StaticPaths, *, folded: bool) -> Section:
 
 def _path_table(record: StaticPaths, task: str) -> Markdown:
     """Build the table of `path_rows`, with a column that says what each path does."""
+    descriptions = []
+    for path in record.paths:
+        num_rows = 2 if path.repaired else 1
+        descriptions += num_rows * [describe_path(record, path)]
     rows = list(path_rows(record, task))
-    for path, row in zip(record.paths, rows, strict=True):
-        row.insert(2, describe_path(record, path))
+    for description, row in zip(descriptions, rows, strict=True):
+        row.insert(2, description)
     caption = (
         f"{task}, objective {record.objective[task]}, in nats: the value of full, and the change "
         f"from it for other paths, with 95 % intervals. Paths were fitted on fit and chosen on "

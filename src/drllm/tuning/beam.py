@@ -46,12 +46,15 @@ class Beam:
         width: The number of paths in a level.
         max_saved: The number of layers that the paths of the last level save.
         num_questions: The number of questions that the last rung scores paths on.
+        keeps_first: Whether all paths run the first layer. A path that is repaired does, since no
+            layer before it could make up for it.
     """
 
     num_layers: int
     width: int
     max_saved: int
     num_questions: int
+    keeps_first: bool = False
 
     def levels(self, measure: Measure, may_extend: Callable[[StaticPath], bool]) -> Iterator[Level]:
         """Yield the levels, from the fewest layers saved to the most.
@@ -65,7 +68,7 @@ class Beam:
         for saved in range(1, self.max_saved + 1):
             candidates: list[StaticPath] = []
             for parent in parents:
-                candidates += skip_one_layer(parent)
+                candidates += skip_one_layer(parent, keeps_first=self.keeps_first)
             if not candidates:
                 return
             unique = list(dict.fromkeys(candidates))
@@ -76,7 +79,7 @@ class Beam:
     def most_candidates(self, saved: int) -> int:
         """Return the maximum number of candidates of the level that saves `saved` layers."""
         num_parents = 1 if saved == 1 else self.width
-        return num_parents * (self.num_layers - saved + 1)
+        return num_parents * (self.num_layers - self.keeps_first - saved + 1)
 
     @property
     def rungs(self) -> Sequence[tuple[int, int]]:
@@ -93,8 +96,16 @@ class Beam:
         return paths
 
 
-def make_beam(config: TuneConfig, tasks: Sequence[TaskSplits], num_layers: int) -> Beam:
+def make_beam(
+    config: TuneConfig, tasks: Sequence[TaskSplits], num_layers: int, *, keeps_first: bool = False
+) -> Beam:
     """Make the beam search for some settings and tasks.
+
+    Args:
+        config: The settings.
+        tasks: The tasks with their questions.
+        num_layers: L of the model.
+        keeps_first: As in `Beam`.
 
     Raises:
         ConfigError: `max_skipped` is below 1, or leaves no layer.
@@ -108,14 +119,19 @@ def make_beam(config: TuneConfig, tasks: Sequence[TaskSplits], num_layers: int) 
     if max_skipped < 1:
         raise ConfigError(f"--max-skipped {max_skipped:g} is less than one layer; give 1 or more")
     num_questions = max(len(splits.examples[FIT]) for splits in tasks)
-    return Beam(num_layers, config.beam, int(max_skipped), num_questions)
+    return Beam(num_layers, config.beam, int(max_skipped), num_questions, keeps_first)
 
 
-def skip_one_layer(path: StaticPath) -> Iterator[StaticPath]:
-    """Yield the paths that skip one more layer; none for a path of one layer."""
+def skip_one_layer(path: StaticPath, *, keeps_first: bool = False) -> Iterator[StaticPath]:
+    """Yield the paths that skip one more layer; none for a path of one layer.
+
+    Args:
+        path: The path.
+        keeps_first: Whether the path's first layer stays.
+    """
     if len(path.layers) == 1:
         return
-    for place in range(len(path.layers)):
+    for place in range(int(keeps_first), len(path.layers)):
         yield StaticPath(path.layers[:place] + path.layers[place + 1 :])
 
 

@@ -35,12 +35,14 @@ class TaskSplits:
         is_divided: Whether the task lacks a split, so that all its questions were divided again.
         spare: The questions that are in no part: all of the split `fit`, which trains routers and
             fits baselines, and those of the split `search` beyond the limit.
+        all_to_fit: The questions that the part `fit` was drawn from, with those beyond the limit.
     """
 
     task: Task
     examples: dict[str, list[Example]]
     is_divided: bool
     spare: Sequence[Example] = ()
+    all_to_fit: Sequence[Example] = ()
 
     def digest_values(self) -> tuple[str, dict[str, list[Example]]]:
         """Return the values for the digest by which a tuning recognises its questions.
@@ -164,7 +166,7 @@ def _use_splits(
     unused = [item for item in splits["search"] if question_key(item.question) not in keys]
     spare = [*splits["fit"], *unused]
     examples = {FIT: to_fit, SELECT: splits["select"], TEST: splits["test"]}
-    return TaskSplits(task, examples, is_divided=False, spare=spare)
+    return TaskSplits(task, examples, is_divided=False, spare=spare, all_to_fit=splits["search"])
 
 
 def _divide_again(
@@ -175,14 +177,15 @@ def _divide_again(
     for examples in splits.values():
         for example in examples:
             parts[assign_part(example.question)].append(example)
-    parts[FIT] = choose(parts[FIT], num_fit, seed)
+    all_to_fit = parts[FIT]
+    parts[FIT] = choose(all_to_fit, num_fit, seed)
     for part, examples in parts.items():
         if not examples:
             raise TaskError(
                 f"task {task.name!r} has no questions for the part {part!r} of a tuning; give more "
                 f"questions"
             )
-    return TaskSplits(task, parts, is_divided=True)
+    return TaskSplits(task, parts, is_divided=True, all_to_fit=all_to_fit)
 
 
 def assign_part(question: str) -> str:

@@ -5,12 +5,13 @@ tasks.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 from drllm.paths import StaticPath
 from drllm.records.static_paths import SELECT
 from drllm.statistics.intervals import mean_interval, sum_interval
+from drllm.tuning.score_blocks import PLAIN
 from drllm.tuning.score_table import ScoreTable
 from drllm.tuning.task_questions import TaskQuestions
 
@@ -25,6 +26,8 @@ class Gains:
         full: The full path.
         max_loss: The setting `--max-loss`, in nats.
         seed: Seed of the intervals.
+        repair: How the paths are repaired that are compared with the full path: `PLAIN`,
+            `STAND_IN` or `REFIT`.
     """
 
     table: ScoreTable
@@ -32,6 +35,17 @@ class Gains:
     full: StaticPath
     max_loss: float
     seed: int
+    repair: str = PLAIN
+
+    def with_repair(self, repair: str) -> "Gains":
+        """Return the gains of paths that are repaired in another way."""
+        return replace(self, repair=repair)
+
+    def as_scored(self, path: StaticPath) -> StaticPath:
+        """Return a path as the table of scores has it; the full path is always plain."""
+        if path == self.full:
+            return path
+        return path.with_adapter(self.repair)
 
     def gain(self, path: StaticPath) -> float:
         """Return the gain of a path."""
@@ -75,4 +89,4 @@ class Gains:
         return dominated
 
     def _differences(self, task: TaskQuestions, path: StaticPath) -> list[float]:
-        return self.table.compare(task, SELECT, path, self.full)
+        return self.table.compare(task, SELECT, self.as_scored(path), self.full)

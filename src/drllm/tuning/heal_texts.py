@@ -19,10 +19,9 @@ from drllm.config.fields import LARGEST_INT
 from drllm.errors import ConfigError, TaskError
 from drllm.records.codec import hash_values, read_text
 from drllm.records.static_paths import FIT
-from drllm.tasks.base import Task
 from drllm.tasks.examples import FILE_ENDINGS, Prompt, choose
 from drllm.tasks.rows import HUB_ROWS, HUB_SET, read_hub_set, read_rows
-from drllm.tuning.data_splits import TaskSplits, split_tasks
+from drllm.tuning.data_splits import TasksArgument, TaskSplits, split_tasks
 from drllm.tuning.objectives import choose_objective, make_prompt
 
 Tokens: TypeAlias = tuple[int, ...]
@@ -61,7 +60,7 @@ TextArgument: TypeAlias = "str | Sequence[str] | Sequence[TextSource] | None"
 
 def read_sources(
     config: HealConfig,
-    tasks: Task | str | Sequence[Task | str] | None = None,
+    tasks: TasksArgument = None,
     texts: TextArgument = None,
 ) -> list[TextSource]:
     """Read the tasks and texts to train on.
@@ -69,7 +68,7 @@ def read_sources(
     Args:
         config: The settings.
         tasks: Tasks, or their names; None takes the tasks of the settings. Only the questions that
-            `tune` fits paths on are read.
+            `tune` fits paths on are read. Or a result of `split_tasks`.
         texts: A list of texts, or one string with the names of files and data sets of the hub,
             separated by commas; None takes the value of `--text`. A result of this function is
             returned as it is.

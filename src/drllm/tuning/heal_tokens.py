@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import Prompt as Conversation
 from drllm.models.base.prompts import context_length, encode, render
 from drllm.models.routed_model import RoutedModel
@@ -41,15 +42,9 @@ class TextTokenizer:
         return texts
 
     def _tokenize(self, source: TextSource) -> list[Tokens]:
-        if source.texts:
-            return [tuple(encode(self.routed.tokenizer, text)) for text in source.texts]
         if source.is_open:
             return self._answer_source(source)
-        texts: list[Tokens] = []
-        for item in make_text_items(self.routed, source.prompts):
-            request = item.request
-            texts.append((*request.context, *request.continuations[0]))
-        return texts
+        return tokenize_source(self.routed, source)
 
     def _answer_source(self, source: TextSource) -> list[Tokens]:
         """Answer the prompts of a source, or read the kept answers."""
@@ -62,14 +57,7 @@ class TextTokenizer:
         return texts
 
     def _answer(self, prompts: Sequence[Conversation]) -> list[Tokens]:
-        """Answer prompts along the full path, and return the prompts with their answers."""
-        answers = generate_many(self.routed, prompts, max_new_tokens=self.max_tokens)
-        tokenizer = self.routed.tokenizer
-        texts: list[Tokens] = []
-        for prompt, answer in zip(prompts, answers, strict=True):
-            prompt_tokens = encode(tokenizer, render(tokenizer, prompt, chat=True))
-            texts.append((*prompt_tokens, *answer.tokens))
-        return texts
+        return answer_prompts(self.routed, prompts, self.max_tokens)
 
     def _note_cuts(self, name: str, texts: Sequence[Tokens]) -> None:
         """Note how many texts of a source are cut, and which --max-tokens would cut none."""
@@ -85,3 +73,38 @@ class TextTokenizer:
         if context is None or longest <= context:
             note += f"; --max-tokens {longest} would cut none"
         self.listener.note(note)
+
+
+def tokenize_source(model: RoutedModel | BaseModel, source: TextSource) -> list[Tokens]:
+    """Return the texts of a source, or its questions with their right answers, as tokens.
+
+    Args:
+        model: The model; its weights aren't needed.
+        source: The source; its prompts have right answers.
+    """
+    if source.texts:
+        return [tuple(encode(model.tokenizer, text)) for text in source.texts]
+    texts: list[Tokens] = []
+    for item in make_text_items(model, source.prompts):
+        request = item.request
+        texts.append((*request.context, *request.continuations[0]))
+    return texts
+
+
+def answer_prompts(
+    routed: RoutedModel, prompts: Sequence[Conversation], max_tokens: int
+) -> list[Tokens]:
+    """Answer prompts along the full path, and return the prompts with their answers, as tokens.
+
+    Args:
+        routed: The model.
+        prompts: The prompts.
+        max_tokens: Maximum tokens of an answer.
+    """
+    answers = generate_many(routed, prompts, max_new_tokens=max_tokens)
+    tokenizer = routed.tokenizer
+    texts: list[Tokens] = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        prompt_tokens = encode(tokenizer, render(tokenizer, prompt, chat=True))
+        texts.append((*prompt_tokens, *answer.tokens))
+    return texts

@@ -19,6 +19,7 @@ from drllm.statistics.paired import Outcomes
 from drllm.statistics.verdicts import compare
 from drllm.tuning.gains import Gains
 from drllm.tuning.objectives import GOLD
+from drllm.tuning.score_blocks import PLAIN, REFIT
 from drllm.tuning.task_questions import TEXTS_OF, TaskQuestions
 
 
@@ -28,22 +29,32 @@ def make_named_paths(paths: Sequence[StaticPath], gains: Gains) -> list[NamedPat
     Args:
         paths: The paths, from the longest to the shortest, the full path first. They are scored on
             all parts.
-        gains: Compares them with the full path.
+        gains: Compares them with the full path. If they are repaired by their refits, the paths
+            are scored plain too.
     """
     named_paths = []
     for path, is_dominated in zip(paths, gains.find_dominated(paths), strict=True):
-        scores = []
-        for part in PARTS:
-            scores += [_make_score(gains, task, part, path) for task in gains.tasks]
+        repaired: list[PathScore] = []
+        if gains.as_scored(path).adapter == REFIT:
+            repaired = _make_scores(gains, path)
         named_path = NamedPath(
             name=_name_path(path, gains.full),
             steps=steps_to_write(path),
             executions=path_executions(path),
             dominated=is_dominated,
-            measured=tuple(scores),
+            measured=tuple(_make_scores(gains.with_repair(PLAIN), path)),
+            repaired=tuple(repaired),
         )
         named_paths.append(named_path)
     return named_paths
+
+
+def _make_scores(gains: Gains, path: StaticPath) -> list[PathScore]:
+    """Return the scores of a path on all parts of all tasks."""
+    scores = []
+    for part in PARTS:
+        scores += [_make_score(gains, task, part, path) for task in gains.tasks]
+    return scores
 
 
 def _name_path(path: StaticPath, full: StaticPath) -> str:
@@ -56,10 +67,11 @@ def _name_path(path: StaticPath, full: StaticPath) -> str:
 def _make_score(gains: Gains, task: TaskQuestions, part: str, path: StaticPath) -> PathScore:
     """Return the scores of a path on a part of a task's questions."""
     seed = gains.seed
-    values = gains.table.objective(task, part, path)
+    scored_path = gains.as_scored(path)
+    values = gains.table.objective(task, part, scored_path)
     score = PathScore(task=task.name, part=part, num_questions=len(values), objective=fmean(values))
     if path != gains.full:
-        differences = gains.table.compare(task, part, path, gains.full)
+        differences = gains.table.compare(task, part, scored_path, gains.full)
         low, high = mean_interval(differences, seed)
         score = replace(score, change=(fmean(differences), low, high))
     if part == FIT:  # the path was fitted on this part, so no accuracy is reported
@@ -79,12 +91,13 @@ def _make_score(gains: Gains, task: TaskQuestions, part: str, path: StaticPath) 
 
 def _collect_outcomes(gains: Gains, task: TaskQuestions, part: str, path: StaticPath) -> Outcomes:
     """Return what a path gives for each question of a part of a task."""
-    objective = gains.table.objective(task, part, path)
-    texts = gains.table.objective(task, TEXTS_OF + part, path)
+    scored_path = gains.as_scored(path)
+    objective = gains.table.objective(task, part, scored_path)
+    texts = gains.table.objective(task, TEXTS_OF + part, scored_path)
     return Outcomes(
         name=_name_path(path, gains.full),
         executions=path_executions(path),
-        correct=gains.table.grades(task, part, path),
+        correct=gains.table.grades(task, part, scored_path),
         gold_logprob=objective if task.objective == GOLD else [],
         text_loss=[-value for value in texts],
     )

@@ -1,8 +1,7 @@
 """Scores static paths on questions, by an objective and by their right answers.
 
 Many pairs of a path and a question are scored in shared passes. The layers that several paths begin
-with run once. The objectives are explained in `objectives`. `ScorePaths` and `GradeAnswers` do this
-for the blocks of a tuning (see `score_table`).
+with run once. The objectives are explained in `objectives`.
 
 Axes: N paths, Q questions.
 """
@@ -19,13 +18,13 @@ from drllm.errors import ModelError
 from drllm.models.base.load import BaseModel
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.batch_generation import generate_many
+from drllm.models.routing.crossings import Crossings
 from drllm.models.scoring.score import Outcome, Request, score
 from drllm.paths import StaticPath
 from drllm.search.evaluator import TokenizedPrompt, tokenize_prompt
 from drllm.tasks.examples import Prompt
 from drllm.tasks.rewards import grade
 from drllm.tuning.objectives import GOLD, KL, LOSS
-from drllm.work.run import BlockFunction, BlockSteps
 
 WORST = -100.0  # nats in place of a value that isn't finite, so that means are finite
 
@@ -55,55 +54,13 @@ class Item:
     gold: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class PathsToScore:
-    """A block of scores: each path is scored on each question."""
-
-    paths: Sequence[StaticPath]
-    items: Sequence[Item]
-    objective: str
-
-
-@dataclass(frozen=True)
-class ScorePaths(BlockFunction[PathsToScore, Scores]):
-    """Scores the paths of a block on its questions.
-
-    Attributes:
-        state_cache_gb: As for `score_paths`, for each worker.
-    """
-
-    state_cache_gb: float | None
-
-    def __call__(self, prepared: RoutedModel, data: PathsToScore, steps: BlockSteps) -> Scores:
-        """Return the scores of a block."""
-        return score_paths(prepared, data.items, data.paths, data.objective, self.state_cache_gb)
-
-
-@dataclass(frozen=True, slots=True)
-class PromptsToAnswer:
-    """A block of generated answers: each prompt is answered along one path."""
-
-    path: StaticPath
-    prompts: Sequence[Prompt]
-
-
-@dataclass(frozen=True)
-class GradeAnswers(BlockFunction[PromptsToAnswer, list[float]]):
-    """Generates the answers of a block, and grades them."""
-
-    def __call__(
-        self, prepared: RoutedModel, data: PromptsToAnswer, steps: BlockSteps
-    ) -> list[float]:
-        """Return the grade of each answer."""
-        return grade_answers(prepared, data.path, data.prompts)
-
-
 def score_paths(
     routed: RoutedModel,
     items: Sequence[Item],
     paths: Sequence[StaticPath],
     objective: str,
     state_cache_gb: float | None,
+    crossings: Crossings | None = None,
 ) -> Scores:
     """Score paths on questions by one objective.
 
@@ -115,6 +72,7 @@ def score_paths(
         paths: The paths.
         objective: `GOLD`, `LOSS` or `KL`.
         state_cache_gb: Size of the cache of states that paths share; None chooses it by memory.
+        crossings: What runs in the gaps of the paths; None for nothing.
 
     Raises:
         ModelError: A log-probability of the full path isn't finite.
@@ -122,7 +80,12 @@ def score_paths(
     started = time.perf_counter()
     requests = [item.request for item in items]
     outcomes = score(
-        routed, requests, paths, kl=objective == KL, state_cache_gb=state_cache_gb
+        routed,
+        requests,
+        paths,
+        kl=objective == KL,
+        state_cache_gb=state_cache_gb,
+        crossings=crossings,
     )  # [N][Q]
     values = np.zeros((len(paths), len(items)))  # [N, Q]
     right = np.zeros((len(paths), len(items)))

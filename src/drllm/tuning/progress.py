@@ -50,12 +50,15 @@ class TuningProgress:
         self.on_progress(self.total, self.total, "")
 
 
-def estimate_pairs(beam: Beam, tasks: Sequence[TaskQuestions], num_saved: int = 0) -> float:
+def estimate_pairs(
+    beam: Beam, tasks: Sequence[TaskQuestions], num_saved: int = 0, *, is_repaired: bool = False
+) -> float:
     """Return about how many pairs a tuning still scores; rarely more.
 
     Args:
         beam: The search.
         tasks: The tasks.
+        is_repaired: Whether the best paths are scored with their refits too.
         num_saved: How many layers the last finished level saves; 0 before the first level.
     """
     num_fit = sum(len(task.items[FIT]) for task in tasks)
@@ -67,7 +70,13 @@ def estimate_pairs(beam: Beam, tasks: Sequence[TaskQuestions], num_saved: int = 
         total += beam.width * num_select
     if num_saved == 0:
         total += num_select  # of the full path
-    return total + _estimate_test_pairs(tasks, num_paths=1 + beam.max_saved)
+    total += _estimate_test_pairs(tasks, num_paths=1 + beam.max_saved)
+    if is_repaired:
+        # The search scores the paths with the stand-in. So the best ones are scored plain on the
+        # parts of the search too, and on all parts with their refits.
+        total += 2 * beam.max_saved * (num_fit + num_select)
+        total += _estimate_test_pairs(tasks, num_paths=beam.max_saved)
+    return total
 
 
 def _estimate_test_pairs(tasks: Sequence[TaskQuestions], num_paths: int) -> int:

@@ -20,14 +20,32 @@ from drllm.paths import StaticPath
 from drllm.records.codec import hash_values, write_json
 from drllm.records.manifest import new_manifest
 from drllm.records.places import only_writer, stage_folder
-from drllm.records.static_paths import FIT, PATHS_FILE, SELECT, TEST, StaticPaths, read_paths
+from drllm.records.static_paths import (
+    FIT,
+    PATHS_FILE,
+    SELECT,
+    TEST,
+    NamedPath,
+    StaticPaths,
+    read_paths,
+)
 from drllm.statistics.intervals import Floats
 from drllm.tuning.beam import Beam, make_beam
+from drllm.tuning.calibration import NO_REPAIR, read_calibration
 from drllm.tuning.data_splits import TasksArgument, TaskSplits, split_tasks
 from drllm.tuning.gains import Gains
-from drllm.tuning.level_lines import HEAD, describe_level, format_level
+from drllm.tuning.heal_texts import TextArgument, TextSource, digest_sources
+from drllm.tuning.level_lines import (
+    HEAD,
+    REPAIRED_HEAD,
+    compare_repairs,
+    describe_level,
+    format_level,
+)
 from drllm.tuning.named_paths import make_named_paths
 from drllm.tuning.progress import TuningProgress, estimate_pairs
+from drllm.tuning.repair import Repair, choose_repair, make_repair
+from drllm.tuning.score_blocks import REFIT, STAND_IN
 from drllm.tuning.score_table import PathsOnPart, ScoreTable
 from drllm.tuning.task_questions import TaskQuestions, tokenize_task
 from drllm.work.first_block import FirstBlock
@@ -43,11 +61,17 @@ def tune(
     config: TuneConfig | None = None,
     output_dir: Path | str | None = None,
     *,
+    texts: TextArgument = None,
     tokenizer: Any = None,
     listener: Listener | None = None,
     **settings: Any,
 ) -> StaticPaths:
     """Find static paths that save layers on tasks at the least loss, and write `paths.json`.
+
+    Paths are judged as they will be used: with the refit that `heal` solves, if the model's layers
+    can be refitted. Candidates are compared with a cheap stand-in for the refit. The best path of
+    each level is refitted, and its scores are reported with the refit and plain. The refit itself
+    isn't kept: `heal` solves it again.
 
     Finished work is stored. After an interruption the same call resumes, and finds the same paths.
 
@@ -59,6 +83,8 @@ def tune(
             takes the config's tasks.
         config: The settings; None takes the defaults.
         output_dir: Folder for `paths.json`; None keeps no files.
+        texts: Texts to repair paths with, beside the questions that paths are fitted on, as for
+            `heal`; None takes the config's texts.
         tokenizer: The model's tokenizer; None loads it by the model's name.
         listener: Receives the progress.
         settings: Settings of `TuneConfig` by name, which replace the config's settings.
@@ -70,24 +96,24 @@ def tune(
     Raises:
         ConfigError: Settings have no effect or make no sense, the folder belongs to another run,
             or Ray is to run a model that isn't named.
-        TaskError: A task is unknown, or has too few questions.
+        TaskError: A task is unknown, has too few questions, or a file of texts can't be read.
+        ArchitectureError: Repair is requested, and a layer of the model can't be refitted.
 
     Source: ours; the objective is TALE's (arXiv 2510.22767), as a log-probability.
     """
     config = replace_settings(TuneConfig, config, settings)
     listener = listener or Listener()
     splits = split_tasks(config, tasks)
+    sources: Sequence[TextSource] = []
+    if config.repair != NO_REPAIR:
+        sources = read_calibration(config, splits, texts)
     with ExitStack() as stack:
         folder = stage_folder(output_dir, stack)
         workers = stack.enter_context(open_workers(model, tokenizer, config, listener))
         stack.enter_context(only_writer(folder, "tuning", "--output-dir"))
-        identity = {
-            "settings": config.decisive(),
-            "model": workers.base.identity,
-            "runtime": workers.base.runtime,
-            "questions_sha256": hash_values(task.digest_values() for task in splits),
-        }
-        beam = make_beam(config, splits, workers.base.num_layers)
+        repair = choose_repair(config, workers.executor, listener)
+        identity = _make_identity(config, workers, splits, repair, sources)
+        beam = make_beam(config, splits, workers.base.num_layers, keeps_first=repair == REFIT)
         store = ResultStore(folder / PARTIAL_FOLDER, identity, stage="tuning")
         finished = _read_finished(folder / PATHS_FILE, identity, config)
         if finished is not None:
@@ -95,11 +121,36 @@ def tune(
                 store.remove()  # a killed run may have left them
             return finished
         store.open()
-        result = _find_paths(workers, splits, beam, store, identity, config, listener)
+        run = _TuningRun(workers, splits, beam, store, identity, config, listener)
+        result = run.find_paths(sources)
         write_json(folder / PATHS_FILE, result)
         if not result.is_cut:
             store.remove()
         return result
+
+
+def _make_identity(
+    config: TuneConfig,
+    workers: Workers,
+    splits: Sequence[TaskSplits],
+    repair: str,
+    sources: Sequence[TextSource],
+) -> dict[str, Any]:
+    """Return the values by which a run recognises its own files.
+
+    A run without repair has no values of a repair, so that it can go on with the files of earlier
+    versions.
+    """
+    identity = {
+        "settings": config.decisive(),
+        "model": workers.base.identity,
+        "runtime": workers.base.runtime,
+        "questions_sha256": hash_values(task.digest_values() for task in splits),
+    }
+    if repair:
+        identity["repair"] = repair
+        identity["texts_sha256"] = digest_sources(sources)
+    return identity
 
 
 def _read_finished(
@@ -119,57 +170,14 @@ def _read_finished(
         "runtime": record.runtime or identity["runtime"],
         "questions_sha256": record.questions_sha256 or identity["questions_sha256"],
     }
+    if record.repair:
+        stored["repair"] = record.repair
+        stored["texts_sha256"] = record.texts_sha256
     remedy = "choose another --output-dir, or delete the old one"
     refuse_other_run(f"the tuning in {file}", stored, identity, remedy)
     if record.is_cut and record.config.get("minutes") != config.minutes:
         return None
     return record
-
-
-def _find_paths(
-    workers: Workers,
-    splits: Sequence[TaskSplits],
-    beam: Beam,
-    store: ResultStore,
-    identity: Mapping[str, Any],
-    config: TuneConfig,
-    listener: Listener,
-) -> StaticPaths:
-    """Search for paths, test the best path of each level, and return the content of `paths.json`.
-
-    Args:
-        workers: The model, and who runs it.
-        splits: The tasks with their questions.
-        beam: How to search.
-        store: Keeps scores.
-        identity: The values by which a run recognises its own files.
-        config: The settings.
-        listener: Receives progress and notes.
-    """
-    base = workers.base
-    header = new_manifest("paths", model=base.identity, config=config.to_dict())
-    full = StaticPath(range(base.num_layers))
-    with listener.progress("tuning", "scores") as on_progress:
-        tasks = [tokenize_task(base, task, config, number) for number, task in enumerate(splits)]
-        progress = TuningProgress(on_progress, FirstBlock(listener, base.model.device))
-        table = ScoreTable(workers.executor, store, config.state_cache_gb, progress.add)
-        gains = Gains(table, tasks, full, config.max_loss, config.seed)
-        search = _search(beam, gains, config, progress, listener)
-        paths = [full, *search.paths]
-        _test(paths, tasks, table, progress)
-        named_paths = make_named_paths(paths, gains)
-        progress.finish()
-    return StaticPaths(
-        **header,
-        tasks=tuple(task.name for task in tasks),
-        divided=tuple(task.name for task in tasks if task.is_divided),
-        objective={task.name: task.objective for task in tasks},
-        num_layers=base.num_layers,
-        runtime=identity["runtime"],
-        questions_sha256=identity["questions_sha256"],
-        is_cut=search.is_cut,
-        paths=tuple(named_paths),
-    )
 
 
 @dataclass(frozen=True)
@@ -185,39 +193,158 @@ class _SearchResult:
     is_cut: bool
 
 
-def _search(
-    beam: Beam, gains: Gains, config: TuneConfig, progress: TuningProgress, listener: Listener
-) -> _SearchResult:
-    """Search for paths level by level, and choose the best path of each level."""
-    tasks = gains.tasks
+@dataclass(frozen=True)
+class _TuningRun:
+    """One run of the stage.
 
-    def measure(paths: Sequence[StaticPath], num_questions: int) -> Floats:
-        return _measure_fit(gains.table, tasks, paths, num_questions, beam.num_questions)
+    Attributes:
+        workers: The model, and who runs it.
+        splits: The tasks with their questions.
+        beam: How to search.
+        store: Keeps scores.
+        identity: The values by which a run recognises its own files.
+        config: The settings.
+        listener: Receives progress and notes.
+    """
 
-    progress.expect(estimate_pairs(beam, tasks))
-    best_paths: list[StaticPath] = []
-    for level in beam.levels(measure, gains.may_extend):
-        scored_paths = [gains.full, *level.paths]
-        gains.table.fill(PathsOnPart(task, SELECT, scored_paths) for task in tasks)
-        best = gains.choose_best(level.paths)
-        if not best_paths:
-            listener.note(HEAD)
-        best_paths.append(best)
-        change = gains.gain_with_interval(best)
-        num_left = estimate_pairs(beam, tasks, level.saved)
-        progress.expect(num_left, describe_level(level.saved, change))
-        listener.note(f"{format_level(level.saved, change)}\n  {best.edits(beam.num_layers)}")
+    workers: Workers
+    splits: Sequence[TaskSplits]
+    beam: Beam
+    store: ResultStore
+    identity: Mapping[str, Any]
+    config: TuneConfig
+    listener: Listener
 
-        is_last = level.saved == beam.max_saved
-        if _is_time_over(config.minutes, gains.table.seconds):
-            listener.note(f"{config.minutes:g} minutes are over; no further level begins")
-            return _SearchResult(best_paths, is_cut=not is_last)
-        if not is_last and not gains.may_extend(best):  # so no path of the level may
-            listener.note(
-                f"all paths of this level lose more than --max-loss {config.max_loss:g}, "
-                f"so the search ends"
+    @property
+    def is_repaired(self) -> bool:
+        """Whether paths are repaired."""
+        return "repair" in self.identity
+
+    def find_paths(self, sources: Sequence[TextSource]) -> StaticPaths:
+        """Search for paths, test the best path of each level, and return `paths.json`.
+
+        Args:
+            sources: The texts that paths are repaired with.
+        """
+        config = self.config
+        base = self.workers.base
+        full = StaticPath(range(base.num_layers))
+        repair = None
+        if self.is_repaired:
+            repair = make_repair(self.workers, sources, config, self.store, self.listener)
+        with self.listener.progress("tuning", "scores") as on_progress:
+            tasks = []
+            for number, splits in enumerate(self.splits):
+                tasks.append(tokenize_task(base, splits, config, number))
+            first_block = FirstBlock(self.listener, base.model.device)
+            progress = TuningProgress(on_progress, first_block)
+            table = ScoreTable(
+                self.workers.executor, self.store, config.state_cache_gb, progress.add, repair
             )
-    return _SearchResult(best_paths, is_cut=False)
+            gains = Gains(table, tasks, full, config.max_loss, config.seed)
+            search = self.search(gains, progress)
+            paths = [full, *search.paths]
+            gains = self.test(paths, gains, progress)
+            named_paths = make_named_paths(paths, gains)
+            progress.finish()
+        if self.is_repaired:
+            self.listener.note("\n".join(compare_repairs(named_paths)))
+        return self.make_record(tasks, named_paths, repair, is_cut=search.is_cut)
+
+    def search(self, gains: Gains, progress: TuningProgress) -> _SearchResult:
+        """Search for paths level by level, and choose the best path of each level."""
+        beam = self.beam
+        listener = self.listener
+        is_repaired = self.is_repaired
+        head = HEAD
+        if is_repaired:
+            gains = gains.with_repair(STAND_IN)
+            head = REPAIRED_HEAD
+
+        def measure(paths: Sequence[StaticPath], num_questions: int) -> Floats:
+            return _measure_fit(gains, paths, num_questions, beam.num_questions)
+
+        progress.expect(estimate_pairs(beam, gains.tasks, is_repaired=is_repaired))
+        best_paths: list[StaticPath] = []
+        for level in beam.levels(measure, gains.may_extend):
+            _fill_select(gains, level.paths)
+            best = gains.choose_best(level.paths)
+            if not best_paths:
+                listener.note(head)
+            best_paths.append(best)
+            change = gains.gain_with_interval(best)
+            num_left = estimate_pairs(beam, gains.tasks, level.saved, is_repaired=is_repaired)
+            progress.expect(num_left, describe_level(level.saved, change))
+            listener.note(f"{format_level(level.saved, change)}\n  {best.edits(beam.num_layers)}")
+
+            is_last = level.saved == beam.max_saved
+            minutes = self.config.minutes
+            if _is_time_over(minutes, gains.table.seconds):
+                listener.note(f"{minutes:g} minutes are over; no further level begins")
+                return _SearchResult(best_paths, is_cut=not is_last)
+            if not is_last and not gains.may_extend(best):  # so no path of the level may
+                listener.note(
+                    f"all paths of this level lose more than --max-loss {gains.max_loss:g}, "
+                    f"so the search ends"
+                )
+        return _SearchResult(best_paths, is_cut=False)
+
+    def test(self, paths: Sequence[StaticPath], gains: Gains, progress: TuningProgress) -> Gains:
+        """Score paths on all parts and their texts, and grade generated answers.
+
+        With repair, the paths are scored both plain and with their refits.
+
+        Returns:
+            The gains of the paths as they will be used: with their refits, if they are repaired.
+        """
+        table = gains.table
+        tasks = gains.tasks
+        shorter_paths = paths[1:]
+        scores: list[PathsOnPart] = []
+        answers: list[PathsOnPart] = []
+        for task in tasks:
+            scores += [PathsOnPart(task, part, paths) for part in task.items]
+            if task.is_generated:
+                answers += [PathsOnPart(task, part, paths) for part in (SELECT, TEST)]
+        num_left = table.count_missing(scores) + table.count_missing_grades(answers)
+        if self.is_repaired:
+            num_left += table.count_repaired(shorter_paths, tasks)
+        progress.expect(num_left)
+        table.fill(scores)
+        table.fill_grades(answers)
+        if not self.is_repaired:
+            return gains
+        table.fill_repaired(shorter_paths, tasks)
+        return gains.with_repair(REFIT)
+
+    def make_record(
+        self,
+        tasks: Sequence[TaskQuestions],
+        paths: Sequence[NamedPath],
+        repair: Repair | None,
+        *,
+        is_cut: bool,
+    ) -> StaticPaths:
+        """Return the content of `paths.json`."""
+        base = self.workers.base
+        header = new_manifest("paths", model=base.identity, config=self.config.to_dict())
+        num_tokens = 0
+        if repair is not None:
+            num_tokens = sum(map(len, repair.texts))
+        return StaticPaths(
+            **header,
+            tasks=tuple(task.name for task in tasks),
+            divided=tuple(task.name for task in tasks if task.is_divided),
+            objective={task.name: task.objective for task in tasks},
+            num_layers=base.num_layers,
+            runtime=self.identity["runtime"],
+            questions_sha256=self.identity["questions_sha256"],
+            is_cut=is_cut,
+            repair=self.identity.get("repair", ""),
+            refit_tokens=num_tokens,
+            texts_sha256=self.identity.get("texts_sha256", ""),
+            paths=tuple(paths),
+        )
 
 
 def _is_time_over(minutes: float | None, seconds: float) -> bool:
@@ -225,48 +352,34 @@ def _is_time_over(minutes: float | None, seconds: float) -> bool:
     return minutes is not None and seconds > 60 * minutes
 
 
+def _fill_select(gains: Gains, paths: Sequence[StaticPath]) -> None:
+    """Score paths and the full path on all questions of `select`."""
+    scored_paths = [gains.as_scored(path) for path in (gains.full, *paths)]
+    gains.table.fill(PathsOnPart(task, SELECT, scored_paths) for task in gains.tasks)
+
+
 def _measure_fit(
-    table: ScoreTable,
-    tasks: Sequence[TaskQuestions],
-    paths: Sequence[StaticPath],
-    num_questions: int,
-    num_all: int,
+    gains: Gains, paths: Sequence[StaticPath], num_questions: int, num_all: int
 ) -> Floats:
     """Return each path's mean objective over the tasks, on the first questions of `fit`, `[N]`.
 
     Args:
-        table: The scores.
-        tasks: The tasks.
+        gains: The scores, and how paths are repaired.
         paths: N paths.
         num_questions: How many questions to score of the task with the most questions. Of another
             task the same share is scored, rounded up.
         num_all: All questions of the task with the most.
     """
+    tasks = gains.tasks
+    scored_paths = [gains.as_scored(path) for path in paths]
     requests = []
     for task in tasks:
         limit = math.ceil(num_questions * len(task.items[FIT]) / num_all)
-        requests.append(PathsOnPart(task, FIT, paths, limit))
-    table.fill(requests)
+        requests.append(PathsOnPart(task, FIT, scored_paths, limit))
+    gains.table.fill(requests)
     total = np.zeros(len(paths))
     for task in tasks:
-        total += np.array([np.mean(table.objective(task, FIT, path)) for path in paths])
+        objectives = [gains.table.objective(task, FIT, path) for path in scored_paths]
+        total += np.array([np.mean(values) for values in objectives])
     mean: Floats = total / len(tasks)
     return mean
-
-
-def _test(
-    paths: Sequence[StaticPath],
-    tasks: Sequence[TaskQuestions],
-    table: ScoreTable,
-    progress: TuningProgress,
-) -> None:
-    """Score paths on all parts and their texts, and grade generated answers."""
-    scores: list[PathsOnPart] = []
-    answers: list[PathsOnPart] = []
-    for task in tasks:
-        scores += [PathsOnPart(task, part, paths) for part in task.items]
-        if task.is_generated:
-            answers += [PathsOnPart(task, part, paths) for part in (SELECT, TEST)]
-    progress.expect(table.count_missing(scores) + table.count_missing_grades(answers))
-    table.fill(scores)
-    table.fill_grades(answers)

@@ -3,12 +3,15 @@
 Missing scores are computed in blocks of a few questions. Each block is kept on disk as soon as it
 is done, so nothing is scored twice, and a killed run loses little.
 
+A path may have scores plain, with the stand-in and with its refit. The table tells them apart by
+the path's adapter, which is `PLAIN`, `STAND_IN` or `REFIT`. The full path is always plain.
+
 Axes: N paths, Q questions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -16,14 +19,22 @@ import numpy as np
 
 from drllm.paths import StaticPath
 from drllm.records.codec import hash_values
+from drllm.records.static_paths import SELECT, TEST
 from drllm.statistics.intervals import Floats
 from drllm.tuning.objectives import GOLD
-from drllm.tuning.path_scorer import (
+from drllm.tuning.path_scorer import Scores
+from drllm.tuning.repair import Repair
+from drllm.tuning.score_blocks import (
+    REFIT,
     GradeAnswers,
+    PartScores,
+    PartToScore,
     PathsToScore,
+    PathToRepair,
     PromptsToAnswer,
+    RepairedScores,
+    RepairPaths,
     ScorePaths,
-    Scores,
 )
 from drllm.tuning.task_questions import TaskQuestions
 from drllm.work.run import Block, Executor, run
@@ -83,10 +94,11 @@ class ScoreTable:
         state_cache_gb: Size of the cache of states that paths share, divided among workers that
             share a machine; None chooses it by memory.
         on_scored: Receives the progress.
+        repair: What paths are repaired with; None if they aren't.
 
     Attributes:
         seconds: How long scoring took, including kept scores, as a mean over the workers. The time
-            to generate answers isn't counted.
+            to generate answers isn't counted, and the time to refit paths isn't either.
     """
 
     def __init__(
@@ -95,6 +107,7 @@ class ScoreTable:
         store: ResultStore,
         state_cache_gb: float | None,
         on_scored: OnScored,
+        repair: Repair | None = None,
     ) -> None:
         if state_cache_gb is not None:
             state_cache_gb /= executor.num_sharing
@@ -103,6 +116,10 @@ class ScoreTable:
         self._store = store
         self._on_scored = on_scored
         self._score_paths = ScorePaths(state_cache_gb)
+        self._repair_paths: RepairPaths | None = None
+        if repair is not None:
+            self._score_paths = ScorePaths(state_cache_gb, repair.stand_in_texts)
+            self._repair_paths = RepairPaths(state_cache_gb, repair.texts)
         self._grade_answers = GradeAnswers()
         # A row has a value for each question of a part, [Q]; NaN where it is missing.
         self._objectives: dict[Place, Floats] = {}
@@ -171,16 +188,60 @@ class ScoreTable:
             on_result=on_result,
         )
 
+    def count_repaired(self, paths: Sequence[StaticPath], tasks: Sequence[TaskQuestions]) -> int:
+        """Return how many scores `fill_repaired` makes."""
+        places = _list_places(tasks)
+        return sum(_RepairBlock(path, places).num_scores for path in paths)
+
+    def fill_repaired(self, paths: Sequence[StaticPath], tasks: Sequence[TaskQuestions]) -> None:
+        """Refit plain paths, and score them on all parts of tasks under the adapter `REFIT`."""
+        assert self._repair_paths is not None
+        places = _list_places(tasks)
+        blocks: dict[str, _RepairBlock] = {}
+        for path in paths:
+            block = _RepairBlock(path, places)
+            blocks[block.key] = block
+
+        def on_result(block: Block[PathToRepair], scores: RepairedScores, **_: bool) -> None:
+            self._insert_repaired(blocks[block.key], scores)
+
+        run(
+            [block.to_run() for block in blocks.values()],
+            self._repair_paths,
+            self._executor,
+            keep=self._store.of(RepairedScores),
+            on_result=on_result,
+        )
+
+    def _insert_repaired(self, block: _RepairBlock, scores: RepairedScores) -> None:
+        """Insert the scores of a refitted path, and report the progress."""
+        for key, part_scores in scores.parts.items():
+            task, part = block.places[key]
+            self._insert_part(task, part, block.path.with_adapter(REFIT), part_scores)
+        self._on_scored(block.num_scores, self.seconds, "refitting the best paths")
+
+    def _insert_part(
+        self, task: TaskQuestions, part: str, path: StaticPath, scores: PartScores
+    ) -> None:
+        """Insert the scores of a path on a whole part."""
+        place = (task, part, path)
+        self._objectives[place] = np.array(scores.objective)
+        if scores.right:
+            self._is_right[place] = np.array(scores.right)
+        if scores.grades:
+            self._grades[place] = np.array(scores.grades)
+
     def _make_score_blocks(self, requests: Iterable[PathsOnPart]) -> list[_ScoreBlock]:
         """Divide what is missing into blocks of questions of similar length."""
         blocks: list[_ScoreBlock] = []
         for request in requests:
-            paths_by_start: dict[int, list[StaticPath]] = {}
+            # By the first question without a score, and by how paths are repaired.
+            groups: dict[tuple[int, str], list[StaticPath]] = {}
             for path in dict.fromkeys(request.paths):
                 num_scored = self._count_scored(request.task, request.part, path)
                 if num_scored < request.num_questions:
-                    paths_by_start.setdefault(num_scored, []).append(path)
-            for start, paths in paths_by_start.items():
+                    groups.setdefault((num_scored, path.adapter), []).append(path)
+            for (start, _), paths in groups.items():
                 questions = range(start, request.num_questions)
                 blocks += _divide_questions(request.task, request.part, paths, questions)
         return blocks
@@ -286,6 +347,8 @@ def _divide_questions(
     size = max(1, MOST_PAIRS // len(paths))
     digest = hash_values(path.layers for path in paths)[:16]
     name = f"{task.key} {part} {questions.start} to {questions.stop}"
+    if paths[0].adapter:
+        name = f"{name} {paths[0].adapter}"
     blocks = []
     for first in range(0, len(places), size):
         key = f"{name} from {first} {digest}"
@@ -328,3 +391,47 @@ def _divide_prompts(task: TaskQuestions, part: str, path: StaticPath) -> list[_A
         key = f"{task.key} answers {part} from {start} {digest}"
         blocks.append(_AnswerBlock(key, task, part, path, places))
     return blocks
+
+
+def _list_places(tasks: Sequence[TaskQuestions]) -> dict[str, tuple[TaskQuestions, str]]:
+    """Return all parts of tasks, by a key of their own."""
+    places = {}
+    for task in tasks:
+        for part in task.items:
+            places[f"{task.key} {part}"] = (task, part)
+    return places
+
+
+@dataclass(frozen=True, eq=False)
+class _RepairBlock:
+    """A path that one block refits and scores.
+
+    Attributes:
+        path: The path, plain.
+        places: The parts to score it on, by a key of their own.
+    """
+
+    path: StaticPath
+    places: Mapping[str, tuple[TaskQuestions, str]]
+
+    @property
+    def key(self) -> str:
+        """The key of the block."""
+        return f"{REFIT} {hash_values(self.path.layers)[:16]}"
+
+    @property
+    def num_scores(self) -> int:
+        """How many questions are scored and answered."""
+        return sum(part.num_scores for part in self._list_parts())
+
+    def to_run(self) -> Block[PathToRepair]:
+        """Return the block for `run`."""
+        parts = self._list_parts()
+        return Block(self.key, PathToRepair(self.path, parts), self.num_scores)
+
+    def _list_parts(self) -> list[PartToScore]:
+        parts = []
+        for key, (task, part) in self.places.items():
+            prompts = task.prompts.get(part, ()) if part in (SELECT, TEST) else ()
+            parts.append(PartToScore(key, task.items[part], task.objective_on(part), prompts))
+        return parts

@@ -238,7 +238,7 @@ def _choose_device(routed: RoutedModel, num_tokens: int) -> torch.device:
         raise ConfigError(
             f"the states of {num_tokens} tokens, which paths are repaired by, take "
             f"{num_bytes / 1e9:.1f} GB, more than half of the free memory; give a lower "
-            f"--calibration-tokens, or --repair none"
+            f"--refit-tokens, or --repair none"
         )
     return host
 

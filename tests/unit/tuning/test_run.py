@@ -20,7 +20,7 @@ from drllm.work.listener import Listener
 from drllm.work.ray import RayExecutor
 from drllm.work.store import ResultStore
 
-SMALL = {"num_fit": 30, "num_judged": 40, "max_skipped": 2, "beam": 2}
+SMALL = {"num_fit": 30, "num_judged": 40, "max_skipped": 2, "beam": 2, "repair": "none"}
 
 
 def tuned(routed, folder=None, **settings):
@@ -56,7 +56,7 @@ def count_scored():
         counts.append(len(paths) * len(items))
         return score_paths(routed, items, paths, *settings)
 
-    with mock.patch("drllm.tuning.path_scorer.score_paths", count):
+    with mock.patch("drllm.tuning.score_blocks.score_paths", count):
         yield counts
 
 
@@ -108,7 +108,7 @@ def test_the_file_is_what_was_returned_and_is_not_made_again(unbroken, routed, m
     found, folder = unbroken
     assert read_paths(folder / "paths.json") == found
     assert not (folder / PARTIAL_FOLDER).exists()
-    monkeypatch.setattr("drllm.tuning.path_scorer.score_paths", None)
+    monkeypatch.setattr("drllm.tuning.score_blocks.score_paths", None)
     assert tuned(routed, folder, max_loss=10.0) == found
 
 
@@ -311,7 +311,7 @@ def test_prompts_alone_are_tuned_on_by_their_kl(drllm, model_folder, tmp_path):
 def test_what_makes_no_sense_is_refused_before_anything_is_scored(
     routed, settings, says, monkeypatch
 ):
-    monkeypatch.setattr("drllm.tuning.path_scorer.score_paths", None)
+    monkeypatch.setattr("drllm.tuning.score_blocks.score_paths", None)
     with pytest.raises(ConfigError, match=says):
         tuned(routed, **settings)
 

@@ -9,7 +9,8 @@ from drllm.paths import StaticPath
 from drllm.tasks.examples import Prompt
 from drllm.tuning import score_table
 from drllm.tuning.objectives import GOLD, LOSS
-from drllm.tuning.path_scorer import GradeAnswers, Item, Scores
+from drllm.tuning.path_scorer import Item, Scores
+from drllm.tuning.score_blocks import GradeAnswers
 from drllm.tuning.score_table import PathsOnPart, ScoreTable
 from drllm.tuning.task_questions import TEXTS_OF, TaskQuestions
 from drllm.work.store import ResultStore

@@ -136,5 +136,5 @@ def test_repaired_paths_are_nearer_to_the_full_path(routed, texts):
 
 def test_states_that_do_not_fit_into_memory_are_refused(routed, texts, monkeypatch):
     monkeypatch.setattr(stand_in, "free_bytes", lambda _device: 1000)
-    with pytest.raises(ConfigError, match="--calibration-tokens"):
+    with pytest.raises(ConfigError, match="--refit-tokens"):
         fit_stand_in(routed, texts)

@@ -51,7 +51,7 @@ from drllm.models.routing.depth_control import encode_calibration, make_policy, 
 from drllm.models.routing.policies import PathPolicy, Policy
 from drllm.paths import Decisions
 from drllm.records.static_paths import PathFile, load_path
-from drllm.work.listener import quiet
+from drllm.work.listener import logger, quiet
 
 MAX_ROWS = 64  # the harness' default of `max_batch_size`
 PATIENCE = datetime.timedelta(weeks=52)
@@ -166,6 +166,8 @@ class RoutedLM(HFLM):  # type: ignore[misc]
             return _make_depth_policy(self.routed, depth, self.tokenizer)
         _refuse_second_plan(path, self.routed, depth)
         path_file = load_path(path)
+        if path_file.note:
+            logger.warning(path_file.note)
         self.path_source = _name_path(path_file)
         return self.routed.build_policy(path_file)
 

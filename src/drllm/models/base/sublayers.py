@@ -144,7 +144,9 @@ class _SumCheck:
 
     def _compare(self, _layer: nn.Module, _args: Any, output: Any) -> None:
         assert self._state is not None
-        if not torch.equal(first_output(output), self._state):
+        result = first_output(output)
+        # The input may come from the device of the layer before.
+        if not torch.equal(result, self._state.to(result.device)):
             reason = "does more than add the outputs of its attention and MLP"
             raise _make_error(self.model_name, self.index, reason)
 

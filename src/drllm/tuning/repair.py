@@ -1,0 +1,109 @@
+"""How a tuning repairs paths: whether it does, and with which texts.
+
+Candidates are repaired by a cheap stand-in (see `stand_in`). The best path of each level is
+refitted (see `refit`). Both are solved where the blocks run, from the texts of a `Repair`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from drllm.config import TuneConfig
+from drllm.errors import ArchitectureError
+from drllm.models.base.prompts import Prompt as Conversation
+from drllm.models.workers import Workers
+from drllm.tuning.calibration import (
+    NO_REPAIR,
+    REFIT_TOKENS,
+    STAND_IN_TOKENS,
+    choose_texts,
+    describe_calibration,
+)
+from drllm.tuning.heal_texts import TextSource, Tokens
+from drllm.tuning.heal_tokens import tokenize_source
+from drllm.tuning.score_blocks import REFIT, AnswerPrompts, FindObstacle
+from drllm.work.listener import Listener
+from drllm.work.run import Block, Executor, run
+from drllm.work.store import ResultStore
+
+ANSWERS_AT_ONCE = 32  # prompts that are answered, and kept, together
+MAX_OPEN_PROMPTS = 256  # maximum prompts of a source that the full path answers
+MAX_ANSWER_TOKENS = 128  # maximum tokens of such an answer
+
+
+@dataclass(frozen=True, slots=True)
+class Repair:
+    """What paths are repaired with.
+
+    Attributes:
+        texts: The texts that paths are refitted on, as tokens.
+        stand_in_texts: The texts that the stand-in is fitted on, as tokens.
+    """
+
+    texts: Sequence[Tokens]
+    stand_in_texts: Sequence[Tokens]
+
+
+def choose_repair(config: TuneConfig, executor: Executor, listener: Listener) -> str:
+    """Return how paths are repaired: `REFIT`, or an empty text.
+
+    Without a setting, paths are repaired if the model's layers can be refitted. If not, a note
+    gives the reason.
+
+    Raises:
+        ArchitectureError: `--repair refit` is given, and a layer can't be refitted.
+    """
+    if config.repair == NO_REPAIR:
+        return ""
+    with listener.busy("looking for the maps to refit"):
+        [obstacle] = run([Block("refit", None)], FindObstacle(), executor)
+    if not obstacle:
+        return REFIT
+    if config.repair == REFIT:
+        raise ArchitectureError(f"--repair {REFIT}: {obstacle}; give --repair {NO_REPAIR}")
+    listener.note(f"paths are chosen without repair: {obstacle}")
+    return ""
+
+
+def make_repair(
+    workers: Workers,
+    sources: Sequence[TextSource],
+    config: TuneConfig,
+    store: ResultStore,
+    listener: Listener,
+) -> Repair:
+    """Tokenize the texts that paths are repaired with, and choose among them.
+
+    Prompts without right answers are answered along the full path.
+    """
+    by_source: dict[str, list[Tokens]] = {}
+    for source in sources:
+        with listener.busy(f"reading the texts of {source.name}"):
+            if source.is_open:
+                by_source[source.name] = _answer_source(source, workers.executor, store)
+            else:
+                by_source[source.name] = tokenize_source(workers.base, source)
+    texts = choose_texts(by_source, config.refit_tokens or REFIT_TOKENS)
+    num_stand_in = min(config.refit_tokens or STAND_IN_TOKENS, STAND_IN_TOKENS)
+    stand_in_texts = choose_texts(by_source, num_stand_in)
+    width = workers.base.model.config.get_text_config().hidden_size
+    size = 4 * workers.base.num_layers * width * sum(map(len, stand_in_texts))
+    for line in describe_calibration(list(by_source), texts, size):
+        listener.note(line)
+    return Repair(texts, stand_in_texts)
+
+
+def _answer_source(source: TextSource, executor: Executor, store: ResultStore) -> list[Tokens]:
+    """Answer the prompts of a source along the full path, or read the kept answers."""
+    prompts = [prompt.content for prompt in source.prompts[:MAX_OPEN_PROMPTS]]
+    blocks: list[Block[Sequence[Conversation]]] = []
+    for start in range(0, len(prompts), ANSWERS_AT_ONCE):
+        block = prompts[start : start + ANSWERS_AT_ONCE]
+        blocks.append(Block(f"{source.name} texts from {start}", block, len(block)))
+    function = AnswerPrompts(MAX_ANSWER_TOKENS)
+    results = run(blocks, function, executor, keep=store.of(list[Tokens]))
+    texts: list[Tokens] = []
+    for result in results:
+        texts += result
+    return texts

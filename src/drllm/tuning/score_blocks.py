@@ -1,0 +1,254 @@
+"""What a tuning's workers do with one block: score paths, repair a path, or answer prompts.
+
+Axes: N paths, Q questions.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import msgspec
+
+from drllm.errors import ArchitectureError, RoutingError
+from drllm.models.base.prompts import Prompt as Conversation
+from drllm.models.base.prompts import context_length, encode, render
+from drllm.models.routed_model import RoutedModel
+from drllm.paths import Gap, StaticPath
+from drllm.tasks.examples import Prompt
+from drllm.tuning.heal_texts import Tokens
+from drllm.tuning.heal_tokens import answer_prompts
+from drllm.tuning.path_scorer import Item, Scores, grade_answers, score_paths
+from drllm.tuning.refit import find_projections, refit
+from drllm.tuning.stand_in import StandIn, fit_stand_in
+from drllm.work.run import BlockFunction, BlockSteps
+
+PLAIN = ""
+STAND_IN = "stand-in"
+REFIT = "refit"
+"""How a path is repaired while it is scored: not at all, by the stand-in, or by its refit. A table
+of scores has these words as the adapter of a path (see `score_table`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class PathsToScore:
+    """A block of scores: each path is scored on each question.
+
+    Attributes:
+        paths: The paths. Their adapter is `PLAIN` or `STAND_IN`, the same for all.
+        items: The questions.
+        objective: What they are scored by.
+    """
+
+    paths: Sequence[StaticPath]
+    items: Sequence[Item]
+    objective: str
+
+
+@dataclass
+class ScoringModel:
+    """A worker's model, and the stand-in, which is fitted when it is first needed.
+
+    Attributes:
+        routed: The model.
+        texts: The texts that the stand-in is fitted on, as tokens.
+    """
+
+    routed: RoutedModel
+    texts: Sequence[Tokens]
+
+    @cached_property
+    def stand_in(self) -> StandIn:
+        """The stand-in."""
+        return fit_stand_in(self.routed, self.texts)
+
+
+@dataclass(frozen=True)
+class ScorePaths(BlockFunction[PathsToScore, Scores]):
+    """Scores the paths of a block on its questions.
+
+    Attributes:
+        state_cache_gb: As for `score_paths`, for each worker.
+        texts: The texts that the stand-in is fitted on, as tokens; empty if no path needs it.
+    """
+
+    state_cache_gb: float | None
+    texts: Sequence[Tokens] = ()
+
+    def prepare(self, model: RoutedModel) -> ScoringModel:
+        """See `BlockFunction.prepare`."""
+        return ScoringModel(model, self.texts)
+
+    def __call__(self, prepared: ScoringModel, data: PathsToScore, steps: BlockSteps) -> Scores:
+        """Return the scores of a block; their seconds include the fit of the stand-in."""
+        started = time.perf_counter()
+        crossings = None
+        if data.paths[0].adapter == STAND_IN:
+            crossings = prepared.stand_in
+        paths = [path.with_adapter(PLAIN) for path in data.paths]
+        scores = score_paths(
+            prepared.routed, data.items, paths, data.objective, self.state_cache_gb, crossings
+        )
+        return msgspec.structs.replace(scores, seconds=time.perf_counter() - started)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptsToAnswer:
+    """A block of generated answers: each prompt is answered along one path."""
+
+    path: StaticPath
+    prompts: Sequence[Prompt]
+
+
+@dataclass(frozen=True)
+class GradeAnswers(BlockFunction[PromptsToAnswer, list[float]]):
+    """Generates the answers of a block, and grades them."""
+
+    def __call__(
+        self, prepared: RoutedModel, data: PromptsToAnswer, steps: BlockSteps
+    ) -> list[float]:
+        """Return the grade of each answer."""
+        return grade_answers(prepared, data.path, data.prompts)
+
+
+@dataclass(frozen=True, slots=True)
+class PartToScore:
+    """A part of a task's questions that a repaired path is scored on.
+
+    Attributes:
+        key: The part's name among the parts of all tasks.
+        items: The questions.
+        objective: What they are scored by.
+        prompts: The prompts to answer; empty if no answers are generated.
+    """
+
+    key: str
+    items: Sequence[Item]
+    objective: str
+    prompts: Sequence[Prompt] = ()
+
+    @property
+    def num_scores(self) -> int:
+        """How many questions are scored, and how many answered."""
+        return len(self.items) + len(self.prompts)
+
+
+@dataclass(frozen=True, slots=True)
+class PathToRepair:
+    """A block of repair: one path, and all parts to score it on."""
+
+    path: StaticPath
+    parts: Sequence[PartToScore]
+
+
+class PartScores(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The scores of a repaired path on one part.
+
+    Attributes:
+        objective: The objective on each question, `[Q]`.
+        right: 1 if the right option is the likeliest, else 0, `[Q]`; empty without options.
+        grades: The grade of each answer; empty if none are generated.
+    """
+
+    objective: list[float]
+    right: list[float] = []
+    grades: list[float] = []
+
+
+class RepairedScores(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The scores of a repaired path.
+
+    Attributes:
+        parts: The scores by the part's key.
+        seconds: How long the repair took, without the scores.
+    """
+
+    parts: dict[str, PartScores]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class RepairPaths(BlockFunction[PathToRepair, RepairedScores]):
+    """Refits the path of a block, and scores it as refitted. The refit isn't kept.
+
+    Attributes:
+        state_cache_gb: As for `score_paths`, for each worker.
+        texts: The texts that paths are refitted on, as tokens.
+    """
+
+    state_cache_gb: float | None
+    texts: Sequence[Tokens]
+
+    def __call__(
+        self, prepared: RoutedModel, data: PathToRepair, steps: BlockSteps
+    ) -> RepairedScores:
+        """Return the scores of a block."""
+        started = time.perf_counter()
+        gaps = refit(prepared, data.path, self.texts)
+        seconds = time.perf_counter() - started
+        weights = {gap.name: gap.weight for gap in gaps}
+        prepared.injection.add_adapter(REFIT, refit=weights)
+        try:
+            parts = {part.key: self._score_part(prepared, data, part, steps) for part in data.parts}
+        finally:
+            prepared.injection.adapters.drop(REFIT)
+        return RepairedScores(parts=parts, seconds=seconds)
+
+    def _score_part(
+        self, routed: RoutedModel, data: PathToRepair, part: PartToScore, steps: BlockSteps
+    ) -> PartScores:
+        """Score the repaired path on a part, or read the kept scores."""
+        make = partial(self._make_scores, routed, data.path.with_adapter(REFIT), part)
+        if steps.store is None:
+            return make()
+        return steps.store.get_or_make(part.key, PartScores, make)
+
+    def _make_scores(self, routed: RoutedModel, path: StaticPath, part: PartToScore) -> PartScores:
+        """Score the repaired path on a part."""
+        scores = score_paths(routed, part.items, [path], part.objective, self.state_cache_gb)
+        grades: list[float] = []
+        if part.prompts:
+            grades = grade_answers(routed, path, part.prompts)
+        right = scores.right[0] if scores.right else []
+        return PartScores(objective=scores.objective[0], right=right, grades=grades)
+
+
+@dataclass(frozen=True)
+class AnswerPrompts(BlockFunction[Sequence[Conversation], list[Tokens]]):
+    """Answers the prompts of a block along the full path.
+
+    Attributes:
+        max_tokens: Maximum tokens of an answer.
+    """
+
+    max_tokens: int
+
+    def __call__(
+        self, prepared: RoutedModel, data: Sequence[Conversation], steps: BlockSteps
+    ) -> list[Tokens]:
+        """Return the prompts with their answers, as tokens; all fit into the model's context."""
+        max_tokens = self.max_tokens
+        context = context_length(prepared.model)
+        if context is not None:
+            tokenizer = prepared.tokenizer
+            rows = [encode(tokenizer, render(tokenizer, prompt, chat=True)) for prompt in data]
+            room = context - max(map(len, rows))
+            max_tokens = max(1, min(max_tokens, room))
+        return answer_prompts(prepared, data, max_tokens)
+
+
+@dataclass(frozen=True)
+class FindObstacle(BlockFunction[None, str]):
+    """Finds out whether the layers of a model can be refitted."""
+
+    def __call__(self, prepared: RoutedModel, data: None, steps: BlockSteps) -> str:
+        """Return why a layer can't be refitted; empty if all layers can be."""
+        last = prepared.num_layers - 1
+        gaps = [Gap(layer, layer + 2) for layer in range(last)]
+        try:
+            find_projections(prepared, gaps)
+        except (ArchitectureError, RoutingError) as error:
+            return str(error)
+        return ""
