@@ -1,4 +1,4 @@
-"""Settings of `drllm heal`, the training of an adapter for a static path."""
+"""Settings of `drllm heal`, which repairs a static path in closed form and trains an adapter."""
 
 from dataclasses import dataclass
 
@@ -6,10 +6,17 @@ from drllm.config.constants import DATA_DIR_HELP
 from drllm.config.fields import Settings, basic, incidental, setting
 from drllm.errors import ConfigError
 
+REFIT = "refit"
+NO_REPAIR = "none"
+REPAIRS = (REFIT, NO_REPAIR)
+"""The values of `repair`."""
+
+NO_TRAINING = ("minutes", 0)  # the setting with which nothing is trained
+
 
 @dataclass(frozen=True, kw_only=True)
 class HealConfig(Settings):
-    """The training of an adapter that makes up for the layers that a path skips."""
+    """The repair of a path that skips layers: solved in closed form, then trained."""
 
     path: str | None = incidental(
         None,
@@ -42,25 +49,48 @@ class HealConfig(Settings):
         minimum=2,
         help="maximum questions or texts of each source, drawn at random with --seed",
     )
-    rank: int = basic(16, minimum=1, help="rank of the adapter")
-    first_layer: int = basic(0, minimum=0, help="first layer of the path that the adapter changes")
+    repair: str | None = basic(
+        None,
+        choices=REPAIRS,
+        help="what is done before the training: 'refit' solves the down-projection before each gap "
+        "of the path in closed form, 'none' does nothing; default: refit where the path and the "
+        "model allow it",
+    )
+    refit_tokens: int = setting(
+        50_000,
+        minimum=2,
+        no_effect_if=("repair", NO_REPAIR),
+        help="maximum tokens that the refit is solved on, drawn evenly from the sources",
+    )
+    rank: int = basic(16, minimum=1, no_effect_if=NO_TRAINING, help="rank of the adapter")
+    first_layer: int = basic(
+        0,
+        minimum=0,
+        no_effect_if=NO_TRAINING,
+        help="first layer of the path that the adapter changes",
+    )
     steps: int | None = basic(
         None,
         minimum=1,
+        no_effect_if=NO_TRAINING,
         help="training steps; default: 250, unless --minutes is given",
     )
     minutes: float | None = basic(
         None,
-        above=0.0,
-        help="time limit in minutes for training and measuring; the time to read the texts isn't "
-        "counted",
+        minimum=0.0,
+        help="time limit in minutes for training and measuring, 0 for the refit alone; the time to "
+        "read the texts and to solve the refit isn't counted",
     )
     learning_rate: float = setting(
-        2e-3, above=0.0, help="peak learning rate of the cosine schedule"
+        2e-3,
+        above=0.0,
+        no_effect_if=NO_TRAINING,
+        help="peak learning rate of the cosine schedule",
     )
     batch_size: int = setting(
         2,
         minimum=1,
+        no_effect_if=NO_TRAINING,
         help="sequences of --max-tokens tokens per step; a step takes more sequences if they are "
         "shorter",
     )
@@ -76,13 +106,29 @@ class HealConfig(Settings):
     )
     autocast: bool = setting(
         True,
+        no_effect_if=NO_TRAINING,
         help="compute float32 weights in bfloat16 if the processor or GPU supports it",
     )
     seed: int = setting(
         0,
         minimum=0,
-        help="seed of the adapter's initial weights, the order of the texts and --limit",
+        help="seed of the adapter's initial weights, the order of the texts, the tokens of the "
+        "refit and --limit",
     )
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether an adapter is trained after the repair."""
+        return self.minutes != 0
+
+    def check(self) -> None:
+        """Refuse settings that have no effect, and settings that leave nothing to do."""
+        if self.repair == NO_REPAIR and not self.is_trained:
+            raise ConfigError(
+                "--minutes 0 and --repair none leave nothing to do; give more minutes, or "
+                "--repair refit"
+            )
+        self.check_effects()
 
     def require_path(self) -> str:
         """Return `path`; raise ConfigError if it is None."""

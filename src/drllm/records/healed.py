@@ -56,6 +56,7 @@ class RefitRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     gaps: Annotated[tuple[GapRecord, ...], msgspec.Meta(min_length=1)]
     num_tokens: Annotated[int, msgspec.Meta(ge=1)]  # calibration tokens
+    seconds: float | None = None  # how long it took to solve them
 
     @property
     def maps(self) -> tuple[str, ...]:

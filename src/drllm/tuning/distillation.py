@@ -44,8 +44,8 @@ class Distillation:
     Args:
         routed: The model, with the adapter in it.
         path: The path with its adapter.
-        first_layer: The lowest layer that the adapter changes.
-        parameters: The adapter's weights. Nothing else gets gradients.
+        first_layer: The lowest layer that the adapter changes, by LoRA or a refit.
+        parameters: The LoRA weights. Nothing else gets gradients, the refit included.
         low_precision: A dtype for autocast; None computes in the model's dtype.
     """
 

@@ -1,14 +1,15 @@
-"""The stage `heal`: train an adapter for a path that skips layers.
+"""The stage `heal`: repair a path that skips layers in closed form, then train an adapter for it.
 
-PEFT puts a LoRA adapter on the layers of the path, and only the adapter is trained (see
-`heal_training`), on texts of which some are held out (see `heal_texts`). An interrupted run
-resumes, and ends with the same adapter.
+First the down-projection before each gap of the path is solved anew (see `heal_repair`). Then PEFT
+puts a LoRA adapter on the other linear maps of the path, and only the adapter is trained (see
+`heal_training`). Some texts are held out of both (see `heal_texts`). An interrupted run resumes,
+and ends with the same files.
 """
 
 import itertools
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,11 @@ from typing import Any
 
 import msgspec
 import torch
+from torch import nn
 
 from drllm.config import HealConfig
 from drllm.config.fields import make_settings, replace_settings
+from drllm.config.heal import NO_REPAIR, REFIT
 from drllm.cost import path_executions
 from drllm.errors import ConfigError
 from drllm.extras import need
@@ -26,14 +29,25 @@ from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import context_length
 from drllm.models.routed_model import RoutedModel, unrouted
 from drllm.models.routing.healed import save_healed
+from drllm.models.routing.lora import parse_layer
 from drllm.paths import StaticPath
-from drllm.records.healed import HEALED_FILE, HealedPath, Losses, read_healed
+from drllm.records.healed import HEALED_FILE, HealedPath, read_healed
 from drllm.records.manifest import new_manifest
 from drllm.records.places import only_writer
 from drllm.records.static_paths import PathFile, load_path, steps_to_write
 from drllm.tasks.base import Task
 from drllm.tuning.distillation import choose_low_precision
-from drllm.tuning.heal_checks import measure_losses
+from drllm.tuning.heal_checks import (
+    FULL,
+    HEALED,
+    PLAIN,
+    REPAIRED,
+    LossesBefore,
+    TextLosses,
+    measure_text_losses,
+    summarize_losses,
+)
+from drllm.tuning.heal_repair import RefitSolver, choose_repair, choose_texts
 from drllm.tuning.heal_texts import (
     SplitTexts,
     TextArgument,
@@ -66,10 +80,12 @@ def heal(
     listener: Listener | None = None,
     **settings: Any,
 ) -> HealedPath:
-    """Train an adapter that recovers what a path loses, and write the path and the adapter.
+    """Recover what a path loses, and write the path with its adapter.
 
-    The base model isn't changed. After an interruption the same call resumes. If the number of
-    steps is set, the resumed call ends with the same adapter.
+    First the weights before the gaps of the path are solved in closed form (a refit). Then LoRA is
+    trained from there, unless `minutes` is 0. `repair="none"` trains LoRA alone. The base model
+    isn't changed. After an interruption the same call resumes. If the number of steps is set, the
+    resumed call ends with the same adapter.
 
     Args:
         model: As for `tune`.
@@ -85,20 +101,25 @@ def heal(
         settings: Settings of `HealConfig` by name, which replace the config's settings.
 
     Returns:
-        The content of the folder's `path.json`: the path, the KL during the training, and the
-        losses by source.
+        The content of the folder's `path.json`: the path, how it was solved, the KL during the
+        training, and the losses by source.
 
     Raises:
         ConfigError: The settings don't fit the model or the path, the loss diverged, the folder
-            belongs to another run, or PEFT isn't installed.
-        PathError: The model can't run the path, or the path is for another model.
+            belongs to another run, PEFT isn't installed, or a refit alone doesn't lower the loss.
+        PathError: The model can't run the path, or the path is for another model, or can't have
+            the refit that the settings need.
+        ArchitectureError, RoutingError: The model can't have the refit that the settings need.
+        ModelError: There isn't enough memory for the refit.
         TaskError: A task is unknown, there are too few texts, or a file can't be read.
 
     Source: ours; the adapter is LoRA (arXiv 2106.09685).
     """
     config = replace_settings(HealConfig, config, settings)
+    config.check()
     listener = listener or Listener()
-    need("heal", "healing")
+    if config.is_trained:
+        need("heal", "training an adapter (for the refit alone give --minutes 0)")
     sources = read_sources(config, tasks, texts)
     if not isinstance(path, StaticPath | PathFile):  # read now, before the model is loaded
         path = load_path(str(path or config.require_path()))
@@ -118,7 +139,7 @@ def heal(
 
 @dataclass(frozen=True)
 class HealRun:
-    """One run of the stage: it prepares texts, trains and checks an adapter, and saves it.
+    """One run of the stage: it prepares texts, repairs the path, trains an adapter, and saves it.
 
     Attributes:
         base: The model.
@@ -167,23 +188,27 @@ class HealRun:
         return choose_low_precision(self.base.model) if self.config.autocast else None
 
     def run(self) -> HealedPath:
-        """Train, or return the result of an earlier run with the same settings."""
+        """Repair and train, or return the result of an earlier run with the same settings."""
         self.check_settings()
-        record = self.make_record()
+        repair = choose_repair(self.routed, self.plain, self.config, self.listener)
+        record = self.make_record(repair)
         store = ResultStore(self.folder / PARTIAL_FOLDER, _identity(record), stage="healing")
         finished = self.read_finished(record)
         if finished is not None:
             store.remove()  # the earlier run may have been killed before it removed them
             return finished
-        training = self.begin_training()
+        self.check_lora()
         store.open()
         texts = self.prepare_texts(store)
-        with self.listener.progress("healing", "") as on_progress:
-            training.resume(store)
-            self.train(training, texts, store, on_progress)
-            on_progress(1.0, 1.0)
-        losses = self.measure_losses(texts)
-        healed = self.save(record, training, losses)
+        if repair == REFIT:
+            record = self.repair(record, texts, store)
+        before = self.measure_before(record, texts, store)
+        if record.refit is not None:
+            record = self.check_repair(record, before, store)
+        if self.config.is_trained:
+            record = self.train_adapter(record, texts, before, store)
+        after = self.measure_after(texts, before)
+        healed = self.save(record, before, after)
         store.remove()
         return healed
 
@@ -196,18 +221,21 @@ class HealRun:
                 f"--max-tokens is {config.max_tokens}, and this model reads {context} tokens; give "
                 f"at most {context}"
             )
-        if not self.adapted_layers:
+        if self.config.is_trained and not self.adapted_layers:
             raise ConfigError(
                 f"--first-layer {config.first_layer} leaves no layer that can have an adapter; "
                 f"give at most {max(self.plain.layers)}"
             )
 
-    def make_record(self) -> HealedPath:
-        """Return the record of this run; the curve, the losses and the adapter come later."""
+    def make_record(self, repair: str) -> HealedPath:
+        """Return the record of this run; the refit, the curve, the losses and the adapter follow.
+
+        `repair` is `REFIT` or `NO_REPAIR`.
+        """
         autocast = str(self.low_precision).removeprefix("torch.")
-        manifest = new_manifest(
-            "healed_path", model=self.base.identity, config=self.config.to_dict()
-        )
+        config = self.config.to_dict() | {"repair": repair}
+        manifest = new_manifest("healed_path", model=self.base.identity, config=config)
+        rank = self.config.rank if self.config.is_trained else 0
         return HealedPath(
             **manifest,
             name=self.name,
@@ -215,8 +243,8 @@ class HealRun:
             executions=path_executions(self.plain),
             num_layers=self.routed.num_layers,
             first_layer=self.config.first_layer,
-            rank=self.config.rank,
-            alpha=self.config.rank,
+            rank=rank,
+            alpha=rank,
             adapter_sha256="",
             tasks=tuple(source.name for source in self.sources if source.prompts),
             texts=tuple(source.name for source in self.sources if source.texts),
@@ -236,26 +264,102 @@ class HealRun:
         refuse_other_run(name, _identity(healed), _identity(record), remedy)
         return healed
 
-    def begin_training(self) -> AdapterTraining:
-        """Put a new adapter into the model, and return its training."""
+    def check_lora(self) -> None:
+        """Refuse a model that can't have LoRA, before any text is read."""
+        if self.config.is_trained:
+            self.create_lora()
+            self.routed.injection.adapters.drop(ADAPTER)
+
+    def create_lora(self) -> list[nn.Parameter]:
+        """Put new LoRA weights into the model, and return them."""
         rank = self.config.rank
-        parameters = self.routed.injection.create_lora(
+        return self.routed.injection.create_lora(
             ADAPTER,
             rank=rank,
             alpha=rank,  # a scaling of 1, so that a learning rate means the same at every rank
             layers=self.adapted_layers,
             seed=self.config.seed,
         )
-        first_layer = min(self.adapted_layers)
-        return AdapterTraining(
+
+    def begin_training(self, before: LossesBefore | None = None) -> AdapterTraining:
+        """Put a new adapter into the model, beside the refit if there is one.
+
+        Returns its training. `before` is the measurement whose time counts.
+        """
+        parameters = self.create_lora()
+        refit_layers = map(parse_layer, self.routed.injection.refits.weights(ADAPTER))
+        first_layer = min([*self.adapted_layers, *refit_layers])
+        training = AdapterTraining(
             self.routed, self.healed, first_layer, parameters, self.config, self.low_precision
         )
+        if before is not None:
+            training.count_measurement(before.seconds, before.seconds_per_path)
+        return training
 
     def prepare_texts(self, store: ResultStore) -> SplitTexts:
         """Tokenize the texts, and hold some out."""
         tokenizer = TextTokenizer(self.routed, self.config.max_tokens, store, self.listener)
         texts = tokenizer.tokenize_sources(self.sources)
         return split_texts(texts, self.config)
+
+    def repair(self, record: HealedPath, texts: SplitTexts, store: ResultStore) -> HealedPath:
+        """Solve the refit, and put it into the model. Without enough texts there is none."""
+        calibration_texts = choose_texts(texts.to_train, self.config, self.listener)
+        if not calibration_texts:
+            return record
+        solver = RefitSolver(self.routed, self.plain, calibration_texts, store, self.listener)
+        solved = solver.solve()
+        self.routed.injection.add_adapter(ADAPTER, refit=solved.weights)
+        return msgspec.structs.replace(record, refit=solved.to_record())
+
+    def measure_before(
+        self, record: HealedPath, texts: SplitTexts, store: ResultStore
+    ) -> LossesBefore:
+        """Measure the losses of the full path, of the plain path, and with the refit."""
+        paths = {FULL: self.full, PLAIN: self.plain}
+        if record.refit is not None:
+            paths[REPAIRED] = self.healed
+
+        def measure() -> LossesBefore:
+            started = time.perf_counter()
+            losses = measure_text_losses(self.routed, paths, texts.held_out)
+            return LossesBefore(by_source=losses, seconds=time.perf_counter() - started)
+
+        with self.listener.busy("measuring the losses by source"):
+            return store.get_or_make("losses before", LossesBefore, measure)
+
+    def check_repair(
+        self, record: HealedPath, before: LossesBefore, store: ResultStore
+    ) -> HealedPath:
+        """Take the refit out again if it doesn't lower the loss on held-out texts.
+
+        Raises:
+            ConfigError: So it is, and nothing is trained.
+        """
+        if before.is_improved:
+            self.listener.note(f"refit: next-token loss on held-out texts {before.describe()}")
+            return record
+        reason = "the refit doesn't lower the next-token loss on held-out texts: "
+        reason += before.describe()
+        if not self.config.is_trained:
+            store.remove()
+            raise ConfigError(
+                f"{reason}; give more texts, of several kinds, or train LoRA alone (--repair none)"
+            )
+        self.listener.note(f"{reason}; LoRA starts from the plain path")
+        self.routed.injection.adapters.drop(ADAPTER)
+        return msgspec.structs.replace(record, refit=None)
+
+    def train_adapter(
+        self, record: HealedPath, texts: SplitTexts, before: LossesBefore, store: ResultStore
+    ) -> HealedPath:
+        """Train LoRA, and return the record with the curve of the training."""
+        training = self.begin_training(before)
+        with self.listener.progress("healing", "") as on_progress:
+            training.resume(store)
+            self.train(training, texts, store, on_progress)
+            on_progress(1.0, 1.0)
+        return msgspec.structs.replace(record, curve=tuple(training.state.curve))
 
     def train(
         self,
@@ -300,25 +404,36 @@ class HealRun:
         point = training.check(held_out)
         self.listener.note(f"step {point.step}: KL {point.held_out_kl:.3f} on held-out texts")
 
-    def measure_losses(self, texts: SplitTexts) -> dict[str, Losses]:
-        """Return the next-token losses on the held-out texts, by source."""
+    def measure_after(self, texts: SplitTexts, before: LossesBefore) -> dict[str, TextLosses]:
+        """Return the next-token losses along the healed path, by source."""
+        if not self.config.is_trained:
+            return {
+                source: TextLosses(by_path={HEALED: losses.by_path[REPAIRED]})
+                for source, losses in before.by_source.items()
+            }
         with self.listener.busy("measuring the losses by source"):
-            return measure_losses(self.routed, self.full, self.plain, self.healed, texts.held_out)
+            return measure_text_losses(self.routed, {HEALED: self.healed}, texts.held_out)
 
     def save(
-        self, record: HealedPath, training: AdapterTraining, losses: dict[str, Losses]
+        self, record: HealedPath, before: LossesBefore, after: Mapping[str, TextLosses]
     ) -> HealedPath:
         """Write the healed path, and return its record."""
-        curve = tuple(training.state.curve)
-        record = msgspec.structs.replace(record, curve=curve, held_out=losses)
+        losses = summarize_losses(before, after, has_refit=record.refit is not None)
+        record = msgspec.structs.replace(record, held_out=losses)
         return save_healed(self.folder, record, self.routed.injection, ADAPTER)
 
 
 def _identity(record: HealedPath) -> dict[str, Any]:
     """Return the values by which a run recognises its own files."""
+    # Older records have no repair. They also have settings that no longer exist, which
+    # `make_settings` ignores.
+    config = {"repair": NO_REPAIR, **record.config}
+    settings = make_settings(HealConfig, config).decisive()
+    if settings["repair"] == NO_REPAIR:
+        del settings["repair"]
+        del settings["refit_tokens"]
     return {
-        # Older records have settings that no longer exist; `make_settings` ignores them.
-        "settings": make_settings(HealConfig, record.config).decisive(),
+        "settings": settings,
         "model": record.model,
         "runtime": record.runtime,
         # Only the layers: older records also have a scale for each step, which is always 1.

@@ -1,8 +1,8 @@
 """The texts that `heal` trains on: the questions of tasks with their answers, and other texts.
 
 `read_sources` reads the texts. After they are tokenized, `split_texts` chooses some by their hash
-that are *held out*: the loss is measured on them, and they are never trained on. This module
-doesn't import torch.
+that are *held out*: the loss is measured on them, and they are never trained or refitted on. This
+module doesn't import torch.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from random import Random
 from typing import NamedTuple, TypeAlias
 
 from drllm.config import HealConfig, TuneConfig
@@ -242,3 +243,33 @@ def _cut_texts(texts: Sequence[Tokens], size: int) -> list[Tokens]:
             if len(sequence) > 1:  # no token of a shorter sequence is predicted
                 sequences.append(sequence)
     return sequences
+
+
+def choose_calibration_texts(
+    by_source: Mapping[str, Sequence[Tokens]], num_tokens: int, seed: int
+) -> dict[str, list[Tokens]]:
+    """Choose sequences to refit on, with as many tokens of each source as possible.
+
+    A source with fewer tokens than its share leaves the rest to the others. The last sequence is
+    cut, so that there are exactly `num_tokens` tokens if the sources have as many.
+
+    Args:
+        by_source: Name of a source → its sequences to train on.
+        num_tokens: Maximum number of tokens.
+        seed: Seed of the draw.
+    """
+    random = Random(seed)
+    remaining: dict[str, list[Tokens]] = {}
+    for name, sequences in by_source.items():
+        remaining[name] = random.sample(sequences, k=len(sequences))
+    chosen: dict[str, list[Tokens]] = {name: [] for name in by_source}
+    counts = dict.fromkeys(by_source, 0)
+    num_left = num_tokens
+    while num_left > 1 and any(remaining.values()):
+        names = [name for name in remaining if remaining[name]]
+        name = min(names, key=counts.__getitem__)
+        sequence = remaining[name].pop()[:num_left]
+        chosen[name].append(sequence)
+        counts[name] += len(sequence)
+        num_left -= len(sequence)
+    return {name: sequences for name, sequences in chosen.items() if sequences}

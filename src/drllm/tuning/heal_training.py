@@ -35,10 +35,6 @@ CHECKS = 10  # the number of checks in a training, besides the check before the 
 WARM_UP = 0.05  # share of the training in which the learning rate rises
 MAX_GRAD_NORM = 1.0
 STEPS_AHEAD = 16  # the sequences of this many steps are drawn, and sorted into batches, together
-FINAL_CHECKS = 3
-"""The time of this many checks is set aside for the measurements after the last step. These are a
-check, which runs two paths, and the losses by source, which run three. So they take less time than
-three checks."""
 
 
 class TrainingState(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -46,8 +42,8 @@ class TrainingState(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
     step: int = 0  # steps done
     tokens: int = 0  # tokens trained on
-    seconds: float = 0.0  # duration of all steps and checks
-    check_seconds: float = 0.0  # duration of the longest check
+    seconds: float = 0.0  # duration of the training and of all measurements
+    check_seconds: float = 0.0  # duration of the last check
     train_kl: float | None = None  # a running mean over the last steps
     curve: list[HealPoint] = []  # one point for each check
     tensors: bytes = b""  # parameters and optimiser, as a file of safetensors; set by `save`
@@ -59,7 +55,7 @@ class AdapterTraining:
     Args:
         routed: The model.
         healed: The path with the adapter.
-        first_layer: The lowest layer that the adapter changes.
+        first_layer: The lowest layer that the adapter changes, by LoRA or a refit.
         parameters: The adapter's weights.
         config: The settings.
         low_precision: A dtype for autocast; None computes in the model's dtype.
@@ -85,6 +81,8 @@ class AdapterTraining:
         self.optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
         self.distillation = Distillation(routed, healed, first_layer, parameters, low_precision)
         self.state = TrainingState()
+        self.loss_seconds = 0.0  # to measure the losses after the training
+        self._last_time = time.perf_counter()  # up to here `state.seconds` counts
         self.best = [parameter.detach().clone() for parameter in parameters]
 
     @property
@@ -107,12 +105,29 @@ class AdapterTraining:
     def _share_of_time(self, seconds: float) -> float:
         """Return the share of the training's time that is over.
 
-        `seconds` is the time for the training and for the measurements after it.
+        `seconds` is the time for the training and for the measurements after it, which are a check
+        and the losses.
         """
-        training_seconds = seconds - FINAL_CHECKS * self.state.check_seconds
+        training_seconds = seconds - self.state.check_seconds - self.loss_seconds
         if training_seconds <= 0:
             return 1.0
         return self.state.seconds / training_seconds
+
+    def count_measurement(self, seconds: float, loss_seconds: float) -> None:
+        """Count a measurement before the training.
+
+        Args:
+            seconds: How long it took.
+            loss_seconds: How long the measurement after the training takes.
+        """
+        self.state.seconds += seconds
+        self.loss_seconds = loss_seconds
+
+    def _count_time(self) -> None:
+        """Add the time since the last call to `state.seconds`, whatever was done in it."""
+        now = time.perf_counter()
+        self.state.seconds += now - self._last_time
+        self._last_time = now
 
     @property
     def num_parts_done(self) -> int:
@@ -138,7 +153,6 @@ class AdapterTraining:
         Raises:
             ConfigError: The loss diverged.
         """
-        started = time.perf_counter()
         state = self.state
         rate = learning_rate(self.config.learning_rate, self.progress)
         kl = float(self.distillation.compute_gradients(batch))  # waits for the device
@@ -155,26 +169,26 @@ class AdapterTraining:
         state.train_kl = 0.9 * mean + 0.1 * kl
         state.step += 1
         state.tokens += sum(map(len, batch))
-        state.seconds += time.perf_counter() - started
+        self._count_time()
 
     def check(self, texts: Sequence[Tokens]) -> HealPoint:
         """Measure the KL on the held-out texts, and copy the weights if they are the best so far.
 
         Returns the new point of the curve.
         """
-        started = time.perf_counter()
+        self._count_time()
         state = self.state
+        seconds_before = state.seconds
         with self.distillation.precision():
             kl = measure_kl(self.routed, self.healed, texts)
         if all(kl < point.held_out_kl for point in state.curve):
             self.best = [parameter.detach().clone() for parameter in self.parameters]
-        seconds = time.perf_counter() - started
-        state.check_seconds = max(state.check_seconds, seconds)
-        state.seconds = round(state.seconds + seconds, 3)
+        self._count_time()
+        state.check_seconds = state.seconds - seconds_before
         point = HealPoint(
             step=state.step,
             tokens=state.tokens,
-            seconds=state.seconds,
+            seconds=round(state.seconds, 3),
             train_kl=state.train_kl,
             held_out_kl=kl,
         )
@@ -189,6 +203,7 @@ class AdapterTraining:
 
     def save(self, store: ResultStore) -> None:
         """Keep the state, with the weights and the optimiser, for `resume`."""
+        self._count_time()
         tensors: dict[str, Tensor] = {}
         for number, parameter in enumerate(self.parameters):
             tensors[f"{number} weight"] = parameter.detach().cpu()

@@ -11,21 +11,23 @@ activations of the MLP have more inputs to explain the gap.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from transformers.pytorch_utils import Conv1D
 
-from drllm.errors import PathError
+from drllm.errors import ModelError, PathError, TaskError
 from drllm.models.base.batching import free_bytes
 from drllm.models.base.down_projections import DownProjection, find_down_projections
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.injection import Driver
-from drllm.models.routing.refits import check_map
+from drllm.models.routing.lora import read_map_sizes
+from drllm.models.routing.refits import check_map, move_weight
 from drllm.paths import Gap, StaticPath
 from drllm.records.codec import hash_values
 from drllm.tuning.heal_texts import Tokens
@@ -37,9 +39,12 @@ from drllm.tuning.layer_states import (
     in_float32,
     make_batches,
 )
+from drllm.tuning.refit_work import GapWork, MapSize, RefitProgress, count_layers
 from drllm.tuning.ridge import Solution, TokenSums, solve_change
+from drllm.work.listener import OnProgress
 
 HELD_OUT = 10  # every tenth text chooses λ
+MIN_TEXTS = 2  # one to fit, and one to choose λ
 SHARE_FOR_STATES = 0.25  # of the free memory, for the states of all texts at one layer
 
 
@@ -68,6 +73,9 @@ def refit(
     texts: Sequence[Tokens],
     *,
     first_token_weight: float | None = None,
+    earlier: Sequence[RefittedGap] = (),
+    on_gap: Callable[[RefittedGap], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> list[RefittedGap]:
     """Solve the down-projection before each gap of a path.
 
@@ -77,6 +85,10 @@ def refit(
         texts: Texts as tokens, mixed as the path will be used; 50 thousand tokens or more. Every
             tenth text, by its hash, chooses λ.
         first_token_weight: As in `TokenSums.with_first_tokens`.
+        earlier: The first gaps of the path, if an interrupted run has solved them on these texts.
+            They aren't solved again.
+        on_gap: Receives each gap as soon as it is solved.
+        on_progress: Receives the progress after each batch of texts and each solution.
 
     Returns:
         The gaps with their new weights, in order. The model isn't changed.
@@ -85,14 +97,30 @@ def refit(
         PathError: The path repeats layers, goes back, or leaves out the first layer.
         ArchitectureError: A down-projection isn't found, or isn't added to the state.
         RoutingError: A weight is quantised or offloaded.
+        ModelError: There isn't enough memory, or the states aren't finite.
+        TaskError: There are fewer than two texts.
 
     Source: ours.
     """
     gaps = check_path(path, routed.num_layers)
+    if len(texts) < MIN_TEXTS:
+        raise TaskError(
+            f"a refit needs at least {MIN_TEXTS} texts, one of them to choose λ on, and there are "
+            f"{len(texts)}; give more texts"
+        )
     projections = find_projections(routed, gaps)
+    remaining = gaps[len(earlier) :]
+    refuse_too_large(routed, [projections[gap.layer] for gap in remaining])
     run = _RefitRun(routed, path, projections, texts)
+    run.use_earlier(earlier)
+    run.track(remaining, on_progress)
+    results = list(earlier)
     with run.precision():
-        return [run.solve(gap, first_token_weight) for gap in gaps]
+        for gap in remaining:
+            results.append(run.solve(gap, first_token_weight))
+            if on_gap is not None:
+                on_gap(results[-1])
+    return results
 
 
 def check_path(path: StaticPath, num_layers: int) -> list[Gap]:
@@ -101,9 +129,10 @@ def check_path(path: StaticPath, num_layers: int) -> list[Gap]:
     first = path.layers[0]
     if first != 0:
         raise PathError(
-            f"the path begins with layer {first}, and no layer before it can be refitted; heal it "
-            f"with LoRA alone (--repair none)"
+            f"the path begins with layer {first}, and no layer before it can be refitted"
         )
+    if not gaps:
+        raise PathError("the path leaves out no layer, so it has no gap to refit")
     return gaps
 
 
@@ -118,6 +147,57 @@ def find_projections(routed: RoutedModel, gaps: Sequence[Gap]) -> dict[int, Down
         modules[projection.name] = projection.module
     routed.injection.refits.override_maps(modules)
     return projections
+
+
+def refuse_too_large(routed: RoutedModel, projections: Iterable[DownProjection]) -> None:
+    """Raise ModelError if the sums of a gap don't fit into the free memory."""
+    free = free_bytes(_float64_device(routed.device))
+    for projection in projections:
+        size = read_size(projection.module)
+        if size.num_bytes > free:
+            raise ModelError(
+                f"to refit {projection.name}, which has {size.num_inputs} inputs, takes "
+                f"{size.num_bytes / 1e9:.1f} GB of memory beside the model, and "
+                f"{free / 1e9:.1f} GB are free; free some memory"
+            )
+
+
+def estimate_bytes(
+    routed: RoutedModel, projections: Iterable[DownProjection], num_tokens: int
+) -> int:
+    """Return the memory that a refit takes beside the model, in bytes."""
+    sizes = [read_size(projection.module).num_bytes for projection in projections]
+    states = _count_state_bytes(routed, num_tokens)
+    if not _keeps_states(routed, num_tokens):
+        states = 0
+    widened = _count_widened_bytes(routed)
+    if not _has_room_for_float32(routed):
+        widened = 0
+    return max(sizes) + states + widened
+
+
+def _count_state_bytes(routed: RoutedModel, num_tokens: int) -> int:
+    """Return the size of the states of all texts at one layer, along both paths."""
+    width: int = routed.config.get_text_config().hidden_size
+    return 2 * num_tokens * width * torch.float32.itemsize
+
+
+def _keeps_states(routed: RoutedModel, num_tokens: int) -> bool:
+    """Tell whether the states of all texts stay in memory from gap to gap."""
+    num_bytes = _count_state_bytes(routed, num_tokens)
+    return num_bytes < SHARE_FOR_STATES * free_bytes(routed.device)
+
+
+def _count_widened_bytes(routed: RoutedModel) -> int:
+    """Return by how much the weights grow in float32."""
+    return sum(
+        weight.numel() * max(0, torch.float32.itemsize - weight.itemsize)
+        for weight in routed.model.parameters()
+    )
+
+
+def _has_room_for_float32(routed: RoutedModel) -> bool:
+    return _count_widened_bytes(routed) < free_bytes(routed.device) / 2
 
 
 @dataclass
@@ -160,11 +240,11 @@ class _RefitRun:
         for layer, projection in projections.items():
             self.dtypes[layer] = projection.weight.dtype
         self.runner = LayerRunner(routed)
+        self.path = path
         self.new_weights: dict[str, Tensor] = {}  # of the gaps that are solved
-        num_tokens = sum(map(len, texts))
-        width = routed.config.get_text_config().hidden_size
-        num_bytes = 2 * num_tokens * width * torch.float32.itemsize
-        self.keeps_states = num_bytes < SHARE_FOR_STATES * free_bytes(routed.device)
+        self.num_tokens = sum(map(len, texts))
+        self.keeps_states = _keeps_states(routed, self.num_tokens)
+        self.progress: RefitProgress | None = None
         self.batches: list[_CalibrationBatch] = []
         fit, held_out = split_for_ridge(texts)
         for part, is_held_out in ((fit, False), (held_out, True)):
@@ -179,20 +259,53 @@ class _RefitRun:
 
         bfloat16 rounds a state of norm 24,000, as at the attention sink of SmolLM2, by tens.
         """
-        model = self.routed.model
-        extra = sum(
-            weight.numel() * (torch.float32.itemsize - weight.itemsize)
-            for weight in model.parameters()
-        )
-        has_room = extra < free_bytes(self.routed.device) / 2
-        with in_float32(model) if has_room else nullcontext():
+        has_room = _has_room_for_float32(self.routed)
+        with in_float32(self.routed.model) if has_room else nullcontext():
+            for name, weight in self.new_weights.items():  # of gaps that were solved earlier
+                module: Any = self.routed.injection.refittable_maps[name]
+                self.new_weights[name] = move_weight(weight, module.weight)
             yield
+
+    def use_earlier(self, earlier: Sequence[RefittedGap]) -> None:
+        """Use the new weights of gaps that are solved already."""
+        for refitted in earlier:
+            self.new_weights[refitted.name] = refitted.weight
+
+    def track(self, gaps: Sequence[Gap], on_progress: OnProgress | None) -> None:
+        """Report the progress on the gaps that are left."""
+        if on_progress is None:
+            return
+        num_layers = self.routed.num_layers
+        layers = self.routed.injection.layers
+        layer_size = sum(weight.numel() for weight in layers.parameters()) / num_layers
+        counts = count_layers(
+            self.path.gaps(num_layers),
+            self.path.layers,
+            len(self.new_weights),
+            keeps_states=self.keeps_states,
+        )
+        works = []
+        for gap, num_layers_run in zip(gaps, counts, strict=True):
+            size = read_size(self.projections[gap.layer].module)
+            works.append(GapWork(num_layers_run, layer_size, size, self.num_tokens))
+        self.progress = RefitProgress(works, gaps, on_progress)
 
     def solve(self, gap: Gap, first_token_weight: float | None) -> RefittedGap:
         """Solve one gap, and use its new weight from here on."""
         projection = self.projections[gap.layer]
         fit, held_out = self.sum_tokens(gap)
-        solution = solve_change(fit, held_out, first_token_weight=first_token_weight)
+        on_solved = None if self.progress is None else self.progress.add_solution
+        try:
+            solution = solve_change(
+                fit, held_out, first_token_weight=first_token_weight, on_solved=on_solved
+            )
+        except LinAlgError as error:
+            raise ModelError(
+                f"{projection.name} can't be refitted, since the states of the texts aren't "
+                f"finite; load the model with --dtype float32"
+            ) from error
+        if self.progress is not None:
+            self.progress.end_gap()
         weight = change_weight(projection, solution)
         # The next gaps are solved on the path with the rounded weight, as it will be used.
         rounded = weight.to(self.dtypes[gap.layer])
@@ -201,10 +314,10 @@ class _RefitRun:
 
     def sum_tokens(self, gap: Gap) -> tuple[TokenSums, TokenSums]:
         """Return the sums over the tokens of the texts to fit and of those that choose λ."""
-        num_outputs, num_inputs = _read_shape(self.projections[gap.layer].module)
+        size = read_size(self.projections[gap.layer].module)
         device = _float64_device(self.routed.device)
-        fit = TokenSums(num_inputs, num_outputs, device)
-        held_out = TokenSums(num_inputs, num_outputs, device)
+        fit = TokenSums(size.num_inputs, size.num_outputs, device)
+        held_out = TokenSums(size.num_inputs, size.num_outputs, device)
         for batch in self.batches:
             tokens = self.read_tokens(batch, gap)
             sums = held_out if batch.is_held_out else fit
@@ -216,6 +329,8 @@ class _RefitRun:
             )
             if not self.keeps_states:
                 batch.reset()
+            if self.progress is not None:
+                self.progress.add_tokens(len(tokens.inputs))
         return fit, held_out
 
     def read_tokens(self, batch: _CalibrationBatch, gap: Gap) -> GapTokens:
@@ -252,11 +367,10 @@ def change_weight(projection: DownProjection, solution: Solution) -> Tensor:
     return (weight.double() + change).to(weight.dtype).contiguous()
 
 
-def _read_shape(module: Any) -> tuple[int, int]:
-    """Return the number of outputs and of inputs of a linear map."""
-    if isinstance(module, Conv1D):
-        return module.nf, module.nx
-    return module.out_features, module.in_features
+def read_size(module: Any) -> MapSize:
+    """Return the size of a linear map."""
+    num_inputs, num_outputs = read_map_sizes(module)
+    return MapSize(num_inputs, num_outputs)
 
 
 def _float64_device(device: torch.device) -> torch.device:

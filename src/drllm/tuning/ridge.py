@@ -21,7 +21,7 @@ Source: ours; the target of a gap is ReplaceMe's (arXiv 2505.02819).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,9 @@ from torch import Tensor
 
 RIDGES = tuple(10.0 ** (exponent / 2) for exponent in range(-12, 1))
 """The values of λ to choose from, 10⁻⁶ to 1."""
+MATRICES_AT_PEAK = 5
+"""How many matrices `[F, F]` in float64 are in memory at most: the sums of the texts to fit and of
+those that choose λ, and three while an equation is solved."""
 SMALLEST_SCALE = 1e-6
 """The least root mean square of an input, as a share of the mean over inputs. An input that is
 always 0 would divide by 0."""
@@ -144,6 +147,7 @@ def solve_change(
     *,
     ridges: Sequence[float] = RIDGES,
     first_token_weight: float | None = None,
+    on_solved: Callable[[], None] | None = None,
 ) -> Solution:
     """Solve the change of a weight with the λ that fits held-out texts best.
 
@@ -155,14 +159,24 @@ def solve_change(
         held_out: The sums of texts that λ is chosen on.
         ridges: The values of λ to choose from.
         first_token_weight: As in `TokenSums.with_first_tokens`.
+        on_solved: Called after each λ, and after the last solution.
     """
+    on_solved = on_solved or _ignore
     solver = _RidgeSolver(fit, first_token_weight)
-    errors = {ridge: held_out.error_of(solver.solve(ridge)) for ridge in ridges}
+    errors: dict[float, float] = {}
+    for ridge in ridges:
+        errors[ridge] = held_out.error_of(solver.solve(ridge))
+        on_solved()
     best = min(errors, key=errors.__getitem__)
     without = float(held_out.error / held_out.num_tokens)
+    del solver  # its matrix isn't needed beside that of the last solution
     fit.merge(held_out)
     change = _RidgeSolver(fit, first_token_weight).solve(best)
+    on_solved()
     return Solution(change.T.contiguous(), best, errors[best] / without)
+
+
+def _ignore() -> None: ...
 
 
 class _RidgeSolver:
@@ -174,8 +188,8 @@ class _RidgeSolver:
     def __init__(self, sums: TokenSums, first_token_weight: float | None) -> None:
         inner, cross, self.num_tokens = sums.with_first_tokens(first_token_weight)
         self.scales = sums.scales()
-        self.inner = inner / self.scales[:, None] / self.scales  # [F, F]
-        self.cross = cross / self.scales[:, None]  # [F, D]
+        self.inner = inner.div_(self.scales[:, None]).div_(self.scales)  # [F, F]
+        self.cross = cross.div_(self.scales[:, None])  # [F, D]
 
     def solve(self, ridge: float) -> Tensor:
         """Return ΔWᵀ, `[F, D]`."""
