@@ -32,7 +32,7 @@ def show_paths(file: Path, terminal: Terminal) -> None:
 
 
 def show_healed(file: Path, terminal: Terminal) -> None:
-    """Print a healed path: its losses by source, and how it was trained."""
+    """Print a healed path: its losses by source, and how it was repaired."""
     record = read_healed(file)
     terminal.table(
         path_sections.loss_columns(record),

@@ -81,7 +81,7 @@ def _print_num_questions(splits: TaskSplits, config: TuneConfig, terminal: Termi
     resumes=True,
 )
 def heal_verb(command: CommandLine, terminal: Terminal) -> None:
-    """Train an adapter that recovers what a shorter path loses."""
+    """Recover what a shorter path loses: solve weights in closed form, then train LoRA."""
     config = command.get_settings(HealConfig)
     output = command.path("output_dir")
 

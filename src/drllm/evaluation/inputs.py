@@ -203,6 +203,13 @@ def read_adapters(
     return list(adapters.values())
 
 
+def note_healed_paths(request: EvaluationRequest, listener: Listener) -> None:
+    """Note how each healed path was repaired."""
+    for name, path in request.paths.items():
+        if isinstance(path, PathFile) and isinstance(path.record, HealedPath):
+            listener.note(f"path {name} was {path.record.describe_repair()}")
+
+
 def note_other_prompts(routers: RouterStack, config: EvaluateConfig, listener: Listener) -> None:
     """Print a note if the evaluation's prompts are worded differently from the training's."""
     rewards = routers.config.training.get("rewards")

@@ -26,6 +26,7 @@ from drllm.evaluation.inputs import (
     find_adapters,
     list_routers,
     load_listed_routers,
+    note_healed_paths,
     note_other_prompts,
     prepare_inputs,
 )
@@ -145,6 +146,7 @@ def evaluate_request(
         check_output(output)
         workers = stack.enter_context(open_workers(model, tokenizer, request.config, listener))
         inputs = prepare_inputs(request, routers, model_adapters, workers, output)
+        note_healed_paths(request, listener)
         if inputs.routers.first is not None:
             note_other_prompts(inputs.routers.first, request.config, listener)
         for path_file in request.path_files:

@@ -252,8 +252,11 @@ def _run_heal(run: Run, config: HealConfig, path: PathFile) -> list[Path]:
     texts = run.recipe.healing_texts
     base = run.load()
     heal(base, path, texts=texts, config=config, output_dir=folder, listener=run.listener)
-    names = [HEALED_FILE, ADAPTER_FILE, ADAPTER_CONFIG_FILE, "README.md"]
-    return [folder / name for name in names]
+    files = [folder / name for name in (HEALED_FILE, ADAPTER_FILE, "README.md")]
+    config_file = folder / ADAPTER_CONFIG_FILE
+    if config_file.exists():  # there is none for a refit alone
+        files.append(config_file)
+    return files
 
 
 def _make_evaluate(run: Run) -> Stage:

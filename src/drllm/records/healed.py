@@ -119,6 +119,34 @@ class HealedPath(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
             return []
         return sorted({step.layer for step in self.steps if step.layer >= self.first_layer})
 
+    def describe_repair(self) -> str:
+        """Say how the path was repaired, after "it was".
+
+        Such as "repaired in closed form (2 layers' weights solved on 50,000 tokens), then trained
+        for 10 minutes".
+        """
+        parts = []
+        if self.refit is not None:
+            num_maps = len(self.refit.gaps)
+            layers = "1 layer's weights" if num_maps == 1 else f"{num_maps} layers' weights"
+            tokens = f"{self.refit.num_tokens:,} tokens"
+            parts.append(f"repaired in closed form ({layers} solved on {tokens})")
+        if self.rank > 0:
+            time = f" for {_write_time(self.curve[-1].seconds)}" if self.curve else ""
+            parts.append(f"trained{time}")
+        return ", then ".join(parts)
+
+
+def _write_time(seconds: float) -> str:
+    """Write a time in whole seconds, minutes or hours: the first unit with fewer than 120."""
+    number = round(seconds)
+    unit = "second"
+    for larger_unit in ("minute", "hour"):
+        if number >= 120:
+            number = round(number / 60)
+            unit = larger_unit
+    return f"1 {unit}" if number == 1 else f"{number} {unit}s"
+
 
 def read_healed(file: Path) -> HealedPath:
     """Read the `path.json` of a healed path.

@@ -19,8 +19,8 @@ COLUMNS = (
 )
 LOSS_COLUMNS = "source|texts|full path|path alone|healed|recovered"
 LOSS_CAPTION = (
-    "Next-token loss in nats a token, on held-out texts of the sources that were trained on; on "
-    "texts of other sources less is recovered."
+    "Next-token loss in nats a token, on held-out texts of the sources that the path was repaired "
+    "on; on texts of other sources less is recovered."
 )
 
 
@@ -190,44 +190,68 @@ def _has_refit_losses(record: HealedPath) -> bool:
     return any(loss.refit is not None for loss in record.held_out.values())
 
 
+HEALED_USE = (
+    "Run it with --path and its folder, or write it as an ordinary checkpoint with drllm export."
+)
+
+
 def describe_healing(record: HealedPath) -> str:
-    """Say in one sentence what a healed path costs, and what solving and training changed."""
+    """Say what to do with a healed path, what was done to it, and what that changed."""
     cost = plain(record.executions, 2).removesuffix(".00")
-    parts = [f"The path runs {cost} of {record.num_layers} executions"]
-    if record.refit is not None:
-        num_maps = len(record.refit.gaps)
-        maps = "1 linear map was" if num_maps == 1 else f"{num_maps} linear maps were"
-        parts.append(f"{maps} solved anew on {count(record.refit.num_tokens)} tokens")
+    sentences = [
+        HEALED_USE,
+        f"The path runs {cost} of {record.num_layers} executions; it was "
+        f"{record.describe_repair()}.",
+    ]
     if record.curve:
-        divergences = [point.held_out_kl for point in record.curve]
-        last = record.curve[-1]
-        parts.append(
-            f"its KL from the full path on held-out texts of the same sources was "
-            f"{plain(divergences[0], 3)} nats a token before and is {plain(min(divergences), 3)} "
-            f"after healing, which took {count(last.step)} steps ({count(last.tokens)} tokens, "
-            f"{duration(last.seconds)})"
-        )
-    return f"{'; '.join(parts)}."
+        sentences.append(_describe_training(record))
+    elif record.held_out:
+        sentences.append(_describe_losses(record))
+    return " ".join(sentences)
+
+
+def _describe_training(record: HealedPath) -> str:
+    """Say what the training changed."""
+    divergences = [point.held_out_kl for point in record.curve]
+    last = record.curve[-1]
+    before = "with the refit" if record.refit else "before"
+    return (
+        f"Its KL from the full path on held-out texts of the same sources was "
+        f"{plain(divergences[0], 3)} nats a token {before} and is {plain(min(divergences), 3)} "
+        f"after {count(last.step)} steps of training ({count(last.tokens)} tokens, "
+        f"{duration(last.seconds)})."
+    )
+
+
+def _describe_losses(record: HealedPath) -> str:
+    """Say which share of the lost next-token loss is recovered, on the mean of the sources."""
+    losses = record.held_out.values()
+    plain_increase = fmean(loss.path - loss.full for loss in losses)
+    increase = fmean(loss.healed - loss.full for loss in losses)
+    return (
+        f"Its next-token loss on held-out texts of the same sources is {signed(increase, 3)} nats "
+        f"a token from the full path's, {signed(plain_increase, 3)} without the repair."
+    )
 
 
 def healed_section(record: HealedPath, *, folded: bool) -> Section:
     """Build the section on a healed path.
 
-    A folded section begins with a sentence on the path. If the section isn't folded, the sentence
-    is at the top of the report instead.
+    A folded section begins with sentences on the path. If the section isn't folded, they are at
+    the top of the report instead.
     """
-    sentence = describe_healing(record)
+    sentences = describe_healing(record)
     blocks: list[Block] = []
     if record.curve:
         curve = Figure(
             draw=partial(figures.draw_kl, record.curve),
             name="healing",
-            alt=f"KL from the full path over the tokens that were trained on. {sentence}",
+            alt=f"KL from the full path over the tokens that were trained on. {sentences}",
             caption="KL from the full path; on training texts it is a running mean. The adapter of "
             "the lowest point on held-out texts is kept.",
         )
         blocks.append(curve)
     blocks.append(write_table(LOSS_CAPTION, loss_columns(record), list(loss_rows(record))))
     if folded:
-        blocks.insert(0, write_paragraph(sentence))
+        blocks.insert(0, write_paragraph(sentences))
     return Section("Healed path", blocks, folded=folded)

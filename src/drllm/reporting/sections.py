@@ -22,8 +22,8 @@ from drllm.reporting.run import Run
 ROUTING = "Routers choose, once per question, which layers of the model to skip, execute or repeat."
 PATHS = "A static path runs the same layers for every question."
 HEALED = (
-    "A healed path has an adapter that brings its text nearer to the full path's; short answers "
-    "may stay as they are."
+    "A healed path has new weights, solved or trained, that bring its text nearer to the full "
+    "path's; short answers may stay as they are."
 )
 BASE_IS = "Base is the same model with every layer executed once."
 

@@ -1,1 +1,1 @@
-"""One static path for a whole task: `tune` finds a path, and `heal` trains an adapter for it."""
+"""One static path for a whole task: `tune` finds a path, and `heal` repairs it."""

@@ -162,9 +162,10 @@ def test_a_healed_folder_alone_makes_a_report_that_says_first_what_healing_did(h
     text = md.read_text(encoding="utf-8").replace("\u00a0", " ")
     assert text.startswith("# Healed path of smollm2-135m on arc_easy, books\n")
     first = text.split("## ")[0]
-    assert "runs 3 of 4 executions; its KL from the full path on held-out texts" in first
-    assert "was 0.600 nats a token before and is 0.310 after" in first
-    assert "100 steps (80 000 tokens" in first
+    assert first.index("ordinary checkpoint with drllm export") < first.index("runs 3 of 4")
+    assert "runs 3 of 4 executions; it was trained for 3 minutes. Its KL from" in first
+    assert "was 0.600 nats a token before and is 0.310 after 100 steps of training" in first
+    assert "(80 000 tokens" in first
     assert "Routers" not in text
     assert suggested_path(healed) == str(healed.path / "path.json")
 
@@ -187,7 +188,8 @@ def test_a_refit_alone_is_reported_with_its_losses_and_without_a_curve(healed, d
 
     healed.change("path.json", make_refit)
     text = report_text(healed.path)
-    assert "; 1 linear map was solved anew on 50 000 tokens." in text
+    assert "repaired in closed form (1 layer's weights solved on 50,000 tokens). Its next" in text
+    assert "is +0.500 nats a token from the full path's, +1.000 without the repair." in text
     assert "| arc_easy | 2.000 | 3.000 | 2.500 | 2.500 | 50 % |" in text
     assert not (healed.path / "report_figures").exists()
     shown = drllm("show", healed.path).out
