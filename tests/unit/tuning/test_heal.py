@@ -12,7 +12,14 @@ import torch
 
 from drllm import extras
 from drllm.config import EvaluateConfig, HealConfig
-from drllm.errors import ConfigError, PathError, RecordError, TaskError
+from drllm.errors import (
+    ArchitectureError,
+    ConfigError,
+    ModelError,
+    PathError,
+    RecordError,
+    TaskError,
+)
 from drllm.evaluation.request import refuse_tuning_questions
 from drllm.models.routed_model import RoutedModel, unrouted
 from drllm.models.routing.healed import install_path
@@ -23,10 +30,20 @@ from drllm.records.static_paths import load_path
 from drllm.tasks.registry import get_task
 from drllm.tuning import distillation, heal_checks
 from drllm.tuning import heal as healing
+from drllm.tuning import refit as refit_module
 from drllm.tuning.distillation import Distillation
 from drllm.tuning.heal import PARTIAL_FOLDER, HealRun, heal
-from drllm.tuning.heal_texts import TextSource, digest_sources, read_sources, split_texts
+from drllm.tuning.heal_repair import choose_repair
+from drllm.tuning.heal_texts import (
+    TextSource,
+    choose_calibration_texts,
+    digest_sources,
+    read_sources,
+    split_texts,
+)
+from drllm.tuning.heal_tokens import TextTokenizer
 from drllm.tuning.heal_training import make_batches
+from drllm.tuning.refit import refit
 from drllm.work.listener import Listener
 from drllm.work.store import ResultStore
 
@@ -71,6 +88,21 @@ def healed(routed, folder=None, path=PATH, tasks="builtin_facts", texts=None, **
     listener = settings.pop("listener", None)
     given = {**SMALL, **settings}
     return heal(routed, path, tasks, texts, None, folder, listener=listener, **given)
+
+
+class Notes(Listener):
+    """Collects notes."""
+
+    def __init__(self):
+        self.texts = []
+
+    def note(self, text):
+        self.texts.append(text)
+
+    def find(self, words):
+        """Return the only note with these words."""
+        [note] = [text for text in self.texts if words in text]
+        return note
 
 
 class StoppedError(Exception):
@@ -258,20 +290,15 @@ def test_sources_take_turns_and_a_batch_has_its_tokens_of_like_length():
 
 
 def test_it_is_said_which_texts_are_cut_and_what_would_cut_none(routed):
-    said = []
-
-    class Noted(Listener):
-        def note(self, text):
-            said.append(text)
-
+    notes = Notes()
     long = [" ".join([f"word {n}"] * 60) for n in range(3)]
     tasks = {"tasks": [], "texts": ["Short.", "Also short.", *long], "steps": 1}
-    healed(routed, **tasks, max_tokens=20, listener=Noted())
-    assert "3 of 5 texts of texts" in said[0]
-    whole = int(re.search("--max-tokens ([0-9]+)", said[0])[1])
-    said.clear()
-    healed(routed, **tasks, max_tokens=whole, listener=Noted())
-    assert not any("cut" in each for each in said)
+    healed(routed, **tasks, max_tokens=20, listener=notes)
+    assert "3 of 5 texts of texts" in notes.texts[0]
+    whole = int(re.search("--max-tokens ([0-9]+)", notes.texts[0])[1])
+    later = Notes()
+    healed(routed, **tasks, max_tokens=whole, listener=later)
+    assert not any("cut" in text for text in later.texts)
 
 
 def test_sequences_longer_than_what_the_model_reads_are_refused(routed):
@@ -296,6 +323,315 @@ def test_prompts_alone_are_read_with_the_full_paths_own_answers(routed, tmp_path
     found = healed(routed, tasks=str(file), texts=["A text.", "Another text."], steps=2)
     assert (found.tasks, found.texts) == (("mine",), ("texts",))
     assert found.held_out.keys() == {"mine", "texts"}
+
+
+# --- the refit before the training ---
+
+REFIT_PATH = StaticPath([0, 2, 3, 5])  # with two gaps, whose refit lowers the loss
+WORSE_PATH = PATH  # its refit doesn't: of this random model, the full path isn't the best one
+MAPS = ("0.mlp.down_proj", "3.mlp.down_proj")
+
+
+def repaired(routed, folder=None, path=REFIT_PATH, **settings):
+    """Heal with the default repair, which is the refit where it is possible."""
+    return healed(routed, folder, path, **{"repair": None, **settings})
+
+
+def refitted(routed, folder=None, path=REFIT_PATH, **settings):
+    """Heal by a refit alone."""
+    small = {name: SMALL[name] for name in ("limit", "max_tokens", "num_held_out")}
+    return heal(
+        routed, path, "builtin_facts", None, None, folder, **{**small, "minutes": 0, **settings}
+    )
+
+
+@pytest.fixture(scope="module")
+def refit_alone(routed, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("refitted")
+    return refitted(routed, folder), folder
+
+
+@pytest.fixture(scope="module")
+def both(routed, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("both")
+    return repaired(routed, folder), folder
+
+
+def read_weights(routed, folder):
+    """Return the weights of a healed path's adapter."""
+    own = RoutedModel(routed.detach(), tokenizer=routed.tokenizer)
+    try:
+        path = install_path(own.injection, load_path(str(folder)))
+        return own.injection.adapters.weights(path.adapter)
+    finally:
+        own.detach()
+        routed.injection.install()
+
+
+def test_a_refit_alone_has_the_weights_that_the_solver_gives_on_texts_to_train_on(
+    refit_alone, routed, tmp_path
+):
+    record, folder = refit_alone
+    assert (record.rank, record.alpha, record.curve) == (0, 0, ())
+    assert record.refit.maps == MAPS
+    assert not (folder / "adapter_config.json").exists()
+    with begun(routed, REFIT_PATH, tmp_path) as (made, _):
+        texts = made.prepare_texts(ResultStore(tmp_path / "kept", {}, stage="healing"))
+    [chosen] = choose_calibration_texts(texts.to_train, 50_000, 0).values()
+    assert sorted(chosen) == sorted(texts.to_train["builtin_facts"])
+    assert record.refit.num_tokens == sum(map(len, chosen))
+    weights = read_weights(routed, folder).refit
+    for gap in refit(routed, REFIT_PATH, chosen):
+        torch.testing.assert_close(weights[gap.name], gap.weight)
+
+
+def test_training_starts_from_the_refit_and_leaves_it_as_it_is(refit_alone, both, routed):
+    [alone] = refit_alone[0].held_out.values()
+    [losses] = both[0].held_out.values()
+    assert (losses.full, losses.path, losses.refit) == (alone.full, alone.path, alone.refit)
+    assert alone.healed == alone.refit < alone.path
+    assert losses.healed != losses.refit
+    weights = read_weights(routed, both[1])
+    refit_weights = read_weights(routed, refit_alone[1]).refit
+    assert weights.refit.keys() == refit_weights.keys()
+    assert all(torch.equal(weights.refit[name], weight) for name, weight in refit_weights.items())
+    assert not weights.lora.maps.keys() & set(MAPS)
+    kls = [point.held_out_kl for point in both[0].curve]
+    assert min(kls) < kls[0]
+
+
+def test_the_check_before_the_first_step_is_that_of_the_refit(refit_alone, both, routed, tmp_path):
+    own = RoutedModel(routed.detach(), tokenizer=routed.tokenizer)
+    try:
+        path = install_path(own.injection, load_path(str(refit_alone[1])))
+        store = ResultStore(tmp_path / "kept", {}, stage="healing")
+        config = HealConfig(tasks="builtin_facts", **SMALL)
+        sources = read_sources(config)
+        tokenizer = TextTokenizer(own, config.max_tokens, store, Listener())
+        texts = split_texts(tokenizer.tokenize_sources(sources), config)
+        kl = heal_checks.measure_kl(own, path, texts.held_out["builtin_facts"])
+    finally:
+        own.detach()
+        routed.injection.install()
+    assert both[0].curve[0].held_out_kl == pytest.approx(kl, rel=1e-5)
+
+
+def test_the_base_model_stays_as_it_was_after_a_refit(both, unbroken, routed):
+    after = routed.model.state_dict()
+    assert all(torch.equal(after[name], weight) for name, weight in unbroken[2].items())
+
+
+def test_a_refit_alone_needs_no_peft(routed, monkeypatch):
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
+    assert refitted(routed).refit is not None
+    with pytest.raises(ConfigError, match="for the refit alone give --minutes 0"):
+        repaired(routed)
+
+
+def test_both_paths_share_no_layer_that_is_refitted(routed, tmp_path, monkeypatch):
+    """Layer 0 is refitted, so the student runs its own, although LoRA begins at layer 3."""
+    run = []
+    original = LayerCall.run
+
+    def record(call, *args, **named):
+        run.append(call.index)
+        return original(call, *args, **named)
+
+    config = HealConfig(tasks="builtin_facts", **{**SMALL, "first_layer": 3})
+    weights = {MAPS[0]: routed.injection.refittable_maps[MAPS[0]].weight + 0.1}
+    with unrouted(routed) as base:
+        own = RoutedModel(base.model, tokenizer=base.tokenizer)
+        own.injection.add_adapter(healing.ADAPTER, refit=weights)
+        made = HealRun(base, own, REFIT_PATH, "", [], config, tmp_path, Listener())
+        training = made.begin_training()
+        monkeypatch.setattr(LayerCall, "run", record)
+        training.distillation.last_states([(1, 2, 3)])
+        own.detach()
+    assert run == [*range(6), 0, 2, 3, 5]
+
+
+def test_a_refit_that_is_not_better_is_left_out_and_lora_starts_from_plain(routed, tmp_path):
+    notes = Notes()
+    record = repaired(routed, tmp_path / "a", WORSE_PATH, repair="refit", listener=notes)
+    assert "LoRA starts from the plain path" in notes.find("doesn't lower")
+    assert record.refit is None
+    plain = healed(routed, tmp_path / "b", WORSE_PATH)
+    assert record.adapter_sha256 == plain.adapter_sha256
+    assert record.held_out == plain.held_out
+
+
+def test_a_refit_alone_that_is_not_better_writes_nothing(routed, tmp_path):
+    folder = tmp_path / "healed"
+    with pytest.raises(ConfigError, match="doesn't lower the next-token loss") as raised:
+        refitted(routed, folder, WORSE_PATH)
+    assert "\n" not in str(raised.value)
+    assert not folder.exists()
+
+
+IMPOSSIBLE = {
+    "repeats": (StaticPath([0, 1, 1, 3, 5]), "layer 1 comes after layer 1"),
+    "begins later": (StaticPath([1, 2, 3, 5]), "begins with layer 1"),
+    "is the full path": (StaticPath(range(6)), "no gap to refit"),
+}
+
+
+@pytest.mark.parametrize(("path", "reason"), IMPOSSIBLE.values(), ids=IMPOSSIBLE)
+def test_a_path_that_can_have_no_refit_is_healed_by_lora_alone(routed, tmp_path, path, reason):
+    notes = Notes()
+    record = repaired(routed, tmp_path, path, steps=1, listener=notes)
+    assert reason in notes.find("LoRA is trained alone")
+    assert record.refit is None
+    assert healed(routed, tmp_path, path, steps=1) == record  # it is the healing without a repair
+    for settings in ({"repair": "refit"}, {"minutes": 0, "steps": None, **UNTRAINED}):
+        with pytest.raises(PathError, match=reason):
+            repaired(routed, path=path, **settings)
+
+
+UNTRAINED = {"rank": 16, "batch_size": 2, "learning_rate": 2e-3, "autocast": True}
+"""The defaults of settings that have no effect without training."""
+
+
+@pytest.mark.parametrize("repair", [None, "refit"])
+def test_a_model_that_can_have_no_refit_is_healed_by_lora_alone(tiny_model, repair):
+    routed = RoutedModel(tiny_model("gemma2"))
+    notes = Notes()
+    config = HealConfig(repair=repair)
+    if repair is None:
+        assert choose_repair(routed, PATH, config, notes) == "none"
+        assert "a norm follows its MLP" in notes.find("LoRA is trained alone")
+    else:
+        with pytest.raises(ArchitectureError, match=r"a norm follows its MLP.*--repair none"):
+            choose_repair(routed, PATH, config, notes)
+
+
+def test_texts_that_are_too_few_for_a_refit_are_trained_on_alone(routed):
+    notes = Notes()
+    texts = ["A text.", "Another text."]
+    record = repaired(routed, tasks=[], texts=texts, steps=1, listener=notes)
+    assert record.refit is None
+    assert "needs 2 texts" in notes.find("LoRA is trained alone")
+    with pytest.raises(TaskError, match="at least 2 texts"):
+        repaired(routed, tasks=[], texts=texts, repair="refit")
+
+
+def test_calibration_texts_are_drawn_evenly_up_to_the_number_of_tokens():
+    texts = {
+        "many": [(number,) * 10 for number in range(100)],
+        "few": [(1000 + number,) * 7 for number in range(3)],
+        "long": [(2000 + number,) * 50 for number in range(100)],
+    }
+    chosen = choose_calibration_texts(texts, 400, seed=0)
+    counts = {name: sum(map(len, sequences)) for name, sequences in chosen.items()}
+    assert sum(counts.values()) == 400
+    assert counts["few"] == 21  # all there is
+    assert abs(counts["many"] - counts["long"]) <= 50
+    assert choose_calibration_texts(texts, 400, seed=0) == chosen
+    assert choose_calibration_texts(texts, 400, seed=1) != chosen
+    assert choose_calibration_texts(texts, 5, seed=0).keys() <= texts.keys()
+    everything = choose_calibration_texts(texts, 10**6, seed=0)
+    assert {name: sorted(sequences) for name, sequences in everything.items()} == texts
+
+
+@pytest.mark.parametrize(
+    ("texts", "words"),
+    [
+        (None, "of one kind (builtin_facts)"),
+        (["A text.", "Another text.", "A third one."], "are few for a refit"),
+    ],
+)
+def test_texts_of_one_kind_or_too_few_tokens_get_one_warning(routed, texts, words):
+    notes = Notes()
+    refitted_texts = {"tasks": "builtin_facts", "texts": texts}
+    heal(routed, REFIT_PATH, listener=notes, limit=40, minutes=0, max_tokens=48, **refitted_texts)
+    assert "nats a token" in notes.find(words)
+    num_warnings = sum("SmolLM2-135M" in text for text in notes.texts)
+    assert num_warnings == 1
+
+
+def test_before_a_refit_its_size_is_noted_and_then_its_time(routed):
+    notes = Notes()
+    record = repaired(routed, steps=1, listener=notes)
+    size = notes.find("refit of 2 gaps")
+    assert f"on {record.refit.num_tokens:,} tokens" in size
+    assert "GB of memory" in size
+    time = notes.find("the refit takes at most")
+    assert notes.texts.index(size) < notes.texts.index(time)
+
+
+def test_a_refit_that_does_not_fit_into_memory_is_refused_beforehand(routed, monkeypatch, tmp_path):
+    folder = tmp_path / "healed"
+    monkeypatch.setattr("drllm.tuning.refit.free_bytes", lambda device: 1000)
+    with pytest.raises(ModelError, match=r"0\.mlp\.down_proj.* GB of memory") as raised:
+        repaired(routed, folder)
+    assert "\n" not in str(raised.value)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("num_solved", [0, 1, 2])
+def test_an_interrupted_refit_solves_only_the_gaps_that_are_left(
+    both, routed, tmp_path, monkeypatch, num_solved
+):
+    solved = []
+    original = refit_module.solve_change
+
+    def solve(*args, **named):
+        solved.append(args)
+        if len(solved) == num_solved + 1:
+            raise StoppedError
+        return original(*args, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(refit_module, "solve_change", solve)
+        if num_solved == 2:  # in the training then
+            patch.setattr(Distillation, "compute_gradients", solve)
+        with pytest.raises(StoppedError):
+            repaired(routed, tmp_path)
+    solved.clear()
+    monkeypatch.setattr(
+        refit_module, "solve_change", lambda *a, **n: solved.append(a) or original(*a, **n)
+    )
+    record = repaired(routed, tmp_path)
+    assert len(solved) == 2 - num_solved
+    assert record.adapter_sha256 == both[0].adapter_sha256
+    assert record.held_out == both[0].held_out
+    assert not (tmp_path / PARTIAL_FOLDER).exists()
+
+
+@pytest.mark.parametrize("number", [2, 5, 8])
+def test_a_healing_with_a_refit_that_is_interrupted_ends_with_the_same_adapter(
+    both, routed, tmp_path, number
+):
+    with pytest.raises(StoppedError):
+        repaired(routed, tmp_path, listener=StopAt(number))
+    record = repaired(routed, tmp_path)
+    assert record.adapter_sha256 == both[0].adapter_sha256
+    assert record.refit.gaps == both[0].refit.gaps
+
+
+def test_a_finished_refit_is_not_solved_again_and_other_repairs_are_refused(
+    both, routed, monkeypatch
+):
+    record, folder = both
+    monkeypatch.setattr(healing, "split_texts", None)
+    assert repaired(routed, folder) == record
+    assert repaired(routed, folder, repair="refit") == record
+    with pytest.raises(ConfigError, match='made with repair "refit", now none'):
+        healed(routed, folder, REFIT_PATH)
+    with pytest.raises(ConfigError, match="refit_tokens 50000, now 40000"):
+        repaired(routed, folder, refit_tokens=40_000)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"repair": "none"}, "leave nothing to do"),
+        ({"rank": 4}, "--rank 4 has no effect with --minutes 0"),
+        ({"steps": 4}, "--steps 4 has no effect with --minutes 0"),
+    ],
+)
+def test_settings_without_effect_on_a_refit_alone_are_refused(routed, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        refitted(routed, **settings)
 
 
 # --- what is kept ---
@@ -334,12 +670,16 @@ def test_a_finished_folder_is_read_without_training_even_by_older_settings(
     record = json.loads((tmp_path / HEALED_FILE).read_text())
     assert record["others"] == []
     record["config"]["patience"] = 3
+    del record["config"]["repair"]  # older settings have no refit
+    del record["config"]["refit_tokens"]
     for step in record["steps"]:
         step["scale"] = 1.0
     (tmp_path / HEALED_FILE).write_text(json.dumps(record))
     monkeypatch.setattr(healing, "split_texts", None)
     again = healed(routed, tmp_path)
     assert (again.curve, again.held_out) == (found.curve, found.held_out)
+    with pytest.raises(ConfigError, match='made with no repair, now "refit"'):
+        healed(routed, tmp_path, repair=None)
 
 
 def test_the_digest_of_sources_is_that_of_the_class_of_earlier_versions():
@@ -419,15 +759,10 @@ def test_it_ends_in_its_time_with_the_last_check_and_the_losses_by_source(routed
 
 
 def test_a_time_that_is_too_short_to_train_is_noted(routed, monkeypatch):
-    notes = []
-
-    class Noted(Listener):
-        def note(self, text):
-            notes.append(text)
-
-    found = healed(routed, steps=None, minutes=1e-6, listener=Noted())
+    notes = Notes()
+    found = healed(routed, steps=None, minutes=1e-6, listener=notes)
     assert [point.step for point in found.curve] == [0]
-    assert "left no time to train" in notes[-1]
+    assert "left no time to train" in notes.texts[-1]
 
 
 # --- what is refused ---
