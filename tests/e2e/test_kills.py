@@ -75,11 +75,27 @@ STAGES = {
     ),
     "heal": Stage(
         command="heal --path {inputs}/plan.json --tasks builtin_facts --limit 20 --steps 12 "
-        "--rank 2 --num-held-out 4",
+        "--rank 2 --num-held-out 4 --repair none",
         kept="heal.partial/",
         when_done="steps",
         other="--steps 13",
         refusal="steps 12, now 13",
+    ),
+    "refit": Stage(
+        command="heal --path {inputs}/refit.json --tasks builtin_facts --limit 20 --minutes 0 "
+        "--num-held-out 4",
+        kept="heal.partial/",
+        when_done="repaired in closed form (1 layer's weights solved",
+        other="--refit-tokens 100",
+        refusal="refit_tokens 50000, now 100",
+    ),
+    "refit-and-heal": Stage(
+        command="heal --path {inputs}/refit.json --tasks builtin_facts --limit 20 --steps 12 "
+        "--rank 2 --num-held-out 4",
+        kept="heal.partial/",
+        when_done="then trained",
+        other="--repair none",
+        refusal='repair "refit", now none',
     ),
     "evaluate": Stage(
         command="evaluate --routers {routers} --paths {inputs}/plan.json "
@@ -111,6 +127,7 @@ def inputs(tmp_path: Path) -> Path:
         rows.append(json.dumps(row) + "\n")
     (folder / "supervision.jsonl").write_text("".join(rows))
     (folder / "plan.json").write_text('{"decisions": [1, 0, 1, 1]}')
+    (folder / "refit.json").write_text('{"decisions": [1, 1, 0, 1]}')  # whose refit is better
     return folder
 
 

@@ -8,7 +8,7 @@ SETTINGS = "--tasks builtin_facts --limit 20 --steps 2 --rank 2 --num-held-out 4
 def test_a_path_is_healed_shown_and_answered_along(drllm, model_folder, tmp_path):
     plan, output, model = tmp_path / "plan.json", tmp_path / "healed", model_folder()
     plan.write_text(json.dumps({"decisions": [1, 0, 1, 1]}))
-    words = ("--model", model, "--path", plan, "--output-dir", output)
+    words = ("--model", model, "--path", plan, "--output-dir", output, "--repair", "none")
     said = drllm(f"heal {SETTINGS}", *words).out
     assert "skips layer 1" in said
     assert "builtin_facts" in said
@@ -16,3 +16,32 @@ def test_a_path_is_healed_shown_and_answered_along(drllm, model_folder, tmp_path
     assert drllm(f"heal {SETTINGS}", *words).out == said
     answered = drllm("generate Hello --max-new-tokens 2", "--model", model, "--path", output).out
     assert "skips layer 1" in answered
+
+
+def test_a_refit_alone_is_made_shown_and_evaluated(drllm, model_folder, tmp_path):
+    plan, output, model = tmp_path / "plan.json", tmp_path / "healed", model_folder()
+    plan.write_text(json.dumps({"decisions": [1, 1, 0, 1]}))
+    words = ("--model", model, "--path", plan, "--output-dir", output)
+    settings = "--tasks builtin_facts --limit 20 --num-held-out 4 --minutes 0 --device cpu"
+    result = drllm(f"heal {settings}", *words)
+    sentence = "it was repaired in closed form (1 layer's weights solved on"
+    assert sentence in result.out
+    assert "solving the refit: 100 %" in result.err
+    assert drllm("show", output).out.endswith(result.out)
+    card = (output / "README.md").read_text(encoding="utf-8")
+    assert sentence in card
+    assert card.index("drllm export") < card.index(sentence)
+    evaluation = ("--model", model, "--paths", output, "--output-dir", tmp_path / "eval")
+    log = drllm("evaluate --tasks builtin_arithmetic --limit 4 --device cpu", *evaluation).err
+    assert "path plan was repaired in closed form (1 layer's weights" in log
+
+
+def test_a_refit_that_is_no_better_ends_with_one_line_and_no_files(drllm, model_folder, tmp_path):
+    """The random model's text gets worse as the path comes nearer to the full one."""
+    plan, output = tmp_path / "plan.json", tmp_path / "healed"
+    plan.write_text(json.dumps({"decisions": [1, 0, 1, 0]}))
+    words = ("--model", model_folder(), "--path", plan, "--output-dir", output)
+    settings = "--tasks builtin_facts --limit 20 --num-held-out 4 --minutes 0 --device cpu"
+    error = drllm(f"heal {settings}", *words, status=2).err.splitlines()[-1]
+    assert "doesn't lower the next-token loss" in error
+    assert not output.exists()

@@ -7,11 +7,14 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from drllm.errors import ArchitectureError, PathError, RoutingError
+from drllm.errors import ArchitectureError, ModelError, PathError, RoutingError, TaskError
 from drllm.models.base.layers import find_layers
 from drllm.models.routed_model import RoutedModel
+from drllm.models.routing.injection import LayerCall
 from drllm.paths import StaticPath
-from drllm.tuning.refit import refit, split_for_ridge
+from drllm.tuning.layer_states import make_batches
+from drllm.tuning.refit import find_projections, refit, split_for_ridge
+from drllm.tuning.refit_work import NUM_SOLUTIONS, count_layers
 
 NUM_LAYERS = 6
 PATHS = {
@@ -184,6 +187,94 @@ def test_without_room_for_the_states_of_all_texts_the_result_is_the_same(tiny_ll
         torch.testing.assert_close(other.weight, gap.weight)
 
 
+@pytest.mark.parametrize("num_earlier", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gaps_that_are_solved_already_give_the_same_result(tiny_llama, num_earlier, dtype):
+    path = StaticPath([0, 2, 4])  # three gaps
+    expected = refit(RoutedModel(tiny_llama().to(dtype)), path, make_texts())
+    solved = []
+    results = refit(
+        RoutedModel(tiny_llama().to(dtype)),
+        path,
+        make_texts(),
+        earlier=expected[:num_earlier],
+        on_gap=solved.append,
+    )
+    assert solved == results[num_earlier:]
+    for result, other in zip(results, expected, strict=True):
+        assert result.gap == other.gap
+        assert result.ridge == other.ridge
+        assert torch.equal(result.weight, other.weight)
+
+
+@pytest.mark.parametrize("share_for_states", [0, 0.25])
+@pytest.mark.parametrize("num_earlier", [0, 1])
+def test_the_progress_grows_with_every_batch_and_ends_at_the_total(
+    tiny_llama, monkeypatch, share_for_states, num_earlier
+):
+    monkeypatch.setattr("drllm.tuning.refit.SHARE_FOR_STATES", share_for_states)
+    monkeypatch.setattr("drllm.tuning.layer_states.TOKENS_AT_ONCE", 40)
+    path = StaticPath([0, 2, 4])
+    earlier = refit(RoutedModel(tiny_llama()), path, make_texts())[:num_earlier]
+    reports = []
+    refit(
+        RoutedModel(tiny_llama()),
+        path,
+        make_texts(),
+        earlier=earlier,
+        on_progress=lambda *report: reports.append(report),
+    )
+    num_gaps = 3 - num_earlier
+    num_batches = sum(len(make_batches(part, "cpu")) for part in split_for_ridge(make_texts()))
+    assert num_batches > 5
+    assert len(reports) == num_gaps * (num_batches + NUM_SOLUTIONS)
+    amounts = [done for done, _, _ in reports]
+    assert amounts == sorted(amounts)
+    assert len({total for _, total, _ in reports}) == 1
+    assert amounts[-1] == pytest.approx(reports[-1][1])
+    assert reports[0][2] == f"gap 1 of {num_gaps} after layer {2 * num_earlier}, summing up"
+    assert reports[-1][2] == f"gap {num_gaps} of {num_gaps} after layer 4, solving"
+
+
+@pytest.mark.parametrize("keeps_states", [True, False])
+def test_the_layers_that_run_for_each_gap_are_counted_right(tiny_llama, monkeypatch, keeps_states):
+    path = StaticPath([0, 2, 4])
+    monkeypatch.setattr("drllm.tuning.refit.SHARE_FOR_STATES", 0.25 if keeps_states else 0)
+    routed = RoutedModel(tiny_llama())
+    num_runs = [0]  # for each gap
+    original_run = LayerCall.run
+    original_find = find_projections
+
+    def run(call, *args, **named):
+        num_runs[-1] += 1
+        return original_run(call, *args, **named)
+
+    def find(*args):
+        projections = original_find(*args)
+        num_runs[-1] = 0  # finding them runs layers too
+        return projections
+
+    monkeypatch.setattr(LayerCall, "run", run)
+    monkeypatch.setattr("drllm.tuning.refit.find_projections", find)
+    refit(routed, path, make_texts(), on_gap=lambda _: num_runs.append(0))
+    counts = count_layers(path.gaps(NUM_LAYERS), path.layers, 0, keeps_states=keeps_states)
+    # There are two batches: the texts to fit, and those that choose λ.
+    assert num_runs == [*[2 * count for count in counts], 0]
+
+
+def test_sums_that_do_not_fit_into_memory_are_refused_before_they_are_made(tiny_llama, monkeypatch):
+    routed = RoutedModel(tiny_llama())
+    monkeypatch.setattr("drllm.tuning.refit.free_bytes", lambda device: 10**6)
+    monkeypatch.setattr("drllm.tuning.refit.TokenSums", None)
+    with pytest.raises(ModelError, match=r"1\.mlp\.down_proj, which has .* inputs"):
+        refit(routed, StaticPath([0, 1, 3, 4, 5]), make_texts())
+
+
+def test_one_text_is_refused(tiny_llama):
+    with pytest.raises(TaskError, match="at least 2 texts"):
+        refit(RoutedModel(tiny_llama()), StaticPath([0, 1, 3, 4, 5]), make_texts(1))
+
+
 def test_the_base_model_is_not_changed(tiny_llama):
     model = tiny_llama()
     ids = torch.tensor([[5, 6, 7]])
@@ -252,6 +343,7 @@ def test_every_tenth_text_chooses_the_ridge_whatever_the_order():
         ([0, 1, 1, 3], "layer 1 comes after layer 1"),
         ([0, 2, 1, 5], "layer 1 comes after layer 2"),
         ([1, 2, 4, 5], "begins with layer 1"),
+        (range(6), "no gap to refit"),
     ],
 )
 def test_a_path_that_has_no_refit_is_refused(layers, says, tiny_llama):
