@@ -146,7 +146,7 @@ def test_training_waits_once_a_step_and_ends_with_the_routers_of_the_cpu(
         assert torch.allclose(trained.state_dict()[name].cpu(), weight, atol=1e-5), name
 
 
-HEALING = {"limit": 20, "num_held_out": 2, "steps": 3}
+HEALING = {"limit": 20, "num_held_out": 2, "steps": 3, "repair": "none"}
 HEALED = drllm.StaticPath([0, 1, 3])
 
 
@@ -166,6 +166,18 @@ def test_healing_waits_once_a_step_and_heals_as_on_the_cpu(
     waits = own_waits(events)
     of_steps = [waits[line] for line in waits if "heal_training.py" in line and "item" in line]
     assert of_steps == [3]
+
+
+def test_a_refit_is_solved_as_on_the_cpu(model, devices, tiny_llama, tiny_tokenizer, monkeypatch):
+    # A pretended weight has a type of its own, as a quantised one has.
+    monkeypatch.setattr("drllm.tuning.refit.check_map", lambda name, module: None)
+    monkeypatch.setattr("drllm.models.routing.refits.check_map", lambda name, module: None)
+    settings = {"limit": 20, "num_held_out": 2, "minutes": 0, "tokenizer": tiny_tokenizer}
+    [losses] = drllm.heal(model, HEALED, TASK, **settings).held_out.values()
+    on_cpu = tiny_llama(num_layers=L, seed=3)
+    [expected] = drllm.heal(on_cpu, HEALED, TASK, **settings).held_out.values()
+    assert losses.refit == pytest.approx(expected.refit, abs=1e-4)
+    assert losses.path == pytest.approx(expected.path, abs=1e-4)
 
 
 def tuned(model, tokenizer):

@@ -192,7 +192,8 @@ class LayerRunner:
         return GapTokens(
             inputs=values,
             outputs=batch.select(outputs),
-            targets=batch.select(targets),
+            # The layer after the gap may be on another device.
+            targets=batch.select(targets.to(outputs.device)),
             is_first=batch.is_first,
         )
 
