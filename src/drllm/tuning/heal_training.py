@@ -82,7 +82,6 @@ class AdapterTraining:
         self.distillation = Distillation(routed, healed, first_layer, parameters, low_precision)
         self.state = TrainingState()
         self.loss_seconds = 0.0  # to measure the losses after the training
-        self._step_seconds = 0.0  # duration of the last step
         self._last_time = time.perf_counter()  # up to here `state.seconds` counts
         self.best = [parameter.detach().clone() for parameter in parameters]
 
@@ -107,13 +106,12 @@ class AdapterTraining:
         """Return the share of the training's time that is over.
 
         `seconds` is the time for the training and for the measurements after it, which are a check
-        and the losses. So that the time is kept on average, the last step is the one after which
-        less than half a step has room.
+        and the losses.
         """
         training_seconds = seconds - self.state.check_seconds - self.loss_seconds
         if training_seconds <= 0:
             return 1.0
-        return (self.state.seconds + self._step_seconds / 2) / training_seconds
+        return self.state.seconds / training_seconds
 
     def count_measurement(self, seconds: float, loss_seconds: float) -> None:
         """Count a measurement before the training.
@@ -156,7 +154,6 @@ class AdapterTraining:
             ConfigError: The loss diverged.
         """
         state = self.state
-        seconds_before = state.seconds
         rate = learning_rate(self.config.learning_rate, self.progress)
         kl = float(self.distillation.compute_gradients(batch))  # waits for the device
         if not math.isfinite(kl):
@@ -173,7 +170,6 @@ class AdapterTraining:
         state.step += 1
         state.tokens += sum(map(len, batch))
         self._count_time()
-        self._step_seconds = state.seconds - seconds_before
 
     def check(self, texts: Sequence[Tokens]) -> HealPoint:
         """Measure the KL on the held-out texts, and copy the weights if they are the best so far.
