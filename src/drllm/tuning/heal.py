@@ -184,8 +184,10 @@ class HealRun:
 
     @property
     def low_precision(self) -> torch.dtype | None:
-        """A dtype to compute in faster; None computes in the model's dtype."""
-        return choose_low_precision(self.base.model) if self.config.autocast else None
+        """A dtype to train in faster; None computes in the model's dtype."""
+        if not (self.config.autocast and self.config.is_trained):
+            return None
+        return choose_low_precision(self.base.model)
 
     def run(self) -> HealedPath:
         """Repair and train, or return the result of an earlier run with the same settings."""
@@ -334,13 +336,14 @@ class HealRun:
         """Take the refit out again if it doesn't lower the loss on held-out texts.
 
         Raises:
-            ConfigError: So it is, and nothing is trained.
+            ConfigError: It doesn't lower the loss, and nothing is trained.
         """
         if before.is_improved:
             self.listener.note(f"refit: next-token loss on held-out texts {before.describe()}")
             return record
-        reason = "the refit doesn't lower the next-token loss on held-out texts: "
-        reason += before.describe()
+        reason = (
+            f"the refit doesn't lower the next-token loss on held-out texts: {before.describe()}"
+        )
         if not self.config.is_trained:
             store.remove()
             raise ConfigError(

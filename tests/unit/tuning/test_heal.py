@@ -736,8 +736,11 @@ def test_minutes_end_it_and_count_what_was_done_before(routed, tmp_path, monkeyp
     assert 30 <= found.curve[-1].seconds <= 60
 
 
-def test_it_ends_in_its_time_with_the_last_check_and_the_losses_by_source(routed, monkeypatch):
-    """Measuring takes long beside a step, as on a small machine."""
+@pytest.mark.parametrize("repair", ["none", "refit"])
+def test_it_ends_in_its_time_with_the_last_check_and_the_losses_by_source(
+    routed, monkeypatch, repair
+):
+    """Measuring takes long beside a step, as on a small machine. A refit's time isn't counted."""
     spent = [0.0]
     monkeypatch.setattr(healing.time, "perf_counter", lambda: spent[0])
     original_measure, original_step = heal_checks._measure, Distillation.compute_gradients
@@ -750,11 +753,22 @@ def test_it_ends_in_its_time_with_the_last_check_and_the_losses_by_source(routed
         spent[0] += 1.0
         return original_step(this, batch)
 
+    original_solve = refit_module.solve_change
+    solve_seconds = [0.0]
+
+    def solve(*args, **named):
+        solve_seconds[0] += 300.0
+        spent[0] += 300.0
+        return original_solve(*args, **named)
+
+    monkeypatch.setattr(refit_module, "solve_change", solve)
     monkeypatch.setattr(heal_checks, "_measure", measure)
     monkeypatch.setattr(Distillation, "compute_gradients", compute_gradients)
     monkeypatch.setattr("drllm.tuning.heal_training.PATIENCE", 100)
-    found = healed(routed, steps=None, minutes=2.0)
-    assert 114 <= spent[0] <= 121  # one step more is begun than there is time for
+    found = healed(routed, path=REFIT_PATH, steps=None, minutes=2.0, repair=repair)
+    assert solve_seconds[0] == (600.0 if repair == "refit" else 0.0)
+    # One step more is begun than there is time for.
+    assert 114 <= spent[0] - solve_seconds[0] <= 121
     assert found.curve[-1].step > 1
 
 
