@@ -388,6 +388,34 @@ def test_baselines_give_up_the_layers_that_a_peer_library_does(figures_of):
     assert len(result["runs"][0]["ours"]["by_loss"]) == 4
 
 
+def test_a_cheap_choice_is_compared_with_the_best_path_after_its_refit(figures_of, benchmark):
+    script = benchmark("repair_ranks")
+    figures = figures_of("repair_ranks")
+    assert figures["spearman"].keys() == {"plain", "stand-in"}
+    assert list(figures["layers_out"]) == ["2", "3"]
+    for group in figures["layers_out"].values():
+        for choice in group["choice_loses"].values():
+            assert choice["mean"] >= 0
+
+    def make_row(layers, **losses):
+        losses = {
+            "stand-in": losses["stand_in"],
+            "plain": losses["plain"],
+            "refit": losses["refit"],
+        }
+        return script.PathLosses(layers=layers, losses=losses, seconds=dict.fromkeys(losses, 1.0))
+
+    good = make_row([0, 1], plain=[9.0, 9.0], stand_in=[1.0, 2.0], refit=[1.0, 1.0])
+    bad = make_row([0, 2], plain=[1.0, 1.0], stand_in=[3.0, 2.0], refit=[1.0, 2.0])
+    assert script.correlate([good, bad], "stand-in") == pytest.approx(1)
+    assert script.correlate([good, bad], "plain") == pytest.approx(-1)
+    assert script.choice_loses([good, bad], "plain")["mean"] == 0.5
+    assert script.choice_loses([good, bad], "stand-in")["mean"] == 0
+    paths = script.draw_paths(12, {"paths": 9, "least": 2, "most": 4})
+    assert [12 - len(path.layers) for path in paths] == [2, 3, 4] * 3
+    assert all(path.layers[0] == 0 for path in paths)
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 def test_a_quick_run_on_the_real_model_writes_what_every_benchmark_must(smollm2, script, tmp_path):
