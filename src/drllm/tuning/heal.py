@@ -394,6 +394,8 @@ class HealRun:
             if training.num_parts_done > num_parts_done:
                 self.check(training, held_out)
             on_progress(min(training.progress, 1.0), 1.0, training.describe())
+        if not training.is_checked:
+            self.check(training, held_out)
         if training.state.step == 0:
             self.listener.note(
                 f"--minutes {self.config.minutes} left no time to train: measuring the held-out "

@@ -82,6 +82,7 @@ class AdapterTraining:
         self.distillation = Distillation(routed, healed, first_layer, parameters, low_precision)
         self.state = TrainingState()
         self.loss_seconds = 0.0  # to measure the losses after the training
+        self._step_seconds = 0.0  # duration of the last step
         self._last_time = time.perf_counter()  # up to here `state.seconds` counts
         self.best = [parameter.detach().clone() for parameter in parameters]
 
@@ -99,19 +100,24 @@ class AdapterTraining:
         if steps is not None:
             share = self.state.step / steps
         if minutes is not None:
-            share = max(share, self._share_of_time(60 * minutes))
+            share = max(share, self._share_of_time(self.state.seconds))
         return share
 
     def _share_of_time(self, seconds: float) -> float:
-        """Return the share of the training's time that is over.
+        """Return which share of the time for the training some seconds are.
 
-        `seconds` is the time for the training and for the measurements after it, which are a check
-        and the losses.
+        The measurements after the training, a check and the losses, are in the time limit too.
         """
-        training_seconds = seconds - self.state.check_seconds - self.loss_seconds
-        if training_seconds <= 0:
-            return 1.0
-        return self.state.seconds / training_seconds
+        assert self.config.minutes is not None
+        training_seconds = 60 * self.config.minutes - self.state.check_seconds - self.loss_seconds
+        return 1.0 if training_seconds <= 0 else seconds / training_seconds
+
+    @property
+    def has_time(self) -> bool:
+        """Whether there is time for at least half of another step."""
+        if self.config.minutes is None:
+            return True
+        return self._share_of_time(self.state.seconds + self._step_seconds / 2) < 1
 
     def count_measurement(self, seconds: float, loss_seconds: float) -> None:
         """Count a measurement before the training.
@@ -145,7 +151,13 @@ class AdapterTraining:
         kls = [point.held_out_kl for point in self.state.curve]
         best_check = kls.index(min(kls))
         num_checks_since = len(kls) - 1 - best_check
-        return self.progress >= 1 or num_checks_since >= PATIENCE
+        is_complete = self.progress >= 1 or not self.has_time
+        return is_complete or num_checks_since >= PATIENCE
+
+    @property
+    def is_checked(self) -> bool:
+        """Whether the present weights were measured on the held-out texts."""
+        return self.state.curve[-1].step == self.state.step
 
     def step(self, batch: Sequence[Tokens]) -> None:
         """Train on one batch.
@@ -154,6 +166,7 @@ class AdapterTraining:
             ConfigError: The loss diverged.
         """
         state = self.state
+        seconds_before = state.seconds
         rate = learning_rate(self.config.learning_rate, self.progress)
         kl = float(self.distillation.compute_gradients(batch))  # waits for the device
         if not math.isfinite(kl):
@@ -170,6 +183,7 @@ class AdapterTraining:
         state.step += 1
         state.tokens += sum(map(len, batch))
         self._count_time()
+        self._step_seconds = state.seconds - seconds_before
 
     def check(self, texts: Sequence[Tokens]) -> HealPoint:
         """Measure the KL on the held-out texts, and copy the weights if they are the best so far.
