@@ -47,7 +47,7 @@ from drllm.tuning.heal_checks import (
     measure_text_losses,
     summarize_losses,
 )
-from drllm.tuning.heal_repair import RefitSolver, choose_repair, choose_texts
+from drllm.tuning.heal_repair import RefitSolver, choose_refit_texts, choose_repair
 from drllm.tuning.heal_texts import (
     SplitTexts,
     TextArgument,
@@ -306,7 +306,7 @@ class HealRun:
 
     def repair(self, record: HealedPath, texts: SplitTexts, store: ResultStore) -> HealedPath:
         """Solve the refit, and put it into the model. Without enough texts there is none."""
-        calibration_texts = choose_texts(texts.to_train, self.config, self.listener)
+        calibration_texts = choose_refit_texts(texts.to_train, self.config, self.listener)
         if not calibration_texts:
             return record
         solver = RefitSolver(self.routed, self.plain, calibration_texts, store, self.listener)

@@ -259,7 +259,7 @@ def _encode(refitted: RefittedGap, seconds: float) -> SolvedGap:
     )
 
 
-def choose_texts(
+def choose_refit_texts(
     by_source: Mapping[str, Sequence[Tokens]], config: HealConfig, listener: Listener
 ) -> dict[str, list[Tokens]]:
     """Choose the calibration texts; return none, with a note, if there are too few.

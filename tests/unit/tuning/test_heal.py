@@ -450,6 +450,24 @@ def test_both_paths_share_no_layer_that_is_refitted(routed, tmp_path, monkeypatc
     assert run == [*range(6), 0, 2, 3, 5]
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "phi", "qwen2_moe"])
+def test_other_families_are_refitted_trained_and_read_again(
+    family, tiny_model, tiny_tokenizer, tmp_path, monkeypatch
+):
+    """Conv1D, parallel attention, biases, and a shared expert, which can't have LoRA."""
+    monkeypatch.setattr(heal_checks.LossesBefore, "is_improved", True)  # of a random model
+    routed = RoutedModel(tiny_model(family), tokenizer=tiny_tokenizer)
+    record = repaired(routed, tmp_path, steps=2)
+    assert [gap.layer for gap in record.refit.gaps] == [0, 3]
+    weights = read_weights(routed, tmp_path)
+    assert weights.refit.keys() == set(record.refit.maps)
+    assert weights.lora.layers() == [0, 2, 3, 5]
+    assert not weights.lora.maps.keys() & weights.refit.keys()
+    kls = [point.held_out_kl for point in record.curve]
+    assert len(kls) == 3
+    assert min(kls) < kls[0]
+
+
 def test_a_refit_that_is_not_better_is_left_out_and_lora_starts_from_plain(routed, tmp_path):
     notes = Notes()
     record = repaired(routed, tmp_path / "a", WORSE_PATH, repair="refit", listener=notes)
