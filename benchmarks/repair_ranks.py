@@ -83,7 +83,7 @@ def read_texts(
     """Return the texts that maps and weights are fitted on."""
     sources = read_calibration(config, splits)
     by_source = {source.name: tokenize_source(base, source) for source in sources}
-    return choose_texts(by_source, num_tokens)
+    return choose_texts(by_source, num_tokens, SEED)
 
 
 def held_out_items(base: BaseModel, splits: Sequence[TaskSplits], num_texts: int) -> list[Item]:

@@ -11,11 +11,12 @@ from drllm.cli.show_paths import show_healed, show_paths
 from drllm.cli.terminal import LOADING, Terminal
 from drllm.cli.verbs import Flag, verb
 from drllm.config import HealConfig, ModelConfig, TuneConfig
+from drllm.config.heal import NO_REPAIR
 from drllm.pipeline.model import open_model
 from drllm.records.healed import HEALED_FILE
 from drllm.records.places import check_folder
 from drllm.records.static_paths import FIT, PATHS_FILE, load_path
-from drllm.tuning.calibration import NO_REPAIR, read_calibration
+from drllm.tuning.calibration import read_calibration
 from drllm.tuning.data_splits import TaskSplits, split_tasks
 from drllm.tuning.heal_texts import read_sources
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from drllm.config.constants import DATA_DIR_HELP, TASKS_HELP
 from drllm.config.executor import ExecutorConfig
 from drllm.config.fields import basic, incidental, setting
+from drllm.config.heal import NO_REPAIR, REPAIRS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,25 +35,27 @@ class TuneConfig(ExecutorConfig):
     )
     repair: str | None = basic(
         None,
-        choices=("refit", "none"),
+        choices=REPAIRS,
         # A tuning is recognised by whether its paths were really repaired.
         decisive=False,
-        help="judge paths as heal --minutes 0 repairs them (refit), or with layers left out and "
-        "nothing else (none); default: refit, if the model's layers can be refitted",
+        help="what is done in the gaps of a path before it is judged: 'refit' solves the "
+        "down-projection before each gap, as heal does, 'none' does nothing; default: refit where "
+        "the model allows it",
     )
     text: str | None = incidental(
         None,
         basic=True,
         placeholder="FILE,...",
-        no_effect_if=("repair", "none"),
+        no_effect_if=("repair", NO_REPAIR),
         help="texts to repair paths with, beside the questions that paths are fitted on; as for "
         "heal --text",
     )
     refit_tokens: int | None = setting(
         None,
         minimum=2,
-        no_effect_if=("repair", "none"),
-        help="maximum tokens of text to repair paths with; default: 50,000",
+        no_effect_if=("repair", NO_REPAIR),
+        help="maximum tokens that paths are refitted on, drawn evenly from the sources; default: "
+        "50,000",
     )
     beam: int = setting(3, minimum=1, help="the best paths kept for each number of skipped layers")
     num_fit: int = setting(

@@ -203,11 +203,15 @@ def read_adapters(
     return list(adapters.values())
 
 
-def note_healed_paths(request: EvaluationRequest, listener: Listener) -> None:
-    """Note how each healed path was repaired."""
+def note_repairs(request: EvaluationRequest, listener: Listener) -> None:
+    """Note how each healed path was repaired, and which paths run without their refit."""
     for name, path in request.paths.items():
-        if isinstance(path, PathFile) and isinstance(path.record, HealedPath):
+        if not isinstance(path, PathFile):
+            continue
+        if isinstance(path.record, HealedPath):
             listener.note(f"path {name} was {path.record.describe_repair()}")
+        if path.note:
+            listener.note(path.note)
 
 
 def note_other_prompts(routers: RouterStack, config: EvaluateConfig, listener: Listener) -> None:

@@ -26,8 +26,8 @@ from drllm.evaluation.inputs import (
     find_adapters,
     list_routers,
     load_listed_routers,
-    note_healed_paths,
     note_other_prompts,
+    note_repairs,
     prepare_inputs,
 )
 from drllm.evaluation.latency import count_timed_tokens, write_latency
@@ -146,12 +146,9 @@ def evaluate_request(
         check_output(output)
         workers = stack.enter_context(open_workers(model, tokenizer, request.config, listener))
         inputs = prepare_inputs(request, routers, model_adapters, workers, output)
-        note_healed_paths(request, listener)
+        note_repairs(request, listener)
         if inputs.routers.first is not None:
             note_other_prompts(inputs.routers.first, request.config, listener)
-        for path_file in request.path_files:
-            if path_file.note:
-                listener.note(path_file.note)
         header = _make_header(inputs, workers)
         _refuse_other_results(output, header, request.config)
         check_seeds(inputs.routers, workers)

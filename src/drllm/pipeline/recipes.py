@@ -20,6 +20,7 @@ from drllm.config.files import (
     read_yaml,
     with_preset,
 )
+from drllm.config.heal import NO_REPAIR
 from drllm.errors import ConfigError
 from drllm.evaluation.questions import select_tasks, without_routers
 from drllm.extras import need
@@ -28,7 +29,7 @@ from drllm.search.questions import SearchQuestion, collect_questions
 from drllm.supervision.select import check_settings
 from drllm.tasks.base import Task
 from drllm.training.trackers import check_trackers
-from drllm.tuning.calibration import NO_REPAIR, read_calibration
+from drllm.tuning.calibration import read_calibration
 from drllm.tuning.data_splits import TaskSplits, split_tasks
 from drllm.tuning.heal_texts import TextSource, read_sources
 

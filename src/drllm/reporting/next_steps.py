@@ -50,7 +50,18 @@ def _step_before_evaluation(run: Run) -> Step:
     if (run.paths or run.healed) and not run.has_training:
         path = str(folder / run.sources[-1].name)  # a healed path is read last, so it is preferred
         if run.paths and not run.healed:
-            path += f":{run.paths.paths[-1].name}"
+            last = run.paths.paths[-1]
+            path += f":{last.name}"
+            if last.repaired:
+                tasks = ",".join(run.paths.tasks)
+                values = {
+                    "path": path,
+                    "tasks": run.paths.config.get("tasks") or tasks,
+                    "minutes": 0,
+                    "output_dir": folder / "healed",
+                }
+                what = "Solve the refit that the path was chosen with, in seconds to minutes:"
+                return what, write_command("heal", values)
         return "Read an answer yourself:", _generate_command(path=path)
     if run.router_config or run.epochs:
         values = {

@@ -4,22 +4,27 @@ The questions are those that paths may be fitted on, never those that paths are 
 This module doesn't import torch.
 """
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from drllm.config import HealConfig, TuneConfig
 from drllm.errors import TaskError
-from drllm.records.codec import hash_values
 from drllm.records.static_paths import FIT
 from drllm.tuning.data_splits import TaskSplits
-from drllm.tuning.heal_texts import TextArgument, TextSource, Tokens, read_sources
+from drllm.tuning.heal_texts import (
+    TextArgument,
+    TextSource,
+    Tokens,
+    choose_calibration_texts,
+    cut_texts,
+    read_sources,
+    warn_of_texts,
+)
 
-NO_REPAIR = "none"  # the value of `--repair` with which paths aren't repaired
 REFIT_TOKENS = 50_000  # maximum tokens of the texts that a path is repaired with
 STAND_IN_TOKENS = 10_000  # maximum tokens of the texts that the stand-in is fitted on
 MAX_TOKENS = 512  # maximum tokens of a sequence; longer texts are cut
-FEW_TOKENS = 20_000  # with fewer tokens, a note says so
 
 
 def read_calibration(
@@ -63,52 +68,36 @@ def _number_same_names(sources: Sequence[TextSource]) -> list[TextSource]:
     return distinct
 
 
-def choose_texts(by_source: Mapping[str, Sequence[Tokens]], num_tokens: int) -> list[Tokens]:
-    """Choose texts with about `num_tokens` tokens, the same number from each source if it has them.
+def choose_texts(
+    by_source: Mapping[str, Sequence[Tokens]], num_tokens: int, seed: int
+) -> list[Tokens]:
+    """Choose texts of `num_tokens` tokens, as many of each source as possible.
 
-    The texts of a source are drawn by their hash. Texts that are longer than `MAX_TOKENS` are cut.
-    A text that occurs several times counts once.
+    Texts that are longer than `MAX_TOKENS` are cut. A text that occurs several times counts once.
 
     Args:
         by_source: Name of a source → its texts, as tokens.
-        num_tokens: The number of tokens; the last text may exceed it.
+        num_tokens: Maximum number of tokens.
+        seed: Seed of the draw.
 
     Raises:
         TaskError: There are fewer than two texts.
     """
     seen: set[Tokens] = set()
-    waiting: dict[str, deque[Tokens]] = {}
+    new_by_source: dict[str, list[Tokens]] = {}
     for name, texts in by_source.items():
-        new_texts = set(_cut_texts(texts)) - seen
+        new_texts = set(cut_texts(texts, MAX_TOKENS)) - seen
         seen |= new_texts
-        if new_texts:
-            waiting[name] = deque(sorted(new_texts, key=lambda text: hash_values([text])))
+        new_by_source[name] = sorted(new_texts)  # in an order of its own, whatever the file's
     chosen: list[Tokens] = []
-    num_chosen = Counter(dict.fromkeys(waiting, 0))  # tokens by source
-    while waiting and num_chosen.total() < num_tokens:
-        name = min(waiting, key=num_chosen.__getitem__)
-        text = waiting[name].popleft()
-        if not waiting[name]:
-            del waiting[name]
-        chosen.append(text)
-        num_chosen[name] += len(text)
+    for texts in choose_calibration_texts(new_by_source, num_tokens, seed).values():
+        chosen += texts
     if len(chosen) < 2:
         raise TaskError(
-            f"there are {len(chosen)} texts to repair paths with, and one chooses how strongly; "
+            f"there are {len(chosen)} texts to repair paths with, and a refit needs at least 2; "
             f"give more questions or --text FILE, or --repair none"
         )
     return chosen
-
-
-def _cut_texts(texts: Sequence[Tokens]) -> list[Tokens]:
-    """Cut texts into sequences of at most `MAX_TOKENS`, without sequences of a single token."""
-    sequences = []
-    for text in texts:
-        for start in range(0, len(text), MAX_TOKENS):
-            sequence = text[start : start + MAX_TOKENS]
-            if len(sequence) > 1:
-                sequences.append(sequence)
-    return sequences
 
 
 def describe_calibration(names: Sequence[str], texts: Sequence[Tokens], size: int) -> list[str]:
@@ -124,15 +113,7 @@ def describe_calibration(names: Sequence[str], texts: Sequence[Tokens], size: in
         f"paths are repaired with {num_tokens:,} tokens of {', '.join(names)}; the stand-in that "
         f"candidates are repaired with keeps {size / 1e9:.2g} GB of states"
     ]
-    if num_tokens < FEW_TOKENS:
-        lines.append(
-            f"{num_tokens:,} tokens are few: with 10 thousand instead of 45 thousand, five of 30 "
-            f"layers out cost 0.04 nats a token more; give more texts with --text"
-        )
-    if len(names) == 1:
-        lines.append(
-            f"{names[0]} is the only source: paths repaired with one kind of text did worse on "
-            f"others, by 0.1 nats a token and more; add other texts with --text if the path is to "
-            f"keep them"
-        )
+    warning = warn_of_texts(names, num_tokens)
+    if warning:
+        lines.append(warning)
     return lines

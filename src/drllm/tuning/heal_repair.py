@@ -20,7 +20,7 @@ from drllm.errors import ArchitectureError, PathError, RoutingError
 from drllm.models.routed_model import RoutedModel
 from drllm.paths import Gap, StaticPath
 from drllm.records.healed import GapRecord, RefitRecord
-from drllm.tuning.heal_texts import Tokens, choose_calibration_texts
+from drllm.tuning.heal_texts import Tokens, choose_calibration_texts, warn_of_texts
 from drllm.tuning.refit import (
     MIN_TEXTS,
     RefittedGap,
@@ -31,8 +31,6 @@ from drllm.tuning.refit import (
 )
 from drllm.work.listener import Listener, OnProgress, rough_duration
 from drllm.work.store import ResultStore
-
-FEW_TOKENS = 20_000  # with fewer tokens there is a warning
 
 
 class SolvedGap(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -202,19 +200,9 @@ class RefitSolver:
 
     def _warn(self) -> None:
         """Warn of texts that are too few, or all of one kind."""
-        if len(self.by_source) == 1:
-            [name] = self.by_source
-            self.listener.note(
-                f"all texts of the refit are of one kind ({name}), so text of other kinds may lose "
-                f"by it (a refit of SmolLM2-135M on GSM8K alone lost 0.11 nats a token on the mean "
-                f"of four kinds); add other texts with --text"
-            )
-        elif self.num_tokens < FEW_TOKENS:
-            self.listener.note(
-                f"{self.num_tokens:,} tokens are few for a refit (SmolLM2-135M lost 0.07 nats a "
-                f"token more with 5,000 than with 45,000); give more texts, {FEW_TOKENS:,} tokens "
-                f"or more"
-            )
+        warning = warn_of_texts(list(self.by_source), self.num_tokens)
+        if warning:
+            self.listener.note(warning)
 
 
 class _TimeTracker:

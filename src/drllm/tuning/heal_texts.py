@@ -27,6 +27,7 @@ from drllm.tuning.objectives import choose_objective, make_prompt
 
 Tokens: TypeAlias = tuple[int, ...]
 
+FEW_TOKENS = 20_000  # with fewer tokens to refit on, there is a warning
 TEXT_FILE_NAMES = (*FILE_ENDINGS, ".txt")  # how the names of files of texts end
 LEAST_PER_HELD_OUT = 5
 """A source has at least this many texts for each text that is held out. But one text of each source
@@ -230,11 +231,11 @@ def split_texts(by_source: Mapping[str, Sequence[Tokens]], config: HealConfig) -
         max_of_texts = max(1, len(shuffled) // LEAST_PER_HELD_OUT)
         num_held_out = min(max_per_source, max_of_texts)
         held_out[name] = [text[:size] for text in shuffled[:num_held_out]]
-        to_train[name] = _cut_texts(shuffled[num_held_out:], size)
+        to_train[name] = cut_texts(shuffled[num_held_out:], size)
     return SplitTexts(to_train, held_out)
 
 
-def _cut_texts(texts: Sequence[Tokens], size: int) -> list[Tokens]:
+def cut_texts(texts: Sequence[Tokens], size: int) -> list[Tokens]:
     """Cut texts into sequences of at most `size` tokens."""
     sequences = []
     for text in texts:
@@ -273,3 +274,24 @@ def choose_calibration_texts(
         counts[name] += len(sequence)
         num_left -= len(sequence)
     return {name: sequences for name, sequences in chosen.items() if sequences}
+
+
+def warn_of_texts(names: Sequence[str], num_tokens: int) -> str:
+    """Say that the texts of a refit are all of one kind, or few; return an empty text if not.
+
+    Args:
+        names: The names of the sources.
+        num_tokens: How many tokens they have.
+    """
+    if len(names) == 1:
+        return (
+            f"all texts of the refit are of one kind ({names[0]}), so text of other kinds may lose "
+            f"by it (a refit of SmolLM2-135M on GSM8K alone lost 0.11 nats a token on the mean of "
+            f"four kinds); add other texts with --text"
+        )
+    if num_tokens < FEW_TOKENS:
+        return (
+            f"{num_tokens:,} tokens are few for a refit (SmolLM2-135M lost 0.07 nats a token more "
+            f"with 5,000 than with 45,000); give more texts, {FEW_TOKENS:,} tokens or more"
+        )
+    return ""

@@ -5,6 +5,7 @@ from statistics import fmean
 
 from msgspec.structs import replace
 
+from drllm.config.heal import REFIT
 from drllm.cost import path_executions
 from drllm.paths import StaticPath
 from drllm.records.static_paths import (
@@ -19,7 +20,7 @@ from drllm.statistics.paired import Outcomes
 from drllm.statistics.verdicts import compare
 from drllm.tuning.gains import Gains
 from drllm.tuning.objectives import GOLD
-from drllm.tuning.score_blocks import PLAIN, REFIT
+from drllm.tuning.score_blocks import PLAIN
 from drllm.tuning.task_questions import TEXTS_OF, TaskQuestions
 
 

@@ -196,6 +196,17 @@ def _count_widened_bytes(routed: RoutedModel) -> int:
     )
 
 
+@contextmanager
+def high_precision(routed: RoutedModel) -> Iterator[None]:
+    """Compute in float32 inside the block if the memory allows it.
+
+    bfloat16 rounds a state of norm 24,000, as at the attention sink of SmolLM2, by tens.
+    """
+    has_room = _has_room_for_float32(routed)
+    with in_float32(routed.model) if has_room else nullcontext():
+        yield
+
+
 def _has_room_for_float32(routed: RoutedModel) -> bool:
     return _count_widened_bytes(routed) < free_bytes(routed.device) / 2
 
@@ -255,12 +266,8 @@ class _RefitRun:
 
     @contextmanager
     def precision(self) -> Iterator[None]:
-        """Compute in float32 inside the block if the memory allows it.
-
-        bfloat16 rounds a state of norm 24,000, as at the attention sink of SmolLM2, by tens.
-        """
-        has_room = _has_room_for_float32(self.routed)
-        with in_float32(self.routed.model) if has_room else nullcontext():
+        """Compute in float32 inside the block if the memory allows it; see `high_precision`."""
+        with high_precision(self.routed):
             for name, weight in self.new_weights.items():  # of gaps that were solved earlier
                 module: Any = self.routed.injection.refittable_maps[name]
                 self.new_weights[name] = move_weight(weight, module.weight)

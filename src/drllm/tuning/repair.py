@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from drllm.config import TuneConfig
+from drllm.config.heal import NO_REPAIR, REFIT
 from drllm.errors import ArchitectureError
 from drllm.models.base.prompts import Prompt as Conversation
 from drllm.models.workers import Workers
 from drllm.tuning.calibration import (
-    NO_REPAIR,
     REFIT_TOKENS,
     STAND_IN_TOKENS,
     choose_texts,
@@ -22,7 +22,7 @@ from drllm.tuning.calibration import (
 )
 from drllm.tuning.heal_texts import TextSource, Tokens
 from drllm.tuning.heal_tokens import tokenize_source
-from drllm.tuning.score_blocks import REFIT, AnswerPrompts, FindObstacle
+from drllm.tuning.score_blocks import AnswerPrompts, FindObstacle
 from drllm.work.listener import Listener
 from drllm.work.run import Block, Executor, run
 from drllm.work.store import ResultStore
@@ -46,7 +46,7 @@ class Repair:
 
 
 def choose_repair(config: TuneConfig, executor: Executor, listener: Listener) -> str:
-    """Return how paths are repaired: `REFIT`, or an empty text.
+    """Return how paths are repaired: `REFIT`, or an empty text if they aren't.
 
     Without a setting, paths are repaired if the model's layers can be refitted. If not, a note
     gives the reason.
@@ -84,9 +84,9 @@ def make_repair(
                 by_source[source.name] = _answer_source(source, workers.executor, store)
             else:
                 by_source[source.name] = tokenize_source(workers.base, source)
-    texts = choose_texts(by_source, config.refit_tokens or REFIT_TOKENS)
+    texts = choose_texts(by_source, config.refit_tokens or REFIT_TOKENS, config.seed)
     num_stand_in = min(config.refit_tokens or STAND_IN_TOKENS, STAND_IN_TOKENS)
-    stand_in_texts = choose_texts(by_source, num_stand_in)
+    stand_in_texts = choose_texts(by_source, num_stand_in, config.seed)
     width = workers.base.model.config.get_text_config().hidden_size
     size = 4 * workers.base.num_layers * width * sum(map(len, stand_in_texts))
     for line in describe_calibration(list(by_source), texts, size):

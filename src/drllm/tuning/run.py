@@ -15,6 +15,7 @@ import numpy as np
 
 from drllm.config import TuneConfig
 from drllm.config.fields import make_settings, replace_settings
+from drllm.config.heal import NO_REPAIR, REFIT
 from drllm.models.workers import Workers, open_workers
 from drllm.paths import StaticPath
 from drllm.records.codec import hash_values, write_json
@@ -31,7 +32,7 @@ from drllm.records.static_paths import (
 )
 from drllm.statistics.intervals import Floats
 from drllm.tuning.beam import Beam, make_beam
-from drllm.tuning.calibration import NO_REPAIR, read_calibration
+from drllm.tuning.calibration import read_calibration
 from drllm.tuning.data_splits import TasksArgument, TaskSplits, split_tasks
 from drllm.tuning.gains import Gains
 from drllm.tuning.heal_texts import TextArgument, TextSource, digest_sources
@@ -45,7 +46,7 @@ from drllm.tuning.level_lines import (
 from drllm.tuning.named_paths import make_named_paths
 from drllm.tuning.progress import TuningProgress, estimate_pairs
 from drllm.tuning.repair import Repair, choose_repair, make_repair
-from drllm.tuning.score_blocks import REFIT, STAND_IN
+from drllm.tuning.score_blocks import STAND_IN
 from drllm.tuning.score_table import PathsOnPart, ScoreTable
 from drllm.tuning.task_questions import TaskQuestions, tokenize_task
 from drllm.work.first_block import FirstBlock

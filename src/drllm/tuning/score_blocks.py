@@ -12,7 +12,8 @@ from functools import cached_property, partial
 
 import msgspec
 
-from drllm.errors import ArchitectureError, RoutingError
+from drllm.config.heal import REFIT
+from drllm.errors import ArchitectureError, ModelError, RoutingError
 from drllm.models.base.prompts import Prompt as Conversation
 from drllm.models.base.prompts import context_length, encode, render
 from drllm.models.routed_model import RoutedModel
@@ -21,15 +22,14 @@ from drllm.tasks.examples import Prompt
 from drllm.tuning.heal_texts import Tokens
 from drllm.tuning.heal_tokens import answer_prompts
 from drllm.tuning.path_scorer import Item, Scores, grade_answers, score_paths
-from drllm.tuning.refit import find_projections, refit
+from drllm.tuning.refit import find_projections, refit, refuse_too_large
 from drllm.tuning.stand_in import StandIn, fit_stand_in
 from drllm.work.run import BlockFunction, BlockSteps
 
 PLAIN = ""
 STAND_IN = "stand-in"
-REFIT = "refit"
-"""How a path is repaired while it is scored: not at all, by the stand-in, or by its refit. A table
-of scores has these words as the adapter of a path (see `score_table`)."""
+"""How a path is repaired while it is scored: not at all, by the stand-in, or by its refit, which is
+`REFIT`. A table of scores has these words as the adapter of a path (see `score_table`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +246,8 @@ class FindObstacle(BlockFunction[None, str]):
         last = prepared.num_layers - 1
         gaps = [Gap(layer, layer + 2) for layer in range(last)]
         try:
-            find_projections(prepared, gaps)
-        except (ArchitectureError, RoutingError) as error:
+            projections = find_projections(prepared, gaps)
+            refuse_too_large(prepared, projections.values())
+        except (ArchitectureError, RoutingError, ModelError) as error:
             return str(error)
         return ""

@@ -17,6 +17,7 @@ from typing import Protocol, TypeAlias
 
 import numpy as np
 
+from drllm.config.heal import REFIT
 from drllm.paths import StaticPath
 from drllm.records.codec import hash_values
 from drllm.records.static_paths import SELECT, TEST
@@ -25,7 +26,6 @@ from drllm.tuning.objectives import GOLD
 from drllm.tuning.path_scorer import Scores
 from drllm.tuning.repair import Repair
 from drllm.tuning.score_blocks import (
-    REFIT,
     GradeAnswers,
     PartScores,
     PartToScore,

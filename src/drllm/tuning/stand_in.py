@@ -21,7 +21,6 @@ Source: ours.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -33,8 +32,8 @@ from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.injection import Driver, LayerCall
 from drllm.paths import Gap
 from drllm.tuning.heal_texts import Tokens
-from drllm.tuning.layer_states import in_float32, make_batches
-from drllm.tuning.refit import split_for_ridge
+from drllm.tuning.layer_states import make_batches
+from drllm.tuning.refit import high_precision, split_for_ridge
 
 RIDGES = tuple(10.0**exponent for exponent in range(-5, 2))
 """The values of λ to choose from, for inputs of variance 1."""
@@ -215,12 +214,7 @@ def fit_stand_in(routed: RoutedModel, texts: Sequence[Tokens]) -> StandIn:
     """
     device = _choose_device(routed, sum(map(len, texts)))
     fit, held_out = split_for_ridge(texts)
-    model = routed.model
-    extra = sum(
-        weight.numel() * (torch.float32.itemsize - weight.itemsize) for weight in model.parameters()
-    )
-    has_room = extra < free_bytes(routed.device) / 2
-    with torch.no_grad(), in_float32(model) if has_room else nullcontext():
+    with torch.no_grad(), high_precision(routed):
         return StandIn(
             _record_states(routed, fit, device), _record_states(routed, held_out, device)
         )
