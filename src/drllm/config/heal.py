@@ -63,7 +63,7 @@ class HealConfig(Settings):
         help="maximum tokens that the refit is solved on, drawn evenly from the sources",
     )
     rank: int = basic(16, minimum=1, no_effect_if=NO_TRAINING, help="rank of the adapter")
-    first_layer: int = basic(
+    first_layer: int = setting(
         0,
         minimum=0,
         no_effect_if=NO_TRAINING,
