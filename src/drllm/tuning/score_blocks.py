@@ -24,7 +24,7 @@ from drllm.tuning.heal_tokens import answer_prompts
 from drllm.tuning.path_scorer import Item, Scores, grade_answers, score_paths
 from drllm.tuning.refit import find_projections, refit, refuse_too_large
 from drllm.tuning.stand_in import StandIn, fit_stand_in
-from drllm.work.run import BlockFunction, BlockSteps
+from drllm.work.run import BlockFunction, BlockSteps, OnStep
 
 PLAIN = ""
 STAND_IN = "stand-in"
@@ -184,7 +184,10 @@ class RepairPaths(BlockFunction[PathToRepair, RepairedScores]):
     ) -> RepairedScores:
         """Return the scores of a block."""
         started = time.perf_counter()
-        gaps = refit(prepared, data.path, self.texts)
+        on_progress = None
+        if steps.report is not None:
+            on_progress = partial(_report_refit, steps.report)
+        gaps = refit(prepared, data.path, self.texts, on_progress=on_progress)
         seconds = time.perf_counter() - started
         weights = {gap.name: gap.weight for gap in gaps}
         prepared.injection.add_adapter(REFIT, refit=weights)
@@ -211,6 +214,11 @@ class RepairPaths(BlockFunction[PathToRepair, RepairedScores]):
             grades = grade_answers(routed, path, part.prompts)
         right = scores.right[0] if scores.right else []
         return PartScores(objective=scores.objective[0], right=right, grades=grades)
+
+
+def _report_refit(report: OnStep, done: float, total: float, note: str = "") -> None:
+    """Report the progress of a refit as a step of its block; see `OnProgress`."""
+    report(done / total, 0, f"refitting the best paths, {note}")
 
 
 @dataclass(frozen=True)

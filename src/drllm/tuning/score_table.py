@@ -205,12 +205,16 @@ class ScoreTable:
         def on_result(block: Block[PathToRepair], scores: RepairedScores, **_: bool) -> None:
             self._insert_repaired(blocks[block.key], scores)
 
+        def on_step(_block: Block[PathToRepair], _share: float, _num: int, note: str) -> None:
+            self._on_scored(0, self.seconds, note)
+
         run(
             [block.to_run() for block in blocks.values()],
             self._repair_paths,
             self._executor,
             keep=self._store.of(RepairedScores),
             on_result=on_result,
+            on_step=on_step,
         )
 
     def _insert_repaired(self, block: _RepairBlock, scores: RepairedScores) -> None:

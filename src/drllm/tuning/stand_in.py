@@ -67,12 +67,15 @@ class GapMap:
     def apply(self, states: Tensor, is_first: Tensor) -> Tensor:
         """Map states `[..., D]`; `is_first` `[...]` marks the first tokens of texts."""
         values = states.float()
-        device = states.device
-        changes = torch.nn.functional.linear(
-            normalise(values), self.weight.to(device), self.bias.to(device)
-        )
-        changes = torch.where(is_first[..., None], self.first.to(device), changes)
+        changes = torch.nn.functional.linear(normalise(values), self.weight, self.bias)
+        changes = torch.where(is_first[..., None], self.first, changes)
         return (values + changes).to(states.dtype)
+
+    def to(self, device: torch.device) -> GapMap:
+        """Return the map on a device."""
+        return GapMap(
+            self.weight.to(device), self.bias.to(device), self.first.to(device), self.unexplained
+        )
 
 
 class StandIn:
@@ -91,7 +94,13 @@ class StandIn:
 
     def cross(self, layer: int, next_layer: int, states: Tensor, is_first: Tensor) -> Tensor:
         """See `Crossings.cross`."""
-        return self.find_map(Gap(layer, next_layer)).apply(states, is_first)
+        gap = Gap(layer, next_layer)
+        gap_map = self.find_map(gap)
+        if gap_map.weight.device != states.device:
+            # It was solved where the states of the texts are.
+            gap_map = gap_map.to(states.device)
+            self._maps[gap] = gap_map
+        return gap_map.apply(states, is_first)
 
     @torch.no_grad()
     def find_map(self, gap: Gap) -> GapMap:

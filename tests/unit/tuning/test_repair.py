@@ -38,13 +38,24 @@ PARTS = ["fit", "select", "test"]
 
 
 class NoteListener(Listener):
-    """Keeps the notes."""
+    """Keeps the notes, and the progress of the tuning."""
 
     def __init__(self):
         self.notes = []
+        self.progress_notes = []
+        self.num_done = []
 
     def note(self, text):
         self.notes.append(text)
+
+    @contextmanager
+    def progress(self, title, unit):
+        def keep(done, total, note=""):
+            assert done <= total
+            self.num_done.append(done)
+            self.progress_notes.append(note)
+
+        yield keep
 
 
 @contextmanager
@@ -52,9 +63,9 @@ def count_refits():
     """Give a list to which every refit adds its path."""
     paths = []
 
-    def count(routed, path, texts):
+    def count(routed, path, texts, **options):
         paths.append(path)
-        return refit(routed, path, texts)
+        return refit(routed, path, texts, **options)
 
     with mock.patch("drllm.tuning.score_blocks.refit", count):
         yield paths
@@ -164,6 +175,12 @@ def test_what_is_said_of_the_texts_and_of_both_kinds_of_scores(repaired, listene
     refitted = last.on("builtin_facts", "test")
     assert f"{plain.text_loss:.3f} → {refitted.text_loss:.3f}" in rows[-1]
     assert f"{100 * plain.accuracy:.1f} → {100 * refitted.accuracy:.1f}" in rows[-1]
+
+
+def test_the_progress_never_goes_back_and_tells_of_each_gap(repaired, listener):
+    assert listener.num_done == sorted(listener.num_done)
+    for note in ("scoring 5 candidate paths", "refitting the best paths, gap 1"):
+        assert any(note in progress_note for progress_note in listener.progress_notes)
 
 
 def test_dominated_paths_are_found_by_the_scores_with_the_refit(repaired):
@@ -310,9 +327,9 @@ def test_prompts_without_answers_repair_paths_with_the_full_path_s_answers(
     file.write_text("".join(f'{{"prompt": "Say {number}."}}\n' for number in range(40)))
     texts = []
 
-    def keep_texts(routed, path, calibration_texts):
+    def keep_texts(routed, path, calibration_texts, **options):
         texts.extend(calibration_texts)
-        return refit(routed, path, calibration_texts)
+        return refit(routed, path, calibration_texts, **options)
 
     monkeypatch.setattr("drllm.tuning.score_blocks.refit", keep_texts)
     settings = {**SMALL, "max_skipped": 1, "beam": 1}
