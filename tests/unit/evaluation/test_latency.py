@@ -30,7 +30,7 @@ from drllm.models.routing.kv_cache import cache_argument
 from drllm.models.routing.policies import FixedPolicy, RouterPolicy
 from drllm.records.codec import sha256
 from drllm.records.results import read_latency
-from slow_way import tiny_routers
+from slow_way import TORCH, tiny_routers
 
 PROMPTS = [[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15], [20, 21, 22, 23, 24, 25, 26]]
 PHASES = ("prefill", "decode")
@@ -182,6 +182,10 @@ def test_a_machine_is_named_with_its_cores_and_its_accelerator(monkeypatch):
     assert describe_machine(torch.device("cuda:1")) == f"Card 1, {words}"
 
 
+@pytest.mark.skipif(
+    TORCH < (2, 5),
+    reason="transformers 4.56 makes no mask of a sliding window for two rows with this torch",
+)
 @pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
 def test_models_with_sliding_windows_are_timed_beyond_their_window(family):
     model = make_tiny(family)
