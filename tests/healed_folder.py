@@ -58,9 +58,11 @@ def written_refit(
     gaps = {gap.layer: gap.next_layer for gap in StaticPath(path).gaps(identity["num_layers"])}
     refit = refit or tiny_refit(routed, list(gaps))
     records = []
-    for name in refit:
-        layer = parse_layer(name)
-        records.append(GapRecord(layer=layer, next_layer=gaps[layer], map=name, ridge=0.1))
+    for layer, next_layer in gaps.items():
+        names = [name for name in refit if parse_layer(name) == layer]
+        if names:
+            modules = dict(zip(("map", "norm"), names, strict=False))
+            records.append(GapRecord(layer=layer, next_layer=next_layer, ridge=0.1, **modules))
     lora = None
     if has_lora:
         lora = tiny_adapter(routed, path)

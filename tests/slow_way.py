@@ -288,15 +288,21 @@ def refitted(layer: nn.Module, index: int, refit: Mapping[str, Tensor]) -> nn.Mo
 
 
 def tiny_refit(routed: Any, layers: Sequence[int], seed: int = 0) -> dict[str, Tensor]:
-    """Make new weights for the last linear map of some layers, as before gaps of a path."""
+    """Make new weights for the last linear map of some layers, as before gaps of a path.
+
+    A norm behind the MLP gets a new weight too.
+    """
     generator = torch.Generator().manual_seed(seed)
     last_maps = {parse_layer(name): name for name in routed.injection.linear_maps}
+    modules = routed.injection.refittable_modules
     refit = {}
     for layer in layers:
-        name = last_maps[layer]
-        weight = routed.injection.linear_maps[name].weight
-        noise = 0.1 * torch.randn(weight.shape, generator=generator)
-        refit[name] = weight + noise.to(weight)
+        names = [last_maps[layer], f"{layer}.post_feedforward_layernorm"]
+        for name in names:
+            if name in modules:
+                weight = modules[name].weight
+                noise = 0.1 * torch.randn(weight.shape, generator=generator)
+                refit[name] = weight + noise.to(weight)
     return refit
 
 

@@ -170,8 +170,8 @@ def test_healing_waits_once_a_step_and_heals_as_on_the_cpu(
 
 def test_a_refit_is_solved_as_on_the_cpu(model, devices, tiny_llama, tiny_tokenizer, monkeypatch):
     # A pretended weight has a type of its own, as a quantised one has.
-    monkeypatch.setattr("drllm.tuning.refit.check_map", lambda name, module: None)
-    monkeypatch.setattr("drllm.models.routing.refits.check_map", lambda name, module: None)
+    monkeypatch.setattr("drllm.tuning.refit.check_module", lambda name, module: None)
+    monkeypatch.setattr("drllm.models.routing.refits.check_module", lambda name, module: None)
     settings = {"limit": 20, "num_held_out": 2, "minutes": 0, "tokenizer": tiny_tokenizer}
     [losses] = drllm.heal(model, HEALED, TASK, **settings).held_out.values()
     on_cpu = tiny_llama(num_layers=L, seed=3)

@@ -97,14 +97,14 @@ def test_the_down_projection_of_a_shared_expert_can_be_refitted(prompts, tiny_to
     base = BaseModel(model, tiny_tokenizer, "tiny")
     routed = RoutedModel(model)
     assert name not in routed.injection.linear_maps
-    weight = routed.injection.refittable_maps[name].weight
+    weight = routed.injection.refittable_modules[name].weight
     generator = torch.Generator().manual_seed(0)
     refit = {name: weight + 0.1 * torch.randn(weight.shape, generator=generator)}
     routed.detach()
     path = [0, 1, 3, 4, 5]
     slow = ListedModel(model, path=path, refit=refit)
     record = written_refit(tmp_path / "healed", model, base.identity, path=path, refit=refit)
-    assert record.refit.maps == (name,)
+    assert record.refit.modules == (name,)
     healed = load_path(tmp_path / "healed")
     export_path(base, healed, tmp_path / "out")
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
@@ -289,7 +289,7 @@ def test_an_override_over_ours_is_not_lost_silently(routed):
     module = routed.injection.layers[1].mlp.down_proj
     ours = module.forward
     module.forward = lambda states: ours(states)
-    with pytest.raises(RoutingError, match=r"linear map 1\.mlp\.down_proj was overridden again"):
+    with pytest.raises(RoutingError, match=r"module 1\.mlp\.down_proj was overridden again"):
         routed.detach()
     module.forward = ours
     routed.detach()
@@ -354,7 +354,7 @@ def test_a_driver_runs_one_layer_with_several_weights_in_one_pass(tiny_llama):
     slow = ListedModel(routed.detach(), path=range(6), refit=refit).logits(IDS[0])
     routed = RoutedModel(model)
     maps = routed.injection.linear_maps
-    routed.injection.refits.override_maps({name: maps[name] for name in refit})
+    routed.injection.refits.override({name: maps[name] for name in refit})
     driver = TwoWeights(refit)
     with routed.injection.driven_by(driver), torch.no_grad():
         assert torch.equal(routed(IDS, use_cache=False).logits, expected)

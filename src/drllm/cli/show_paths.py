@@ -44,7 +44,7 @@ def show_healed(file: Path, terminal: Terminal) -> None:
     plain_path = record.path.with_adapter("")  # the adapter is described below
     terminal.fact(record.name, plain_path.edits(record.num_layers))
     if record.refit is not None:
-        terminal.fact("refit", ", ".join(record.refit.maps))
+        terminal.fact("refit", ", ".join(record.refit.modules))
     if record.rank > 0:
         terminal.fact("adapter", f"rank {record.rank}, from layer {record.first_layer} on")
     terminal.fact("healed path", file.parent)

@@ -49,6 +49,7 @@ class GapRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     next_layer: int  # the layer that runs after the gap; at the end of the model the number L
     map: str  # the name of the map, such as `11.mlp.down_proj`
     ridge: Annotated[float, msgspec.Meta(ge=0)]  # λ
+    norm: str = ""  # the name of the norm behind the MLP, solved too; empty if there is none
 
 
 class RefitRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -59,9 +60,14 @@ class RefitRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     seconds: float | None = None  # how long it took to solve them
 
     @property
-    def maps(self) -> tuple[str, ...]:
-        """The names of the refitted linear maps."""
-        return tuple(gap.map for gap in self.gaps)
+    def norms(self) -> tuple[str, ...]:
+        """The names of the norms that have a new weight."""
+        return tuple(gap.norm for gap in self.gaps if gap.norm)
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The names of all modules that have a new weight: linear maps and norms."""
+        return (*(gap.map for gap in self.gaps), *self.norms)
 
 
 class HealedPath(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -192,11 +198,12 @@ def _check_adapter(record: HealedPath, file: Path) -> None:
                 f"{file} has a refit for a gap from layer {gap.layer} to {gap.next_layer}, which "
                 f"isn't a gap of its path, or comes twice; heal again"
             )
-        if gap.map.partition(".")[0] != str(gap.layer):
-            raise RecordError(
-                f"{file} has a refit of {gap.map!r}, expected a linear map of layer {gap.layer}; "
-                f"heal again"
-            )
+        for name in (gap.map, gap.norm or gap.map):
+            if name.partition(".")[0] != str(gap.layer):
+                raise RecordError(
+                    f"{file} has a refit of {name!r}, expected a module of layer {gap.layer}; heal "
+                    f"again"
+                )
         layers.add(gap.layer)
 
 

@@ -41,14 +41,14 @@ class SolvedGap(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         ridge: λ.
         unexplained: As in `RefittedGap`.
         seconds: How long it took.
-        weight: The new weight, as a file of safetensors.
+        weights: The new weights by the name of their module, as a file of safetensors.
     """
 
     map: str
     ridge: float
     unexplained: float
     seconds: float
-    weight: bytes
+    weights: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +67,11 @@ class SolvedRefit:
 
     @property
     def weights(self) -> dict[str, Any]:
-        """The new weights, by the name of the linear map."""
-        return {gap.name: gap.weight for gap in self.gaps}
+        """The new weights, by the name of their module."""
+        weights: dict[str, Any] = {}
+        for gap in self.gaps:
+            weights.update(gap.weights)
+        return weights
 
     def to_record(self) -> RefitRecord:
         """Return the record of the refit."""
@@ -80,6 +83,7 @@ class SolvedRefit:
                     layer=gap.layer,
                     next_layer=gap.next_layer,
                     map=refitted.name,
+                    norm=refitted.norm,
                     ridge=refitted.ridge,
                 )
             )
@@ -182,10 +186,12 @@ class RefitSolver:
         return kept
 
     def _decode(self, gap: Gap, solved: SolvedGap) -> RefittedGap:
-        """Return a kept gap with its weight beside the model's own."""
-        module: Any = self.routed.injection.refittable_maps[solved.map]
-        weight = from_safetensors(solved.weight)["weight"].to(module.weight.device)
-        return RefittedGap(gap, solved.map, weight, solved.ridge, solved.unexplained)
+        """Return a kept gap with its weights beside the model's own."""
+        weights = {}
+        for name, weight in from_safetensors(solved.weights).items():
+            module: Any = self.routed.injection.refittable_modules[name]
+            weights[name] = weight.to(module.weight.device)
+        return RefittedGap(gap, solved.map, weights, solved.ridge, solved.unexplained)
 
     def _note_work(self, num_kept: int) -> None:
         """Note how much is solved, and how much memory it takes."""
@@ -237,13 +243,15 @@ def _key(gap: Gap) -> str:
 
 def _encode(refitted: RefittedGap, seconds: float) -> SolvedGap:
     """Return a gap as it is kept."""
-    weight = refitted.weight.detach().cpu().contiguous()
+    weights = {}
+    for name, weight in refitted.weights.items():
+        weights[name] = weight.detach().cpu().contiguous()
     return SolvedGap(
         map=refitted.name,
         ridge=refitted.ridge,
         unexplained=refitted.unexplained,
         seconds=seconds,
-        weight=to_safetensors({"weight": weight}),
+        weights=to_safetensors(weights),
     )
 
 

@@ -25,6 +25,7 @@ from drllm.models.base.layers import temporary_hooks
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.injection import Driver, Forward, LayerCall
 from drllm.tuning.heal_texts import Tokens
+from drllm.tuning.normed_gap import NormedTokens
 
 TOKENS_AT_ONCE = 4096  # maximum tokens of a batch, with padding
 
@@ -197,6 +198,27 @@ class LayerRunner:
             is_first=batch.is_first,
         )
 
+    @torch.no_grad()
+    def read_normed_gap(
+        self, batch: StatesBatch, projection: DownProjection, start: Tensor, targets: Tensor
+    ) -> NormedTokens:
+        """Do what `read_gap` does for a layer with a norm behind its MLP."""
+        assert projection.norm is not None
+        with (
+            _record_inputs(projection.module) as inputs,
+            _record_outputs(projection.norm.module) as additions,
+        ):
+            outputs = self._run(batch, [projection.layer], start, {})
+        addition = batch.select(additions[0])
+        if projection.factor is not None:
+            addition = addition * projection.factor
+        return NormedTokens(
+            inputs=batch.select(inputs[0]),
+            states=batch.select(outputs) - addition,
+            targets=batch.select(targets),
+            is_first=batch.is_first,
+        )
+
     def _measure_factors(
         self, batch: StatesBatch, projection: DownProjection, start: Tensor, outputs: Tensor
     ) -> Tensor:
@@ -226,6 +248,15 @@ def _record_inputs(module: nn.Module) -> Iterator[list[Tensor]]:
     hook = module.register_forward_pre_hook(lambda _module, args: inputs.append(args[0]))
     with temporary_hooks([hook]):
         yield inputs
+
+
+@contextmanager
+def _record_outputs(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Record the outputs of a module inside the block."""
+    outputs: list[Tensor] = []
+    hook = module.register_forward_hook(lambda _module, _args, output: outputs.append(output))
+    with temporary_hooks([hook]):
+        yield outputs
 
 
 @contextmanager

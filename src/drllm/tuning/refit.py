@@ -11,23 +11,27 @@ activations of the MLP have more inputs to explain the gap.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from transformers.pytorch_utils import Conv1D
 
 from drllm.errors import ModelError, PathError, TaskError
 from drllm.models.base.batching import free_bytes
-from drllm.models.base.down_projections import DownProjection, find_down_projections
+from drllm.models.base.down_projections import (
+    DownProjection,
+    PostNorm,
+    find_down_projections,
+)
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.injection import Driver
 from drllm.models.routing.lora import read_map_sizes
-from drllm.models.routing.refits import check_map, move_weight
+from drllm.models.routing.refits import check_module, move_weight
 from drllm.paths import Gap, StaticPath
 from drllm.records.codec import hash_values
 from drllm.tuning.heal_texts import Tokens
@@ -39,8 +43,9 @@ from drllm.tuning.layer_states import (
     in_float32,
     make_batches,
 )
+from drllm.tuning.normed_gap import NormedMap, NormedTokens, solve_normed_change
 from drllm.tuning.refit_work import GapWork, MapSize, RefitProgress, count_layers
-from drllm.tuning.ridge import Solution, TokenSums, solve_change
+from drllm.tuning.ridge import TokenSums, solve_change
 from drllm.work.listener import OnProgress
 
 HELD_OUT = 10  # every tenth text chooses λ
@@ -55,16 +60,28 @@ class RefittedGap:
     Attributes:
         gap: The gap.
         name: The name of the down-projection, such as `11.mlp.down_proj`.
-        weight: Its new weight, in the dtype and the orientation of the old one.
+        weights: The new weights by the name of their module, in the dtype and the orientation of
+            the old ones: that of the down-projection, and of the norm behind it if there is one.
         ridge: λ.
         unexplained: The squared error on held-out texts, as a share of that of the plain gap.
     """
 
     gap: Gap
     name: str
-    weight: Tensor
+    weights: Mapping[str, Tensor]
     ridge: float
     unexplained: float
+
+    @property
+    def weight(self) -> Tensor:
+        """The new weight of the down-projection."""
+        return self.weights[self.name]
+
+    @property
+    def norm(self) -> str:
+        """The name of the norm that has a new weight; empty if there is none."""
+        names = [name for name in self.weights if name != self.name]
+        return names[0] if names else ""
 
 
 def refit(
@@ -95,7 +112,8 @@ def refit(
 
     Raises:
         PathError: The path repeats layers, goes back, or leaves out the first layer.
-        ArchitectureError: A down-projection isn't found, or isn't added to the state.
+        ArchitectureError: A down-projection isn't found, or more happens to its output than a norm
+            or a factor before it is added to the state.
         RoutingError: A weight is quantised or offloaded.
         ModelError: There isn't enough memory, or the states aren't finite.
         TaskError: There are fewer than two texts.
@@ -141,12 +159,21 @@ def find_projections(routed: RoutedModel, gaps: Sequence[Gap]) -> dict[int, Down
     layers = [gap.layer for gap in gaps]
     with routed.injection.driven_by(Driver()):
         projections = find_down_projections(routed.model, layers)
-    modules = {}
+    modules: dict[str, nn.Module] = {}
     for projection in projections.values():
-        check_map(projection.name, projection.module)
-        modules[projection.name] = projection.module
-    routed.injection.refits.override_maps(modules)
+        modules |= list_modules(projection)
+    for name, module in modules.items():
+        check_module(name, module)
+    routed.injection.refits.override(modules)
     return projections
+
+
+def list_modules(projection: DownProjection) -> dict[str, nn.Module]:
+    """Return the modules that get a new weight in a gap: the down-projection and its norm."""
+    modules = {projection.name: projection.module}
+    if projection.norm is not None:
+        modules[projection.norm.name] = projection.norm.module
+    return modules
 
 
 def refuse_too_large(routed: RoutedModel, projections: Iterable[DownProjection]) -> None:
@@ -247,12 +274,14 @@ class _RefitRun:
         self.routed = routed
         self.projections = projections
         # `precision` changes the dtypes of the weights for a while.
-        self.dtypes: dict[int, torch.dtype] = {}
-        for layer, projection in projections.items():
-            self.dtypes[layer] = projection.weight.dtype
+        self.dtypes: dict[str, torch.dtype] = {}
+        for projection in projections.values():
+            for name, module in list_modules(projection).items():
+                self.dtypes[name] = get_weight(module).dtype
         self.runner = LayerRunner(routed)
         self.path = path
         self.new_weights: dict[str, Tensor] = {}  # of the gaps that are solved
+        self.num_solved = 0  # gaps
         self.num_tokens = sum(map(len, texts))
         self.keeps_states = _keeps_states(routed, self.num_tokens)
         self.progress: RefitProgress | None = None
@@ -269,14 +298,15 @@ class _RefitRun:
         """Compute in float32 inside the block if the memory allows it; see `high_precision`."""
         with high_precision(self.routed):
             for name, weight in self.new_weights.items():  # of gaps that were solved earlier
-                module: Any = self.routed.injection.refittable_maps[name]
+                module: Any = self.routed.injection.refittable_modules[name]
                 self.new_weights[name] = move_weight(weight, module.weight)
             yield
 
     def use_earlier(self, earlier: Sequence[RefittedGap]) -> None:
         """Use the new weights of gaps that are solved already."""
         for refitted in earlier:
-            self.new_weights[refitted.name] = refitted.weight
+            self.new_weights.update(refitted.weights)
+            self.num_solved += 1
 
     def track(self, gaps: Sequence[Gap], on_progress: OnProgress | None) -> None:
         """Report the progress on the gaps that are left."""
@@ -288,7 +318,7 @@ class _RefitRun:
         counts = count_layers(
             self.path.gaps(num_layers),
             self.path.layers,
-            len(self.new_weights),
+            self.num_solved,
             keeps_states=self.keeps_states,
         )
         works = []
@@ -298,14 +328,13 @@ class _RefitRun:
         self.progress = RefitProgress(works, gaps, on_progress)
 
     def solve(self, gap: Gap, first_token_weight: float | None) -> RefittedGap:
-        """Solve one gap, and use its new weight from here on."""
+        """Solve one gap, and use its new weights from here on."""
         projection = self.projections[gap.layer]
-        fit, held_out = self.sum_tokens(gap)
-        on_solved = None if self.progress is None else self.progress.add_solution
         try:
-            solution = solve_change(
-                fit, held_out, first_token_weight=first_token_weight, on_solved=on_solved
-            )
+            if projection.norm is None:
+                refitted = self.solve_linear(gap, first_token_weight)
+            else:
+                refitted = self.solve_normed(gap, projection.norm, first_token_weight)
         except LinAlgError as error:
             raise ModelError(
                 f"{projection.name} can't be refitted, since the states of the texts aren't "
@@ -313,11 +342,51 @@ class _RefitRun:
             ) from error
         if self.progress is not None:
             self.progress.end_gap()
-        weight = change_weight(projection, solution)
-        # The next gaps are solved on the path with the rounded weight, as it will be used.
-        rounded = weight.to(self.dtypes[gap.layer])
-        self.new_weights[projection.name] = rounded.to(weight.dtype)
-        return RefittedGap(gap, projection.name, rounded, solution.ridge, solution.unexplained)
+        # The next gaps are solved on the path with the rounded weights, as they will be used.
+        rounded = {}
+        for name, weight in refitted.weights.items():
+            rounded[name] = weight.to(self.dtypes[name])
+            self.new_weights[name] = rounded[name].to(weight.dtype)
+        self.num_solved += 1
+        return replace(refitted, weights=rounded)
+
+    def solve_linear(self, gap: Gap, first_token_weight: float | None) -> RefittedGap:
+        """Solve a gap where the projection's output is added to the state."""
+        projection = self.projections[gap.layer]
+        fit, held_out = self.sum_tokens(gap)
+        on_solved = None if self.progress is None else self.progress.add_solution
+        solution = solve_change(
+            fit, held_out, first_token_weight=first_token_weight, on_solved=on_solved
+        )
+        weights = {projection.name: change_weight(projection, solution.change)}
+        return RefittedGap(gap, projection.name, weights, solution.ridge, solution.unexplained)
+
+    def solve_normed(
+        self, gap: Gap, norm: PostNorm, first_token_weight: float | None
+    ) -> RefittedGap:
+        """Solve a gap where a norm follows the MLP."""
+        projection = self.projections[gap.layer]
+        device = _float64_device(self.routed.device)
+        weight = projection.weight.detach().to(device).double()
+        factor = 1.0 if projection.factor is None else projection.factor
+        start = NormedMap(weight, factor * norm.gain.to(device), norm.epsilon)
+        held_out = [self.read_normed(item, gap) for item in self.batches if item.is_held_out]
+
+        def read_fit() -> Iterator[NormedTokens]:
+            for batch in self.batches:
+                if not batch.is_held_out:
+                    yield self.read_normed(batch, gap)
+
+        solution = solve_normed_change(
+            start, read_fit, join_tokens(held_out), first_token_weight=first_token_weight
+        )
+        gain = solution.map.gain / factor - norm.gain.to(device)
+        weights = {
+            projection.name: change_weight(projection, solution.map.weight - weight),
+            # The weight of a norm is its gain, or the gain less 1.
+            norm.name: add_change(get_weight(norm.module), gain),
+        }
+        return RefittedGap(gap, projection.name, weights, solution.ridge, solution.unexplained)
 
     def sum_tokens(self, gap: Gap) -> tuple[TokenSums, TokenSums]:
         """Return the sums over the tokens of the texts to fit and of those that choose λ."""
@@ -342,10 +411,29 @@ class _RefitRun:
 
     def read_tokens(self, batch: _CalibrationBatch, gap: Gap) -> GapTokens:
         """Advance both paths of a batch to a gap, and return what the gap's regression needs."""
+        start, targets = self.advance(batch, gap)
+        return self.runner.read_gap(batch.batch, self.projections[gap.layer], start, targets)
+
+    def read_normed(self, batch: _CalibrationBatch, gap: Gap) -> NormedTokens:
+        """Do the same for a gap where a norm follows the MLP."""
+        start, targets = self.advance(batch, gap)
+        projection = self.projections[gap.layer]
+        tokens = self.runner.read_normed_gap(batch.batch, projection, start, targets)
+        if not self.keeps_states:
+            batch.reset()
+        device = _float64_device(self.routed.device)
+        return NormedTokens(*(values.to(device) for values in tokens))
+
+    def advance(self, batch: _CalibrationBatch, gap: Gap) -> tuple[Tensor, Tensor]:
+        """Advance both paths of a batch to a gap.
+
+        Returns the state that enters the layer before the gap on the repaired path, and the state
+        that enters the layer after the gap on the full path, both `[B, T, D]`.
+        """
         runner = self.runner
         full = batch.full
         repaired = batch.repaired
-        if not self.new_weights:
+        if self.num_solved == 0 and repaired.state is None:
             # Up to the first gap both paths are the same.
             runner.advance(batch.batch, full, gap.layer)
             repaired.state = full.state
@@ -354,8 +442,7 @@ class _RefitRun:
         runner.advance(batch.batch, full, gap.next_layer)
         assert repaired.state is not None
         assert full.state is not None
-        projection = self.projections[gap.layer]
-        return runner.read_gap(batch.batch, projection, repaired.state, full.state)
+        return repaired.state, full.state
 
 
 def split_for_ridge(texts: Sequence[Tokens]) -> tuple[list[Tokens], list[Tokens]]:
@@ -365,13 +452,28 @@ def split_for_ridge(texts: Sequence[Tokens]) -> tuple[list[Tokens], list[Tokens]
     return ordered[num_held_out:], ordered[:num_held_out]
 
 
-def change_weight(projection: DownProjection, solution: Solution) -> Tensor:
-    """Return W + ΔW in the weight's present dtype and its orientation."""
-    weight = projection.weight.detach()
-    change = solution.change.to(weight.device)
+def change_weight(projection: DownProjection, change: Tensor) -> Tensor:
+    """Return W + ΔW in the weight's present dtype and its orientation; ΔW is `[D, F]`."""
     if isinstance(projection.module, Conv1D):
         change = change.T
-    return (weight.double() + change).to(weight.dtype).contiguous()
+    return add_change(projection.weight, change)
+
+
+def add_change(weight: Tensor, change: Tensor) -> Tensor:
+    """Return a changed weight in the weight's dtype; the sum is in float64."""
+    weight = weight.detach()
+    return (weight.double() + change.to(weight.device)).to(weight.dtype).contiguous()
+
+
+def get_weight(module: nn.Module) -> Tensor:
+    """Return the weight of a linear map or a norm."""
+    assert isinstance(module.weight, Tensor)
+    return module.weight
+
+
+def join_tokens(parts: Sequence[NormedTokens]) -> NormedTokens:
+    """Join the tokens of several batches."""
+    return NormedTokens(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
 
 def read_size(module: Any) -> MapSize:

@@ -162,7 +162,7 @@ def solve_change(
         on_solved: Called after each λ, and after the last solution.
     """
     on_solved = on_solved or _ignore
-    solver = _RidgeSolver(fit, first_token_weight)
+    solver = RidgeSolver(fit, first_token_weight)
     errors: dict[float, float] = {}
     for ridge in ridges:
         errors[ridge] = held_out.error_of(solver.solve(ridge))
@@ -171,7 +171,7 @@ def solve_change(
     without = float(held_out.error / held_out.num_tokens)
     del solver  # its matrix isn't needed beside that of the last solution
     fit.merge(held_out)
-    change = _RidgeSolver(fit, first_token_weight).solve(best)
+    change = RidgeSolver(fit, first_token_weight).solve(best)
     on_solved()
     return Solution(change.T.contiguous(), best, errors[best] / without)
 
@@ -179,7 +179,7 @@ def solve_change(
 def _ignore() -> None: ...
 
 
-class _RidgeSolver:
+class RidgeSolver:
     """Solves the change of a weight for several λ.
 
     With the inputs divided by their scales S, the ridge is λ N times the identity.

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 
 import msgspec
+from torch import Tensor
 
 from drllm.config.heal import REFIT
 from drllm.errors import ArchitectureError, ModelError, RoutingError
@@ -189,7 +190,9 @@ class RepairPaths(BlockFunction[PathToRepair, RepairedScores]):
             on_progress = partial(_report_refit, steps.report)
         gaps = refit(prepared, data.path, self.texts, on_progress=on_progress)
         seconds = time.perf_counter() - started
-        weights = {gap.name: gap.weight for gap in gaps}
+        weights: dict[str, Tensor] = {}
+        for gap in gaps:
+            weights.update(gap.weights)
         prepared.injection.add_adapter(REFIT, refit=weights)
         try:
             parts = {part.key: self._score_part(prepared, data, part, steps) for part in data.parts}

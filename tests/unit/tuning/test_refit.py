@@ -177,14 +177,16 @@ def test_weights_of_16_bits_are_solved_in_float32_and_come_back_as_they_were(tin
         assert torch.equal(weight, before[name])
 
 
-def test_without_room_for_the_states_of_all_texts_the_result_is_the_same(tiny_llama, monkeypatch):
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_without_room_for_the_states_of_all_texts_the_result_is_the_same(
+    family, tiny_model, monkeypatch
+):
     path = StaticPath([0, 2, 4])
-    expected = refit(RoutedModel(tiny_llama()), path, make_texts())
+    expected = refit(RoutedModel(tiny_model(family)), path, make_texts())
     monkeypatch.setattr("drllm.tuning.refit.SHARE_FOR_STATES", 0)
-    for gap, other in zip(
-        expected, refit(RoutedModel(tiny_llama()), path, make_texts()), strict=True
-    ):
-        torch.testing.assert_close(other.weight, gap.weight)
+    gaps = refit(RoutedModel(tiny_model(family)), path, make_texts())
+    for gap, other in zip(expected, gaps, strict=True):
+        torch.testing.assert_close(dict(other.weights), dict(gap.weights))
 
 
 @pytest.mark.parametrize("num_earlier", [1, 2])
@@ -352,10 +354,28 @@ def test_a_path_that_has_no_refit_is_refused(layers, says, tiny_llama):
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "glm4", "olmo2", "olmo3", "exaone4"])
-def test_a_norm_behind_the_mlp_is_refused(family, tiny_model):
-    routed = RoutedModel(tiny_model(family))
-    with pytest.raises(ArchitectureError, match="a norm follows its MLP"):
-        refit(routed, StaticPath([0, 1, 3, 4, 5]), make_texts())
+def test_where_a_norm_follows_the_mlp_its_gain_is_solved_too(family, tiny_model):
+    model = tiny_model(family)
+    path = [0, 1, 2, 4, 5]
+    slow = SlowWay(model, path)
+    routed = RoutedModel(model)
+    [gap] = refit(routed, StaticPath(path), make_texts(200))
+    assert gap.unexplained < 1
+    assert set(gap.weights) == {gap.name, gap.norm}
+    held_out = split_for_ridge(make_texts(200))[1]
+    errors = []
+    for weights in ({}, gap.weights):
+        for name, weight in weights.items():
+            layer, _, place = name.partition(".")
+            module = find_layers(slow.repaired)[1][int(layer)].get_submodule(place)
+            module.weight.data = weight
+        error = 0.0
+        for text in held_out:
+            target = slow.states_after(slow.full, range(4), text)
+            state = slow.states_after(slow.repaired, range(3), text)
+            error += float((target - state)[1:].square().sum())
+        errors.append(error)
+    assert errors[1] / errors[0] == pytest.approx(gap.unexplained, rel=1e-3)
 
 
 def test_packed_experts_are_refused(tiny_model):

@@ -240,17 +240,17 @@ def test_a_resumed_tuning_refits_no_path_again(repaired, routed, tmp_path):
 def test_a_model_that_cannot_be_refitted_is_tuned_plain_with_the_reason(
     tiny_model, tiny_tokenizer, monkeypatch
 ):
-    routed = RoutedModel(tiny_model("gemma2"), tokenizer=tiny_tokenizer)
+    routed = RoutedModel(tiny_model("mixtral"), tokenizer=tiny_tokenizer)
     settings = {**SMALL, "max_skipped": 1, "num_fit": 8, "num_judged": 8}
     listener = NoteListener()
     record = tune(routed, "builtin_facts", None, None, listener=listener, **settings)
     assert record.repair == ""
     assert "without repair" in listener.notes[0]
-    assert "a norm follows its MLP" in listener.notes[0]
+    assert "experts" in listener.notes[0]
     plain = tune(routed, "builtin_facts", None, None, repair="none", **settings)
     assert record.paths == plain.paths
     monkeypatch.setattr("drllm.tuning.score_blocks.score_paths", None)  # nothing is scored
-    with pytest.raises(ArchitectureError, match=r"a norm follows its MLP.*--repair none"):
+    with pytest.raises(ArchitectureError, match=r"experts.*--repair none"):
         tune(routed, "builtin_facts", None, None, repair="refit", **settings)
 
 

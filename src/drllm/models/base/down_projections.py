@@ -1,17 +1,17 @@
 """Find the down-projection of each layer's MLP, and how its output enters the layer's output.
 
-A refit solves a down-projection anew (tuning/refit.py). This is exact only where the projection's
-output is added to the state, maybe times a factor: 1 in most models, a constant in Granite, a gate
-that differs from token to token at a shared expert of Qwen2-MoE. Where a norm follows the MLP, as
-in Gemma 2 and 3, it isn't added. No table of models says which case a layer is: runs with a changed
-output show it.
+A refit solves a down-projection anew (tuning/refit.py). In most models the projection's output is
+added to the state, maybe times a factor: 1 mostly, a constant in Granite, a gate that differs from
+token to token at a shared expert of Qwen2-MoE. In others a norm follows the MLP, and the norm's
+output is added: Gemma 2 and 3, GLM-4, OLMo 2 and 3, EXAONE 4. No table of models says which case a
+layer is: runs with a changed output show it.
 
 Axes: B rows, T tokens, D hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -31,7 +31,12 @@ from drllm.models.base.layers import (
     temporary_hooks,
     unwrap_peft,
 )
-from drllm.models.base.sublayers import find_sublayers, first_argument, first_output
+from drllm.models.base.sublayers import (
+    Sublayers,
+    find_sublayers,
+    first_argument,
+    first_output,
+)
 
 STEPS = (0.0, 1.0, 8.0)
 """The multiples of a random vector that are added to a projection's output. The layer's output has
@@ -42,6 +47,23 @@ behind the MLP makes an error of 50 % and more."""
 SAME_FACTOR = 0.01  # maximum relative difference between the factors of tokens that count as equal
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class PostNorm:
+    """The norm behind a layer's MLP: it returns g ⊙ m / rms(m).
+
+    Attributes:
+        name: Its name, such as `14.post_feedforward_layernorm`.
+        module: The module.
+        gain: g, `[D]` in float64.
+        epsilon: What is added to the mean square of m.
+    """
+
+    name: str
+    module: nn.Module
+    gain: Tensor
+    epsilon: float
+
+
 @dataclass(frozen=True, slots=True)
 class DownProjection:
     """The last linear map of a layer's MLP.
@@ -50,14 +72,16 @@ class DownProjection:
         layer: The layer.
         name: The map's name, such as `14.mlp.down_proj`.
         module: The map, an `nn.Linear` or a `Conv1D`.
-        factor: What the map's output is multiplied by before it is added to the state; None if this
-            differs from token to token.
+        factor: What the map's output, or the norm's, is multiplied by before it is added to the
+            state; None if this differs from token to token.
+        norm: The norm that the MLP's output goes through before it is added; None without one.
     """
 
     layer: int
     name: str
     module: nn.Module
     factor: float | None
+    norm: PostNorm | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -75,21 +99,20 @@ def find_down_projections(model: Any, layers: Sequence[int]) -> dict[int, DownPr
 
     Raises:
         ArchitectureError: A layer has no MLP with a down-projection of its own, such as a layer of
-            experts whose weights are packed; or more happens to the projection's output than a
-            multiplication before it is added to the state.
+            experts whose weights are packed; or more happens to the projection's output than a norm
+            or a multiplication before it is added to the state.
     """
     name = type(unwrap_peft(model)).__name__
     decoder, all_layers = find_layers(model)
-    candidates = _find_last_maps(model)
+    ends = _find_ends(model)
     probes: dict[int, _Probe] = {}
     for layer in layers:
-        if layer not in candidates:
+        if layer not in ends:
             raise ArchitectureError(
                 f"layer {layer} of {name} has no linear map that ends its MLP (weights of experts "
                 f"are packed into one tensor), so it can't be refitted"
             )
-        map_name, module = candidates[layer]
-        probes[layer] = _Probe(name, layer, map_name, module)
+        probes[layer] = _Probe(name, layer, ends[layer])
     for step in STEPS:
         hooks: list[RemovableHandle] = []
         for layer, probe in probes.items():
@@ -98,52 +121,104 @@ def find_down_projections(model: Any, layers: Sequence[int]) -> dict[int, DownPr
     return {layer: probe.result() for layer, probe in probes.items()}
 
 
-def _find_last_maps(model: Any) -> dict[int, tuple[str, nn.Module]]:
-    """Return the linear map that each layer's MLP runs last, with its name, by layer.
+@dataclass
+class _MlpEnd:
+    """How the MLP of a layer ends.
 
-    Only maps to the size of the state that read every token count. Experts read some of the tokens.
+    Attributes:
+        map_name: The name of the linear map that runs last.
+        map: This map.
+        norm_name: The name of the norm that reads the MLP's output; empty if there is none.
+        norm: This norm.
+    """
+
+    map_name: str
+    map: nn.Module
+    norm_name: str = ""
+    norm: nn.Module | None = None
+
+
+def _find_ends(model: Any) -> dict[int, _MlpEnd]:
+    """Return how each layer's MLP ends, by layer.
+
+    Only linear maps to the size of the state that read every token count. Experts read some of the
+    tokens.
     """
     decoder, layers = find_layers(model)
     width = model.config.get_text_config().hidden_size
-    last_maps: dict[int, tuple[str, nn.Module]] = {}
-
-    def note_last(layer: int, name: str, module: nn.Module, _args: Any, output: Any) -> None:
-        if not isinstance(output, Tensor) or output.shape[-1] != width:
-            return
-        # Some models run a shared expert on all tokens as one long row, so rows aren't compared.
-        if output.numel() == MAP_ROWS * MAP_TOKENS * width:
-            last_maps[layer] = (name, module)
-
-    hooks = []
+    hooks: list[RemovableHandle] = []
+    watches: dict[int, _EndWatch] = {}
     for index, (layer, sublayers) in enumerate(zip(layers, find_sublayers(model), strict=True)):
+        watches[index] = _EndWatch(index, width)
+        hooks += watches[index].register_hooks(layer, sublayers)
+    _run_batch(model, decoder, hooks)
+    return {index: watch.end for index, watch in watches.items() if watch.end is not None}
+
+
+class _EndWatch:
+    """Watches the modules of one layer while a batch passes."""
+
+    def __init__(self, layer: int, width: int) -> None:
+        self.layer = layer
+        self.width = width
+        self.end: _MlpEnd | None = None
+        self._mlp_output: Any = None
+
+    def register_hooks(self, layer: nn.Module, sublayers: Sublayers) -> Iterator[RemovableHandle]:
+        """Register the hooks, and yield their handles."""
         in_mlp = {id(part) for mlp in sublayers.mlps for part in mlp.modules()}
+        for mlp in sublayers.mlps:
+            yield mlp.register_forward_hook(self._after_mlp)
         for place, module in layer.named_modules():
+            name = f"{self.layer}.{place.removesuffix('.base_layer')}"
             is_map = isinstance(module, (nn.Linear, Conv1D)) and ".lora_" not in place
             if is_map and id(module) in in_mlp:
-                name = f"{index}.{place.removesuffix('.base_layer')}"
-                hooks.append(module.register_forward_hook(partial(note_last, index, name)))
-    _run_batch(model, decoder, hooks)
-    return last_maps
+                yield module.register_forward_hook(partial(self._after_map, name))
+        for place, module in layer.named_children():
+            weights = [weight.shape for weight in module.parameters()]
+            if weights == [torch.Size([self.width])]:
+                name = f"{self.layer}.{place}"
+                yield module.register_forward_pre_hook(partial(self._before_norm, name))
+
+    def _after_map(self, name: str, module: nn.Module, _args: Any, output: Any) -> None:
+        if not isinstance(output, Tensor) or output.shape[-1] != self.width:
+            return
+        # Some models run a shared expert on all tokens as one long row, so rows aren't compared.
+        if output.numel() == MAP_ROWS * MAP_TOKENS * self.width:
+            self.end = _MlpEnd(name, module)
+
+    def _after_mlp(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        self._mlp_output = first_output(output)
+
+    def _before_norm(self, name: str, module: nn.Module, args: Any) -> None:
+        """Note a norm that reads what the MLP has returned."""
+        if self.end is not None and args and args[0] is self._mlp_output:
+            self.end.norm_name = name
+            self.end.norm = module
 
 
 @dataclass
 class _Probe:
-    """Measures how a layer's output follows the output of its down-projection."""
+    """Measures how a layer's output follows the output of its MLP, or of the norm behind it."""
 
     model_name: str
     layer: int
-    map_name: str
-    module: nn.Module
+    end: _MlpEnd
     # The layer's output `[B, T, D]` for each of `STEPS`.
     outputs: list[Tensor] = field(default_factory=list)
+    norm_input: Tensor | None = None  # `[B, T, D]`, and the norm's output for it
+    norm_output: Tensor | None = None
 
-    def register_hooks(self, layer: nn.Module, step: float) -> list[RemovableHandle]:
-        """Register the hooks of one run, in which `step` times a vector is added to the output."""
-        return [
-            layer.register_forward_pre_hook(self._put_noise, with_kwargs=True),
-            layer.register_forward_hook(self._keep_output),
-            self.module.register_forward_hook(partial(self._move_output, step)),
-        ]
+    def register_hooks(self, layer: nn.Module, step: float) -> Iterator[RemovableHandle]:
+        """Register the hooks of one run, in which `step` times a vector is added."""
+        yield layer.register_forward_pre_hook(self._put_noise, with_kwargs=True)
+        yield layer.register_forward_hook(self._keep_output)
+        if self.end.norm is None:
+            yield self.end.map.register_forward_hook(partial(self._move_output, step))
+            return
+        if step == 0:
+            yield self.end.norm.register_forward_hook(self._keep_norm)
+        yield self.end.norm.register_forward_hook(partial(self._move_output, step))
 
     def result(self) -> DownProjection:
         """Return the down-projection with its factor, from the outputs of all runs."""
@@ -156,17 +231,39 @@ class _Probe:
         for movement in movements:
             error = (movement - expected).norm() / expected.norm()
             if not error < TOLERANCE:  # NaN is refused too
-                raise ArchitectureError(
-                    f"layer {self.layer} of {self.model_name} doesn't add the output of "
-                    f"{self.map_name} to its state (a norm follows its MLP), so it can't be "
-                    f"refitted"
-                )
+                raise self._error("adds more to its state than the output of its MLP or of a norm")
         mean = float(factors.mean())
         is_same = float((factors - mean).abs().max()) <= SAME_FACTOR * abs(mean)
         factor = mean if is_same else None
         if factor is not None and abs(factor - 1) <= SAME_FACTOR:
             factor = 1.0
-        return DownProjection(self.layer, self.map_name, self.module, factor)
+        return DownProjection(
+            self.layer, self.end.map_name, self.end.map, factor, self._measure_norm()
+        )
+
+    def _measure_norm(self) -> PostNorm | None:
+        """Return the norm behind the MLP with its gain; refuse a norm of another form."""
+        if self.end.norm is None:
+            return None
+        if getattr(self.end.map, "bias", None) is not None:
+            raise self._error("has a norm behind an MLP whose last map has a bias")
+        assert self.norm_input is not None
+        assert self.norm_output is not None
+        module: Any = self.end.norm
+        epsilon = float(getattr(module, "eps", getattr(module, "variance_epsilon", 0.0)))
+        values = self.norm_input.double()
+        normed = values / (values.square().mean(dim=-1, keepdim=True) + epsilon).sqrt()
+        output = self.norm_output.double()
+        gain = (output * normed).sum(dim=(0, 1)) / normed.square().sum(dim=(0, 1))
+        error = (output - gain * normed).norm() / output.norm()
+        if not error < TOLERANCE:
+            raise self._error(f"has a norm behind its MLP that isn't g ⊙ m / rms(m) ({module})")
+        return PostNorm(self.end.norm_name, module, gain, epsilon)
+
+    def _error(self, reason: str) -> ArchitectureError:
+        return ArchitectureError(
+            f"layer {self.layer} of {self.model_name} {reason}, so it can't be refitted"
+        )
 
     def _moved(self) -> list[tuple[Tensor, float]]:
         """Return the outputs of the runs with a changed projection, each with its step."""
@@ -178,6 +275,10 @@ class _Probe:
         if args:
             return (noise, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": noise}
+
+    def _keep_norm(self, _module: nn.Module, args: Any, output: Tensor) -> None:
+        self.norm_input = args[0]
+        self.norm_output = output
 
     def _move_output(self, step: float, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
         """Add a vector to the output of the projection at each token."""

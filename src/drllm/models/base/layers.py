@@ -298,6 +298,18 @@ def list_linear_maps(model: Any) -> dict[str, nn.Module]:
     return maps
 
 
+def list_norms(model: Any) -> dict[str, nn.Module]:
+    """Return the norms in the layers whose only parameter is a gain for each channel, by name."""
+    _, layers = find_layers(model)
+    norms: dict[str, nn.Module] = {}
+    for index, layer in enumerate(layers):
+        for place, module in layer.named_children():
+            names = [name for name, weight in module.named_parameters() if weight.dim() == 1]
+            if names == ["weight"] and len(list(module.parameters())) == 1:
+                norms[f"{index}.{place}"] = module
+    return norms
+
+
 def find_linear_maps(model: Any) -> dict[str, nn.Module]:
     """Return the linear maps that read every token of every row, by name; see `list_linear_maps`.
 

@@ -50,7 +50,7 @@ class Adapters:
         name: str,
         weights: AdapterWeights,
         lora_maps: Mapping[str, nn.Module],
-        refittable_maps: Mapping[str, nn.Module],
+        refittable_modules: Mapping[str, nn.Module],
     ) -> None:
         """Put an adapter into the model, wholly or not at all.
 
@@ -73,7 +73,7 @@ class Adapters:
                     f"refitted map can't have LoRA too"
                 )
         if weights.refit:
-            self.refits.add(name, weights.refit, refittable_maps)
+            self.refits.add(name, weights.refit, refittable_modules)
         if weights.lora is None:
             return
         try:

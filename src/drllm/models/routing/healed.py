@@ -76,7 +76,7 @@ def save_healed(folder: Path, record: HealedPath, injection: Injection, adapter:
 def _check_record(record: HealedPath, weights: AdapterWeights) -> None:
     """Raise ValueError if a record doesn't describe these weights."""
     rank = 0 if weights.lora is None else weights.lora.rank
-    maps = () if record.refit is None else record.refit.maps
+    maps = () if record.refit is None else record.refit.modules
     if record.rank != rank or set(maps) != weights.refit.keys():
         raise ValueError(
             f"the record has rank {record.rank} and a refit of {sorted(maps)}, the adapter rank "
@@ -94,7 +94,7 @@ def _list_tensors(injection: Injection, weights: AdapterWeights) -> dict[str, Te
             tensors[f"{prefix}.{name}.lora_B.weight"] = b.float().cpu().contiguous()
     for name, weight in weights.refit.items():
         tensors[f"{prefix}.{name}.weight"] = _to_file(weight)
-        bias = injection.refittable_maps[name].bias
+        bias = getattr(injection.refittable_modules[name], "bias", None)
         if weights.lora is not None and isinstance(bias, Tensor):
             # PEFT doesn't load a module without its bias. The bias is the base model's own.
             tensors[f"{prefix}.{name}.bias"] = _to_file(bias)
@@ -118,7 +118,7 @@ def _make_peft_config(
         return values
     base = unwrap_peft(injection.model)
     prefix = find_layers_name(base, injection.layers)
-    names = [f"{prefix}.{name}" for name in record.refit.maps]
+    names = [f"{prefix}.{name}" for name in record.refit.modules]
     for name, _ in base.named_modules(remove_duplicate=False):
         # PEFT takes every module whose name has one of these endings.
         if name not in names and name.endswith(tuple(names)):
@@ -217,10 +217,12 @@ def read_adapter(model: Any, path_file: Path, record: HealedPath) -> HealedAdapt
         tensors = load_file(file)
     except (SafetensorError, OSError) as error:
         raise RecordError(f"{file} can't be read: {error}") from error
-    refitted_maps = () if record.refit is None else record.refit.maps
-    tensors_by_map = _group_by_map(file, tensors, _peft_prefix(model) + ".", refitted_maps)
+    refitted_modules = () if record.refit is None else record.refit.modules
+    norms = () if record.refit is None else record.refit.norms
+    prefix = _peft_prefix(model) + "."
+    tensors_by_map = _group_by_map(file, tensors, prefix, refitted_modules, norms)
     refit = {}
-    for name in refitted_maps:
+    for name in refitted_modules:
         map_tensors = tensors_by_map.pop(name, {})
         if "weight" not in map_tensors or map_tensors.keys() & {"A", "B"}:
             raise RecordError(
@@ -251,17 +253,22 @@ def _read_lora(
 
 
 def _group_by_map(
-    file: Path, tensors: Mapping[str, Tensor], prefix: str, refitted_maps: Collection[str]
+    file: Path,
+    tensors: Mapping[str, Tensor],
+    prefix: str,
+    refitted_modules: Collection[str],
+    norms: Collection[str],
 ) -> dict[str, dict[str, Tensor]]:
-    """Return the tensors of an adapter's file by linear map, then by what they are.
+    """Return the tensors of an adapter's file by module, then by what they are.
 
-    A tensor is LoRA's `A` or `B`, or the `weight` or `bias` of a refitted map.
+    A tensor is LoRA's `A` or `B` of a linear map, or the `weight` or `bias` of a refitted module.
 
     Args:
         file: The file, for the error message.
         tensors: The tensors by their names in the file.
-        prefix: The part of these names before the name of a map.
-        refitted_maps: The names of the refitted maps.
+        prefix: The part of these names before the name of a module.
+        refitted_modules: The names of the refitted modules.
+        norms: The names of those that are norms, whose weight is a vector.
 
     Raises:
         RecordError: A tensor has another name, another number of axes, or a dtype that isn't one of
@@ -269,16 +276,16 @@ def _group_by_map(
     """
     tensors_by_map: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        name, part = _parse_key(key, prefix, refitted_maps)
+        name, part = _parse_key(key, prefix, refitted_modules)
         if not part:
             raise RecordError(
                 f"{file} holds {key!r}, expected names such as {prefix}0.….lora_A.weight, or the "
-                f"weight of a refitted map"
+                f"weight of a refitted module"
             )
-        is_bias = part == "bias"
-        if tensor.dim() != (1 if is_bias else 2) or tensor.dtype not in DTYPES:
+        is_vector = part == "bias" or name in norms
+        if tensor.dim() != (1 if is_vector else 2) or tensor.dtype not in DTYPES:
             kind = str(tensor.dtype).removeprefix("torch.")
-            expected = "vector" if is_bias else "matrix"
+            expected = "vector" if is_vector else "matrix"
             raise RecordError(
                 f"{file}: {key} has {tensor.dim()} axes of {kind}, expected a {expected} of "
                 f"float32, bfloat16 or float16; heal again"
@@ -289,7 +296,7 @@ def _group_by_map(
     return tensors_by_map
 
 
-def _parse_key(key: str, prefix: str, refitted_maps: Collection[str]) -> tuple[str, str]:
+def _parse_key(key: str, prefix: str, refitted_modules: Collection[str]) -> tuple[str, str]:
     """Return the name of a tensor's linear map, and what the tensor is; empty if unknown.
 
     See `_group_by_map`.
@@ -300,7 +307,7 @@ def _parse_key(key: str, prefix: str, refitted_maps: Collection[str]) -> tuple[s
     for ending, part in PARTS.items():
         name = place.removesuffix(ending)
         is_lora = part in ("A", "B")
-        if name != place and (is_lora or name in refitted_maps):
+        if name != place and (is_lora or name in refitted_modules):
             return name, part
     return "", ""
 

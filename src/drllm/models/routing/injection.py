@@ -23,7 +23,13 @@ from transformers.cache_utils import Cache
 
 from drllm.errors import RoutingError
 from drllm.models.base.devices import on_device
-from drllm.models.base.layers import find_layers, find_linear_maps, list_linear_maps, probe
+from drllm.models.base.layers import (
+    find_layers,
+    find_linear_maps,
+    list_linear_maps,
+    list_norms,
+    probe,
+)
 from drllm.models.routing.adapters import Adapters, AdapterWeights
 from drllm.models.routing.call_arguments import (
     BATCH_AXES,
@@ -39,7 +45,7 @@ from drllm.models.routing.call_arguments import (
 from drllm.models.routing.context import Override, ThreadValue
 from drllm.models.routing.forward_override import ForwardOverride, find_overrides
 from drllm.models.routing.lora import LoraAdapters, LoraWeights
-from drllm.models.routing.refits import MapHandle, Refit, Refits
+from drllm.models.routing.refits import ModuleHandle, Refit, Refits
 
 REFUSED_OUTPUTS = ("output_attentions", "output_router_logits")
 """Options of a forward pass that request outputs which routing can't return."""
@@ -82,7 +88,7 @@ class Forward:
     driver: Driver = field(init=False)
     adapter: str = ""  # the name of the adapter that the pass runs with; empty for none
     # Weights that linear maps run with in place of their own, by the map's name. Only a map with an
-    # override reads them; see `Refits.override_maps`.
+    # override reads them; see `Refits.override`.
     new_weights: Mapping[str, Tensor] = field(default_factory=dict)
     # The cache, if decisions are pinned in it and a layer that all rows run once may run without
     # the driver; else None.
@@ -176,7 +182,7 @@ class Injection:
 
     def remove(self) -> None:
         """Take every override and hook off. Refuse if other code has put an override over ours."""
-        overrides: list[LayerHandle | DecoderHandle | MapHandle] = [
+        overrides: list[LayerHandle | DecoderHandle | ModuleHandle] = [
             *self.handles,
             self.decoder_handle,
             *self.refits.handles,
@@ -218,9 +224,9 @@ class Injection:
             return find_linear_maps(self.model)
 
     @cached_property
-    def refittable_maps(self) -> dict[str, nn.Module]:
-        """The linear maps that a refit may change, by name; see `list_linear_maps`."""
-        return list_linear_maps(self.model)
+    def refittable_modules(self) -> dict[str, nn.Module]:
+        """The linear maps and norms whose weight a refit may change, by name."""
+        return list_linear_maps(self.model) | list_norms(self.model)
 
     def add_adapter(
         self, name: str, lora: LoraWeights | None = None, refit: Refit | None = None
@@ -228,7 +234,7 @@ class Injection:
         """Put an adapter with LoRA weights, a refit, or both into the model; see `Adapters.add`."""
         weights = AdapterWeights(lora, refit or {})
         lora_maps = {} if lora is None else self.linear_maps
-        self.adapters.add(name, weights, lora_maps, self.refittable_maps)
+        self.adapters.add(name, weights, lora_maps, self.refittable_modules)
 
     def create_lora(
         self, name: str, rank: int, alpha: float, layers: Collection[int], seed: int

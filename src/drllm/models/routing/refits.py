@@ -1,13 +1,14 @@
-"""Refits: new weights of some linear maps, which run only in passes along their own path.
+"""Refits: new weights of some modules, which run only in passes along their own path.
 
-An override of a map's forward looks at the pass that runs in its thread. If the pass has a new
-weight for the map, the map runs with it. Otherwise the map's own forward runs, so results equal
-those of the base model bit by bit. Nothing is switched for the whole model, so threads may run
-different refits at the same time.
+The modules are linear maps, and norms behind an MLP. An override of a module's forward looks at the
+pass that runs in its thread. If the pass has a new weight for the module, it runs with it.
+Otherwise the module's own forward runs, so results equal those of the base model bit by bit.
+Nothing is switched for the whole model, so threads may run different refits at the same time.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,44 +21,55 @@ from drllm.models.routing.context import ThreadValue
 from drllm.models.routing.forward_override import ForwardOverride
 
 Refit = Mapping[str, Tensor]
-"""The new weight of each refitted linear map, by the map's name LAYER.PLACE; see
-`list_linear_maps`. A weight has the shape of the map's own weight, so that of a `Conv1D` is
-`[in, out]`. The map's bias stays."""
+"""The new weight of each refitted module, by the module's name LAYER.PLACE; see
+`list_linear_maps` and `list_norms`. A weight has the shape of the module's own weight, so that of a
+`Conv1D` is `[in, out]`. A bias stays."""
 
 
-class MapHandle(ForwardOverride):
-    """The override of one linear map's forward.
+class ModuleHandle(ForwardOverride):
+    """The override of the forward of one linear map or norm.
 
     Args:
-        current: The pass that runs in each thread. Its `new_weights` may have one for the map.
-        module: The linear map.
-        name: The map's name.
+        current: The pass that runs in each thread. Its `new_weights` may have one for the module.
+        module: The module.
+        name: The module's name.
     """
 
     def __init__(self, current: ThreadValue[Any], module: nn.Module, name: str) -> None:
         super().__init__(module)
         self.current = current
         self.name = name
-        self.place = f"the linear map {name}"
+        self.place = f"the module {name}"
 
     def forward(self, states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Run the map with the new weight that the pass has for it, else with its own."""
+        """Run the module with the new weight that the pass has for it, else with its own."""
         forward = self.current.get()
         weight = None if forward is None else forward.new_weights.get(self.name)
         if weight is not None:
-            return run_map(self.module, weight, states)
+            return run_module(self.module, weight, states)
         if self.previous is not None:
             return self.previous(states, *args, **kwargs)
         # Not through `original`, as in `DecoderHandle`.
         return type(self.module).forward(self.module, states, *args, **kwargs)
 
 
-def run_map(module: Any, weight: Tensor, states: Tensor) -> Tensor:
-    """Run a linear map with another weight, `[..., in]` to `[..., out]`."""
+def run_module(module: Any, weight: Tensor, states: Tensor) -> Tensor:
+    """Run a linear map or a norm with another weight, `[..., in]` to `[..., out]`."""
+    if not is_linear_map(module):
+        # A copy, so that other threads can run the module itself. It shares all but the weight.
+        norm = copy.copy(module)
+        norm._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
+        result: Tensor = type(module).forward(norm, states)
+        return result
     if isinstance(module, Conv1D):
         flat = torch.addmm(module.bias, states.reshape(-1, states.shape[-1]), weight)
         return flat.view(*states.shape[:-1], weight.shape[1])
     return nn.functional.linear(states, weight, module.bias)
+
+
+def is_linear_map(module: nn.Module) -> bool:
+    """Tell whether a refittable module is a linear map; otherwise it is a norm."""
+    return isinstance(module, (nn.Linear, Conv1D))
 
 
 class Refits:
@@ -69,7 +81,7 @@ class Refits:
 
     def __init__(self, current: ThreadValue[Any]) -> None:
         self._current = current
-        self._handles: dict[str, MapHandle] = {}  # by linear map
+        self._handles: dict[str, ModuleHandle] = {}  # by module
         self._refits: dict[str, Refit] = {}  # by adapter
 
     @property
@@ -78,21 +90,21 @@ class Refits:
         return tuple(self._refits)
 
     @property
-    def handles(self) -> tuple[MapHandle, ...]:
-        """The overrides on linear maps."""
+    def handles(self) -> tuple[ModuleHandle, ...]:
+        """The overrides on modules."""
         return tuple(self._handles.values())
 
-    def add(self, name: str, refit: Refit, maps: Mapping[str, nn.Module]) -> None:
+    def add(self, name: str, refit: Refit, modules: Mapping[str, nn.Module]) -> None:
         """Put a refit into the model. The tensors aren't copied.
 
         Args:
             name: The adapter's name in the model.
             refit: The new weights.
-            maps: The linear maps that a refit may change, by name.
+            modules: The linear maps and norms that a refit may change, by name.
 
         Raises:
-            RoutingError: The name is empty or in use, the weights are for other maps or have other
-                shapes, or a map's own weight is quantised or offloaded.
+            RoutingError: The name is empty or in use, the weights are for other modules or have
+                other shapes, or a module's own weight is quantised or offloaded.
         """
         if not name:
             raise RoutingError("an adapter can't be called ''; give it a name")
@@ -101,19 +113,19 @@ class Refits:
                 f"an adapter can't be called {name!r}, which is in the model already"
             )
         for key, weight in refit.items():
-            if key not in maps:
-                reason = nearest_name("linear map", key, maps)
+            if key not in modules:
+                reason = nearest_name("module", key, modules)
                 raise RoutingError(f"the refit {name!r} is for another model: {reason}")
-            check_map(key, maps[key])
-            check_weight(name, key, weight, maps[key])
-        self.override_maps({key: maps[key] for key in refit})
+            check_module(key, modules[key])
+            check_weight(name, key, weight, modules[key])
+        self.override({key: modules[key] for key in refit})
         self._refits[name] = dict(refit)
 
-    def override_maps(self, maps: Mapping[str, nn.Module]) -> None:
-        """Put overrides on linear maps, so that a pass's `new_weights` may name these maps."""
-        for key, module in maps.items():
+    def override(self, modules: Mapping[str, nn.Module]) -> None:
+        """Put overrides on modules, so that a pass's `new_weights` may name these modules."""
+        for key, module in modules.items():
             if key not in self._handles:
-                handle = MapHandle(self._current, module, key)
+                handle = ModuleHandle(self._current, module, key)
                 handle.put_on()
                 self._handles[key] = handle
 
@@ -128,7 +140,7 @@ class Refits:
         for key, weight in refit.items():
             module = self._handles[key].module
             if weight.device != module.weight.device or weight.dtype != module.weight.dtype:
-                check_map(key, module)
+                check_module(key, module)
                 moved[key] = move_weight(weight, module.weight)
         if not moved:
             return refit
@@ -137,13 +149,13 @@ class Refits:
         return self._refits[name]
 
     def drop(self, name: str) -> None:
-        """Drop an adapter's refit. The overrides stay on the maps until `remove`."""
+        """Drop an adapter's refit. The overrides stay until `remove`."""
         del self._refits[name]
 
     def install(self) -> None:
-        """Put the overrides on the maps. This also works after `remove`."""
+        """Put the overrides on the modules. This also works after `remove`."""
         for key, handle in self._handles.items():
-            self._handles[key] = MapHandle(self._current, handle.module, key)
+            self._handles[key] = ModuleHandle(self._current, handle.module, key)
             self._handles[key].put_on()
 
     def remove(self) -> None:
@@ -158,12 +170,12 @@ def move_weight(weight: Tensor, like: Tensor) -> Tensor:
         return weight.detach().to(like.device, like.dtype)
 
 
-def check_map(name: str, module: Any) -> None:
-    """Refuse a linear map that can't run with a new weight.
+def check_module(name: str, module: Any) -> None:
+    """Refuse a linear map or a norm that can't run with a new weight.
 
     Raises:
-        RoutingError: The map's weight is offloaded or quantised, or its forward computes something
-            else than a product and a sum.
+        RoutingError: The weight is offloaded or quantised, or the forward of a linear map computes
+            something else than a product and a sum.
     """
     if module.weight.device.type == "meta":
         raise RoutingError(
@@ -179,17 +191,18 @@ def check_map(name: str, module: Any) -> None:
 
 
 def _has_plain_forward(module: Any) -> bool:
-    """Tell whether a map runs the forward of its class: a product, and a sum with the bias."""
-    if type(module).forward not in (nn.Linear.forward, Conv1D.forward):
+    """Tell whether a module runs the forward of its class; of a map, a product and a sum."""
+    forwards = (nn.Linear.forward, Conv1D.forward)
+    if is_linear_map(module) and type(module).forward not in forwards:
         return False
     override = module.__dict__.get("forward")
-    is_ours = isinstance(getattr(override, "__self__", None), MapHandle)
+    is_ours = isinstance(getattr(override, "__self__", None), ModuleHandle)
     has_hook = hasattr(module, "_hf_hook")  # of accelerate, which moves tensors between devices
     return override is None or is_ours or has_hook
 
 
 def check_weight(adapter: str, name: str, weight: Tensor, module: Any) -> None:
-    """Refuse a new weight that doesn't have the shape of a map's own weight."""
+    """Refuse a new weight that doesn't have the shape of a module's own weight."""
     if weight.shape != module.weight.shape:
         raise RoutingError(
             f"the refit {adapter!r} is for another model: {name} has a weight of shape "

@@ -21,8 +21,6 @@ FOUND = {
 """Family → the map in its last layer, and its factor; None if it differs between tokens."""
 
 REFUSED = {
-    "gemma3_text": "a norm follows its MLP",
-    "olmo2": "a norm follows its MLP",
     "mixtral": "no linear map that ends its MLP",
     "opt": "no module of its own for the MLP",
 }
@@ -70,3 +68,32 @@ def test_a_routed_model_has_the_same_ones_while_routing_is_off(tiny_llama):
     routed = RoutedModel(model)
     with routed.injection.driven_by(Driver()):
         assert find_down_projections(routed.model, range(6)) == expected
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("gemma2", "post_feedforward_layernorm"),
+        ("gemma3_text", "post_feedforward_layernorm"),
+        ("glm4", "post_mlp_layernorm"),
+        ("olmo2", "post_feedforward_layernorm"),
+        ("exaone4", "post_feedforward_layernorm"),
+    ],
+)
+def test_a_norm_behind_the_mlp_is_found_with_its_gain(family, name, tiny_model):
+    model = tiny_model(family)
+    norm = find_layers(model)[1][3].get_submodule(name)
+    norm.weight.data.uniform_(-0.3, 0.7)
+    found = find_down_projections(model, [3])[3].norm
+    assert found.name == f"3.{name}"
+    states = torch.randn(2, norm.weight.shape[0])
+    sizes = (states.square().mean(dim=1, keepdim=True) + found.epsilon).sqrt()
+    torch.testing.assert_close(norm(states), (found.gain * states / sizes).float())
+
+
+def test_a_norm_of_another_form_is_refused(tiny_model):
+    model = tiny_model("olmo2")
+    layer = model.model.layers[3]
+    layer.post_feedforward_layernorm = torch.nn.LayerNorm(model.config.hidden_size, bias=False)
+    with pytest.raises(ArchitectureError, match="isn't g"):
+        find_down_projections(model, [3])

@@ -198,7 +198,7 @@ def test_a_refit_alone_is_loaded_and_exported_without_peft(
     with torch.no_grad():
         assert torch.equal(plain(IDS, use_cache=False).logits[0], logits)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "solved these linear maps anew on 50,000 tokens" in card
+    assert "solved the weights of these modules anew on 50,000 tokens" in card
     assert "found its logits equal, bit by bit" in card
 
 
@@ -378,7 +378,7 @@ BAD_REFITS = {
     "from layer 4 to 6, which isn't a gap of its path, or comes twice": lambda f: with_gap(
         f, layer=4, next_layer=6, map="4.mlp.up_proj"
     ),
-    "expected a linear map of layer 1": lambda f: with_gap(f, map="3.mlp.down_proj"),
+    "expected a module of layer 1": lambda f: with_gap(f, map="3.mlp.down_proj"),
     "down_proj.weight', expected names such as": lambda f: with_gap(f, map="1.mlp.up_proj"),
     "1.mlp.down_proj has no new weight, or LoRA beside": lambda f: with_weights(
         f, lambda t: t.update({M + "lora_A.weight": torch.zeros(4, 64)})
