@@ -213,8 +213,8 @@ def test_static_paths_are_tuned_as_on_the_cpu(
     model, tuned_on_cpu, devices, tiny_tokenizer, monkeypatch
 ):
     # As for a refit: a pretended weight has a type of its own.
-    monkeypatch.setattr("drllm.tuning.refit.check_map", lambda name, module: None)
-    monkeypatch.setattr("drllm.models.routing.refits.check_map", lambda name, module: None)
+    monkeypatch.setattr("drllm.tuning.refit.check_module", lambda name, module: None)
+    monkeypatch.setattr("drllm.models.routing.refits.check_module", lambda name, module: None)
     assert tuned(model, tiny_tokenizer) == tuned_on_cpu
 
 
