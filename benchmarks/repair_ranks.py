@@ -30,6 +30,7 @@ import common
 import msgspec
 from common.compare import SEED
 from scipy.stats import spearmanr
+from torch import Tensor
 
 from drllm.config import TuneConfig
 from drllm.models.base.load import BaseModel
@@ -112,7 +113,9 @@ def measure_path(
         crossings = stand_in if name == "stand-in" else None
         scored_path = path
         if name == BEST_WAY:
-            weights = {gap.name: gap.weight for gap in refit(routed, path, texts)}
+            weights: dict[str, Tensor] = {}
+            for gap in refit(routed, path, texts):
+                weights.update(gap.weights)
             routed.injection.add_adapter(ADAPTER, refit=weights)
             scored_path = path.with_adapter(ADAPTER)
         [values] = score_paths(routed, items, [scored_path], LOSS, CACHE_GB, crossings).objective

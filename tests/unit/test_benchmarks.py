@@ -22,6 +22,7 @@ NOT_OF_TWO_WAYS = {
     *("healed", "learning_curve", "serving"),  # what paths answer
     *("all", "two_commits"),  # made of others
     "growth",  # one way at several sizes
+    *("repair", "repair_ranks"),  # losses, not times
     "house",  # counts source
 }
 SCRIPTS = sorted(file for file in BENCHMARKS.glob("*.py") if file.stem not in NOT_OF_TWO_WAYS)
@@ -386,6 +387,37 @@ def test_baselines_give_up_the_layers_that_a_peer_library_does(figures_of):
     assert result["equal_by_loss"]
     assert result["largest_difference_of_influence"] < 1e-6
     assert len(result["runs"][0]["ours"]["by_loss"]) == 4
+
+
+def test_the_loss_that_a_repair_takes_back_is_measured_by_kind_of_text(
+    figures_of, benchmark, tmp_path
+):
+    files = []
+    for kind, word in (("seen", "apple"), ("also_seen", "pear"), ("unseen", "plum")):
+        file = tmp_path / f"{kind}.jsonl"
+        texts = [f"{word} number {number} of many" for number in range(40)]
+        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        files.append(str(file))
+    words = ["--text", ",".join(files[:2]), "--unseen", files[2], "--without", "3,4/7"]
+    figures = figures_of("repair", *words, "--tokens", "400,800")
+    labels = [row["row"].partition(" tokens")[0] for row in figures["rows"]]
+    assert [label.partition(", refit")[0] for label in labels] == ["without 3,4"] * 3 + [
+        "without 7"
+    ] * 3
+    assert figures["full"].keys() == {"seen", "also_seen", "unseen"}
+    plain, few, many, *_ = figures["rows"]
+    assert plain["num_tokens"] == 0
+    assert 0 < few["num_tokens"] <= 400 < many["num_tokens"] <= 800
+    for row in figures["rows"]:
+        assert row["seen"]["by_kind"].keys() == {"seen", "also_seen"}
+        assert row["unseen"]["by_kind"].keys() == {"unseen"}
+        low, high = row["seen"]["interval"]
+        assert low <= row["seen"]["mean"] <= high
+
+    script = benchmark("repair")
+    full = script.Measurement(losses={"a": [1.0, 1.0, 1.0], "b": [2.0]})
+    path = script.Measurement(losses={"a": [2.0, 2.0, 2.0], "b": [5.0]})
+    assert script.summarise(full, path, ["a", "b"])["mean"] == 2.0  # each kind counts the same
 
 
 def test_a_cheap_choice_is_compared_with_the_best_path_after_its_refit(figures_of, benchmark):

@@ -1,0 +1,271 @@
+"""How much of the loss of left-out layers a repair takes back, on kinds of text.
+
+Each path is measured on texts that nothing was fitted on: plain, with refits on more and more
+calibration tokens, and as healed folders run it. Texts come from files, one kind of text a file.
+Calibration tokens are drawn evenly from the kinds of `--text`; the kinds of `--unseen` are only
+measured. A table has the increase of the mean next-token loss over the full path's by kind, and its
+mean over the kinds with the 95 % interval over texts. The full path is the bound: an increase of 0.
+
+What is measured is kept in `--output-dir`, so the same command goes on after a kill, and more paths
+or numbers of tokens can be added.
+
+    python benchmarks/repair.py --text FILE,... [--unseen FILE,...] [--without LAYERS/LAYERS...]
+        [--tokens N,...] [--first-token-weight W] [--healed FOLDER,...] [--num-texts N]
+        [--output-dir DIR] [--json FILE] [--quick] [--model MODEL] [--device DEVICE]
+        [--dtype DTYPE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import common
+import msgspec
+from common.compare import SEED
+from torch import Tensor
+
+from drllm.config import HealConfig
+from drllm.models.base.load import BaseModel
+from drllm.models.base.prompts import encode
+from drllm.models.routed_model import RoutedModel
+from drllm.models.routing.healed import install_path
+from drllm.models.scoring.score import Request
+from drllm.paths import StaticPath
+from drllm.records.codec import hash_values
+from drllm.records.static_paths import load_path
+from drllm.statistics.intervals import mean_interval
+from drllm.tuning.heal_texts import Tokens, choose_calibration_texts, read_sources
+from drllm.tuning.objectives import LOSS
+from drllm.tuning.path_scorer import Item, score_paths
+from drllm.tuning.refit import refit
+from drllm.work.store import ResultStore
+
+QUICK = {"num_texts": 4}
+WHOLE = {"num_texts": 100}
+QUICK_TOKENS = "1000"
+WHOLE_TOKENS = "50000"
+WITHOUT = "12,13,14,15,17"
+"""The layers that are left out by default: five of SmolLM2's 30, chosen under repair."""
+MAX_TOKENS = 512
+"""Tokens of a text; longer ones are cut."""
+CACHE_GB = 1.0
+ADAPTER = "measured"
+
+Kinds = dict[str, list[Tokens]]
+"""The texts of each kind, by the name of its file."""
+
+
+class Measurement(msgspec.Struct, frozen=True, kw_only=True):
+    """The next-token loss of each text of each kind, in nats a token, along one path."""
+
+    losses: dict[str, list[float]]
+    num_tokens: int = 0  # calibration tokens
+    seconds: float = 0.0  # to solve the refit
+    ridges: list[float] = []
+    unexplained: list[float] = []
+
+
+def read_kinds(files: str | None, base: BaseModel) -> Kinds:
+    """Return the texts of files as tokens, shuffled with a fixed seed."""
+    if not files:
+        return {}
+    kinds: Kinds = {}
+    for source in read_sources(HealConfig(text=files)):
+        texts = [tuple(encode(base.tokenizer, text))[:MAX_TOKENS] for text in source.texts]
+        unique = [text for text in dict.fromkeys(texts) if len(text) > 1]
+        random.Random(SEED).shuffle(unique)
+        kinds[source.name] = unique
+    return kinds
+
+
+def hold_out(kinds: Kinds, num_texts: int) -> tuple[Kinds, Kinds]:
+    """Return the texts to fit on and those to measure on, at most half of a kind."""
+    to_fit = {}
+    to_measure = {}
+    for name, texts in kinds.items():
+        num_held_out = min(num_texts, len(texts) // 2)
+        to_measure[name] = texts[:num_held_out]
+        to_fit[name] = texts[num_held_out:]
+    return to_fit, to_measure
+
+
+class Measurer:
+    """Measures paths on the same texts, and keeps what is measured.
+
+    Args:
+        base: The model.
+        to_fit: The texts that refits are solved on, by kind.
+        to_measure: The texts that losses are measured on, by kind.
+        folder: Where measurements are kept.
+    """
+
+    def __init__(self, base: BaseModel, to_fit: Kinds, to_measure: Kinds, folder: Path) -> None:
+        self.routed = RoutedModel(base.model, tokenizer=base.tokenizer)
+        self.to_fit = to_fit
+        self.to_measure = to_measure
+        identity = {
+            "model": base.identity,
+            "runtime": base.runtime,
+            "texts_sha256": hash_values([*to_fit.items(), *to_measure.items()]),
+        }
+        self.store = ResultStore(folder, identity, stage="benchmark")
+        self.store.open()
+
+    def measure(self, path: StaticPath, name: str = "") -> Measurement:
+        """Measure a path as it is; `name` stands for its adapter in the kept file's name."""
+        key = f"{_spell(path)} {name}"
+        return self.store.get_or_make(key, Measurement, partial(self._score, path))
+
+    def measure_refit(
+        self, path: StaticPath, num_tokens: int, first_token_weight: float | None
+    ) -> Measurement:
+        """Measure a path with a refit on so many tokens."""
+        key = f"{_spell(path)} refit {num_tokens} {first_token_weight}"
+        make = partial(self._score_refit, path, num_tokens, first_token_weight)
+        return self.store.get_or_make(key, Measurement, make)
+
+    def _score(self, path: StaticPath) -> Measurement:
+        losses = {}
+        for kind, texts in self.to_measure.items():
+            items = [Item(Request.from_text(text)) for text in texts]
+            [values] = score_paths(self.routed, items, [path], LOSS, CACHE_GB).objective
+            losses[kind] = [-value for value in values]
+        return Measurement(losses=losses)
+
+    def _score_refit(
+        self, path: StaticPath, num_tokens: int, first_token_weight: float | None
+    ) -> Measurement:
+        by_kind = choose_calibration_texts(self.to_fit, num_tokens, SEED)
+        texts = [text for texts in by_kind.values() for text in texts]
+        started = time.perf_counter()
+        gaps = refit(self.routed, path, texts, first_token_weight=first_token_weight)
+        seconds = time.perf_counter() - started
+        weights: dict[str, Tensor] = {}
+        for gap in gaps:
+            weights.update(gap.weights)
+        with self._adapter(weights):
+            scored = self._score(path.with_adapter(ADAPTER))
+        return Measurement(
+            losses=scored.losses,
+            num_tokens=sum(map(len, texts)),
+            seconds=seconds,
+            ridges=[gap.ridge for gap in gaps],
+            unexplained=[gap.unexplained for gap in gaps],
+        )
+
+    @contextmanager
+    def _adapter(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Hold a refit in the model inside the block."""
+        self.routed.injection.add_adapter(ADAPTER, refit=weights)
+        try:
+            yield
+        finally:
+            self.routed.injection.adapters.drop(ADAPTER)
+
+
+def _spell(path: StaticPath) -> str:
+    return " ".join(map(str, path.layers))
+
+
+def summarise(full: Measurement, measured: Measurement, kinds: Sequence[str]) -> dict[str, Any]:
+    """Return the increase of the loss over the full path's: by kind, and the mean over kinds.
+
+    The interval is of the mean over kinds; each text is paired with itself along the full path.
+    """
+    by_kind = {}
+    weighted = []
+    num_texts = sum(len(measured.losses[kind]) for kind in kinds)
+    for kind in kinds:
+        pairs = zip(measured.losses[kind], full.losses[kind], strict=True)
+        increases = [loss - full_loss for loss, full_loss in pairs]
+        by_kind[kind] = fmean(increases)
+        # So that each kind counts the same in the mean over texts, also one with fewer texts.
+        weight = num_texts / (len(kinds) * len(increases))
+        weighted += [weight * increase for increase in increases]
+    low, high = mean_interval(weighted, SEED)
+    return {"by_kind": by_kind, "mean": fmean(by_kind.values()), "interval": [low, high]}
+
+
+def print_row(label: str, seen: Mapping[str, Any], unseen: Mapping[str, Any]) -> None:
+    """Print one row: the increase over the full path."""
+    low, high = seen["interval"]
+    kinds = ", ".join(f"{kind} {value:+.3f}" for kind, value in seen["by_kind"].items())
+    line = f"{label}: {seen['mean']:+.4f} ({low:+.4f} to {high:+.4f}); {kinds}"
+    if unseen:
+        low, high = unseen["interval"]
+        kinds = ", ".join(f"{kind} {value:+.3f}" for kind, value in unseen["by_kind"].items())
+        line += f"; never fitted on {unseen['mean']:+.4f} ({low:+.4f} to {high:+.4f}): {kinds}"
+    print(line, flush=True)
+
+
+def measure_all(
+    base: BaseModel, options: argparse.Namespace, num_texts: int, folder: Path
+) -> dict[str, Any]:
+    """Measure what isn't kept in the folder, print each row, and return the figures."""
+    to_fit, seen = hold_out(read_kinds(options.text, base), num_texts)
+    _, unseen = hold_out(read_kinds(options.unseen, base), num_texts)
+    measurer = Measurer(base, to_fit, seen | unseen, folder)
+    full = measurer.measure(StaticPath(range(base.num_layers)))
+    means = {kind: fmean(losses) for kind, losses in full.losses.items()}
+    print("full path:", ", ".join(f"{kind} {loss:.3f}" for kind, loss in means.items()))
+    rows: list[dict[str, Any]] = []
+
+    def add(label: str, measured: Measurement) -> None:
+        row = {"row": label, "seen": summarise(full, measured, list(seen)), "unseen": {}}
+        if unseen:
+            row["unseen"] = summarise(full, measured, list(unseen))
+        print_row(label, row["seen"], row["unseen"])
+        found = msgspec.to_builtins(measured)
+        del found["losses"]
+        rows.append(row | found)
+
+    for without in options.without.split("/"):
+        left_out = set(map(int, without.split(",")))
+        path = StaticPath(layer for layer in range(base.num_layers) if layer not in left_out)
+        add(f"without {without}", measurer.measure(path))
+        for num_tokens in map(int, options.tokens.split(",")):
+            measured = measurer.measure_refit(path, num_tokens, options.first_token_weight)
+            label = f"without {without}, refit on {measured.num_tokens} tokens"
+            add(f"{label} in {measured.seconds:.0f} s", measured)
+    for name in filter(None, (options.healed or "").split(",")):
+        healed = install_path(measurer.routed.injection, load_path(name))
+        add(name, measurer.measure(healed, healed.adapter))
+    return {"full": means, "rows": rows, "texts_of_a_kind": num_texts}
+
+
+def main() -> None:
+    """Run it from the command line."""
+    parser = common.parser_of(__doc__ or "", "few texts and tokens, under a minute")
+    common.add_model(parser, devices=True, dtypes=True)
+    parser.add_argument("--text", required=True, help="files of texts to fit on, one a kind")
+    parser.add_argument("--unseen", help="files of texts that are only measured")
+    parser.add_argument("--without", default=WITHOUT, help="layers to leave out; / between paths")
+    parser.add_argument("--tokens", help="calibration tokens of each refit")
+    parser.add_argument("--first-token-weight", type=float, help="0 or 1 in place of the design's")
+    parser.add_argument("--healed", help="folders of drllm heal to measure too")
+    parser.add_argument("--num-texts", type=int, help="texts of a kind to measure on")
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/repair"))
+    options = parser.parse_args()
+    options.clock = "wall"
+    options.tokens = options.tokens or (QUICK_TOKENS if options.quick else WHOLE_TOKENS)
+    sizes = common.sizes_of(options, QUICK, WHOLE)
+    base = common.base_of(options)
+    if options.quick:  # a quick run measures anew, whatever was measured before
+        with tempfile.TemporaryDirectory() as folder:
+            figures = measure_all(base, options, sizes["num_texts"], Path(folder))
+    else:
+        figures = measure_all(base, options, sizes["num_texts"], options.output_dir)
+    common.write_figures(options, {**common.describe_run(base, options), **figures})
+
+
+if __name__ == "__main__":
+    main()
