@@ -123,7 +123,9 @@ def test_the_scores_of_a_path_are_with_its_refit_and_plain(
         assert [score.part for score in named.measured] == PARTS
         assert [score.part for score in named.repaired] == PARTS
         adapter = f"by hand {number}"
-        weights = {gap.name: gap.weight for gap in refit(routed, named.path, texts)}
+        weights = {}
+        for gap in refit(routed, named.path, texts):
+            weights.update(gap.weights)
         routed.injection.add_adapter(adapter, refit=weights)
         for part in PARTS:
             [plain] = score(routed, questions, part, [named.path])
@@ -252,6 +254,16 @@ def test_a_model_that_cannot_be_refitted_is_tuned_plain_with_the_reason(
     monkeypatch.setattr("drllm.tuning.score_blocks.score_paths", None)  # nothing is scored
     with pytest.raises(ArchitectureError, match=r"experts.*--repair none"):
         tune(routed, "builtin_facts", None, None, repair="refit", **settings)
+
+
+def test_a_model_with_a_norm_behind_its_mlps_is_tuned_under_repair(tiny_model, tiny_tokenizer):
+    routed = RoutedModel(tiny_model("gemma2"), tokenizer=tiny_tokenizer)
+    settings = {**SMALL, "max_skipped": 1, "num_fit": 8, "num_judged": 8, "repair": "refit"}
+    record = tune(routed, "builtin_facts", **settings)
+    shorter = record.paths[1]
+    plain = shorter.plain_on("builtin_facts", "test")
+    refitted = shorter.on("builtin_facts", "test")
+    assert refitted.objective != plain.objective
 
 
 def test_settings_of_a_repair_have_no_effect_without_one(routed):
