@@ -11,6 +11,8 @@ NO_REPAIR = "none"
 REPAIRS = (REFIT, NO_REPAIR)
 """The values of `repair`."""
 
+REFIT_TOKENS = 50_000  # maximum tokens that a refit is solved on, unless a number is given
+
 NO_TRAINING = ("minutes", 0)  # the setting with which nothing is trained
 
 
@@ -57,7 +59,7 @@ class HealConfig(Settings):
         "model allow it",
     )
     refit_tokens: int = setting(
-        50_000,
+        REFIT_TOKENS,
         minimum=2,
         no_effect_if=("repair", NO_REPAIR),
         help="maximum tokens that the refit is solved on, drawn evenly from the sources",

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from drllm.config.constants import DATA_DIR_HELP, TASKS_HELP
 from drllm.config.executor import ExecutorConfig
 from drllm.config.fields import basic, incidental, setting
-from drllm.config.heal import NO_REPAIR, REPAIRS
+from drllm.config.heal import NO_REPAIR, REFIT_TOKENS, REPAIRS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class TuneConfig(ExecutorConfig):
         minimum=2,
         no_effect_if=("repair", NO_REPAIR),
         help="maximum tokens that paths are refitted on, drawn evenly from the sources; default: "
-        "50,000",
+        f"{REFIT_TOKENS:,}",
     )
     beam: int = setting(3, minimum=1, help="the best paths kept for each number of skipped layers")
     num_fit: int = setting(

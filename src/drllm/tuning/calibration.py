@@ -13,6 +13,7 @@ from drllm.errors import TaskError
 from drllm.records.static_paths import FIT
 from drllm.tuning.data_splits import TaskSplits
 from drllm.tuning.heal_texts import (
+    MIN_TEXTS,
     TextArgument,
     TextSource,
     Tokens,
@@ -22,7 +23,6 @@ from drllm.tuning.heal_texts import (
     warn_of_texts,
 )
 
-REFIT_TOKENS = 50_000  # maximum tokens of the texts that a path is repaired with
 STAND_IN_TOKENS = 10_000  # maximum tokens of the texts that the stand-in is fitted on
 MAX_TOKENS = 512  # maximum tokens of a sequence; longer texts are cut
 
@@ -69,16 +69,20 @@ def _number_same_names(sources: Sequence[TextSource]) -> list[TextSource]:
 
 
 def choose_texts(
-    by_source: Mapping[str, Sequence[Tokens]], num_tokens: int, seed: int
+    by_source: Mapping[str, Sequence[Tokens]],
+    num_tokens: int,
+    seed: int,
+    max_tokens: int = MAX_TOKENS,
 ) -> list[Tokens]:
     """Choose texts of `num_tokens` tokens, as many of each source as possible.
 
-    Texts that are longer than `MAX_TOKENS` are cut. A text that occurs several times counts once.
+    A text that occurs several times counts once.
 
     Args:
         by_source: Name of a source → its texts, as tokens.
         num_tokens: Maximum number of tokens.
         seed: Seed of the draw.
+        max_tokens: Maximum tokens of a text; longer texts are cut.
 
     Raises:
         TaskError: There are fewer than two texts.
@@ -86,16 +90,16 @@ def choose_texts(
     seen: set[Tokens] = set()
     new_by_source: dict[str, list[Tokens]] = {}
     for name, texts in by_source.items():
-        new_texts = set(cut_texts(texts, MAX_TOKENS)) - seen
+        new_texts = set(cut_texts(texts, max_tokens)) - seen
         seen |= new_texts
         new_by_source[name] = sorted(new_texts)  # in an order of its own, whatever the file's
     chosen: list[Tokens] = []
     for texts in choose_calibration_texts(new_by_source, num_tokens, seed).values():
         chosen += texts
-    if len(chosen) < 2:
+    if len(chosen) < MIN_TEXTS:
         raise TaskError(
-            f"there are {len(chosen)} texts to repair paths with, and a refit needs at least 2; "
-            f"give more questions or --text FILE, or --repair none"
+            f"there are {len(chosen)} texts to repair paths with, and a refit needs at least "
+            f"{MIN_TEXTS}; give more questions or --text FILE, or --repair none"
         )
     return chosen
 

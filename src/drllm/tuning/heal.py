@@ -47,7 +47,7 @@ from drllm.tuning.heal_checks import (
     measure_text_losses,
     summarize_losses,
 )
-from drllm.tuning.heal_repair import RefitSolver, choose_refit_texts, choose_repair
+from drllm.tuning.heal_repair import RefitSolver, choose_path_repair, choose_refit_texts
 from drllm.tuning.heal_texts import (
     SplitTexts,
     TextArgument,
@@ -192,7 +192,7 @@ class HealRun:
     def run(self) -> HealedPath:
         """Repair and train, or return the result of an earlier run with the same settings."""
         self.check_settings()
-        repair = choose_repair(self.routed, self.plain, self.config, self.listener)
+        repair = choose_path_repair(self.routed, self.plain, self.config, self.listener)
         record = self.make_record(repair)
         store = ResultStore(self.folder / PARTIAL_FOLDER, _identity(record), stage="healing")
         finished = self.read_finished(record)

@@ -20,9 +20,13 @@ from drllm.errors import ArchitectureError, PathError, RoutingError
 from drllm.models.routed_model import RoutedModel
 from drllm.paths import Gap, StaticPath
 from drllm.records.healed import GapRecord, RefitRecord
-from drllm.tuning.heal_texts import Tokens, choose_calibration_texts, warn_of_texts
-from drllm.tuning.refit import (
+from drllm.tuning.heal_texts import (
     MIN_TEXTS,
+    Tokens,
+    choose_calibration_texts,
+    warn_of_texts,
+)
+from drllm.tuning.refit import (
     RefittedGap,
     check_path,
     estimate_bytes,
@@ -92,7 +96,7 @@ class SolvedRefit:
         )
 
 
-def choose_repair(
+def choose_path_repair(
     routed: RoutedModel, path: StaticPath, config: HealConfig, listener: Listener
 ) -> str:
     """Return how a path is repaired before the training: `REFIT` or `NO_REPAIR`.
@@ -150,16 +154,16 @@ class RefitSolver:
 
         Raises what `refit` raises.
         """
-        kept = self._read_kept()
-        if len(kept) < len(self.gaps):
-            self._note_work(len(kept))
-            if not kept:
+        solved_gaps = self._read_solved()
+        if len(solved_gaps) < len(self.gaps):
+            self._note_work(len(solved_gaps))
+            if not solved_gaps:
                 self._warn()
         with self.listener.progress("solving the refit", "") as on_progress:
             tracker = _TimeTracker(on_progress, self.listener)
-            pairs = zip(self.gaps, kept, strict=False)
+            pairs = zip(self.gaps, solved_gaps, strict=False)
             earlier = [self._decode(gap, solved) for gap, solved in pairs]
-            seconds = [solved.seconds for solved in kept]
+            seconds = [solved.seconds for solved in solved_gaps]
 
             def keep(refitted: RefittedGap) -> None:
                 seconds.append(tracker.end_gap())
@@ -175,15 +179,15 @@ class RefitSolver:
             )
         return SolvedRefit(gaps, self.num_tokens, sum(seconds))
 
-    def _read_kept(self) -> list[SolvedGap]:
+    def _read_solved(self) -> list[SolvedGap]:
         """Return the gaps that an interrupted run has solved, up to the first missing one."""
-        kept: list[SolvedGap] = []
+        solved_gaps: list[SolvedGap] = []
         for gap in self.gaps:
             solved = self.store.get(_key(gap), SolvedGap)
             if solved is None:
                 break
-            kept.append(solved)
-        return kept
+            solved_gaps.append(solved)
+        return solved_gaps
 
     def _decode(self, gap: Gap, solved: SolvedGap) -> RefittedGap:
         """Return a kept gap with its weights beside the model's own."""
@@ -193,11 +197,11 @@ class RefitSolver:
             weights[name] = weight.to(module.weight.device)
         return RefittedGap(gap, solved.map, weights, solved.ridge, solved.unexplained)
 
-    def _note_work(self, num_kept: int) -> None:
-        """Note how much is solved, and how much memory it takes."""
-        projections = find_projections(self.routed, self.gaps[num_kept:])
+    def _note_work(self, num_solved: int) -> None:
+        """Note how many gaps are left to solve, and how much memory that takes."""
+        projections = find_projections(self.routed, self.gaps[num_solved:])
         num_bytes = estimate_bytes(self.routed, projections.values(), self.num_tokens)
-        num_gaps = len(self.gaps) - num_kept
+        num_gaps = len(self.gaps) - num_solved
         gaps = "1 gap" if num_gaps == 1 else f"{num_gaps} gaps"
         self.listener.note(
             f"refit of {gaps} on {self.num_tokens:,} tokens, which takes {num_bytes / 1e9:.1f} GB "

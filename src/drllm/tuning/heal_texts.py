@@ -27,6 +27,7 @@ from drllm.tuning.objectives import choose_objective, make_prompt
 
 Tokens: TypeAlias = tuple[int, ...]
 
+MIN_TEXTS = 2  # to refit on: one to fit, and one to choose λ
 FEW_TOKENS = 20_000  # with fewer tokens to refit on, there is a warning
 TEXT_FILE_NAMES = (*FILE_ENDINGS, ".txt")  # how the names of files of texts end
 LEAST_PER_HELD_OUT = 5

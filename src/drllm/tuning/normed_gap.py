@@ -25,6 +25,7 @@ from torch import Tensor
 from drllm.tuning.ridge import RidgeSolver, TokenSums
 
 MAX_STEPS = 6
+READS_PER_STEP = 2  # of the tokens to fit: for the weight, and for the gain
 LEAST_GAIN = 1e-3  # a step that lowers the error by a smaller share is the last one
 RIDGES = tuple(10.0**exponent for exponent in range(-4, 2))
 LENGTHS = (1.0, 0.5, 0.25)  # of a step, as a share of the solved change
@@ -35,7 +36,7 @@ with a gain near 0 can't be repaired."""
 
 
 class NormedTokens(NamedTuple):
-    """What the gap needs of some tokens.
+    """What the regression of a gap needs of some tokens.
 
     Attributes:
         inputs: z: the input of the down-projection, `[n, F]`.
@@ -102,22 +103,26 @@ def solve_normed_change(
     held_out: NormedTokens,
     *,
     first_token_weight: float | None = None,
+    on_solved: Callable[[], None] | None = None,
 ) -> NormedSolution:
     """Solve a new weight and a new gain.
 
     Args:
         start: The present ones.
-        read_tokens: Yields the tokens to fit, in parts; each step reads them once.
+        read_tokens: Yields the tokens to fit, in parts; each step reads them twice.
         held_out: The tokens that choose λ and the lengths of steps.
         first_token_weight: As in `TokenSums.with_first_tokens`.
+        on_solved: Called after each λ of each step.
     """
+    on_solved = on_solved or _ignore
     first_error = start.error(held_out)
     best = _Trial(start, 0.0, first_error)
     ridge = 0.0
     for _ in range(MAX_STEPS):
         error = best.error
         sums = _sum_tokens(best.map, read_tokens())
-        step = _choose_step(best.map, RidgeSolver(sums, first_token_weight), held_out)
+        solver = RidgeSolver(sums, first_token_weight)
+        step = _choose_step(best.map, solver, held_out, on_solved)
         if step.error < best.error:
             best = step
             ridge = step.ridge
@@ -133,7 +138,7 @@ def solve_normed_change(
 
 @dataclass(frozen=True, slots=True)
 class _Trial:
-    """A weight and a gain that were tried, with their error on held-out tokens."""
+    """A weight and a gain, with their error on held-out tokens."""
 
     map: NormedMap
     ridge: float
@@ -155,7 +160,15 @@ def _sum_tokens(present: NormedMap, parts: Iterable[NormedTokens]) -> TokenSums:
     return sums
 
 
-def _choose_step(present: NormedMap, solver: RidgeSolver, held_out: NormedTokens) -> _Trial:
+def _ignore() -> None: ...
+
+
+def _choose_step(
+    present: NormedMap,
+    solver: RidgeSolver,
+    held_out: NormedTokens,
+    on_solved: Callable[[], None],
+) -> _Trial:
     """Return the step with the least error on held-out tokens."""
     trials = []
     for ridge in RIDGES:
@@ -163,6 +176,7 @@ def _choose_step(present: NormedMap, solver: RidgeSolver, held_out: NormedTokens
         for length in LENGTHS:
             changed = replace(present, weight=present.weight + length * change)
             trials.append(_Trial(changed, ridge, changed.error(held_out)))
+        on_solved()
     return min(trials, key=lambda trial: trial.error)
 
 
@@ -196,9 +210,9 @@ def _choose_gain(
     squares = torch.zeros_like(present.gain)
     for tokens in parts:
         normed, _ = present.run(tokens.inputs.double())
-        wanted = (tokens.targets - tokens.states).double()
+        additions = (tokens.targets - tokens.states).double()
         weights = weigh(tokens)
-        products += (weights * normed * wanted).sum(dim=0)
+        products += (weights * normed * additions).sum(dim=0)
         squares += (weights * normed.square()).sum(dim=0)
     trials = []
     for ridge in GAIN_RIDGES:

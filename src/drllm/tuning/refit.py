@@ -34,7 +34,7 @@ from drllm.models.routing.lora import read_map_sizes
 from drllm.models.routing.refits import check_module, move_weight
 from drllm.paths import Gap, StaticPath
 from drllm.records.codec import hash_values
-from drllm.tuning.heal_texts import Tokens
+from drllm.tuning.heal_texts import MIN_TEXTS, Tokens
 from drllm.tuning.layer_states import (
     GapTokens,
     LayerRunner,
@@ -43,13 +43,19 @@ from drllm.tuning.layer_states import (
     in_float32,
     make_batches,
 )
-from drllm.tuning.normed_gap import NormedMap, NormedTokens, solve_normed_change
+from drllm.tuning.normed_gap import (
+    MAX_STEPS,
+    READS_PER_STEP,
+    NormedMap,
+    NormedTokens,
+    solve_normed_change,
+)
+from drllm.tuning.normed_gap import RIDGES as NORMED_RIDGES
 from drllm.tuning.refit_work import GapWork, MapSize, RefitProgress, count_layers
 from drllm.tuning.ridge import TokenSums, solve_change
 from drllm.work.listener import OnProgress
 
 HELD_OUT = 10  # every tenth text chooses λ
-MIN_TEXTS = 2  # one to fit, and one to choose λ
 SHARE_FOR_STATES = 0.25  # of the free memory, for the states of all texts at one layer
 
 
@@ -185,7 +191,8 @@ def refuse_too_large(routed: RoutedModel, projections: Iterable[DownProjection])
             raise ModelError(
                 f"to refit {projection.name}, which has {size.num_inputs} inputs, takes "
                 f"{size.num_bytes / 1e9:.1f} GB of memory beside the model, and "
-                f"{free / 1e9:.1f} GB are free; free some memory"
+                f"{free / 1e9:.1f} GB are free; free some memory, or leave the refit out "
+                f"(--repair none)"
             )
 
 
@@ -323,9 +330,24 @@ class _RefitRun:
         )
         works = []
         for gap, num_layers_run in zip(gaps, counts, strict=True):
-            size = read_size(self.projections[gap.layer].module)
-            works.append(GapWork(num_layers_run, layer_size, size, self.num_tokens))
+            projection = self.projections[gap.layer]
+            size = read_size(projection.module)
+            work = GapWork(num_layers_run, layer_size, size, self.num_tokens)
+            if projection.norm is not None:
+                num_layers_again = 1 if self.keeps_states else num_layers_run
+                work = replace(
+                    work,
+                    num_reads=READS_PER_STEP * MAX_STEPS,
+                    num_layers_again=num_layers_again,
+                    num_solutions=MAX_STEPS * len(NORMED_RIDGES),
+                )
+            works.append(work)
         self.progress = RefitProgress(works, gaps, on_progress)
+
+    @property
+    def on_solved(self) -> Callable[[], None] | None:
+        """What is called after each solution of a gap's equations."""
+        return None if self.progress is None else self.progress.add_solution
 
     def solve(self, gap: Gap, first_token_weight: float | None) -> RefittedGap:
         """Solve one gap, and use its new weights from here on."""
@@ -354,9 +376,8 @@ class _RefitRun:
         """Solve a gap where the projection's output is added to the state."""
         projection = self.projections[gap.layer]
         fit, held_out = self.sum_tokens(gap)
-        on_solved = None if self.progress is None else self.progress.add_solution
         solution = solve_change(
-            fit, held_out, first_token_weight=first_token_weight, on_solved=on_solved
+            fit, held_out, first_token_weight=first_token_weight, on_solved=self.on_solved
         )
         weights = {projection.name: change_weight(projection, solution.change)}
         return RefittedGap(gap, projection.name, weights, solution.ridge, solution.unexplained)
@@ -378,7 +399,11 @@ class _RefitRun:
                     yield self.read_normed(batch, gap)
 
         solution = solve_normed_change(
-            start, read_fit, join_tokens(held_out), first_token_weight=first_token_weight
+            start,
+            read_fit,
+            join_tokens(held_out),
+            first_token_weight=first_token_weight,
+            on_solved=self.on_solved,
         )
         gain = solution.map.gain / factor - norm.gain.to(device)
         weights = {
@@ -421,6 +446,8 @@ class _RefitRun:
         tokens = self.runner.read_normed_gap(batch.batch, projection, start, targets)
         if not self.keeps_states:
             batch.reset()
+        if self.progress is not None:
+            self.progress.add_tokens(len(tokens.inputs))
         device = _float64_device(self.routed.device)
         return NormedTokens(*(values.to(device) for values in tokens))
 
@@ -446,8 +473,12 @@ class _RefitRun:
 
 
 def split_for_ridge(texts: Sequence[Tokens]) -> tuple[list[Tokens], list[Tokens]]:
-    """Return the texts to fit, and those to choose λ on: a tenth, by their hash, at least one."""
-    ordered = sorted(texts, key=lambda text: hash_values([text]))
+    """Return the texts to fit, and those to choose λ on: a tenth, by their hash, at least one.
+
+    The prefix gives another hash than in `split_texts`, which has taken the texts of the lowest
+    hashes out of each source. With that hash, a small source would have no text to choose λ on.
+    """
+    ordered = sorted(texts, key=lambda text: hash_values(["ridge", text]))
     num_held_out = max(1, len(ordered) // HELD_OUT)
     return ordered[num_held_out:], ordered[:num_held_out]
 
@@ -460,9 +491,13 @@ def change_weight(projection: DownProjection, change: Tensor) -> Tensor:
 
 
 def add_change(weight: Tensor, change: Tensor) -> Tensor:
-    """Return a changed weight in the weight's dtype; the sum is in float64."""
+    """Return a changed weight in the weight's dtype and on its device.
+
+    The sum is in float64, on the change's device.
+    """
     weight = weight.detach()
-    return (weight.double() + change.to(weight.device)).to(weight.dtype).contiguous()
+    changed = weight.to(change.device).double() + change
+    return changed.to(weight.dtype).to(weight.device).contiguous()
 
 
 def get_weight(module: nn.Module) -> Tensor:

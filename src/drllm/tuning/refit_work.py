@@ -58,22 +58,34 @@ class GapWork:
         layer_size: The number of weights of a layer.
         size: The size of its down-projection.
         num_tokens: The number of calibration tokens.
+        num_reads: How often they are read. Where a norm follows the MLP, each step reads them.
+        num_layers_again: How many layers run when they are read again.
+        num_solutions: How often the equations are solved.
     """
 
     num_layers: int
     layer_size: float
     size: MapSize
     num_tokens: int
+    num_reads: int = 1
+    num_layers_again: int = 1
+    num_solutions: int = NUM_SOLUTIONS
 
     @property
     def per_token(self) -> float:
-        """The work for each token."""
+        """The work for each token when it is read first."""
         return self.num_layers * self.layer_size + self.size.sum_work
 
     @property
+    def per_token_again(self) -> float:
+        """The work for each token when it is read again."""
+        return self.num_layers_again * self.layer_size + self.size.sum_work
+
+    @property
     def total(self) -> float:
-        """All work of the gap."""
-        return self.num_tokens * self.per_token + NUM_SOLUTIONS * self.size.solve_work
+        """All work of the gap, or more if its steps end early."""
+        reads = self.per_token + (self.num_reads - 1) * self.per_token_again
+        return self.num_tokens * reads + self.num_solutions * self.size.solve_work
 
 
 def count_layers(
@@ -119,19 +131,27 @@ class RefitProgress:
         self.on_progress = on_progress
         self.total = sum(work.total for work in works)
         self.num_gaps_done = 0
+        self.num_tokens_read = 0  # of the present gap
         self.done = 0.0  # the work that is done
 
     def add_tokens(self, num_tokens: int) -> None:
         """Count tokens of the present gap that were added to its sums."""
-        self._add(num_tokens * self.works[self.num_gaps_done].per_token, "summing up")
+        work = self.works[self.num_gaps_done]
+        per_token = work.per_token
+        if self.num_tokens_read >= work.num_tokens:
+            per_token = work.per_token_again
+        self.num_tokens_read += num_tokens
+        self._add(num_tokens * per_token, "summing up")
 
     def add_solution(self) -> None:
         """Count one solution of the present gap's equations."""
         self._add(self.works[self.num_gaps_done].size.solve_work, "solving")
 
     def end_gap(self) -> None:
-        """Go on with the next gap."""
+        """Go on with the next gap. The work that a gap didn't need counts as done."""
         self.num_gaps_done += 1
+        self.num_tokens_read = 0
+        self.done = sum(work.total for work in self.works[: self.num_gaps_done])
 
     def _add(self, work: float, step: str) -> None:
         self.done += work

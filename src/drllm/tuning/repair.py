@@ -10,24 +10,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from drllm.config import TuneConfig
-from drllm.config.heal import NO_REPAIR, REFIT
+from drllm.config.heal import NO_REPAIR, REFIT, REFIT_TOKENS
 from drllm.errors import ArchitectureError
 from drllm.models.base.prompts import Prompt as Conversation
+from drllm.models.base.prompts import context_length
 from drllm.models.workers import Workers
 from drllm.tuning.calibration import (
-    REFIT_TOKENS,
+    MAX_TOKENS,
     STAND_IN_TOKENS,
     choose_texts,
     describe_calibration,
 )
 from drllm.tuning.heal_texts import TextSource, Tokens
-from drllm.tuning.heal_tokens import tokenize_source
+from drllm.tuning.heal_tokens import ANSWERS_AT_ONCE, tokenize_source
 from drllm.tuning.score_blocks import AnswerPrompts, FindObstacle
 from drllm.work.listener import Listener
 from drllm.work.run import Block, Executor, run
 from drllm.work.store import ResultStore
 
-ANSWERS_AT_ONCE = 32  # prompts that are answered, and kept, together
 MAX_OPEN_PROMPTS = 256  # maximum prompts of a source that the full path answers
 MAX_ANSWER_TOKENS = 128  # maximum tokens of such an answer
 
@@ -45,8 +45,8 @@ class Repair:
     stand_in_texts: Sequence[Tokens]
 
 
-def choose_repair(config: TuneConfig, executor: Executor, listener: Listener) -> str:
-    """Return how paths are repaired: `REFIT`, or an empty text if they aren't.
+def choose_tuning_repair(config: TuneConfig, executor: Executor, listener: Listener) -> str:
+    """Return how paths are repaired: `REFIT` or `NO_REPAIR`.
 
     Without a setting, paths are repaired if the model's layers can be refitted. If not, a note
     gives the reason.
@@ -55,7 +55,7 @@ def choose_repair(config: TuneConfig, executor: Executor, listener: Listener) ->
         ArchitectureError: `--repair refit` is given, and a layer can't be refitted.
     """
     if config.repair == NO_REPAIR:
-        return ""
+        return NO_REPAIR
     with listener.busy("looking for the maps to refit"):
         [obstacle] = run([Block("refit", None)], FindObstacle(), executor)
     if not obstacle:
@@ -63,7 +63,7 @@ def choose_repair(config: TuneConfig, executor: Executor, listener: Listener) ->
     if config.repair == REFIT:
         raise ArchitectureError(f"--repair {REFIT}: {obstacle}; give --repair {NO_REPAIR}")
     listener.note(f"paths are chosen without repair: {obstacle}")
-    return ""
+    return NO_REPAIR
 
 
 def make_repair(
@@ -84,9 +84,11 @@ def make_repair(
                 by_source[source.name] = _answer_source(source, workers.executor, store)
             else:
                 by_source[source.name] = tokenize_source(workers.base, source)
-    texts = choose_texts(by_source, config.refit_tokens or REFIT_TOKENS, config.seed)
-    num_stand_in = min(config.refit_tokens or STAND_IN_TOKENS, STAND_IN_TOKENS)
-    stand_in_texts = choose_texts(by_source, num_stand_in, config.seed)
+    num_tokens = config.refit_tokens or REFIT_TOKENS
+    num_stand_in = min(num_tokens, STAND_IN_TOKENS)
+    max_tokens = min(MAX_TOKENS, context_length(workers.base.model) or MAX_TOKENS)
+    texts = choose_texts(by_source, num_tokens, config.seed, max_tokens)
+    stand_in_texts = choose_texts(by_source, num_stand_in, config.seed, max_tokens)
     width = workers.base.model.config.get_text_config().hidden_size
     size = 4 * workers.base.num_layers * width * sum(map(len, stand_in_texts))
     for line in describe_calibration(list(by_source), texts, size):

@@ -168,12 +168,12 @@ def solve_change(
         errors[ridge] = held_out.error_of(solver.solve(ridge))
         on_solved()
     best = min(errors, key=errors.__getitem__)
-    without = float(held_out.error / held_out.num_tokens)
+    error_without_change = float(held_out.error / held_out.num_tokens)
     del solver  # its matrix isn't needed beside that of the last solution
     fit.merge(held_out)
     change = RidgeSolver(fit, first_token_weight).solve(best)
     on_solved()
-    return Solution(change.T.contiguous(), best, errors[best] / without)
+    return Solution(change.T.contiguous(), best, errors[best] / error_without_change)
 
 
 def _ignore() -> None: ...

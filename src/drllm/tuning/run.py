@@ -45,7 +45,7 @@ from drllm.tuning.level_lines import (
 )
 from drllm.tuning.named_paths import make_named_paths
 from drllm.tuning.progress import TuningProgress, estimate_pairs
-from drllm.tuning.repair import Repair, choose_repair, make_repair
+from drllm.tuning.repair import Repair, choose_tuning_repair, make_repair
 from drllm.tuning.score_blocks import STAND_IN
 from drllm.tuning.score_table import PathsOnPart, ScoreTable
 from drllm.tuning.task_questions import TaskQuestions, tokenize_task
@@ -112,7 +112,7 @@ def tune(
         folder = stage_folder(output_dir, stack)
         workers = stack.enter_context(open_workers(model, tokenizer, config, listener))
         stack.enter_context(only_writer(folder, "tuning", "--output-dir"))
-        repair = choose_repair(config, workers.executor, listener)
+        repair = choose_tuning_repair(config, workers.executor, listener)
         identity = _make_identity(config, workers, splits, repair, sources)
         beam = make_beam(config, splits, workers.base.num_layers, keeps_first=repair == REFIT)
         store = ResultStore(folder / PARTIAL_FOLDER, identity, stage="tuning")
@@ -148,7 +148,7 @@ def _make_identity(
         "runtime": workers.base.runtime,
         "questions_sha256": hash_values(task.digest_values() for task in splits),
     }
-    if repair:
+    if repair == REFIT:
         identity["repair"] = repair
         identity["texts_sha256"] = digest_sources(sources)
     return identity

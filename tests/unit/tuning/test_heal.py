@@ -33,7 +33,7 @@ from drllm.tuning import heal as healing
 from drllm.tuning import refit as refit_module
 from drllm.tuning.distillation import Distillation
 from drllm.tuning.heal import PARTIAL_FOLDER, HealRun, heal
-from drllm.tuning.heal_repair import choose_repair
+from drllm.tuning.heal_repair import choose_path_repair
 from drllm.tuning.heal_texts import (
     TextSource,
     choose_calibration_texts,
@@ -515,11 +515,11 @@ def test_a_model_that_can_have_no_refit_is_healed_by_lora_alone(tiny_model, repa
     notes = Notes()
     config = HealConfig(repair=repair)
     if repair is None:
-        assert choose_repair(routed, PATH, config, notes) == "none"
+        assert choose_path_repair(routed, PATH, config, notes) == "none"
         assert "experts" in notes.find("LoRA is trained alone")
     else:
         with pytest.raises(ArchitectureError, match=r"experts.*--repair none"):
-            choose_repair(routed, PATH, config, notes)
+            choose_path_repair(routed, PATH, config, notes)
 
 
 def test_texts_that_are_too_few_for_a_refit_are_trained_on_alone(routed):

@@ -7,11 +7,13 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from drllm.config import HealConfig
 from drllm.errors import ArchitectureError, ModelError, PathError, RoutingError, TaskError
 from drllm.models.base.layers import find_layers
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.injection import LayerCall
 from drllm.paths import StaticPath
+from drllm.tuning.heal_texts import split_texts
 from drllm.tuning.layer_states import make_batches
 from drllm.tuning.refit import find_projections, refit, split_for_ridge
 from drllm.tuning.refit_work import NUM_SOLUTIONS, count_layers
@@ -238,6 +240,24 @@ def test_the_progress_grows_with_every_batch_and_ends_at_the_total(
     assert reports[-1][2] == f"gap {num_gaps} of {num_gaps} after layer 4, solving"
 
 
+@pytest.mark.parametrize("share_for_states", [0, 0.25])
+def test_the_progress_grows_where_a_norm_follows_the_mlp(tiny_model, monkeypatch, share_for_states):
+    monkeypatch.setattr("drllm.tuning.refit.SHARE_FOR_STATES", share_for_states)
+    reports = []
+    refit(
+        RoutedModel(tiny_model("gemma3_text")),
+        StaticPath([0, 2, 4]),
+        make_texts(),
+        on_progress=lambda *report: reports.append(report),
+    )
+    amounts = [done for done, _, _ in reports]
+    assert 0 < amounts[0] < amounts[-1] <= reports[-1][1]
+    assert amounts == sorted(amounts)
+    assert len({total for _, total, _ in reports}) == 1
+    gaps = {note.split(" after")[0] for _, _, note in reports}
+    assert gaps == {"gap 1 of 3", "gap 2 of 3", "gap 3 of 3"}
+
+
 @pytest.mark.parametrize("keeps_states", [True, False])
 def test_the_layers_that_run_for_each_gap_are_counted_right(tiny_llama, monkeypatch, keeps_states):
     path = StaticPath([0, 2, 4])
@@ -337,6 +357,14 @@ def test_every_tenth_text_chooses_the_ridge_whatever_the_order():
     assert sorted(fit + held_out) == sorted(texts)
     assert set(split_for_ridge(texts[::-1])[1]) == set(held_out)
     assert len(split_for_ridge(texts[:3])[1]) == 1
+
+
+def test_every_source_has_texts_to_choose_the_ridge_on_after_its_lowest_hashes_are_held_out():
+    many = make_texts(1000, vocabulary=10_000)
+    few = make_texts(100, vocabulary=10_000, seed=1)
+    texts = split_texts({"many": many, "few": few}, HealConfig(num_held_out=40)).to_train
+    _, to_choose = split_for_ridge(texts["many"] + texts["few"])
+    assert 0.04 < len(set(to_choose) & set(texts["few"])) / len(texts["few"]) < 0.2
 
 
 @pytest.mark.parametrize(

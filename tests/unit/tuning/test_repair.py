@@ -318,6 +318,17 @@ def test_long_texts_are_cut_and_a_text_counts_once():
     assert sorted(texts) == sorted([long_text[:MAX_TOKENS], (2, 3, 4), (6, 7)])
 
 
+def test_texts_are_cut_to_the_context_of_a_model_with_learned_positions(tiny_model, tiny_tokenizer):
+    model = tiny_model("gpt2", n_positions=64)
+    text = "The quick brown fox jumps over the lazy dog. " * 40
+    settings = {**SMALL, "max_skipped": 1, "num_fit": 5, "num_judged": 5, "beam": 1}
+    record = tune(
+        model, "builtin_facts", texts=[text, "And back."], tokenizer=tiny_tokenizer, **settings
+    )
+    assert record.repair == "refit"
+    assert record.refit_tokens > 64
+
+
 def test_a_single_text_is_refused():
     with pytest.raises(TaskError, match="there are 1 texts to repair paths with"):
         choose_texts({"a": [(1, 2, 3)]}, 100, seed=0)

@@ -54,7 +54,7 @@ class PostNorm:
     Attributes:
         name: Its name, such as `14.post_feedforward_layernorm`.
         module: The module.
-        gain: g, `[D]` in float64.
+        gain: g, `[D]` in float64 on the CPU.
         epsilon: What is added to the mean square of m.
     """
 
@@ -204,7 +204,7 @@ class _Probe:
     model_name: str
     layer: int
     end: _MlpEnd
-    # The layer's output `[B, T, D]` for each of `STEPS`.
+    # The layer's output `[B, T, D]` for each of `STEPS`, on the CPU, since MPS has no float64.
     outputs: list[Tensor] = field(default_factory=list)
     norm_input: Tensor | None = None  # `[B, T, D]`, and the norm's output for it
     norm_output: Tensor | None = None
@@ -277,15 +277,15 @@ class _Probe:
         return args, {**kwargs, "hidden_states": noise}
 
     def _keep_norm(self, _module: nn.Module, args: Any, output: Tensor) -> None:
-        self.norm_input = args[0]
-        self.norm_output = output
+        self.norm_input = args[0].cpu()
+        self.norm_output = output.cpu()
 
     def _move_output(self, step: float, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
         """Add a vector to the output of the projection at each token."""
         return output + step * self._draw(output, "direction")
 
     def _keep_output(self, _layer: nn.Module, _args: Any, output: Any) -> None:
-        self.outputs.append(first_output(output))
+        self.outputs.append(first_output(output).cpu())
 
     def _draw(self, like: Tensor, use: str) -> Tensor:
         """Return random numbers of a tensor's shape, the same for each call with the same use."""

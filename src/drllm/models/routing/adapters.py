@@ -98,8 +98,8 @@ class Adapters:
         `LoraAdapters.create`.
         """
         refit = self.refits.weights(name)
-        others = {key: module for key, module in maps.items() if key not in refit}
-        return self.lora.create(name, rank, alpha, layers, others, seed, excluded=refit)
+        free_maps = {key: module for key, module in maps.items() if key not in refit}
+        return self.lora.create(name, rank, alpha, layers, free_maps, seed, excluded=refit)
 
     def weights(self, name: str) -> AdapterWeights:
         """Return the weights of an adapter. The tensors aren't copied."""
