@@ -56,7 +56,9 @@ from drllm.tuning.ridge import TokenSums, solve_change
 from drllm.work.listener import OnProgress
 
 HELD_OUT = 10  # every tenth text chooses λ
-SHARE_FOR_STATES = 0.25  # of the free memory, for the states of all texts at one layer
+SHARE_FOR_STATES = 0.25
+"""The states of all texts at one layer may take this share of the memory beside the sums of a gap."""
+SHARE_FOR_FLOAT32 = 0.5  # the same, of what the weights grow by in float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,14 +202,19 @@ def estimate_bytes(
     routed: RoutedModel, projections: Iterable[DownProjection], num_tokens: int
 ) -> int:
     """Return the memory that a refit takes beside the model, in bytes."""
-    sizes = [read_size(projection.module).num_bytes for projection in projections]
+    sums = _count_sum_bytes(projections)
     states = _count_state_bytes(routed, num_tokens)
-    if not _keeps_states(routed, num_tokens):
+    if not _keeps_states(routed, num_tokens, sums):
         states = 0
     widened = _count_widened_bytes(routed)
-    if not _has_room_for_float32(routed):
+    if not _has_room_for_float32(routed, sums):
         widened = 0
-    return max(sizes) + states + widened
+    return sums + states + widened
+
+
+def _count_sum_bytes(projections: Iterable[DownProjection]) -> int:
+    """Return the size of the largest sums of a gap."""
+    return max(read_size(projection.module).num_bytes for projection in projections)
 
 
 def _count_state_bytes(routed: RoutedModel, num_tokens: int) -> int:
@@ -216,10 +223,10 @@ def _count_state_bytes(routed: RoutedModel, num_tokens: int) -> int:
     return 2 * num_tokens * width * torch.float32.itemsize
 
 
-def _keeps_states(routed: RoutedModel, num_tokens: int) -> bool:
-    """Tell whether the states of all texts stay in memory from gap to gap."""
+def _keeps_states(routed: RoutedModel, num_tokens: int, sum_bytes: int) -> bool:
+    """Tell whether the states of all texts stay in memory from gap to gap, beside the sums."""
     num_bytes = _count_state_bytes(routed, num_tokens)
-    return num_bytes < SHARE_FOR_STATES * free_bytes(routed.device)
+    return num_bytes < SHARE_FOR_STATES * (free_bytes(routed.device) - sum_bytes)
 
 
 def _count_widened_bytes(routed: RoutedModel) -> int:
@@ -231,18 +238,19 @@ def _count_widened_bytes(routed: RoutedModel) -> int:
 
 
 @contextmanager
-def high_precision(routed: RoutedModel) -> Iterator[None]:
-    """Compute in float32 inside the block if the memory allows it.
+def high_precision(routed: RoutedModel, sum_bytes: int = 0) -> Iterator[None]:
+    """Compute in float32 inside the block if the memory allows it beside sums of `sum_bytes`.
 
     bfloat16 rounds a state of norm 24,000, as at the attention sink of SmolLM2, by tens.
     """
-    has_room = _has_room_for_float32(routed)
+    has_room = _has_room_for_float32(routed, sum_bytes)
     with in_float32(routed.model) if has_room else nullcontext():
         yield
 
 
-def _has_room_for_float32(routed: RoutedModel) -> bool:
-    return _count_widened_bytes(routed) < free_bytes(routed.device) / 2
+def _has_room_for_float32(routed: RoutedModel, sum_bytes: int) -> bool:
+    free = free_bytes(routed.device) - sum_bytes
+    return _count_widened_bytes(routed) < SHARE_FOR_FLOAT32 * free
 
 
 @dataclass
@@ -290,7 +298,8 @@ class _RefitRun:
         self.new_weights: dict[str, Tensor] = {}  # of the gaps that are solved
         self.num_solved = 0  # gaps
         self.num_tokens = sum(map(len, texts))
-        self.keeps_states = _keeps_states(routed, self.num_tokens)
+        self.sum_bytes = _count_sum_bytes(projections.values())
+        self.keeps_states = _keeps_states(routed, self.num_tokens, self.sum_bytes)
         self.progress: RefitProgress | None = None
         self.batches: list[_CalibrationBatch] = []
         fit, held_out = split_for_ridge(texts)
@@ -303,7 +312,7 @@ class _RefitRun:
     @contextmanager
     def precision(self) -> Iterator[None]:
         """Compute in float32 inside the block if the memory allows it; see `high_precision`."""
-        with high_precision(self.routed):
+        with high_precision(self.routed, self.sum_bytes):
             for name, weight in self.new_weights.items():  # of gaps that were solved earlier
                 module: Any = self.routed.injection.refittable_modules[name]
                 self.new_weights[name] = move_weight(weight, module.weight)

@@ -15,7 +15,13 @@ from drllm.models.routing.injection import LayerCall
 from drllm.paths import StaticPath
 from drllm.tuning.heal_texts import split_texts
 from drllm.tuning.layer_states import make_batches
-from drllm.tuning.refit import find_projections, refit, split_for_ridge
+from drllm.tuning.refit import (
+    estimate_bytes,
+    find_projections,
+    read_size,
+    refit,
+    split_for_ridge,
+)
 from drllm.tuning.refit_work import NUM_SOLUTIONS, count_layers
 
 NUM_LAYERS = 6
@@ -290,6 +296,18 @@ def test_sums_that_do_not_fit_into_memory_are_refused_before_they_are_made(tiny_
     monkeypatch.setattr("drllm.tuning.refit.TokenSums", None)
     with pytest.raises(ModelError, match=r"1\.mlp\.down_proj, which has .* inputs"):
         refit(routed, StaticPath([0, 1, 3, 4, 5]), make_texts())
+
+
+@pytest.mark.parametrize("free", [1.01, 1.2, 2.0, 10.0])  # times the sums
+def test_states_and_wide_weights_only_take_the_memory_that_the_sums_leave(
+    tiny_llama, monkeypatch, free
+):
+    routed = RoutedModel(tiny_llama().to(torch.bfloat16))
+    projections = find_projections(routed, StaticPath([0, 2, 3, 4, 5]).gaps(NUM_LAYERS)).values()
+    [sums] = [read_size(projection.module).num_bytes for projection in projections]
+    monkeypatch.setattr("drllm.tuning.refit.free_bytes", lambda device: free * sums)
+    for num_tokens in (10, 10_000, 20_000, 40_000):
+        assert sums <= estimate_bytes(routed, projections, num_tokens) <= free * sums
 
 
 def test_one_text_is_refused(tiny_llama):
