@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from drllm.tuning.ridge import RidgeSolver, TokenSums
+from drllm.tuning.ridge import RidgeSolver, TokenSums, weigh_first_tokens
 
 MAX_STEPS = 6
 READS_PER_STEP = 2  # of the tokens to fit: for the weight, and for the gain
@@ -192,10 +192,7 @@ class _FirstTokenWeights:
         weights = torch.ones(len(tokens.is_first), dtype=torch.float64)
         weights = weights.to(tokens.targets.device)
         squares = tokens.targets[tokens.is_first].double().square().sum(dim=1)
-        if self.weight is None:
-            weights[tokens.is_first] = self.mean_square / squares
-        else:
-            weights[tokens.is_first] = self.weight
+        weights[tokens.is_first] = weigh_first_tokens(squares, self.mean_square, self.weight)
         return weights[:, None]
 
 

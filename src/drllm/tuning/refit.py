@@ -57,7 +57,7 @@ from drllm.work.listener import OnProgress
 
 HELD_OUT = 10  # every tenth text chooses λ
 SHARE_FOR_STATES = 0.25
-"""The states of all texts at one layer may take this share of the memory beside the sums of a gap."""
+"""The share of the memory beside the sums that the states of all texts at one layer may take."""
 SHARE_FOR_FLOAT32 = 0.5  # the same, of what the weights grow by in float32
 
 

@@ -15,6 +15,7 @@ from drllm.errors import ArchitectureError
 from drllm.models.base.prompts import Prompt as Conversation
 from drllm.models.base.prompts import context_length
 from drllm.models.workers import Workers
+from drllm.tasks.examples import choose
 from drllm.tuning.calibration import (
     MAX_TOKENS,
     STAND_IN_TOKENS,
@@ -28,7 +29,7 @@ from drllm.work.listener import Listener
 from drllm.work.run import Block, Executor, run
 from drllm.work.store import ResultStore
 
-MAX_OPEN_PROMPTS = 256  # maximum prompts of a source that the full path answers
+MAX_OPEN_PROMPTS = 256  # maximum prompts of a source that the full path answers, drawn at random
 MAX_ANSWER_TOKENS = 128  # maximum tokens of such an answer
 
 
@@ -81,7 +82,9 @@ def make_repair(
     for source in sources:
         with listener.busy(f"reading the texts of {source.name}"):
             if source.is_open:
-                by_source[source.name] = _answer_source(source, workers.executor, store)
+                by_source[source.name] = _answer_source(
+                    source, workers.executor, store, config.seed
+                )
             else:
                 by_source[source.name] = tokenize_source(workers.base, source)
     num_tokens = config.refit_tokens or REFIT_TOKENS
@@ -96,9 +99,12 @@ def make_repair(
     return Repair(texts, stand_in_texts)
 
 
-def _answer_source(source: TextSource, executor: Executor, store: ResultStore) -> list[Tokens]:
-    """Answer the prompts of a source along the full path, or read the kept answers."""
-    prompts = [prompt.content for prompt in source.prompts[:MAX_OPEN_PROMPTS]]
+def _answer_source(
+    source: TextSource, executor: Executor, store: ResultStore, seed: int
+) -> list[Tokens]:
+    """Answer some prompts of a source along the full path, or read the kept answers."""
+    chosen = choose(source.prompts, MAX_OPEN_PROMPTS, seed)
+    prompts = [prompt.content for prompt in chosen]
     blocks: list[Block[Sequence[Conversation]]] = []
     for start in range(0, len(prompts), ANSWERS_AT_ONCE):
         block = prompts[start : start + ANSWERS_AT_ONCE]

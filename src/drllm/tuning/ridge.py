@@ -35,6 +35,28 @@ those that choose λ, and three while an equation is solved."""
 SMALLEST_SCALE = 1e-6
 """The least root mean square of an input, as a share of the mean over inputs. An input that is
 always 0 would divide by 0."""
+SMALLEST_SHARE = 1e-3
+"""The least root mean square of an input, as a share of that with first tokens. In models with ReLU
+some inputs are 0 at all tokens but the first. Without a least value the numbers in their equations
+would be too large for λ to count beside them, so that they couldn't be solved."""
+
+
+LARGEST_WEIGHT = 1000.0
+"""The largest weight of a first token. A target of norm 0, as of a padding token, would divide by
+0."""
+
+
+def weigh_first_tokens(squares: Tensor, mean_square: float, weight: float | None) -> Tensor:
+    """Return the weights of first tokens, `[n]`.
+
+    Args:
+        squares: ‖T‖² of each, `[n]`.
+        mean_square: The mean ‖T‖² of the other tokens.
+        weight: As in `TokenSums.with_first_tokens`.
+    """
+    if weight is not None:
+        return torch.full_like(squares, weight)
+    return mean_square / squares.clamp_min(mean_square / LARGEST_WEIGHT)
 
 
 class TokenSums:
@@ -106,10 +128,8 @@ class TokenSums:
                 docstring.
         """
         inputs, residuals, squares = (torch.cat(parts) for parts in zip(*self._first, strict=True))
-        if weight is None:
-            weights = (self.target / self.num_tokens) / squares  # [n]
-        else:
-            weights = torch.full_like(squares, weight)
+        mean_square = float(self.target / self.num_tokens)
+        weights = weigh_first_tokens(squares, mean_square, weight)  # [n]
         weighted = inputs * weights[:, None]
         inner = self.inner + weighted.T @ inputs
         cross = self.cross + weighted.T @ residuals
@@ -187,7 +207,8 @@ class RidgeSolver:
 
     def __init__(self, sums: TokenSums, first_token_weight: float | None) -> None:
         inner, cross, self.num_tokens = sums.with_first_tokens(first_token_weight)
-        self.scales = sums.scales()
+        with_first = (inner.diagonal() / self.num_tokens).sqrt()
+        self.scales = sums.scales().maximum(SMALLEST_SHARE * with_first)
         self.inner = inner.div_(self.scales[:, None]).div_(self.scales)  # [F, F]
         self.cross = cross.div_(self.scales[:, None])  # [F, D]
 

@@ -363,6 +363,26 @@ def test_prompts_without_answers_repair_paths_with_the_full_path_s_answers(
     assert list((tmp_path / "out").iterdir()) == [tmp_path / "out" / "paths.json"]
 
 
+def test_the_prompts_that_are_answered_are_drawn_at_random(routed, tmp_path, monkeypatch):
+    monkeypatch.setattr("drllm.tuning.repair.MAX_OPEN_PROMPTS", 4)
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(f'{{"prompt": "Say {number}."}}\n' for number in range(100)))
+    settings = {**SMALL, "max_skipped": 1, "beam": 1, "num_fit": 5, "num_judged": 5}
+    prompts = []
+
+    def record_prompts(_routed, conversations, _max_tokens):
+        prompts.extend(conversations)
+        return [(number, 5, 6) for number in range(len(conversations))]
+
+    monkeypatch.setattr("drllm.tuning.score_blocks.answer_prompts", record_prompts)
+    tune(routed, str(file), None, None, **settings)
+    [splits] = split_tasks(TuneConfig(**settings), str(file))
+    in_order = [example.question for example in splits.all_to_fit]
+    assert len(prompts) == 4
+    assert prompts != in_order[:4]
+    assert set(prompts) <= set(in_order)
+
+
 def test_generated_answers_are_graded_plain_and_with_the_refit(routed):
     settings = {**SMALL, "max_skipped": 1, "beam": 1, "num_fit": 8, "num_judged": 6}
     record = tune(routed, "builtin_arithmetic", **settings)

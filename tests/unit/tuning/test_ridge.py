@@ -120,3 +120,33 @@ def test_an_input_that_is_always_zero_gets_no_change():
     change = solve_change(sum_up(fit), sum_up(held_out)).change
     assert torch.isfinite(change).all()
     assert (change[:, 3] == 0).all()
+
+
+def test_inputs_that_fire_at_first_tokens_alone_explain_them():
+    changed = []
+    for seed in (0, 1):
+        inputs, residuals, targets, is_first = make_tokens(seed=seed)
+        inputs = inputs.clone()
+        inputs[:, :4] = 0
+        # All texts begin with the same token, and only these inputs have a value there.
+        inputs[is_first] = torch.tensor(
+            [500.0, 300.0, 200.0, 400.0] + [0.0] * (NUM_INPUTS - 4)
+        ).double()
+        residuals = residuals.clone()
+        residuals[is_first] = 7.0
+        changed.append((inputs, residuals, targets, is_first))
+    fit, held_out = changed
+    solution = solve_change(sum_up(fit), sum_up(held_out))
+    inputs, residuals, _, is_first = fit
+    explained = inputs[is_first] @ solution.change.T
+    torch.testing.assert_close(explained, residuals[is_first], rtol=0.05, atol=0)
+    assert solution.unexplained < 1
+
+
+@pytest.mark.parametrize("weight", [None, 1.0])
+def test_a_first_token_without_a_target_has_a_finite_weight(weight):
+    tokens = make_tokens()
+    tokens[2][tokens[3]] = 0
+    inner, cross, _ = sum_up(tokens).with_first_tokens(weight)
+    assert torch.isfinite(inner).all()
+    assert torch.isfinite(cross).all()
