@@ -19,6 +19,7 @@ from drllm.tuning.heal_texts import (
     Tokens,
     choose_calibration_texts,
     cut_texts,
+    find_sources,
     read_sources,
     warn_of_texts,
 )
@@ -41,12 +42,10 @@ def read_calibration(
         ConfigError: A file has the name of another source.
         TaskError: A file or a data set can't be read.
     """
-    if texts is not None and not isinstance(texts, str):
-        earlier_result = [item for item in texts if isinstance(item, TextSource)]
-        if earlier_result:
-            return earlier_result
+    sources = find_sources(texts)
+    if sources:
+        return sources
     heal_config = HealConfig(data_dir=config.data_dir, seed=config.seed)
-    sources: list[TextSource] = []
     for task in splits:
         questions = replace(task, examples={**task.examples, FIT: list(task.all_to_fit)})
         sources += read_sources(heal_config, [questions])

@@ -80,10 +80,9 @@ def read_sources(
         ConfigError: There is nothing to train on, or two sources have the same name.
         TaskError: A task is unknown, or a file or a data set can't be read.
     """
-    if texts is not None and not isinstance(texts, str):
-        earlier_result = [item for item in texts if isinstance(item, TextSource)]
-        if earlier_result:
-            return earlier_result
+    sources = find_sources(texts)
+    if sources:
+        return sources
     if texts is None:
         texts = config.text
     if tasks is None:
@@ -103,6 +102,13 @@ def read_sources(
         )
     _refuse_same_name([source.name for source in sources])
     return sources
+
+
+def find_sources(texts: TextArgument) -> list[TextSource]:
+    """Return the sources in an argument `texts`, which is then a result of `read_sources`."""
+    if texts is None or isinstance(texts, str):
+        return []
+    return [item for item in texts if isinstance(item, TextSource)]
 
 
 def _refuse_same_name(names: Sequence[str]) -> None:

@@ -136,7 +136,9 @@ def refit(
         )
     projections = find_projections(routed, gaps)
     remaining = gaps[len(earlier) :]
-    refuse_too_large(routed, [projections[gap.layer] for gap in remaining])
+    obstacle = find_memory_obstacle(routed, [projections[gap.layer] for gap in remaining])
+    if obstacle:
+        raise ModelError(f"{obstacle}; free some memory, or leave the refit out (--repair none)")
     run = _RefitRun(routed, path, projections, texts)
     run.use_earlier(earlier)
     run.track(remaining, on_progress)
@@ -184,18 +186,18 @@ def list_modules(projection: DownProjection) -> dict[str, nn.Module]:
     return modules
 
 
-def refuse_too_large(routed: RoutedModel, projections: Iterable[DownProjection]) -> None:
-    """Raise ModelError if the sums of a gap don't fit into the free memory."""
+def find_memory_obstacle(routed: RoutedModel, projections: Iterable[DownProjection]) -> str:
+    """Return why the sums of a gap don't fit into the free memory; empty if they fit."""
     free = free_bytes(_float64_device(routed.device))
     for projection in projections:
         size = read_size(projection.module)
         if size.num_bytes > free:
-            raise ModelError(
+            return (
                 f"to refit {projection.name}, which has {size.num_inputs} inputs, takes "
                 f"{size.num_bytes / 1e9:.1f} GB of memory beside the model, and "
-                f"{free / 1e9:.1f} GB are free; free some memory, or leave the refit out "
-                f"(--repair none)"
+                f"{free / 1e9:.1f} GB are free"
             )
+    return ""
 
 
 def estimate_bytes(

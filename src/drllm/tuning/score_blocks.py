@@ -14,7 +14,7 @@ import msgspec
 from torch import Tensor
 
 from drllm.config.heal import REFIT
-from drllm.errors import ArchitectureError, ModelError, RoutingError
+from drllm.errors import ArchitectureError, RoutingError
 from drllm.models.base.prompts import Prompt as Conversation
 from drllm.models.base.prompts import context_length, encode, render
 from drllm.models.routed_model import RoutedModel
@@ -23,7 +23,7 @@ from drllm.tasks.examples import Prompt
 from drllm.tuning.heal_texts import Tokens
 from drllm.tuning.heal_tokens import answer_prompts
 from drllm.tuning.path_scorer import Item, Scores, grade_answers, score_paths
-from drllm.tuning.refit import find_projections, refit, refuse_too_large
+from drllm.tuning.refit import find_memory_obstacle, find_projections, refit
 from drllm.tuning.stand_in import StandIn, fit_stand_in
 from drllm.work.run import BlockFunction, BlockSteps, OnStep
 
@@ -258,7 +258,6 @@ class FindObstacle(BlockFunction[None, str]):
         gaps = [Gap(layer, layer + 2) for layer in range(last)]
         try:
             projections = find_projections(prepared, gaps)
-            refuse_too_large(prepared, projections.values())
-        except (ArchitectureError, RoutingError, ModelError) as error:
+        except (ArchitectureError, RoutingError) as error:
             return str(error)
-        return ""
+        return find_memory_obstacle(prepared, projections.values())

@@ -239,7 +239,7 @@ def _choose_device(routed: RoutedModel, num_tokens: int) -> torch.device:
         return device
     if num_bytes > SHARE_OF_MEMORY * free_bytes(host):
         raise ConfigError(
-            f"the states of {num_tokens} tokens, which paths are repaired by, take "
+            f"the states of {num_tokens} tokens, which paths are repaired with, take "
             f"{num_bytes / 1e9:.1f} GB, more than half of the free memory; give a lower "
             f"--refit-tokens, or --repair none"
         )

@@ -256,6 +256,17 @@ def test_a_model_that_cannot_be_refitted_is_tuned_plain_with_the_reason(
         tune(routed, "builtin_facts", None, None, repair="refit", **settings)
 
 
+def test_without_memory_for_a_refit_paths_are_chosen_plain(routed, monkeypatch):
+    monkeypatch.setattr("drllm.tuning.refit.free_bytes", lambda device: 1000)
+    listener = NoteListener()
+    settings = {**SMALL, "max_skipped": 1, "num_fit": 5, "num_judged": 5, "beam": 1}
+    record = tune(routed, "builtin_facts", listener=listener, **settings)
+    assert record.repair == ""
+    assert any("without repair: to refit 0.mlp" in note for note in listener.notes)
+    with pytest.raises(ArchitectureError, match=r"GB are free; give --repair none"):
+        tune(routed, "builtin_facts", repair="refit", **settings)
+
+
 def test_a_model_with_a_norm_behind_its_mlps_is_tuned_under_repair(tiny_model, tiny_tokenizer):
     routed = RoutedModel(tiny_model("gemma2"), tokenizer=tiny_tokenizer)
     settings = {**SMALL, "max_skipped": 1, "num_fit": 8, "num_judged": 8, "repair": "refit"}
