@@ -27,8 +27,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-RIDGES = tuple(10.0 ** (exponent / 2) for exponent in range(-12, 1))
-"""The values of λ to choose from, 10⁻⁶ to 1."""
+RIDGES = tuple(10.0 ** (exponent / 2) for exponent in range(-12, 3))
+"""The values of λ to choose from, 10⁻⁶ to 10. Few tokens need a large one."""
 MATRICES_AT_PEAK = 5
 """How many matrices `[F, F]` in float64 are in memory at most: the sums of the texts to fit and of
 those that choose λ, and three while an equation is solved."""
