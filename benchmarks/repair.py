@@ -46,7 +46,7 @@ from drllm.statistics.intervals import mean_interval
 from drllm.tuning.heal_texts import Tokens, choose_calibration_texts, read_sources
 from drllm.tuning.objectives import LOSS
 from drllm.tuning.path_scorer import Item, score_paths
-from drllm.tuning.refit import refit
+from drllm.tuning.refit import join_weights, refit
 from drllm.work.store import ResultStore
 
 QUICK = {"num_texts": 4}
@@ -149,10 +149,7 @@ class Measurer:
         started = time.perf_counter()
         gaps = refit(self.routed, path, texts, first_token_weight=first_token_weight)
         seconds = time.perf_counter() - started
-        weights: dict[str, Tensor] = {}
-        for gap in gaps:
-            weights.update(gap.weights)
-        with self._adapter(weights):
+        with self._adapter(join_weights(gaps)):
             scored = self._score(path.with_adapter(ADAPTER))
         return Measurement(
             losses=scored.losses,

@@ -30,7 +30,6 @@ import common
 import msgspec
 from common.compare import SEED
 from scipy.stats import spearmanr
-from torch import Tensor
 
 from drllm.config import TuneConfig
 from drllm.models.base.load import BaseModel
@@ -46,7 +45,7 @@ from drllm.tuning.heal_texts import Tokens
 from drllm.tuning.heal_tokens import tokenize_source
 from drllm.tuning.objectives import LOSS, make_prompt
 from drllm.tuning.path_scorer import Item, make_text_items, score_paths
-from drllm.tuning.refit import refit
+from drllm.tuning.refit import join_weights, refit
 from drllm.tuning.stand_in import StandIn, fit_stand_in
 from drllm.work.store import ResultStore
 
@@ -113,9 +112,7 @@ def measure_path(
         crossings = stand_in if name == "stand-in" else None
         scored_path = path
         if name == BEST_WAY:
-            weights: dict[str, Tensor] = {}
-            for gap in refit(routed, path, texts):
-                weights.update(gap.weights)
+            weights = join_weights(refit(routed, path, texts))
             routed.injection.add_adapter(ADAPTER, refit=weights)
             scored_path = path.with_adapter(ADAPTER)
         [values] = score_paths(routed, items, [scored_path], LOSS, CACHE_GB, crossings).objective

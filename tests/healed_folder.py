@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
+from drllm.models.base.layers import parse_layer
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.healed import save_healed
-from drllm.models.routing.lora import LoraWeights, parse_layer
+from drllm.models.routing.lora import LoraWeights
 from drllm.paths import StaticPath
 from drllm.records.healed import GapRecord, HealedPath, HealPoint, Losses, RefitRecord
 from drllm.records.manifest import new_manifest

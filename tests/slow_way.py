@@ -19,13 +19,14 @@ from torch.nn.functional import kl_div
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from drllm.models.base.identity import fingerprint
+from drllm.models.base.layers import parse_layer
 from drllm.models.base.prompts import pad_left
 from drllm.models.check import make_tiny
 from drllm.models.families import NO_SUBLAYERS
 from drllm.models.routers.config import RouterConfig
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.kv_cache import RoutedCacheLayer
-from drllm.models.routing.lora import LoraWeights, parse_layer, read_map_sizes
+from drllm.models.routing.lora import LoraWeights, read_map_sizes
 from drllm.models.routing.policies import Policy
 from drllm.models.scoring.score import Request
 from drllm.paths import to_path

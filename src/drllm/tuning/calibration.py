@@ -103,18 +103,20 @@ def choose_texts(
     return chosen
 
 
-def describe_calibration(names: Sequence[str], texts: Sequence[Tokens], size: int) -> list[str]:
+def describe_calibration(
+    names: Sequence[str], texts: Sequence[Tokens], num_bytes: int
+) -> list[str]:
     """Say what paths are repaired with and what the stand-in needs, and warn if that is little.
 
     Args:
         names: The names of the sources.
         texts: The texts that paths are repaired with.
-        size: The memory of the stand-in's states, in bytes.
+        num_bytes: The memory of the stand-in's states.
     """
     num_tokens = sum(map(len, texts))
     lines = [
         f"paths are repaired with {num_tokens:,} tokens of {', '.join(names)}; the stand-in that "
-        f"candidates are repaired with keeps {size / 1e9:.2g} GB of states"
+        f"candidates are repaired with keeps {num_bytes / 1e9:.2g} GB of states"
     ]
     warning = warn_of_texts(names, num_tokens)
     if warning:

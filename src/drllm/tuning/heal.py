@@ -25,11 +25,11 @@ from drllm.config.heal import NO_REPAIR, REFIT
 from drllm.cost import path_executions
 from drllm.errors import ConfigError
 from drllm.extras import need
+from drllm.models.base.layers import parse_layer
 from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import context_length
 from drllm.models.routed_model import RoutedModel, unrouted
 from drllm.models.routing.healed import save_healed
-from drllm.models.routing.lora import parse_layer
 from drllm.paths import StaticPath
 from drllm.records.healed import HEALED_FILE, HealedPath, read_healed
 from drllm.records.manifest import new_manifest

@@ -31,6 +31,7 @@ from drllm.tuning.refit import (
     check_path,
     estimate_bytes,
     find_projections,
+    join_weights,
     refit,
 )
 from drllm.work.listener import Listener, OnProgress, rough_duration
@@ -72,10 +73,7 @@ class SolvedRefit:
     @property
     def weights(self) -> dict[str, Any]:
         """The new weights, by the name of their module."""
-        weights: dict[str, Any] = {}
-        for gap in self.gaps:
-            weights.update(gap.weights)
-        return weights
+        return join_weights(self.gaps)
 
     def to_record(self) -> RefitRecord:
         """Return the record of the refit."""

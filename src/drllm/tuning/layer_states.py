@@ -209,9 +209,8 @@ class LayerRunner:
             _record_outputs(projection.norm.module) as additions,
         ):
             outputs = self._run(batch, [projection.layer], start, {})
-        addition = batch.select(additions[0])
-        if projection.factor is not None:
-            addition = addition * projection.factor
+        assert projection.factor is not None  # with a norm it is the same for all tokens
+        addition = projection.factor * batch.select(additions[0])
         return NormedTokens(
             inputs=batch.select(inputs[0]),
             states=batch.select(outputs) - addition,

@@ -151,6 +151,14 @@ def refit(
     return results
 
 
+def join_weights(gaps: Iterable[RefittedGap]) -> dict[str, Tensor]:
+    """Return the new weights of all gaps, by the name of their module."""
+    weights: dict[str, Tensor] = {}
+    for gap in gaps:
+        weights.update(gap.weights)
+    return weights
+
+
 def check_path(path: StaticPath, num_layers: int) -> list[Gap]:
     """Return the gaps of a path; raise PathError if the path can't be refitted."""
     gaps = path.gaps(num_layers)
@@ -400,7 +408,8 @@ class _RefitRun:
         projection = self.projections[gap.layer]
         device = _float64_device(self.routed.device)
         weight = projection.weight.detach().to(device).double()
-        factor = 1.0 if projection.factor is None else projection.factor
+        factor = projection.factor
+        assert factor is not None  # with a norm it is the same for all tokens
         start = NormedMap(weight, factor * norm.gain.to(device), norm.epsilon)
         held_out = [self.read_normed(item, gap) for item in self.batches if item.is_held_out]
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from drllm.config import TuneConfig
 from drllm.config.heal import NO_REPAIR, REFIT, REFIT_TOKENS
 from drllm.errors import ArchitectureError
+from drllm.models.base.batching import FLOAT_BYTES
 from drllm.models.base.prompts import Prompt as Conversation
 from drllm.models.base.prompts import context_length
 from drllm.models.workers import Workers
@@ -93,8 +94,9 @@ def make_repair(
     texts = choose_texts(by_source, num_tokens, config.seed, max_tokens)
     stand_in_texts = choose_texts(by_source, num_stand_in, config.seed, max_tokens)
     width = workers.base.model.config.get_text_config().hidden_size
-    size = 4 * workers.base.num_layers * width * sum(map(len, stand_in_texts))
-    for line in describe_calibration(list(by_source), texts, size):
+    num_stand_in_tokens = sum(map(len, stand_in_texts))
+    num_bytes = FLOAT_BYTES * workers.base.num_layers * width * num_stand_in_tokens
+    for line in describe_calibration(list(by_source), texts, num_bytes):
         listener.note(line)
     return Repair(texts, stand_in_texts)
 

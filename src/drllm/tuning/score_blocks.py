@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 
 import msgspec
-from torch import Tensor
 
 from drllm.config.heal import REFIT
 from drllm.errors import ArchitectureError, RoutingError
@@ -23,7 +22,7 @@ from drllm.tasks.examples import Prompt
 from drllm.tuning.heal_texts import Tokens
 from drllm.tuning.heal_tokens import answer_prompts
 from drllm.tuning.path_scorer import Item, Scores, grade_answers, score_paths
-from drllm.tuning.refit import find_memory_obstacle, find_projections, refit
+from drllm.tuning.refit import find_memory_obstacle, find_projections, join_weights, refit
 from drllm.tuning.stand_in import StandIn, fit_stand_in
 from drllm.work.run import BlockFunction, BlockSteps, OnStep
 
@@ -190,10 +189,7 @@ class RepairPaths(BlockFunction[PathToRepair, RepairedScores]):
             on_progress = partial(_report_refit, steps.report)
         gaps = refit(prepared, data.path, self.texts, on_progress=on_progress)
         seconds = time.perf_counter() - started
-        weights: dict[str, Tensor] = {}
-        for gap in gaps:
-            weights.update(gap.weights)
-        prepared.injection.add_adapter(REFIT, refit=weights)
+        prepared.injection.add_adapter(REFIT, refit=join_weights(gaps))
         try:
             parts = {part.key: self._score_part(prepared, data, part, steps) for part in data.parts}
         finally:

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers.pytorch_utils import Conv1D
 
 from drllm.errors import ArchitectureError
 from drllm.models.base.layers import (
@@ -27,7 +26,10 @@ from drllm.models.base.layers import (
     MAP_TOKENS,
     evaluation_mode,
     find_layers,
+    list_linear_maps,
+    list_norms,
     one_token,
+    parse_layer,
     temporary_hooks,
     unwrap_peft,
 )
@@ -144,41 +146,43 @@ def _find_ends(model: Any) -> dict[int, _MlpEnd]:
     Only linear maps to the size of the state that read every token count. Experts read some of the
     tokens.
     """
-    decoder, layers = find_layers(model)
+    decoder, _ = find_layers(model)
     width = model.config.get_text_config().hidden_size
+    watches = [_EndWatch(width, sublayers) for sublayers in find_sublayers(model)]
     hooks: list[RemovableHandle] = []
-    watches: dict[int, _EndWatch] = {}
-    for index, (layer, sublayers) in enumerate(zip(layers, find_sublayers(model), strict=True)):
-        watches[index] = _EndWatch(index, width)
-        hooks += watches[index].register_hooks(layer, sublayers)
+    for watch in watches:
+        hooks += watch.watch_mlps()
+    for name, module in list_linear_maps(model).items():
+        hooks += watches[parse_layer(name)].watch_map(name, module)
+    for name, module in list_norms(model).items():
+        hooks += watches[parse_layer(name)].watch_norm(name, module)
     _run_batch(model, decoder, hooks)
-    return {index: watch.end for index, watch in watches.items() if watch.end is not None}
+    return {layer: watch.end for layer, watch in enumerate(watches) if watch.end is not None}
 
 
 class _EndWatch:
     """Watches the modules of one layer while a batch passes."""
 
-    def __init__(self, layer: int, width: int) -> None:
-        self.layer = layer
+    def __init__(self, width: int, sublayers: Sublayers) -> None:
         self.width = width
+        self.mlps = sublayers.mlps
         self.end: _MlpEnd | None = None
         self._mlp_output: Any = None
 
-    def register_hooks(self, layer: nn.Module, sublayers: Sublayers) -> Iterator[RemovableHandle]:
-        """Register the hooks, and yield their handles."""
-        in_mlp = {id(part) for mlp in sublayers.mlps for part in mlp.modules()}
-        for mlp in sublayers.mlps:
+    def watch_mlps(self) -> Iterator[RemovableHandle]:
+        """Register the hooks of the MLPs, and yield their handles."""
+        for mlp in self.mlps:
             yield mlp.register_forward_hook(self._after_mlp)
-        for place, module in layer.named_modules():
-            name = f"{self.layer}.{place.removesuffix('.base_layer')}"
-            is_map = isinstance(module, (nn.Linear, Conv1D)) and ".lora_" not in place
-            if is_map and id(module) in in_mlp:
+
+    def watch_map(self, name: str, module: nn.Module) -> Iterator[RemovableHandle]:
+        """Register the hook of a linear map if it is in an MLP, and yield its handle."""
+        for mlp in self.mlps:
+            if module in mlp.modules():
                 yield module.register_forward_hook(partial(self._after_map, name))
-        for place, module in layer.named_children():
-            weights = [weight.shape for weight in module.parameters()]
-            if weights == [torch.Size([self.width])]:
-                name = f"{self.layer}.{place}"
-                yield module.register_forward_pre_hook(partial(self._before_norm, name))
+
+    def watch_norm(self, name: str, module: nn.Module) -> Iterator[RemovableHandle]:
+        """Register the hook of a norm, and yield its handle."""
+        yield module.register_forward_pre_hook(partial(self._before_norm, name))
 
     def _after_map(self, name: str, module: nn.Module, _args: Any, output: Any) -> None:
         if not isinstance(output, Tensor) or output.shape[-1] != self.width:
@@ -237,9 +241,10 @@ class _Probe:
         factor = mean if is_same else None
         if factor is not None and abs(factor - 1) <= SAME_FACTOR:
             factor = 1.0
-        return DownProjection(
-            self.layer, self.end.map_name, self.end.map, factor, self._measure_norm()
-        )
+        norm = self._measure_norm()
+        if norm is not None and factor is None:
+            raise self._error("multiplies the output of the norm behind its MLP token by token")
+        return DownProjection(self.layer, self.end.map_name, self.end.map, factor, norm)
 
     def _measure_norm(self) -> PostNorm | None:
         """Return the norm behind the MLP with its gain; refuse a norm of another form."""

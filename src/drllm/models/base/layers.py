@@ -298,14 +298,19 @@ def list_linear_maps(model: Any) -> dict[str, nn.Module]:
     return maps
 
 
+def parse_layer(name: str) -> int:
+    """Return the layer of a linear map or a norm from its name, LAYER.PLACE."""
+    return int(name.partition(".")[0])
+
+
 def list_norms(model: Any) -> dict[str, nn.Module]:
     """Return the norms in the layers whose only parameter is a gain for each channel, by name."""
     _, layers = find_layers(model)
     norms: dict[str, nn.Module] = {}
     for index, layer in enumerate(layers):
         for place, module in layer.named_children():
-            names = [name for name, weight in module.named_parameters() if weight.dim() == 1]
-            if names == ["weight"] and len(list(module.parameters())) == 1:
+            parameters = dict(module.named_parameters())
+            if list(parameters) == ["weight"] and parameters["weight"].dim() == 1:
                 norms[f"{index}.{place}"] = module
     return norms
 

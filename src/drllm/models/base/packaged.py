@@ -238,6 +238,20 @@ class PackagedModel(ABC):
             )
 
 
+def read_special_tokens(read: ReadField) -> dict[str, Any]:
+    """Return the settings of a tokenizer that every packaged model has, the first of its file."""
+    tokens = read("tokenizer.ggml.tokens")
+    return {
+        # The class that reads everything from `tokenizer.json`, in transformers 4 and 5.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": tokens[read("tokenizer.ggml.bos_token_id")],
+        "eos_token": tokens[read("tokenizer.ggml.eos_token_id")],
+        "pad_token": tokens[read("tokenizer.ggml.padding_token_id")],
+        "unk_token": tokens[read("tokenizer.ggml.unknown_token_id")],
+        "add_bos_token": read("tokenizer.ggml.add_bos_token"),
+    }
+
+
 def _is_installed(package: str) -> bool:
     """Return whether a package is installed."""
     try:

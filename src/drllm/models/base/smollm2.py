@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from drllm.models.base.packaged import CONTROL_TOKEN, PackagedModel, ReadField
+from drllm.models.base.packaged import (
+    CONTROL_TOKEN,
+    PackagedModel,
+    ReadField,
+    read_special_tokens,
+)
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -82,15 +87,8 @@ class SmolLM2(PackagedModel):
 
     def read_tokenizer_settings(self, read: ReadField) -> dict[str, Any]:
         """Return the content of `tokenizer_config.json`."""
-        tokens = read("tokenizer.ggml.tokens")
         return {
-            # The class that reads everything from `tokenizer.json`, in transformers 4 and 5.
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": tokens[read("tokenizer.ggml.bos_token_id")],
-            "eos_token": tokens[read("tokenizer.ggml.eos_token_id")],
-            "pad_token": tokens[read("tokenizer.ggml.padding_token_id")],
-            "unk_token": tokens[read("tokenizer.ggml.unknown_token_id")],
-            "add_bos_token": read("tokenizer.ggml.add_bos_token"),
+            **read_special_tokens(read),
             "add_prefix_space": read("tokenizer.ggml.add_space_prefix"),
             "clean_up_tokenization_spaces": False,
             "model_input_names": ["input_ids", "attention_mask"],

@@ -8,7 +8,12 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from drllm.errors import RoutingError
-from drllm.models.routing.lora import LoraAdapters, LoraWeights, refuse_missing
+from drllm.models.routing.lora import (
+    LoraAdapters,
+    LoraWeights,
+    check_new_name,
+    refuse_missing,
+)
 from drllm.models.routing.refits import Refit, Refits
 
 
@@ -61,10 +66,7 @@ class Adapters:
         """
         if weights.lora is None and not weights.refit:
             raise RoutingError(f"the adapter {name!r} has no weights; give LoRA weights or a refit")
-        if name in self.names:
-            raise RoutingError(
-                f"an adapter can't be called {name!r}, which is in the model already"
-            )
+        check_new_name(name, self.names)
         if weights.lora is not None:
             both = sorted(weights.lora.maps.keys() & weights.refit.keys())
             if both:

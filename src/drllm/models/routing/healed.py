@@ -23,10 +23,10 @@ from torch import Tensor
 from drllm.errors import RecordError
 from drllm.models.base.cards import CARD_FILE, render_card
 from drllm.models.base.identity import describe
-from drllm.models.base.layers import find_layers, unwrap_peft
+from drllm.models.base.layers import find_layers, parse_layer, unwrap_peft
 from drllm.models.routing.adapters import AdapterWeights
 from drllm.models.routing.injection import Injection
-from drllm.models.routing.lora import LoraWeights, find_layers_name, parse_layer
+from drllm.models.routing.lora import LoraWeights, find_layers_name
 from drllm.paths import StaticPath
 from drllm.records.codec import sha256, write_atomically, write_json
 from drllm.records.healed import ADAPTER_CONFIG_FILE, ADAPTER_FILE, HEALED_FILE, HealedPath

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from drllm.errors import ArchitectureError, RoutingError, nearest_name
 from drllm.extras import need
-from drllm.models.base.layers import find_layers, unwrap_peft
+from drllm.models.base.layers import find_layers, parse_layer, unwrap_peft
 
 _switching = threading.Lock()  # held while the LoRA layers of a model are switched
 
@@ -52,11 +52,6 @@ class LoraWeights:
             if parse_layer(name) == layer:
                 total += a.numel() + b.numel()
         return total
-
-
-def parse_layer(name: str) -> int:
-    """Return the layer of a linear map from its name, LAYER.PLACE."""
-    return int(name.partition(".")[0])
 
 
 @dataclass(slots=True)
@@ -310,12 +305,7 @@ class LoraAdapters:
     def _check_new(self, name: str) -> None:
         """Refuse a name that can't be used, and a model with PEFT layers of its own."""
         need("heal", "a healed path")
-        if not name:
-            raise RoutingError("an adapter can't be called ''; give it a name")
-        if name in self._configs:
-            raise RoutingError(
-                f"an adapter can't be called {name!r}, which is in the model already"
-            )
+        check_new_name(name, self._configs)
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         ours = {id(place.lora) for place in self._places.values()}
@@ -362,6 +352,14 @@ def refuse_missing(name: str, names: Collection[str]) -> str:
             f"healed path that it belongs to"
         )
     return name
+
+
+def check_new_name(name: str, names: Collection[str]) -> None:
+    """Refuse a name for an adapter that is empty, or that an adapter of the model has already."""
+    if not name:
+        raise RoutingError("an adapter can't be called ''; give it a name")
+    if name in names:
+        raise RoutingError(f"an adapter can't be called {name!r}, which is in the model already")
 
 
 def make_config(

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from drllm.errors import RoutingError, nearest_name
 from drllm.models.routing.context import ThreadValue
 from drllm.models.routing.forward_override import ForwardOverride
+from drllm.models.routing.lora import check_new_name
 
 Refit = Mapping[str, Tensor]
 """The new weight of each refitted module, by the module's name LAYER.PLACE; see
@@ -106,12 +107,7 @@ class Refits:
             RoutingError: The name is empty or in use, the weights are for other modules or have
                 other shapes, or a module's own weight is quantised or offloaded.
         """
-        if not name:
-            raise RoutingError("an adapter can't be called ''; give it a name")
-        if name in self._refits:
-            raise RoutingError(
-                f"an adapter can't be called {name!r}, which is in the model already"
-            )
+        check_new_name(name, self._refits)
         for key, weight in refit.items():
             if key not in modules:
                 reason = nearest_name("module", key, modules)

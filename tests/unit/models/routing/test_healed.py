@@ -23,13 +23,13 @@ from drllm.errors import (
     RoutingError,
 )
 from drllm.evaluation.flops import ModelShape, prompt_flops
+from drllm.models.base.layers import parse_layer
 from drllm.models.base.load import BaseModel, load
 from drllm.models.export import MERGED_TOLERANCE, export_path
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.adapters import AdapterWeights
 from drllm.models.routing.healed import install_path, save_healed
 from drllm.models.routing.injection import Driver, Injection
-from drllm.models.routing.lora import parse_layer
 from drllm.paths import StaticPath
 from drllm.records.codec import read_json, sha256, write_json
 from drllm.records.healed import ADAPTER_FILE, HEALED_FILE
