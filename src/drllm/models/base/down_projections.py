@@ -42,7 +42,8 @@ from drllm.models.base.sublayers import (
 
 STEPS = (0.0, 1.0, 8.0)
 """The multiples of a random vector that are added to a projection's output. The layer's output has
-to move by the same multiples, times the factor."""
+to move by the same multiples, times the factor. The vector is as long as the layer's output, since
+the output of bfloat16 is rounded to a share of its own size."""
 TOLERANCE = 0.05
 """Maximum error of a layer's movement, as a share of the movement. bfloat16 rounds away 2 %; a norm
 behind the MLP makes an error of 50 % and more."""
@@ -227,7 +228,7 @@ class _Probe:
     def result(self) -> DownProjection:
         """Return the down-projection with its factor, from the outputs of all runs."""
         start = self.outputs[0]
-        direction = self._draw(start, "direction").double()
+        direction = self._direction(start).double()
         movements = [(output - start).double() / step for output, step in self._moved()]
         # The longest movement is rounded least.
         factors = (movements[-1] * direction).sum(dim=-1) / direction.square().sum(dim=-1)  # [B, T]
@@ -287,10 +288,17 @@ class _Probe:
 
     def _move_output(self, step: float, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
         """Add a vector to the output of the projection at each token."""
-        return output + step * self._draw(output, "direction")
+        if step == 0:
+            return output
+        return output + step * self._direction(output)
 
     def _keep_output(self, _layer: nn.Module, _args: Any, output: Any) -> None:
         self.outputs.append(first_output(output).cpu())
+
+    def _direction(self, like: Tensor) -> Tensor:
+        """Return a random vector for each token, as large as the layer's unchanged output."""
+        size = float(self.outputs[0].double().square().mean().sqrt())
+        return size * self._draw(like, "direction")
 
     def _draw(self, like: Tensor, use: str) -> Tensor:
         """Return random numbers of a tensor's shape, the same for each call with the same use."""

@@ -38,6 +38,14 @@ def test_the_last_map_of_the_mlp_is_found_with_its_factor(family, dtype, tiny_mo
     assert projection.weight is projection.module.weight
 
 
+def test_a_layer_with_large_outputs_is_measured_in_bfloat16(tiny_llama):
+    model = tiny_llama()
+    projection = find_layers(model)[1][3].mlp.down_proj
+    projection.weight.data *= 1e5  # so that a step of bfloat16 is longer than a vector of norm 8
+    model.to(torch.bfloat16)
+    assert find_down_projections(model, [3])[3].factor == 1.0
+
+
 @pytest.mark.parametrize("multiplier", [0.22, 3.0])
 def test_a_constant_factor_is_measured(multiplier, tiny_model):
     model = tiny_model("granite", residual_multiplier=multiplier)
