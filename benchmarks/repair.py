@@ -3,16 +3,17 @@
 Each path is measured on texts that nothing was fitted on: plain, with refits on more and more
 calibration tokens, and as healed folders run it. Texts come from files, one kind of text a file.
 Calibration tokens are drawn evenly from the kinds of `--text`; the kinds of `--unseen` are only
-measured. A table has the increase of the mean next-token loss over the full path's by kind, and its
+measured. The texts to measure on are held out of `--text`, or come from files of their own
+(`--held-out`), so that `drllm heal` can train on all of `--text`. A table has the increase of the mean next-token loss over the full path's by kind, and its
 mean over the kinds with the 95 % interval over texts. The full path is the bound: an increase of 0.
 
 What is measured is kept in `--output-dir`, so the same command goes on after a kill, and more paths
 or numbers of tokens can be added.
 
-    python benchmarks/repair.py --text FILE,... [--unseen FILE,...] [--without LAYERS/LAYERS...]
-        [--tokens N,...] [--first-token-weight W] [--healed FOLDER,...] [--num-texts N]
-        [--output-dir DIR] [--json FILE] [--quick] [--model MODEL] [--device DEVICE]
-        [--dtype DTYPE]
+    python benchmarks/repair.py --text FILE,... [--held-out FILE,...] [--unseen FILE,...]
+        [--without LAYERS/LAYERS...] [--tokens N,...] [--first-token-weight W]
+        [--healed FOLDER,...] [--num-texts N] [--output-dir DIR] [--json FILE] [--quick]
+        [--model MODEL] [--device DEVICE] [--dtype DTYPE]
 """
 
 from __future__ import annotations
@@ -96,6 +97,26 @@ def hold_out(kinds: Kinds, num_texts: int) -> tuple[Kinds, Kinds]:
         to_measure[name] = texts[:num_held_out]
         to_fit[name] = texts[num_held_out:]
     return to_fit, to_measure
+
+
+def read_seen_kinds(
+    options: argparse.Namespace, base: BaseModel, num_texts: int
+) -> tuple[Kinds, Kinds]:
+    """Return the texts to fit on, and other texts of the same kinds to measure on."""
+    kinds = read_kinds(options.text, base)
+    if options.held_out is None:
+        return hold_out(kinds, num_texts)
+    to_measure = read_kinds(options.held_out, base)
+    if list(to_measure) != list(kinds):
+        raise SystemExit(
+            f"--held-out has the kinds {', '.join(to_measure)}, and --text {', '.join(kinds)}; "
+            f"give a file of the same name for each kind, in the same order"
+        )
+    for name, texts in to_measure.items():
+        to_measure[name] = texts[:num_texts]
+        if set(to_measure[name]) & set(kinds[name]):
+            raise SystemExit(f"{name} has texts that are in --text and in --held-out")
+    return kinds, to_measure
 
 
 class Measurer:
@@ -208,8 +229,8 @@ def measure_all(
     base: BaseModel, options: argparse.Namespace, num_texts: int, folder: Path
 ) -> dict[str, Any]:
     """Measure what isn't kept in the folder, print each row, and return the figures."""
-    to_fit, seen = hold_out(read_kinds(options.text, base), num_texts)
-    _, unseen = hold_out(read_kinds(options.unseen, base), num_texts)
+    to_fit, seen = read_seen_kinds(options, base, num_texts)
+    unseen = {name: texts[:num_texts] for name, texts in read_kinds(options.unseen, base).items()}
     measurer = Measurer(base, to_fit, seen | unseen, folder)
     full = measurer.measure(StaticPath(range(base.num_layers)))
     means = {kind: fmean(losses) for kind, losses in full.losses.items()}
@@ -229,7 +250,7 @@ def measure_all(
         left_out = set(map(int, without.split(",")))
         path = StaticPath(layer for layer in range(base.num_layers) if layer not in left_out)
         add(f"without {without}", measurer.measure(path))
-        for num_tokens in map(int, options.tokens.split(",")):
+        for num_tokens in map(int, filter(None, options.tokens.split(","))):
             measured = measurer.measure_refit(path, num_tokens, options.first_token_weight)
             label = f"without {without}, refit on {measured.num_tokens} tokens"
             add(f"{label} in {measured.seconds:.0f} s", measured)
@@ -244,16 +265,18 @@ def main() -> None:
     parser = common.parser_of(__doc__ or "", "few texts and tokens, under a minute")
     common.add_model(parser, devices=True, dtypes=True)
     parser.add_argument("--text", required=True, help="files of texts to fit on, one a kind")
+    parser.add_argument("--held-out", help="files of other texts of the same kinds to measure on")
     parser.add_argument("--unseen", help="files of texts that are only measured")
     parser.add_argument("--without", default=WITHOUT, help="layers to leave out; / between paths")
-    parser.add_argument("--tokens", help="calibration tokens of each refit")
+    parser.add_argument("--tokens", help="calibration tokens of each refit; empty: no refit")
     parser.add_argument("--first-token-weight", type=float, help="0 or 1 in place of the design's")
     parser.add_argument("--healed", help="folders of drllm heal to measure too")
     parser.add_argument("--num-texts", type=int, help="texts of a kind to measure on")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/repair"))
     options = parser.parse_args()
     options.clock = "wall"
-    options.tokens = options.tokens or (QUICK_TOKENS if options.quick else WHOLE_TOKENS)
+    if options.tokens is None:
+        options.tokens = QUICK_TOKENS if options.quick else WHOLE_TOKENS
     sizes = common.sizes_of(options, QUICK, WHOLE)
     base = common.base_of(options)
     if options.quick:  # a quick run measures anew, whatever was measured before
