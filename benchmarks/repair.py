@@ -4,8 +4,9 @@ Each path is measured on texts that nothing was fitted on: plain, with refits on
 calibration tokens, and as healed folders run it. Texts come from files, one kind of text a file.
 Calibration tokens are drawn evenly from the kinds of `--text`; the kinds of `--unseen` are only
 measured. The texts to measure on are held out of `--text`, or come from files of their own
-(`--held-out`), so that `drllm heal` can train on all of `--text`. A table has the increase of the mean next-token loss over the full path's by kind, and its
-mean over the kinds with the 95 % interval over texts. The full path is the bound: an increase of 0.
+(`--held-out`), so that `drllm heal` can train on all of `--text`. A table has the increase of the
+mean next-token loss over the full path's by kind, and its mean over the kinds with the 95 %
+interval over texts. The full path is the bound: an increase of 0.
 
 What is measured is kept in `--output-dir`, so the same command goes on after a kill, and more paths
 or numbers of tokens can be added.
