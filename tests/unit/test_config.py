@@ -150,6 +150,23 @@ def test_depth_settings_that_contradict_one_another_are_refused(given, message):
 LIMITS = {"gsm8k": 30, "arc_easy": "all"}
 
 
+@pytest.mark.parametrize(
+    ("settings", "is_timed"),
+    [
+        ({}, False),
+        ({"latency": True}, True),
+        ({"latency_rounds": 5}, True),
+        ({"latency_rounds": 0}, False),
+        ({"latency": True, "latency_rounds": 0}, False),
+        ({"latency_rounds": 5, "latency_read": 16, "latency_seconds": 90.0}, True),
+    ],
+)
+def test_asking_for_rounds_asks_for_the_time_and_no_rounds_for_none(settings, is_timed):
+    config = EvaluateConfig(**settings)
+    config.check_effects()
+    assert config.latency == is_timed
+
+
 def test_some_tasks_may_have_limits_and_splits_of_their_own():
     config = EvaluateConfig(limit=200, limits=LIMITS, splits={"gsm8k": "select"})
     assert [config.get_limit(task) for task in ("gsm8k", "arc_easy", "mmlu")] == [30, None, 200]

@@ -6,7 +6,7 @@ from drllm.config.constants import DATA_DIR_HELP, SPLITS, TASKS_HELP
 from drllm.config.executor import ExecutorConfig
 from drllm.config.fields import basic, incidental, setting
 
-TIMING = ("latency", "latency_rounds", "latency_read", "latency_written")
+TIMING = ("latency_rounds", "latency", "latency_seconds", "latency_read", "latency_written")
 """The settings of the time measurement. No other result depends on them."""
 
 
@@ -123,13 +123,19 @@ class EvaluateConfig(ExecutorConfig):
     latency: bool = incidental(
         False,
         basic=True,
-        help="measure the time of the base model and the routed model too",
+        help="measure the time of the base model and the routed model too, for 20 s at most",
     )
-    latency_rounds: int = incidental(
-        8,
-        minimum=1,
+    latency_seconds: float = incidental(
+        20.0,
+        above=0.0,
         no_effect_if=("latency", False),
-        help="with --latency: number of times that both models are timed",
+        help="with --latency: maximum seconds of the measurement; small batches come first",
+    )
+    latency_rounds: int | None = incidental(
+        None,
+        minimum=0,
+        help="number of times that both models are timed; turns --latency on, and 0 turns it off; "
+        "default: 8",
     )
     latency_read: int = incidental(
         128,
@@ -138,7 +144,7 @@ class EvaluateConfig(ExecutorConfig):
         help="with --latency: maximum tokens of a timed prompt",
     )
     latency_written: int = incidental(
-        64,
+        16,
         minimum=1,
         no_effect_if=("latency", False),
         help="with --latency: tokens decoded each time",
@@ -148,6 +154,11 @@ class EvaluateConfig(ExecutorConfig):
         minimum=0,
         help="seed of the permuted routes, the random draws, --limit and --num-texts",
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.latency_rounds is not None:
+            object.__setattr__(self, "latency", self.latency_rounds > 0)
 
     def get_limit(self, task: str) -> int | None:
         """Return the maximum number of questions of a task; None for all."""

@@ -4,16 +4,20 @@ The models share their weights. They take turns, in a new order each round, so t
 the machine affects both alike. `latency.json` has the seconds of every round; reports make medians
 and ratios of them.
 
+The measurement has a time limit. Small batches come first, and what doesn't fit is left out.
+
 Axes: B rows, T tokens, L layers.
 """
 
 import copy
+import math
 import os
 import platform
 import random
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -31,12 +35,23 @@ from drllm.models.routers.places import WEIGHTS_FILE
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.kv_cache import cache_argument
 from drllm.models.routing.policies import Policy, RouterPolicy
-from drllm.paths import full_decisions
+from drllm.paths import Decisions, full_decisions
 from drllm.records.codec import sha256, write_json
 from drllm.records.manifest import new_manifest
-from drllm.records.results import BASE, LATENCY_FILE, ROUTED, Latency, Timing, Timings
+from drllm.records.results import (
+    BASE,
+    DECODE,
+    LATENCY_FILE,
+    PREFILL,
+    ROUTED,
+    Latency,
+    Timing,
+    Timings,
+)
+from drllm.work.listener import Listener
 
 Clock: TypeAlias = Callable[[], float]  # tells the time in seconds
+Phase: TypeAlias = Literal["prefill", "decode"]
 Rounds: TypeAlias = list[dict[str, float]]  # for each round, name of a system → seconds
 Prepare: TypeAlias = Callable[[], Callable[[], Any]]
 """Does the work that isn't timed, such as making an empty cache, and returns the call to time."""
@@ -44,7 +59,26 @@ PreparePhase: TypeAlias = Callable[[Any, Tensor], Prepare]
 """Takes a model and prompts `[B, T]`, and returns the function that prepares each timing."""
 
 BATCH_SIZES = (1, 4, 16)
+DEFAULT_ROUNDS = 8
+"""The fewest rounds that can show a difference if both phases of all batch sizes are timed."""
 DESCRIPTIONS = {BASE: "the untouched model", ROUTED: "the routers decide"}
+
+
+@dataclass(frozen=True)
+class _Workload:
+    """What the systems are timed at: a phase with a batch of prompts.
+
+    Attributes:
+        phase: "prefill" or "decode".
+        ids: The prompts `[B, T]`.
+        prepare: Prepares a model's timings of this phase.
+        num_tokens: How many tokens of each row are timed.
+    """
+
+    phase: Phase
+    ids: Tensor
+    prepare: PreparePhase
+    num_tokens: int
 
 
 @torch.no_grad()
@@ -55,6 +89,7 @@ def measure(
     rounds: int,
     num_read: int,
     num_written: int,
+    max_seconds: float = math.inf,
 ) -> Timings:
     """Time systems while they read prompts and while they decode, for each batch size.
 
@@ -69,11 +104,14 @@ def measure(
         rounds: How often each system is timed. One more round comes first and isn't counted.
         num_read: Maximum number of tokens read of each prompt.
         num_written: Number of tokens decoded in one timing.
+        max_seconds: Maximum time of the whole measurement. The smallest batch comes first. A phase
+            with a batch that doesn't fit into the time is left out. If even the first doesn't fit,
+            it has fewer rounds, but at least one.
 
     Raises:
         RoutingError: The model is routed already.
     """
-    T = min(num_read, *map(len, prompts))
+    deadline = time.monotonic() + max_seconds
     models = {name: copy_sharing_weights(model) for name in systems}
     routed: dict[str, RoutedModel] = {}
     for name, policy in systems.items():
@@ -81,37 +119,65 @@ def measure(
             routed[name] = RoutedModel(models[name], policy=policy)
     full = full_decisions(len(find_layers(model)[1]))
     clock = device_clock(model.device)
-    # For each phase, how it is prepared, and the number of tokens a row that are timed.
-    phases: list[tuple[Literal["prefill", "decode"], PreparePhase, int]] = [
-        ("prefill", prepare_reading, T),
-        ("decode", partial(prepare_decoding, num_tokens=num_written), num_written),
-    ]
-    timings = []
-    for batch_size in BATCH_SIZES:
-        rows = [list(prompts[row % len(prompts)])[:T] for row in range(batch_size)]
-        ids = torch.tensor(rows, device=model.device)  # [B, T]
-        for phase, prepare, num_tokens in phases:
-            calls = {name: prepare(system_model, ids) for name, system_model in models.items()}
-            time_in_turns(calls, 1, clock)  # not counted
-            seconds_by_round = time_in_turns(calls, rounds, clock)
-            for name in systems:
-                routes = [full]
-                if name in routed:
-                    routes = routed[name].last_route.tolist()  # [B, L]
-                timings.append(
-                    Timing(
-                        system=name,
-                        phase=phase,
-                        batch_size=batch_size,
-                        num_tokens=batch_size * num_tokens,
-                        executions=mean_executions(routes),
-                        seconds=tuple(seconds[name] for seconds in seconds_by_round),
-                    )
-                )
+    T = min(num_read, *map(len, prompts))
+    timings: list[Timing] = []
+    seconds_needed: dict[Phase, float] = {}  # for the batch size before
+    for workload in _list_workloads(prompts, T, num_written, model.device):
+        started = time.monotonic()
+        # A larger batch takes at least as long as the smaller one before it.
+        if timings and started + seconds_needed.get(workload.phase, 0.0) >= deadline:
+            break
+        calls = {
+            name: workload.prepare(system_model, workload.ids)
+            for name, system_model in models.items()
+        }
+        time_in_turns(calls, 1, clock)  # not counted
+        seconds_by_round = time_in_turns(calls, rounds, clock, deadline)
+        if timings and len(seconds_by_round) < rounds:
+            break
+        seconds_needed[workload.phase] = time.monotonic() - started
+        for name in systems:
+            routes = [full]
+            if name in routed:
+                routes = routed[name].last_route.tolist()  # [B, L]
+            seconds = [seconds_by_system[name] for seconds_by_system in seconds_by_round]
+            timings.append(_make_timing(workload, name, routes, seconds))
     return Timings(prompt_tokens=T, new_tokens=num_written, timings=tuple(timings))
 
 
-def time_in_turns(calls: Mapping[str, Prepare], num_rounds: int, clock: Clock) -> Rounds:
+def _list_workloads(
+    prompts: Sequence[Sequence[int]], num_read: int, num_written: int, device: torch.device
+) -> Iterator[_Workload]:
+    """Yield both phases of each batch size, the smallest batch first.
+
+    The first `num_read` tokens of each prompt are read.
+    """
+    prepare_writing = partial(prepare_decoding, num_tokens=num_written)
+    for batch_size in BATCH_SIZES:
+        rows = [list(prompts[row % len(prompts)])[:num_read] for row in range(batch_size)]
+        ids = torch.tensor(rows, device=device)  # [B, T]
+        yield _Workload("prefill", ids, prepare_reading, ids.shape[1])
+        yield _Workload("decode", ids, prepare_writing, num_written)
+
+
+def _make_timing(
+    workload: _Workload, system: str, routes: Sequence[Decisions], seconds: Sequence[float]
+) -> Timing:
+    """Make the record of a system's times; `routes` are those of the last pass."""
+    batch_size = len(workload.ids)
+    return Timing(
+        system=system,
+        phase=workload.phase,
+        batch_size=batch_size,
+        num_tokens=batch_size * workload.num_tokens,
+        executions=mean_executions(routes),
+        seconds=tuple(seconds),
+    )
+
+
+def time_in_turns(
+    calls: Mapping[str, Prepare], num_rounds: int, clock: Clock, deadline: float = math.inf
+) -> Rounds:
     """Time the call of each system in every round, in a new order each round.
 
     In a fixed order a system would always follow the same system, whose weights and code may still
@@ -121,9 +187,13 @@ def time_in_turns(calls: Mapping[str, Prepare], num_rounds: int, clock: Clock) -
         calls: Name of a system → the function that prepares its call.
         num_rounds: How often each call is prepared and timed.
         clock: Tells the time.
+        deadline: The moment of `time.monotonic()` after which no further round begins. The first
+            round always takes place.
     """
-    rounds = []
+    rounds: Rounds = []
     for number in range(num_rounds):
+        if rounds and time.monotonic() >= deadline:
+            break
         seconds = {}
         for name in random.Random(number).sample(list(calls), len(calls)):
             call = calls[name]()
@@ -188,6 +258,7 @@ def write_latency(
     prompts: Sequence[Sequence[int]],
     config: EvaluateConfig,
     output: Path,
+    listener: Listener,
 ) -> None:
     """Time the base model and the routed model, and write `latency.json`.
 
@@ -201,13 +272,24 @@ def write_latency(
         prompts: Tokens of the prompts, from which the timed prompts are drawn.
         config: The settings.
         output: The folder of the evaluation.
+        listener: Shows how long the measurement takes at most, and what doesn't fit into the time.
     """
     path = output / LATENCY_FILE
     if not config.latency or folder is None or routers is None:
         path.unlink(missing_ok=True)
         return
     chosen_prompts = choose_prompts(prompts, config.latency_read, config.seed)
-    systems = {BASE: None, ROUTED: RouterPolicy(routers)}
+    with listener.busy(f"measuring time, at most {config.latency_seconds:g} s"):
+        measured = measure(
+            base.model,
+            {BASE: None, ROUTED: RouterPolicy(routers)},
+            chosen_prompts,
+            config.latency_rounds or DEFAULT_ROUNDS,
+            config.latency_read,
+            config.latency_written,
+            config.latency_seconds,
+        )
+    _note_missing(measured, config, listener)
     weights = folder / WEIGHTS_FILE
     latency = Latency(
         **new_manifest("latency", model=base.identity, config=config.to_dict(), inputs=[weights]),
@@ -217,29 +299,24 @@ def write_latency(
         routers_sha256=sha256(weights),
         num_prompts=len(chosen_prompts),
         systems=DESCRIPTIONS,
-        measured=measure(
-            base.model,
-            systems,
-            chosen_prompts,
-            config.latency_rounds,
-            config.latency_read,
-            config.latency_written,
-        ),
+        measured=measured,
     )
     write_json(path, latency)
 
 
-def count_timed_tokens(config: EvaluateConfig) -> int:
-    """Return how many tokens are read and decoded at most in the timing; 0 without timing.
-
-    The first round, which isn't counted, is left out.
-    """
-    if not config.latency:
-        return 0
-    tokens_a_row = config.latency_read + config.latency_written
-    num_systems = len(DESCRIPTIONS)
-    rows_a_round = num_systems * sum(BATCH_SIZES)
-    return config.latency_rounds * rows_a_round * tokens_a_row
+def _note_missing(measured: Timings, config: EvaluateConfig, listener: Listener) -> None:
+    """Tell the user which phases and batch sizes didn't fit into the time."""
+    places = {timing.place for timing in measured.timings}
+    missing = []
+    for batch_size in BATCH_SIZES:
+        for phase, verb in ((PREFILL, "reading"), (DECODE, "decoding")):
+            if (phase, batch_size) not in places:
+                missing.append(f"{verb} {batch_size}")
+    if missing:
+        listener.note(
+            f"not timed within {config.latency_seconds:g} s: {', '.join(missing)} (rows of a "
+            f"batch); --latency-seconds allows more"
+        )
 
 
 def choose_prompts(prompts: Sequence[Sequence[int]], length: int, seed: int) -> list[list[int]]:

@@ -27,10 +27,6 @@ class EvaluationProgress:
     done: float = 0.0
     _unplanned: dict[str, int] = field(default_factory=dict)  # by block, counted so far
 
-    def start(self, name: str) -> None:
-        """Report work that begins."""
-        self.on_progress(self.done, self.total, name)
-
     def finish_block(self, block: Block[Any], _result: Any, *, is_new: bool) -> None:
         """Count a block as done; its data names the work."""
         self.finish(block.data.system, block.size)

@@ -170,7 +170,10 @@ def without_routers(config: EvaluateConfig) -> EvaluateConfig:
             "(--paths), or both"
         )
     default = EvaluateConfig()
-    for name in ("curve", "num_calibration", "baselines", *TIMING):
+    names = ["curve", "num_calibration", "baselines"]
+    if config.latency:
+        names += TIMING
+    for name in names:
         value = getattr(config, name)
         if value in (getattr(default, name), "none"):
             continue

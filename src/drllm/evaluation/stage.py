@@ -30,7 +30,7 @@ from drllm.evaluation.inputs import (
     note_repairs,
     prepare_inputs,
 )
-from drllm.evaluation.latency import count_timed_tokens, write_latency
+from drllm.evaluation.latency import write_latency
 from drllm.evaluation.questions import check_output, needs_fitting
 from drllm.evaluation.request import EvaluationRequest, Paths, read_request
 from drllm.models.routed_model import unrouted
@@ -203,10 +203,7 @@ def _run_plans(
     from drllm.evaluation.systems import Runner
 
     config = inputs.request.config
-    num_timed_tokens = 0
-    if inputs.routers.stacks:
-        num_timed_tokens = count_timed_tokens(config)
-    total = num_timed_tokens + sum(plan.cost for plan in plans)
+    total = sum(plan.cost for plan in plans)
     routers = {str(folder): stack for folder, stack in inputs.routers.stacks.items()}
     with listener.progress("evaluating", "") as on_progress:
         runner = Runner(
@@ -219,10 +216,8 @@ def _run_plans(
         )
         shape = _read_shape(inputs, workers)
         runs = [run_task(plan, runner, shape) for plan in plans]
-        prompts = [tokens for plan in plans for tokens in plan.questions.rendered.prompt_tokens]
-        runner.progress.start("measuring time")
-        _measure_latency(inputs, workers, prompts, output)
-        runner.progress.finish("measuring time", num_timed_tokens)
+    prompts = [tokens for plan in plans for tokens in plan.questions.rendered.prompt_tokens]
+    _measure_latency(inputs, workers, prompts, output, listener)
     return runs
 
 
@@ -351,13 +346,17 @@ def _read_shape(inputs: EvaluationInputs, workers: Workers) -> ModelShape | str:
 
 
 def _measure_latency(
-    inputs: EvaluationInputs, workers: Workers, prompts: Sequence[Sequence[int]], output: Path
+    inputs: EvaluationInputs,
+    workers: Workers,
+    prompts: Sequence[Sequence[int]],
+    output: Path,
+    listener: Listener,
 ) -> None:
     """Measure the first seed's routers and write `latency.json`, if the settings say so."""
     config = inputs.request.config
     routers = inputs.routers
     with unrouted(workers.base) as base:  # time is measured on copies, which are routed anew
-        write_latency(base, routers.first_folder, routers.first, prompts, config, output)
+        write_latency(base, routers.first_folder, routers.first, prompts, config, output, listener)
 
 
 def _write_results(

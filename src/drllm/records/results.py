@@ -533,9 +533,12 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         return [numerator / denominator for numerator, denominator in pairs]
 
     def judge(self) -> dict[tuple[str, int], str]:
-        """Return the verdict on the routed model's time, for each phase and batch size."""
-        sizes = sorted({timing.batch_size for timing in self.timings})
-        places = list(itertools.product((PREFILL, DECODE), sizes))
+        """Return the verdict on the routed model's time, for each measured phase and batch size."""
+        measured = {timing.place for timing in self.timings}
+        sizes = sorted({size for _, size in measured})
+        places = [
+            place for place in itertools.product((PREFILL, DECODE), sizes) if place in measured
+        ]
         labels = judge_times([self.compute_ratios(ROUTED, BASE, *place) for place in places])
         return dict(zip(places, labels, strict=True))
 

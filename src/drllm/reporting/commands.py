@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from drllm.config import EvaluateConfig, SearchConfig, SuperviseConfig, TrainConfig
+from drllm.config import TIMING, EvaluateConfig, SearchConfig, SuperviseConfig, TrainConfig
 from drllm.config.fields import Settings, to_flag
 
 RUNTIME = ("dtype", "device", "attn_implementation")
@@ -36,7 +36,11 @@ def evaluate_command(manifest: Mapping[str, Any], **changes: Any) -> str:
     """
     values = _model_values(manifest)
     values["routers"] = manifest.get("routers")
-    values |= _list_changed_settings(EvaluateConfig, manifest.get("config") or {})
+    config = dict(manifest.get("config") or {})
+    if config.get("latency") is False:
+        for name in TIMING:  # older files have values for all of them
+            config.pop(name, None)
+    values |= _list_changed_settings(EvaluateConfig, config)
     return write_command("evaluate", values | changes)
 
 

@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 from msgspec.structs import asdict
 
+from drllm.config import TIMING
 from drllm.cost import share_saved
 from drllm.records.results import PERMUTED, Evaluation, Result, System
 from drllm.records.static_paths import PATHS_FILE
@@ -161,7 +162,11 @@ def _tune_command(run: Run, evaluation: Evaluation) -> str:
 
 
 def _evaluate_command(run: Run, evaluation: Result, folder: str, **changes: object) -> str:
-    """Write the command that repeats an evaluation with other settings, into a new folder."""
+    """Write the command that repeats an evaluation with other settings, into a new folder.
+
+    It measures no time.
+    """
+    changes |= dict.fromkeys(TIMING)
     changes["output_dir"] = run.folder / f"eval-{folder}"
     if evaluation.routers and run.router_config:
         changes["routers"] = run.folder / "routers"

@@ -30,10 +30,25 @@ from drllm.models.routing.kv_cache import cache_argument
 from drllm.models.routing.policies import FixedPolicy, RouterPolicy
 from drllm.records.codec import sha256
 from drllm.records.results import read_latency
+from drllm.work.listener import Listener
 from slow_way import TORCH, tiny_routers
 
 PROMPTS = [[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15], [20, 21, 22, 23, 24, 25, 26]]
 PHASES = ("prefill", "decode")
+
+
+class Recorder(Listener):
+    """Keeps what is said before the time is measured, and the notes."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.lines.append(text)
+
+    def busy(self, what: str):
+        self.lines.append(what)
+        return super().busy(what)
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +96,37 @@ def test_every_system_phase_and_batch_size_has_its_timing(base, systems, monkeyp
     assert (found.prompt_tokens, found.new_tokens) == (5, 1)
     with pytest.raises(KeyError, match="base"):
         found.find_timing("base", "prefill", 2)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "places", "num_rounds"),
+    [
+        (100, [(1, "prefill"), (1, "decode"), (4, "prefill"), (4, "decode")], 4),
+        (40, [(1, "prefill"), (1, "decode")], 4),
+        (5, [(1, "prefill")], 2),
+    ],
+)
+def test_what_does_not_fit_into_the_time_is_left_out_and_larger_batches_first(
+    base, systems, monkeypatch, seconds, places, num_rounds
+):
+    now = 0.0
+
+    def take_time(model, ids, **_):
+        def call():
+            nonlocal now
+            now += len(ids)  # a second for each row
+
+        return lambda: call
+
+    monkeypatch.setattr(latency, "prepare_reading", take_time)
+    monkeypatch.setattr(latency, "prepare_decoding", take_time)
+    monkeypatch.setattr(latency.time, "monotonic", lambda: now)
+    monkeypatch.setattr(latency, "device_clock", lambda _: lambda: now)
+    monkeypatch.setattr(latency, "copy_sharing_weights", lambda _: base.model)
+    found = measure(base.model, {"base": None, "other": None}, PROMPTS, 4, 16, 1, seconds)
+    assert [(t.batch_size, t.phase) for t in found.timings if t.system == "base"] == places
+    assert found.num_rounds == num_rounds
+    assert now < seconds + 2 * 4  # ends within a round
 
 
 def test_the_model_is_left_untouched_and_its_weights_are_shared(tiny_llama, systems):
@@ -144,8 +190,10 @@ def test_the_file_says_what_was_timed_and_on_what_and_goes_where_nothing_is_meas
     save_routers(routers, tmp_path / "routers")
     weights = tmp_path / "routers" / "routers.safetensors"
 
+    listener = Recorder()
+
     def write(config):
-        write_latency(base, tmp_path / "routers", routers, PROMPTS, config, tmp_path)
+        write_latency(base, tmp_path / "routers", routers, PROMPTS, config, tmp_path, listener)
 
     write(EvaluateConfig(latency=True, latency_rounds=2, latency_read=8, latency_written=2))
     found = read_latency(tmp_path)
@@ -154,6 +202,10 @@ def test_the_file_says_what_was_timed_and_on_what_and_goes_where_nothing_is_meas
     assert found.config["latency_rounds"] == found.measured.num_rounds == 2
     assert found.runtime == {**base.runtime, "num_threads": torch.get_num_threads()}
     assert found.num_prompts == 3
+    assert listener.lines == ["measuring time, at most 20 s"]
+    write(EvaluateConfig(latency_seconds=1e-9, latency_rounds=1, latency_written=2))
+    assert "not timed within 1e-09 s: decoding 1, reading 4" in listener.lines[-1]
+    assert len(read_latency(tmp_path).measured.judge()) == 1
     write(EvaluateConfig())
     assert not (tmp_path / "latency.json").exists()
 

@@ -487,10 +487,8 @@ def test_time_is_measured_once_and_tests_are_corrected_for_all_tasks(
     assert len(prompts) == 12  # six of each
     assert all(prompt in asked for prompt in prompts)
     assert read_latency(tmp_path).measured.num_rounds == 2
-    (before, total, what), (after, *_) = calls[-2:]
-    assert what == "measuring time"
-    assert total - before == 2 * 2 * (1 + 4 + 16) * (8 + 2)  # rounds, systems, rows, tokens
-    assert after == total, "all that was planned is done"
+    done, total, _ = calls[-1]
+    assert done == total, "all that was planned is done"
     found = [by_name(result)["routed"]["against_base"]["accuracy"] for result in results]
     assert [each["p_corrected"] for each in found] == holm([each["p"] for each in found])
     for result, each in zip(results, found, strict=True):

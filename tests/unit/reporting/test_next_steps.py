@@ -152,11 +152,25 @@ def test_the_next_stage_of_a_run_folder_can_be_pasted(tmp_path, there):
 def test_settings_of_every_kind_can_stand_in_a_command():
     config = {"tasks": "a,b", "chat": True, "max_drop": 2.0, "supervision": "my runs/s.jsonl"}
     config |= {"seed": 0}  # the default, which is left out
-    config |= {"latency_rounds": 2}  # without effect if no time is measured, so it is left out too
     command = evaluate_command({"routers": "r", "config": config})
     expected = "drllm evaluate --routers r --tasks a,b --chat --supervision 'my runs/s.jsonl' "
     assert command == expected + "--max-drop 2.0"
     assert parse_command(command).get_settings(EvaluateConfig).chat
+
+
+@pytest.mark.parametrize(
+    ("config", "end"),
+    [
+        ({"latency_rounds": 2}, " --latency-rounds 2"),  # as in the files of 3820ce17
+        ({"latency": False, "latency_rounds": 8, "latency_written": 64}, ""),
+        ({"latency": True, "latency_seconds": 60.0}, " --latency --latency-seconds 60.0"),
+        ({"latency": True, "latency_rounds": 4}, " --latency-rounds 4 --latency"),
+    ],
+)
+def test_an_evaluation_with_times_is_repeated_with_times(config, end):
+    command = evaluate_command({"config": {"tasks": "a", **config}})
+    assert sorted(command.split()) == sorted(f"drllm evaluate --tasks a{end}".split())
+    assert parse_command(command).get_settings(EvaluateConfig).latency == bool(end)
 
 
 def test_settings_by_task_are_written_to_a_file_first(tmp_path, monkeypatch):
