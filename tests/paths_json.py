@@ -9,7 +9,7 @@ from drllm.paths import StaticPath
 from drllm.records.codec import write_json
 from drllm.records.manifest import new_manifest
 from drllm.records.static_paths import NamedPath, PathScore, StaticPaths, steps_to_write
-from drllm.statistics.verdicts import Differences, Verdict
+from drllm.statistics.differences import Differences, Verdict
 
 PATHS = {
     "full": [0, 1, 2, 3, 4, 5],

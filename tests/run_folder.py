@@ -30,10 +30,10 @@ from drllm.reporting.document import Document, Section, to_markdown
 from drllm.reporting.numbers import NBSP
 from drllm.reporting.run import read_run
 from drllm.reporting.sections import build_document
+from drllm.statistics.differences import Differences, Verdict
 from drllm.statistics.exclusion import DropTest, Limits, TaskTest, Trial
 from drllm.statistics.intervals import wilson_interval
 from drllm.statistics.paired import mcnemar_exact, paired_interval
-from drllm.statistics.verdicts import Differences, Verdict
 from drllm.supervision.select import pick_targets
 from paths_json import written_paths
 from search_records import make_path, make_record

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from drllm.cost import share_saved
 from drllm.evaluation.outcomes import TaskRuns
 from drllm.records import results
-from drllm.statistics.verdicts import capitalize
+from drllm.statistics.words import capitalize
 
 MENTIONED_SHARE = 0.01
 """If permuting left more than this share of the routes unchanged, a finding says so."""

@@ -17,8 +17,9 @@ from drllm.evaluation.outcomes import SystemRun, TaskRuns
 from drllm.evaluation.plan import name_depth
 from drllm.evaluation.tables import DESCRIPTIONS, build_curve, build_table, compare_seeds
 from drllm.records import results
+from drllm.statistics.differences import Differences
 from drllm.statistics.exclusion import DropTest, Limits, exclude_drop
-from drllm.statistics.verdicts import Differences, correct_together
+from drllm.statistics.verdicts import correct_together
 
 SYSTEMS_WITH_ANSWERS = (results.BASE, results.ROUTED)
 """Systems whose answers are in the samples. The answers of all systems would be many texts."""

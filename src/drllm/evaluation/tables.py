@@ -14,9 +14,10 @@ from drllm.evaluation.flops import kv_bytes, prompt_flops
 from drllm.evaluation.outcomes import SeedRuns, SystemRun, TaskRuns, average_runs
 from drllm.paths import Plan
 from drllm.records import results
+from drllm.statistics.differences import Differences
 from drllm.statistics.intervals import accuracy_interval
 from drllm.statistics.paired import Outcomes
-from drllm.statistics.verdicts import Differences, compare
+from drllm.statistics.verdicts import compare
 
 DESCRIPTIONS = {
     results.BASE: "the untouched model: every layer once",

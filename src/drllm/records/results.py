@@ -19,8 +19,9 @@ from drllm.paths import Decisions, check_decisions
 from drllm.records.codec import Version, read_json
 from drllm.records.manifest import read_records
 from drllm.records.removed import note_ignored_certificate
+from drllm.statistics.differences import Differences
 from drllm.statistics.exclusion import DropTest
-from drllm.statistics.verdicts import Differences, judge_times
+from drllm.statistics.verdicts import judge_times
 
 BASE = "base"
 ROUTED = "routed"

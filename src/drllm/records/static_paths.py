@@ -30,7 +30,7 @@ from drllm.records.removed import (
     refuse_removed,
 )
 from drllm.records.results import Header, StepRecord
-from drllm.statistics.verdicts import Differences
+from drllm.statistics.differences import Differences
 
 PATHS_SCHEMA = "drllm.paths"
 PATHS_FILE = "paths.json"

@@ -11,7 +11,7 @@ from drllm.records import results
 from drllm.reporting.costs import PHASES
 from drllm.reporting.markdown import Tile
 from drllm.reporting.numbers import count, percent, plain
-from drllm.statistics.verdicts import Verdict
+from drllm.statistics.differences import Verdict
 
 
 def build_tiles(evaluation: results.Evaluation, latency: results.Latency | None) -> list[Tile]:

@@ -22,7 +22,7 @@ from drllm.reporting.commands import (
 )
 from drllm.reporting.numbers import count, difference, label, verdict_on_routed
 from drllm.reporting.run import SEARCH_FILE, Run
-from drllm.statistics.verdicts import Verdict
+from drllm.statistics.differences import Verdict
 from drllm.supervision.rules import MIN_SAVING
 
 Step: TypeAlias = tuple[str, str]  # (what to do, the command)

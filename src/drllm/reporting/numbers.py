@@ -1,8 +1,8 @@
 """Writes numbers and verdicts for reports and tables, with digits, units and signs."""
 
 from drllm.records.results import System
-from drllm.statistics import verdicts
-from drllm.statistics.verdicts import Verdict
+from drllm.statistics import words
+from drllm.statistics.differences import Verdict
 
 NONE = "–"  # for a missing value
 NBSP = "\u00a0"
@@ -20,7 +20,7 @@ def plain(value: float | None, digits: int = 1) -> str:
 
 def signed(value: float | None, digits: int = 3) -> str:
     """Write a change with its sign; a change that rounds to zero has no sign."""
-    return NONE if value is None else verdicts.signed(value, digits)
+    return NONE if value is None else words.signed(value, digits)
 
 
 def count(number: int | None) -> str:

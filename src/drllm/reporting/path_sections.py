@@ -10,7 +10,7 @@ from drllm.reporting import figures
 from drllm.reporting.document import Block, Figure, Section
 from drllm.reporting.markdown import Markdown, write_list, write_paragraph, write_table
 from drllm.reporting.numbers import NONE, count, difference, excluded, percent, plain, signed
-from drllm.statistics.verdicts import uncapitalize
+from drllm.statistics.words import uncapitalize
 from drllm.work.listener import duration
 
 COLUMNS = (

@@ -15,7 +15,7 @@ from drllm.reporting.numbers import (
     plain,
     verdict_on_routed,
 )
-from drllm.statistics.verdicts import Differences, Verdict
+from drllm.statistics.differences import Differences, Verdict
 
 NamedSystem: TypeAlias = tuple[str, Evaluation, System | Point]
 """The name of a run or a task, its evaluation, and one system of the evaluation."""

@@ -17,8 +17,9 @@ from typing import NamedTuple, TypeVar
 
 import msgspec
 
+from drllm.statistics.differences import Differences, Verdict
 from drllm.statistics.power import questions_to_exclude, round_up
-from drllm.statistics.verdicts import FEWEST_TEXTS, Differences, Verdict
+from drllm.statistics.verdicts import FEWEST_TEXTS
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ from drllm.models.scoring.score import Request
 from drllm.paths import StaticPath
 from drllm.records.healed import Losses
 from drllm.statistics.intervals import mean_interval
-from drllm.statistics.verdicts import signed
+from drllm.statistics.words import signed
 from drllm.tuning.heal_texts import Tokens
 from drllm.tuning.objectives import KL, LOSS
 from drllm.tuning.path_scorer import Item, score_paths

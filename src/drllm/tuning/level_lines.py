@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from drllm.records.static_paths import TEST, NamedPath, PathScore
-from drllm.statistics.verdicts import signed
+from drllm.statistics.words import signed
 
 AXIS_FROM = -0.4  # nats at the first column of the axis on which intervals are drawn
 AXIS_STEP = 0.02  # nats for each column

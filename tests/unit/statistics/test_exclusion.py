@@ -5,9 +5,10 @@ import functools
 import numpy as np
 import pytest
 
+from drllm.statistics.differences import Differences
 from drllm.statistics.exclusion import DropTest, Limits, exclude_drop, pass_in_order
 from drllm.statistics.paired import paired_interval
-from drllm.statistics.verdicts import Differences, judge_counts, judge_means
+from drllm.statistics.verdicts import judge_counts, judge_means
 
 N = 1000
 FLAT = [3.0 + place % 7 / 100 for place in range(40)]

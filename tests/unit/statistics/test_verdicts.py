@@ -6,12 +6,12 @@ import random
 import numpy as np
 import pytest
 
+from drllm.statistics.differences import Differences
 from drllm.statistics.intervals import mean_interval, upper_bound
 from drllm.statistics.paired import Outcomes, mcnemar_exact, paired_interval
 from drllm.statistics.power import FEWEST_DIFFERENT, chance_to_show
 from drllm.statistics.verdicts import (
     EXCLUSION_CONFIDENCE,
-    Differences,
     compare,
     correct_together,
     judge_counts,

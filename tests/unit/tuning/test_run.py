@@ -11,7 +11,7 @@ from drllm.config import ModelConfig
 from drllm.errors import ConfigError, PathError
 from drllm.paths import StaticPath
 from drllm.records.static_paths import load_path, read_paths
-from drllm.statistics.verdicts import signed
+from drllm.statistics.words import signed
 from drllm.tuning.level_lines import draw_interval
 from drllm.tuning.path_scorer import score_paths
 from drllm.tuning.run import PARTIAL_FOLDER, tune

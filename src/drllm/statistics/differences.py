@@ -1,0 +1,222 @@
+"""What a comparison of two systems shows, in numbers and in words.
+
+`verdicts` makes these objects. Files hold them, and tables and sentences are made from them.
+"""
+
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from drllm.statistics import power
+from drllm.statistics.words import WORDS, Quantity, QuantityWords, capitalize, signed
+
+Shown: TypeAlias = Literal["higher", "lower", "none shown", "too few", "guessing"]
+
+
+class Verdict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a comparison of two systems shows; `docs/formats.md` describes the fields.
+
+    Differences are the first system minus the second. A higher `text_loss` is worse; of all other
+    quantities a higher value is better. If no difference is shown, `shown` says why:
+
+    - `none shown`: a difference of `target` would probably have been shown.
+    - `too few`: it would probably not have been shown. `needed` questions or texts would show it
+      with a probability of 80 %.
+    - `guessing`: base isn't above chance, so nothing can be claimed.
+
+    `won`, `lost` and `p` are None for means. If `p_corrected` isn't None, it decides instead of
+    `p`. Every loss larger than `excluded_loss` is excluded. For `text_loss`, every larger increase
+    is excluded. `excluded_loss` is None if no loss is excluded, and in files of earlier versions.
+    """
+
+    quantity: Quantity
+    mean: float
+    interval: tuple[float, float]
+    n: int
+    shown: Shown
+    won: int | None = None
+    lost: int | None = None
+    p: float | None = None
+    p_corrected: float | None = None
+    num_tests: int = 1
+    needed: int | None = None
+    reason: str | None = None
+    excluded_loss: float | None = None
+
+    @property
+    def is_better(self) -> bool | None:
+        """Whether the first system is shown to be better (True) or worse (False); else None."""
+        if self.shown not in ("higher", "lower"):
+            return None
+        if self.quantity == "text_loss":
+            return self.shown == "lower"
+        return self.shown == "higher"
+
+    @property
+    def target(self) -> float:
+        """The difference that the comparison should be able to show.
+
+        It is the measured difference, or a difference worth having if this is larger.
+        """
+        return max(abs(self.mean), self._words.relevant)
+
+    @property
+    def label(self) -> str:
+        """The result in one or two words, for the cell of a table."""
+        if self.is_better is True:
+            return "better"
+        if self.is_better is False:
+            return "worse"
+        if self.shown == "none shown":
+            return "not shown"
+        if self.shown == "guessing":
+            return "no verdict"
+        return self.shown
+
+    def sentence(self, ours: str = "routed", theirs: str = "base") -> str:
+        """Return one sentence with all numbers, including those of the exact test."""
+        numbers = self._write_numbers(with_test=True)
+        return f"{self._words.title} of {ours} minus {theirs}: {self._conclude(numbers)}."
+
+    def statement(self) -> str:
+        """Return a shorter sentence, for places where it is clear which systems are compared.
+
+        It doesn't have the exact test's numbers.
+        """
+        return f"{self._words.title} changes by {self.details}."
+
+    @property
+    def details(self) -> str:
+        """The size of the difference, the excluded loss and how sure the difference is."""
+        return self._conclude(self._write_numbers(with_test=False))
+
+    def _conclude(self, numbers: str) -> str:
+        """Add to the numbers which loss is excluded, and how sure the difference is."""
+        parts = [numbers]
+        if self.exclusion:
+            parts.append(self.exclusion)
+        parts.append(self.claim)
+        return "; ".join(parts)
+
+    def _write_numbers(self, *, with_test: bool) -> str:
+        """Return the size of the difference, its interval, and the number of questions or texts.
+
+        `with_test` adds the numbers of the exact test.
+        """
+        size = f"{self.write(self.mean)} {self._words.unit}"
+        samples = f"{self.n} {self._words.samples}"
+        if self.interval[0] == self.interval[1]:
+            return f"{size} (the same on all {samples})"
+        low, high = map(self.write, self.interval)
+        if with_test and self.won is not None:
+            samples = f"won {self.won}, lost {self.lost} of {samples}"
+        if with_test and self.p is not None:
+            samples += f", p = {self.p:.2g}"
+        if with_test and self.p_corrected is not None:
+            samples += f", {self.p_corrected:.2g} corrected for {self.num_tests} tests"
+        return f"{size} (95 % interval {low} to {high}; {samples})"
+
+    @property
+    def exclusion(self) -> str:
+        """Which loss is excluded, in words; empty if no loss is excluded."""
+        if self.excluded_loss is None:
+            return ""
+        words = self._words
+        if self.excluded_loss == 0 and self.is_better:
+            return f"every {words.loss} is excluded"
+        return f"{words.a_loss} of more than {self.write_excluded()} {words.unit} is excluded"
+
+    @property
+    def claim(self) -> str:
+        """How sure the difference is, in words."""
+        claim = self._write_claim()
+        if self.reason is None:
+            return claim
+        return f"{claim} ({self.reason})"
+
+    def _write_claim(self) -> str:
+        """Say how sure the difference is, without the reason."""
+        words = self._words
+        target = f"{self.write(self.target).lstrip('+')} {words.unit}"
+        if self.is_better is not None:
+            return f"it is shown to be {self.label}"
+        if self.shown == "none shown":
+            return f"no difference is shown, and one of {target} would probably have been"
+        if self.shown == "guessing":
+            return "no verdict"
+        needed = power.round_up(self.needed or 0)
+        return f"inconclusive: about {needed} {words.samples} would show a difference of {target}"
+
+    @property
+    def _words(self) -> QuantityWords:
+        return WORDS[self.quantity]
+
+    def write(self, value: float) -> str:
+        """Write a difference of this quantity: points of accuracy, or nats."""
+        return signed(self._words.scale * value, self._words.digits)
+
+    def write_excluded(self) -> str:
+        """Write the excluded loss in points or nats, without a sign; a dash if it is None."""
+        if self.excluded_loss is None:
+            return "–"
+        return self.write(self.excluded_loss).removeprefix("+")
+
+
+class Differences(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The comparison of two systems in each quantity.
+
+    `gold_logprob` and `text_loss` are None if a system lacks the quantity.
+    """
+
+    accuracy: Verdict
+    gold_logprob: Verdict | None = None
+    text_loss: Verdict | None = None
+
+    def headline(self, name: str, *, saves_layers: bool, cost: str) -> str:
+        """Return at most three sentences: what to do, then accuracy, then next-token loss.
+
+        Args:
+            name: The first system's name.
+            saves_layers: Whether the first system runs fewer layers than the second.
+            cost: How many layers the first system saves, in words.
+        """
+        sentences = [f"{self.advice(name, saves_layers=saves_layers)} ({cost})."]
+        sentences.append(self.accuracy.statement())
+        if self.text_loss is not None:
+            sentences.append(self.text_loss.statement())
+        return " ".join(sentences)
+
+    @property
+    def details(self) -> str:
+        """The differences of accuracy and next-token loss as part of a sentence."""
+        parts = [f"accuracy {self.accuracy.details}"]
+        if self.text_loss is not None:
+            parts.append(f"next-token loss {self.text_loss.details}")
+        return "; ".join(parts)
+
+    def advice(self, name: str, *, saves_layers: bool) -> str:
+        """Say what to do with the first system; the arguments are as for `headline`."""
+        if self.accuracy.shown == "guessing":
+            return (
+                f"Take a task that base can do: here base may be guessing, so {name} isn't judged"
+            )
+        is_accuracy_worse = self.accuracy.is_better is False
+        is_text_worse = self.text_loss is not None and self.text_loss.is_better is False
+        if is_accuracy_worse and is_text_worse:
+            return f"Don't use {name}: its answers and its text are worse"
+        if is_accuracy_worse:
+            return f"Don't use {name}: its answers are worse"
+        if is_text_worse:
+            return f"Don't use {name} to write text: its next-token loss is worse"
+        if self.accuracy.is_better:
+            return f"Use {name}: its answers are better"
+        if not saves_layers:
+            return (
+                f"{capitalize(name)} isn't worth it: it is not shown to be better and saves nothing"
+            )
+        if self.accuracy.excluded_loss is None:
+            return f"{capitalize(name)} saves layers, and no loss is shown"
+        loss = f"{self.accuracy.write_excluded()} points"
+        if self.accuracy.shown == "too few":
+            return f"Use {name} only where a loss of {loss} is acceptable, or ask more questions"
+        return f"Use {name} where a loss of {loss} is acceptable: no loss is shown"
