@@ -124,6 +124,28 @@ def test_the_stock_command_repeats_a_number_from_the_folder_beside_the_results(
     assert results_of(tmp_path / "stock")["results"] == ours["results"]
 
 
+def test_the_stock_command_runs_our_model_after_its_module_is_imported(
+    evaluate, model_folder, tmp_path, monkeypatch
+):
+    from lm_eval.__main__ import cli_evaluate
+
+    import drllm.evaluation.lm_eval.model  # noqa: F401
+
+    (tmp_path / "plan.json").write_text('{"decisions": [1, 0, 2, 1]}')
+    model = {"pretrained": model_folder(), "path": "plan.json", "dtype": "float32"}
+    ours = evaluate("ours", "--model drllm --tasks builtin_facts --split select --limit 5", **model)
+    [folder] = (tmp_path / "ours" / "tasks").iterdir()
+    words = f"--tasks builtin_facts --include_path {folder} --output_path stock --device cpu"
+    joined = ",".join(f"{name}={value}" for name, value in model.items())
+    monkeypatch.setattr(
+        sys, "argv", ["lm-eval", "run", "--model", "drllm", "--model_args", joined, *words.split()]
+    )
+    cli_evaluate()
+    stock = results_of(tmp_path / "stock")
+    assert stock["results"] == ours["results"]
+    assert stock["config"]["drllm"]["path"] == "plan.json"
+
+
 def test_rolling_texts_score_as_in_the_stock_class_under_a_fixed_plan(
     evaluate, model_folder, tmp_path
 ):

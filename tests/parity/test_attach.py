@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 import drllm
 from drllm.errors import CheckpointError, RoutingError
 from drllm.models.routers.checkpoint import complete_config
-from drllm.models.routing.policies import PathPolicy
+from drllm.models.routing.policies import RouterPolicy
 from drllm.paths import StaticPath
 from slow_way import tiny_routers
 
@@ -171,38 +171,78 @@ def test_the_routers_follow_the_model_to_another_device(tiny_llama):
     assert routed.to("meta").routers.hidden_weight.is_meta
 
 
-MOVES = {
-    "to": lambda routed: routed.to(torch.float64),
-    "half": lambda routed: routed.half(),
-    "float": lambda routed: routed.float(),
-    "double": lambda routed: routed.double(),
-    "bfloat16": lambda routed: routed.bfloat16(),
-    "cpu": lambda routed: routed.cpu(),
-    "requires_grad_": lambda routed: routed.requires_grad_(False),
+CHANGES = {
+    "to": lambda model: model.to(torch.float64),
+    "half": lambda model: model.half(),
+    "float": lambda model: model.float(),
+    "double": lambda model: model.double(),
+    "bfloat16": lambda model: model.bfloat16(),
+    "cpu": lambda model: model.cpu(),
+    "requires_grad_": lambda model: model.requires_grad_(False),
+    "train": lambda model: model.train(),
+    "eval": lambda model: model.train().eval(),
 }
 
 
-@pytest.mark.parametrize("name", MOVES)
-def test_what_changes_a_model_returns_the_routed_one_and_leaves_its_routers(tiny_llama, name):
-    routed, plain = drllm.attach(tiny_llama(), tiny_routers()), tiny_llama()
-    assert MOVES[name](routed) is routed
-    MOVES[name](plain)
-    for ours, theirs in zip(routed.parameters(), plain.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
-        assert ours.requires_grad == theirs.requires_grad
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_method_that_changes_the_model_returns_the_routed_model_and_keeps_its_routers(
+    tiny_llama, name
+):
+    change = CHANGES[name]
+    routed = drllm.attach(tiny_llama(), tiny_routers())
+    plain = tiny_llama()
+    assert change(routed) is routed
+    change(plain)
+    assert routed.model.training == plain.training
+    for routed_weight, weight in zip(routed.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(routed_weight, weight)
+        assert routed_weight.requires_grad == weight.requires_grad
     assert routed.routers.hidden_weight.dtype == torch.float32
+    assert routed.routers.hidden_weight.device == plain.device
 
 
-def test_a_routed_model_is_shown_by_its_model_its_layers_and_what_decides(tiny_llama):
+def test_cuda_returns_the_routed_model_and_moves_the_routers(tiny_llama, monkeypatch):
+    routed = drllm.attach(tiny_llama(), tiny_routers())
+    monkeypatch.setattr(routed.model, "cuda", routed.model.to)  # this machine may have no GPU
+    assert routed.cuda("meta") is routed
+    assert routed.model.device.type == "meta"
+    assert routed.routers.hidden_weight.is_meta
+
+
+def show(routed):
+    """The repr of a routed model without the part that is the same in all tests."""
+    return repr(routed).replace("LlamaForCausalLM, 6 layers, float32 on cpu, ", "")
+
+
+def test_the_repr_shows_the_model_and_the_policy(tiny_llama):
     model = tiny_llama()
-    routed = drllm.attach(model, tiny_routers())
-    assert repr(routed) == "RoutedModel(LlamaForCausalLM, 6 layers, RouterPolicy)"
-    model.name_or_path = "owner/name"
-    first, routed = routed, drllm.attach(model, policy=PathPolicy(StaticPath([0, 2, 1, 3]), 6))
+    routed = drllm.attach(model)
     assert repr(routed) == (
-        "RoutedModel(LlamaForCausalLM 'owner/name', 6 layers, skips layers 4 and 5)"
+        "RoutedModel(LlamaForCausalLM, 6 layers, float32 on cpu, runs every layer once)"
     )
-    assert repr(first).endswith("taken off)")
+    model.name_or_path = "owner/name"
+    assert repr(routed.bfloat16()) == (
+        "RoutedModel(LlamaForCausalLM 'owner/name', 6 layers, bfloat16 on cpu, "
+        "runs every layer once)"
+    )
+
+
+def test_the_repr_shows_what_decides_now(tiny_llama):
+    routers = tiny_routers()
+    routed = drllm.attach(tiny_llama(), routers)
+    assert show(routed) == f"RoutedModel(routers with {routers.config.num_windows} windows)"
+    with routed.fixed(StaticPath([0, 2, 1, 3])):
+        assert show(routed) == "RoutedModel(skips layers 4 and 5)"
+    with routed.fixed([0, 1, 2, 1, 1, 1]):
+        assert show(routed) == "RoutedModel(skips layer 0, repeats layer 2)"
+    with routed.fixed([PLAN, PLAN]):
+        assert show(routed) == "RoutedModel(decisions for 2 prompts)"
+    with routed.using(RouterPolicy(routers, depth_bias=0.5)):
+        assert show(routed).endswith("windows, depth bias 0.5)")
+    with routed.using(RouterPolicy(routers, router_penalty=-0.5)):
+        assert show(routed).endswith("windows, router penalty -0.5)")
+    drllm.attach(routed)
+    assert show(routed) == "RoutedModel(routing taken off)"
 
 
 @pytest.mark.parametrize("name", ["generate_batch", "init_continuous_batching"])

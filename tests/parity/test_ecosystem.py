@@ -2,13 +2,20 @@
 
 import copy
 import io
+import logging
 
 import accelerate
 import accelerate.hooks
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
 
 from drllm.errors import RoutingError
 from drllm.models.base.prompts import pad_left
@@ -22,6 +29,7 @@ pytestmark = pytest.mark.filterwarnings(  # transformers renames it; PEFT still 
 
 PLAN = [0, 1, 2, 1, 0, 2]
 MIXED = [PLAN, [1, 1, 1, 1, 1, 1], [2, 0, 0, 1, 1, 0]]
+ROWS = [[3, 4, 5, 6], [7, 8, 9, 10], [11, 12, 13, 14]]
 PROMPTS = [[5, 6, 7, 8, 9], [3, 4], [10, 11, 12, 13, 14, 15, 16]]
 GRADIENT_TOLERANCE = 1e-5
 """Relative to the greatest gradient: recomputing a batch adds its rows up in another order."""
@@ -254,6 +262,90 @@ def test_a_text_generation_pipeline_is_routed(planned, tiny_tokenizer):
     assert run(text, **options)[0]["generated_text"] == expected
     planned.detach()
     assert run(text, **options)[0]["generated_text"] != expected
+
+
+@pytest.fixture
+def log_of_transformers(caplog):
+    """Capture the errors that transformers logs; its logger doesn't propagate."""
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    caplog.handler.setLevel(logging.ERROR)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+def test_a_pipeline_takes_a_routed_model_without_logging_an_error(
+    planned, tiny_tokenizer, log_of_transformers
+):
+    options = {"max_new_tokens": 8, "do_sample": False}
+    expected = pipeline("text-generation", model=planned.model, tokenizer=tiny_tokenizer)
+    try:
+        run = pipeline("text-generation", model=planned, tokenizer=tiny_tokenizer)
+    except TypeError as error:
+        if "Could not infer framework" not in str(error):
+            raise
+        pytest.skip("pipelines of this transformers read the framework from the model's class")
+    assert run("to be or not", **options) == expected("to be or not", **options)
+    assert planned.last_route.tolist() == [PLAN]
+    assert not log_of_transformers.records
+
+
+# --- training it -------------------------------------------------------------------------------
+
+
+def make_trainer(model, folder):
+    """A trainer of transformers with two steps of training."""
+    rows = [{"input_ids": torch.tensor(row), "labels": torch.tensor(row)} for row in ROWS]
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=2,
+        per_device_train_batch_size=2,
+        learning_rate=0.01,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    return Trainer(model=model, args=arguments, train_dataset=rows)
+
+
+@pytest.fixture
+def trained_weights(tiny_llama, tmp_path):
+    """The weights of the plain model after two steps with a trainer of transformers."""
+    model = tiny_llama().requires_grad_(True)
+    try:
+        make_trainer(model, tmp_path).train()
+    except TypeError as error:
+        if "keep_torch_compile" not in str(error):
+            raise
+        pytest.skip("this accelerate is too old for this trainer, which can't train any model")
+    return model.state_dict()
+
+
+def test_a_trainer_says_to_pass_the_model_under_a_routed_model(planned, trained_weights, tmp_path):
+    with pytest.raises(AttributeError, match=r"torch\.nn\.Module; give routed\.model instead"):
+        make_trainer(planned, tmp_path).train()
+
+
+def test_a_trainer_trains_the_base_model_with_routing_off(planned, trained_weights, tmp_path):
+    model = planned.requires_grad_().model
+    with planned.disabled():
+        make_trainer(model, tmp_path).train()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, trained_weights[name]), name
+    with pytest.raises(RoutingError, match="no prompt has passed"):
+        _ = planned.last_route
+
+
+def test_a_trainer_trains_the_layers_of_the_plan(planned, trained_weights, tmp_path):
+    start_weights = planned.model.state_dict()
+    start_weights = {name: weight.clone() for name, weight in start_weights.items()}
+    model = planned.requires_grad_().model
+    make_trainer(model, tmp_path).train()
+    assert planned.last_route.tolist()[0] == PLAN
+    for layer, decision in enumerate(PLAN):
+        name = f"model.layers.{layer}.mlp.down_proj.weight"
+        is_unchanged = torch.equal(model.state_dict()[name], start_weights[name])
+        assert is_unchanged == (decision == 0), layer
 
 
 def compiled(model, **options):

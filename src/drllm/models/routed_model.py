@@ -14,6 +14,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
 from drllm.config import ModelConfig
 from drllm.errors import CheckpointError, ConfigError, RoutingError
 from drllm.models.base import hub as base_hub
@@ -432,3 +434,11 @@ class RoutedModel(Routing):
         if self.routers is None:
             raise RoutingError("there are no routers to save: this model follows a policy")
         return self.routers
+
+
+class _RoutedConfig(PretrainedConfig):  # type: ignore[misc]
+    """The key under which transformers knows `RoutedModel`; no model has this config."""
+
+
+# Else the text-generation pipeline of transformers logs a routed model as unsupported.
+AutoModelForCausalLM.register(_RoutedConfig, RoutedModel)

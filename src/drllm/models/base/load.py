@@ -84,6 +84,10 @@ class BaseModel:
 def load(model: ModelConfig | str, **options: Any) -> BaseModel:
     """Load a base model and its tokenizer, and freeze the model.
 
+    The model is in evaluation mode, and none of its weights requires gradients: every stage of
+    drllm leaves the base model as it is. To train the model itself, call
+    `base.model.requires_grad_().train()`. `attach` doesn't freeze a model that you loaded yourself.
+
     Args:
         model: The settings; or an alias, a hub id or a folder.
         options: Further settings by name (`dtype` may be a `torch.dtype`), and options of

@@ -24,12 +24,17 @@ from drllm.models.base.identity import describe
 from drllm.models.base.layers import unwrap_peft
 from drllm.models.routers.card import FOLDER, MARK, write_card
 from drllm.models.routers.config import FORMAT_VERSION, RouterConfig, read_config
-from drllm.models.routers.files import COUNTED_FILE
+from drllm.models.routers.files import AUTO_FILE
 from drllm.models.routers.places import CONFIG_FILE, WEIGHTS_FILE
 from drllm.models.routers.stack import NUM_DECISIONS, RouterStack
 from drllm.records.identity import differ
 
-COUNTED_CONTENT = b'{"library_name": "drllm"}\n'  # of `COUNTED_FILE`
+AUTO_CONTENT = {
+    "library_name": "drllm",
+    "model_type": "drllm routers, which drllm.RoutedModel.from_pretrained loads",
+}
+"""The content of `AUTO_FILE`. The Auto classes of transformers can't load routers, and quote the
+model type in their error."""
 PICKLES = (b"PK\x03\x04", b"\x80")  # the first bytes of files by torch.save and by pickle
 BASE_FIELDS = ("base_class", "num_layers", "hidden_size", "base_fingerprint")
 """The fields of a config that must fit the base model."""
@@ -72,7 +77,7 @@ def save_routers(
         WEIGHTS_FILE: to_safetensors(tensors, notes),
         CONFIG_FILE: _encode_config(config),
         CARD_FILE: write_card(config, place).encode(),
-        COUNTED_FILE: COUNTED_CONTENT,
+        AUTO_FILE: json.dumps(AUTO_CONTENT).encode() + b"\n",
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -86,10 +91,10 @@ def save_routers(
 
 def _check_foreign_files(folder: Path) -> None:
     """Refuse a folder where a README.md or config.json that isn't ours would be replaced."""
-    counted = folder / COUNTED_FILE
-    if counted.is_file() and b'"drllm"' not in counted.read_bytes():
+    auto_config = folder / AUTO_FILE
+    if auto_config.is_file() and b'"drllm"' not in auto_config.read_bytes():
         raise CheckpointError(
-            f"{folder} holds a model or something else with a {COUNTED_FILE}, which would be "
+            f"{folder} holds a model or something else with a {AUTO_FILE}, which would be "
             f"replaced; save routers to a folder of their own"
         )
     card = folder / CARD_FILE

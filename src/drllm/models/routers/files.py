@@ -11,8 +11,8 @@ from drllm.models.base import hub
 from drllm.models.base.cards import CARD_FILE, HUB_ID
 from drllm.models.routers.places import CONFIG_FILE, WEIGHTS_FILE
 
-COUNTED_FILE = "config.json"  # only the hub reads this file, to count downloads
-FILES = [CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, COUNTED_FILE]
+AUTO_FILE = "config.json"  # for the hub, which counts downloads by it, and for transformers
+FILES = [CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, AUTO_FILE]
 
 
 def find_routers(place: Path | str, revision: str | None = None, **options: Any) -> Path:

@@ -26,12 +26,22 @@ from drllm.models.routing.driver import RoutingDriver
 from drllm.models.routing.generate import GenerateHandle, take_off_overrides
 from drllm.models.routing.healed import install_path
 from drllm.models.routing.injection import Driver, Injection
-from drllm.models.routing.policies import FixedPolicy, FullPolicy, PathPolicy, Policy, RouterPolicy
+from drllm.models.routing.policies import (
+    FixedPolicy,
+    FullPolicy,
+    PathPolicy,
+    Policy,
+    RouterPolicy,
+    describe_policy,
+)
 from drllm.paths import StaticPath
 from drllm.records.static_paths import PathFile
 
 Plan: TypeAlias = "PathFile | StaticPath | Sequence[int] | Sequence[Sequence[int]] | Tensor"
 """What prompts can be pinned to: a path, maybe as `drllm.load_path` returns it, or decisions."""
+
+MODULE_ATTRIBUTES = frozenset(vars(torch.nn.Module()))
+"""The attributes by which torch, accelerate and the Trainer of transformers read a module."""
 
 
 def take_off_routing(model: Any) -> Callable[[], None]:
@@ -49,6 +59,17 @@ def take_off_routing(model: Any) -> Callable[[], None]:
             setattr(base, name, override)
 
     return put_back
+
+
+def _explain_missing(name: str) -> str:
+    """Say why a routed model doesn't have an attribute, and what to do if torch looks for it."""
+    message = f"'RoutedModel' object has no attribute {name!r}"
+    if name not in MODULE_ATTRIBUTES:
+        return message
+    return (
+        f"{message}, since it isn't a torch.nn.Module; give routed.model instead, which is routed "
+        f"too (with 'with routed.disabled():' around the call, it isn't)"
+    )
 
 
 class Routing:
@@ -92,22 +113,21 @@ class Routing:
 
         def __getattr__(self, name: str) -> Any:
             if name.startswith("_") or "model" not in self.__dict__:
-                raise AttributeError(f"'RoutedModel' object has no attribute {name!r}")
+                raise AttributeError(_explain_missing(name))
             return getattr(self.model, name)
 
     def __repr__(self) -> str:
         base = unwrap_peft(self.model)
+        model = type(base).__name__
         name = getattr(base, "name_or_path", "")
-        parts = [type(base).__name__, f"{self.num_layers} layers"]
         if name:
-            parts[0] += f" {name!r}"
-        policy = self.driver.policy
-        if isinstance(policy, PathPolicy):
-            parts.append(policy.path.edits(self.num_layers))
+            model += f" {name!r}"
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        parts = [model, f"{self.num_layers} layers", f"{dtype} on {self.model.device}"]
+        if self.injection.is_installed:
+            parts.append(describe_policy(self.policy, self.num_layers))
         else:
-            parts.append(type(policy).__name__)
-        if not self.injection.is_installed:
-            parts.append("taken off")
+            parts.append("routing taken off")
         return f"RoutedModel({', '.join(parts)})"
 
     def __call__(self, *args: Any, **inputs: Any) -> Any:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from drllm.config import DepthConfig
 from drllm.errors import RoutingError
-from drllm.paths import Decision, Plan, StaticPath, check_decisions
+from drllm.paths import Decision, Plan, StaticPath, check_decisions, get_layers
 from drllm.registry import Registry
 
 if TYPE_CHECKING:
@@ -166,6 +166,33 @@ def find_shared_plan(policy: Policy, num_layers: int) -> Plan | None:
     if type(policy) is PathPolicy:
         return policy.path
     return None
+
+
+def describe_policy(policy: Policy, num_layers: int) -> str:
+    """Describe a policy in a few words: its path, its routers, or the name of its class.
+
+    Args:
+        policy: The policy.
+        num_layers: L of the model.
+    """
+    plan = find_shared_plan(policy, num_layers)
+    if plan is not None:
+        path = plan if isinstance(plan, StaticPath) else StaticPath(get_layers(plan))
+        return path.edits(num_layers)
+    if type(policy) is FixedPolicy:
+        return f"decisions for {len(policy.plan)} prompts"
+    if type(policy) is RouterPolicy:
+        return _describe_routers(policy)
+    return type(policy).__name__
+
+
+def _describe_routers(policy: RouterPolicy) -> str:
+    description = f"routers with {policy.routers.config.num_windows} windows"
+    if policy.depth_bias:
+        description += f", depth bias {policy.depth_bias:g}"
+    if policy.router_penalty is not None:
+        description += f", router penalty {policy.router_penalty:g}"
+    return description
 
 
 @dataclass(eq=False)

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from drllm.errors import CheckpointError
 from drllm.models.routers.checkpoint import load_routers, save_routers
@@ -204,11 +205,21 @@ def test_a_file_of_something_else_is_never_replaced(tmp_path, name, content, mes
     assert contents(tmp_path) == {name: content}
 
 
-def test_routers_saved_before_there_was_a_config_json_are_read_and_replaced(folder):
+@pytest.mark.parametrize("content", [None, b'{"library_name": "drllm"}\n'])
+def test_routers_saved_by_an_older_version_are_read_and_replaced(folder, content):
+    new_content = (folder / "config.json").read_bytes()
     (folder / "config.json").unlink()
+    if content is not None:
+        (folder / "config.json").write_bytes(content)
     assert load_routers(folder).config == CONFIG
     save_routers(NEW, folder)
-    assert b'"library_name": "drllm"' in contents(folder)["config.json"]
+    assert contents(folder)["config.json"] == new_content
+
+
+@pytest.mark.parametrize("auto_class", [AutoConfig, AutoModelForCausalLM])
+def test_the_error_of_transformers_for_routers_names_the_method_that_loads_them(folder, auto_class):
+    with pytest.raises(ValueError, match=r"drllm\.RoutedModel\.from_pretrained"):
+        auto_class.from_pretrained(folder)
 
 
 sizes = st.integers(1, 6)
