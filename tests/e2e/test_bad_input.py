@@ -27,7 +27,7 @@ WORDS = {
     "FACTS": "--tasks builtin_facts",
     "SEARCH": "search FACTS --model MODEL --device cpu --output-dir new",
     "SAME": "--dataset builtin_facts --limit 6 --num-simulations 6 --block-size 3",
-    "SUPERVISE": "supervise --output new.jsonl --search",
+    "SUPERVISE": "supervise --output-dir new.jsonl --search",
     "TRAIN": "train --model MODEL --device cpu --num-epochs 1 --run-name new --supervision",
     "TRAINED": "TRAIN run/supervision.jsonl",
     "TARGETS": "train --supervision run/supervision.jsonl",
@@ -183,7 +183,7 @@ search --no_kl=maybe => --no-kl takes no value, but 'maybe' follows it; --kl
 generate why is the sky blue => generate has no use for 'is'
 generate --routers run/routers => generate needs PROMPT
 generate x --file p.jsonl => PROMPT 'x' and --file p.jsonl are both given
-generate x --output o.jsonl => --output o.jsonl has no effect without --file
+generate x --output o.jsonl => --output-dir o.jsonl has no effect without --file
 generate x --batch-size 4 => --batch-size 4 has no effect without --file
 generate x --seed 5 => --seed 5 has no effect with --temperature 0
 generate x --depth-bias 0.5 => --depth-bias has no effect without routers
@@ -197,12 +197,11 @@ FILE => p.jsonl doesn't exist
 FILE => p.jsonl is empty => p.jsonl: \\n
 FILE => p.jsonl, line 2 => p.jsonl: {"prompt": "a"}\\n{"text": "a"}\\n
 FILE --output p.jsonl => is the file of prompts itself => p.jsonl: {"prompt": "a"}\\n
-FILE --output . => --output: can't write .
 FILE --output p.jsonl/o => p.jsonl is a file => p.jsonl: {"prompt": "a"}\\n
 ls task => unknown list 'task'; did you mean 'tasks'
 ls tasks --model smollm2-135m => --model smollm2-135m has no effect on the list of tasks
 ls architectures --try --model x => --model x and --try are both given
-search q.jsonl => did you mean --dataset q.jsonl?
+search q.jsonl => did you mean --tasks q.jsonl?
 search --task q.jsonl => did you mean '--tasks'
 --model x => no verb stands before --model
 export --path {"path":[0]} --output new => write it into a .json file
@@ -222,9 +221,9 @@ search --dataset builtin_arithmetic --reward letter => reward 'letter' doesn't f
 search FACTS --reward letter,letter => --reward names 'letter' twice
 search FACTS --strategy walk --length-penalty 9 => --length-penalty 9 has no effect
 search FACTS --model smollm2-135m --shard 1/2 --limit 1 => --shard 1/2 holds no questions
-search --output-dir new => no task is given; name one as --dataset
-evaluate --routers run/routers --output-dir new => no task is given; name one as --tasks
-tune --output-dir new => no task is given; name one as --tasks
+search --output-dir new => no task is given; give --tasks FILE.jsonl
+evaluate --routers run/routers --output-dir new => or --tasks builtin_facts for a first try
+tune --output-dir new => or --tasks builtin_facts for a first try
 evaluate --tasks builtin_facts => neither routers nor paths are given
 evaluate FACTS --paths nowhere.json => nowhere.json doesn't exist
 evaluate --paths p.json --curve 0.1 => --curve 0.1 has no effect without routers \
@@ -246,7 +245,6 @@ EVALUATE --limit 5 --config s.yaml => --limit 5 has no effect => s.yaml: \
 limits: {builtin_facts: 3}\\n
 search --dataset arc_easy --data-dir nowhere => --data-dir nowhere is not a folder
 search --dataset arc_easy --data-dir run => run/arc_easy
-supervise --search run/search.jsonl --output run => --output: can't write run
 TARGETS --run-name a --output b => both --run-name 'a' and --output-dir 'b'
 TARGETS => no folder for the routers is given
 train --run-name x => train needs --supervision FILE
@@ -264,11 +262,10 @@ HARNESS --tasks builtin_facts --split test --limit 0.5 => --limit is 0.5
 HARNESS ASKED --log_samples => --log_samples
 report nowhere => nowhere doesn't exist; give a folder
 report file => file is a file; give a folder => file: x
-report run run => 2 run folders are given and no --output
+report run run => 2 run folders are given and no --output-dir
 show nowhere => nowhere doesn't exist
 show nowhere --question q1 => nowhere doesn't exist
 show run/supervision.jsonl --question q1 => run/supervision.jsonl is no search.jsonl
- => no verb is given
 search --dataset owner/name --model misspelt => there is no model 'misspelt'; give a hub id
 evaluate --model ./nowhere --tasks builtin_facts --routers owner/routers => no model './nowhere'
 generate --model smolm2-135m hello => did you mean 'smollm2-135m'?

@@ -221,13 +221,13 @@ def test_the_stages_one_by_one_end_in_an_evaluation(tmp_path, model_folder, monk
     model = ["--model-id", model_folder(), "--device", "cpu"]
 
     drllm("search --dataset builtin_facts --limit 6 --num_simulations 6", *model)
-    drllm("supervise --search data/search.jsonl --output data/paper.jsonl --target paper")
+    drllm("supervise --search data/search.jsonl --output-dir data/paper --target paper")
     few = "--num-epochs 1 --warmup-steps 0"
     drllm(f"train --supervision data/supervision.jsonl --run-name first {few}", *model)
     few = "--tasks builtin_facts --limit 4 --num-random-draws 1"
     out = drllm(f"evaluate --routers checkpoints/first --device cpu {few}").out
 
-    assert Path("data/paper.jsonl").is_file()
+    assert Path("data/paper/supervision.jsonl").is_file()
     assert Path("eval/builtin_facts.json").is_file()
     assert "builtin_facts, test: 4 questions" in out
     for system in ("base", "routed", "permuted routes", "random decisions", "label frequency"):

@@ -125,11 +125,11 @@ def test_without_targets_the_command_that_makes_them_is_named(refused, folder):
     before = sorted(folder.rglob("*"))
     line = refused(TRAIN)
     assert "neither data/mcts_paths/supervision.jsonl nor data/supervision.jsonl" in line
-    search = r"drllm search --model \S+ --dataset arc,dart --output_dir data/mcts_paths "
+    search = r"drllm search --model \S+ --tasks arc,dart --output-dir data/mcts_paths "
     assert re.search(search, line)
     assert sorted(folder.rglob("*")) == before
     write("data/search.jsonl", [])  # a search that gave no targets isn't asked for again
-    remedy = "drllm supervise --search data/search.jsonl --output data/supervision.jsonl"
+    remedy = "drllm supervise --search data/search.jsonl --output-dir data/supervision.jsonl"
     assert remedy in refused(TRAIN)
 
 

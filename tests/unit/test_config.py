@@ -89,7 +89,6 @@ UNKNOWN_DEVICE = "unknown device .*Valid: auto, cpu, cuda, mps"
         *((SearchConfig, "budget", value, "give a number") for value in ("2", [2.0])),
         *((SearchConfig, "num_simulations", value, WHOLE) for value in ("50", 50.0, True, None)),
         (SearchConfig, "limit", "all", "give a whole number or nothing"),
-        (SearchConfig, "dataset", 5, "give text"),
         (SearchConfig, "data_dir", False, "give text or nothing"),
         *((SearchConfig, "data_dir", value, "give a text") for value in ("", " ", "a\0b")),
         (SearchConfig, "reward", "boxed,leter", "unknown value 'leter'; did you mean 'letter'"),
@@ -101,6 +100,11 @@ UNKNOWN_DEVICE = "unknown device .*Valid: auto, cpu, cuda, mps"
 def test_a_value_that_does_not_fit_is_refused(group, name, value, said):
     with pytest.raises(ConfigError, match=f"^{to_flag(name)}(:| is) .*{said}"):
         group(**{name: value})
+
+
+def test_a_message_has_the_flag_that_help_shows():
+    with pytest.raises(ConfigError, match=r"^--tasks is 5; give text"):
+        SearchConfig(dataset=5)
 
 
 def test_a_number_without_a_point_and_a_list_of_rewards_fit():

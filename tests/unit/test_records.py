@@ -13,7 +13,7 @@ from drllm.records import codec, manifest
 from drllm.records.codec import SCHEMA_VERSION, decode, encode, sha256, write_atomically
 from drllm.records.identity import have_same_weights
 from drllm.records.manifest import manifest_path, new_manifest, read_manifest, write_records
-from drllm.records.places import check_file
+from drllm.records.places import check_file, choose_file
 from drllm.records.search import Retest, SearchRecord, TriedPath, read_search
 from drllm.records.splits import find_split, question_key
 from drllm.records.supervision import (
@@ -457,3 +457,11 @@ def test_a_quantised_base_is_known_by_its_embedding_and_warned_of(one, other, sa
         is same
     )
     assert ("paths.json: one of two base models is quantised" in caplog.text) is warns
+
+
+def test_results_may_be_named_by_their_folder_or_their_file(tmp_path: Path):
+    (tmp_path / "v1.2").mkdir()
+    (tmp_path / "old").write_text("")
+    places = {"new": "new/a.jsonl", "v1.2": "v1.2/a.jsonl", "b.jsonl": "b.jsonl", "old": "old"}
+    for place, file in places.items():
+        assert choose_file(tmp_path / place, "a.jsonl") == tmp_path / file

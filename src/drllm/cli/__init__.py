@@ -62,9 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(words: list[str], terminal: Terminal) -> int:
     """Print help or the version, or run the verb; return the exit status."""
     if not words:
-        raise ConfigError(
-            "no verb is given; 'drllm --help' lists them, and 'drllm run demo' tries all stages"
-        )
+        print_overview(terminal)
+        return 2
     if words[0] == "help":
         words = [*words[1:2], "--help"]
     if words[0] in ("-h", "--help"):

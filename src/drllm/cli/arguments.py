@@ -7,21 +7,36 @@ same message in a file and on the command line.
 from __future__ import annotations
 
 import argparse
+import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from drllm.cli.verbs import CONFIG, HELP, Flag, Verb, list_flags
+from drllm.cli.verbs import CONFIG, HELP, VERBS, Flag, Verb, list_flags
 from drllm.config.removed import REMOVED_FLAGS
-from drllm.errors import ConfigError, nearest_name
+from drllm.errors import ConfigError
 
-FILE_FLAGS = ("--search", "--supervision", "--dataset", "--tasks", "--path")
+FILE_FLAGS = ("--search", "--supervision", "--tasks", "--path", "--file")
 """Flags that take a file, in the order of preference.
 
 If a file name stands without a flag, the message suggests the first of them that the verb has.
 """
-FILE_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".csv")
+FILE_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".tsv", ".parquet")
+OTHER_NAMES = {
+    "--tasks": ("--data", "--file", "--input", "--prompts", "--questions", "--task"),
+    "--output-dir": ("--out", "--output-file", "--output-folder", "--output-path", "--run-name"),
+    "--num-epochs": ("--epochs",),
+    "--learning-rate": ("--lr",),
+    "--max-new-tokens": ("--max-tokens", "--max-length"),
+    "--model": ("--base", "--base-model", "--model-name", "--pretrained"),
+    "--path": ("--paths",),
+    "--paths": ("--path",),
+}
+"""Our flag → flags of other programs, or of other verbs, that mean the same.
+
+The message about one of these names suggests our flag, if the verb has it.
+"""
 _LOOKS_LIKE_FLAG = re.compile(r"-{1,2}[A-Za-z][^\s=]*(=.*)?", re.DOTALL)
 
 
@@ -182,12 +197,36 @@ def _unknown_flag(verb: Verb, name: str) -> ConfigError:
         )
     if name in REMOVED_FLAGS:
         return ConfigError(REMOVED_FLAGS[name])
-    known_names = [*HELP]
-    for flag in flags.values():
-        known_names += flag.names
+    return ConfigError(f"{_suggest_flag(verb, name)} {see_all_flags(verb)}")
+
+
+def _suggest_flag(verb: Verb, name: str) -> str:
+    """Return the message for an unknown flag, with the nearest flag of the verb."""
+    shown_names = {word: word for word in HELP}  # a name of a flag → the name that help shows
+    for flag in list_flags(verb):
+        if not flag.positional:
+            shown_names.update(dict.fromkeys(flag.names, flag.names[0]))
     if verb.settings:
-        known_names.append("--config")
-    return ConfigError(f"{nearest_name('flag', name, known_names)} {see_all_flags(verb)}")
+        shown_names["--config"] = "--config"
+    for shown_name, other_names in OTHER_NAMES.items():
+        if name in other_names and shown_name in shown_names:
+            return f"unknown flag {name!r}; did you mean {shown_name!r}?"
+    verbs = _list_verbs_with_flag(name)
+    if verbs:
+        return f"unknown flag {name!r} of {verb.name}; it is a flag of {', '.join(verbs)}"
+    closest_names = difflib.get_close_matches(name, shown_names, n=1)
+    if closest_names:
+        return f"unknown flag {name!r}; did you mean {shown_names[closest_names[0]]!r}?"
+    return f"unknown flag {name!r}"
+
+
+def _list_verbs_with_flag(name: str) -> list[str]:
+    """List the verbs that have a flag of this name."""
+    return [verb.name for verb in VERBS.values() if _has_flag(verb, name)]
+
+
+def _has_flag(verb: Verb, name: str) -> bool:
+    return any(name in flag.names for flag in list_flags(verb) if not flag.positional)
 
 
 def see_all_flags(verb: Verb) -> str:

@@ -9,7 +9,13 @@ from drllm.cli.answers import answer_file, answer_prompt
 from drllm.cli.base_model import check_model_name, choose_model
 from drllm.cli.chat import chat
 from drllm.cli.command_line import CommandLine
-from drllm.cli.generation_inputs import Inputs, check_flags, check_output, read_inputs
+from drllm.cli.generation_inputs import (
+    Inputs,
+    check_flags,
+    check_output,
+    find_output,
+    read_inputs,
+)
 from drllm.cli.reply import PathSummary, Session
 from drllm.cli.terminal import Terminal
 from drllm.cli.verbs import Flag, verb
@@ -41,7 +47,13 @@ if TYPE_CHECKING:
         ),
         Flag("path", "static path for all prompts, instead of routers (paths.json:NAME)"),
         Flag("file", "file of prompts to answer, instead of PROMPT (.jsonl)"),
-        Flag("output", "with --file: file for the answers (.jsonl); default: print them"),
+        Flag(
+            "output_dir",
+            "with --file: folder for answers.jsonl, or a file of another name; default: print the "
+            "answers",
+            placeholder="PLACE",
+            alias="output",
+        ),
     ),
     model_from="the model that the routers or the paths.json name",
 )
@@ -49,12 +61,12 @@ def generate(command: CommandLine, terminal: Terminal) -> None:
     """Answer a prompt or a file of prompts, or chat, and show the route."""
     config = command.get_settings(GenerateConfig)
     depth = command.get_settings(DepthConfig)
-    output = command.optional_path("output")
+    output = find_output(command)
 
     config.check_effects()
     check_model_name(command)
     check_flags(command, config, depth)
-    check_output(command)
+    check_output(output, command)
     inputs = read_inputs(command, config, depth, terminal)
 
     with open_model(choose_model(command, inputs.routers, inputs.path), terminal) as base:

@@ -19,7 +19,7 @@ from drllm.config import DepthConfig, GenerateConfig
 from drllm.config.fields import to_flag
 from drllm.errors import ConfigError, TaskError
 from drllm.models.routers.places import check_place
-from drllm.records.places import check_file
+from drllm.records.places import check_file, choose_file
 from drllm.records.static_paths import PathFile, load_path
 from drllm.tasks.rows import read_messages, read_rows, read_text
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from drllm.models.base.prompts import PromptForm
     from drllm.models.routers.stack import RouterStack
 
+ANSWERS_FILE = "answers.jsonl"
 PROMPT_KEYS = ("prompt", "question", "messages")
 """The keys under which a row of a file may have its prompt; a row has exactly one of them."""
 
@@ -73,7 +74,7 @@ def check_flags(command: CommandLine, config: GenerateConfig, depth: DepthConfig
     """Refuse flags that exclude each other, and flags without effect."""
     prompt = command.values["prompt"]
     file = command.values["file"]
-    output = command.values["output"]
+    output = command.values["output_dir"]
     routers = command.values["routers"]
     path = command.values["path"]
     if routers and path:
@@ -85,7 +86,7 @@ def check_flags(command: CommandLine, config: GenerateConfig, depth: DepthConfig
     if prompt and file:
         raise ConfigError(f"PROMPT {prompt!r} and --file {file} are both given; give one of them")
     if output and not file:
-        raise ConfigError(f"--output {output} has no effect without --file; leave it out")
+        raise ConfigError(f"--output-dir {output} has no effect without --file; leave it out")
     if config.batch_size and not file:
         raise ConfigError(
             f"--batch-size {config.batch_size} has no effect without --file; leave it out"
@@ -95,15 +96,21 @@ def check_flags(command: CommandLine, config: GenerateConfig, depth: DepthConfig
         raise ConfigError(f"{to_flag(setting)} has no effect without routers; leave it out")
 
 
-def check_output(command: CommandLine) -> None:
-    """Refuse an `--output` that can't be written, or that is the file of prompts."""
-    output = command.optional_path("output")
+def find_output(command: CommandLine) -> Path | None:
+    """Return the file for the answers to a file of prompts; None to print them."""
+    place = command.optional_path("output_dir")
+    return None if place is None else choose_file(place, ANSWERS_FILE)
+
+
+def check_output(output: Path | None, command: CommandLine) -> None:
+    """Refuse a file for answers that can't be written, or that is the file of prompts."""
     if output is None:
         return
-    check_file(output, "--output")
+    check_file(output, "--output-dir")
     if output.exists() and output.samefile(command.path("file")):
         raise ConfigError(
-            f"--output {command.values['output']} is the file of prompts itself; give another name"
+            f"--output-dir {command.values['output_dir']} is the file of prompts itself; give "
+            f"another name"
         )
 
 

@@ -44,7 +44,7 @@ def _find_default_file(command: CommandLine) -> Path:
     for file in reversed(places):  # the remedy for the first place wins
         search = file.with_name("search.jsonl")
         if search.is_file():  # the search is there, but its default rule chose no targets
-            remedy = f"make one: drllm supervise --search {search} --output {file}"
+            remedy = f"make one: drllm supervise --search {search} --output-dir {file}"
     place_names = " nor ".join(map(str, places))
     raise ConfigError(
         f"train needs --supervision FILE, since there is neither {place_names}; {remedy}"
@@ -81,8 +81,8 @@ def _find_switch_file(flag: str, task: str, files: list[Path], command: CommandL
 
 
 def _search_command(command: CommandLine, dataset: str, folder: Path) -> str:
-    """Return the published command that searches a data set."""
+    """Return the command that searches a data set as the published command does."""
     return (
-        f"drllm search --model {command.get_settings(ModelConfig).model} --dataset {dataset} "
-        f"--output_dir {folder} --num_simulations 50 --budget 2"
+        f"drllm search --model {command.get_settings(ModelConfig).model} --tasks {dataset} "
+        f"--output-dir {folder} --num-simulations 50 --budget 2"
     )

@@ -24,7 +24,12 @@ RECIPES = Path(__file__).with_name("recipes")  # the folder of the packaged reci
             required=True,
             positional=True,
         ),
-        Flag("output_dir", "folder of the run; default: runs/RECIPE", placeholder="DIR"),
+        Flag(
+            "output_dir",
+            "folder of the run; default: runs/RECIPE",
+            placeholder="DIR",
+            alias="output",
+        ),
         Flag(
             "data_dir",
             "folder with TASK/SPLIT.jsonl[.gz] files; default: fetched from the hub",

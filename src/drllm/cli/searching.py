@@ -15,8 +15,9 @@ from drllm.cli.verbs import Flag, verb
 from drllm.config import ModelConfig, SearchConfig, SuperviseConfig
 from drllm.pipeline.model import open_model
 from drllm.records.manifest import read_manifest
-from drllm.records.places import check_file, check_folder
+from drllm.records.places import check_file, check_folder, choose_file
 from drllm.records.search import SearchRecords
+from drllm.records.supervision import SUPERVISION_FILE
 from drllm.search.questions import SearchQuestion, collect_questions, select_tasks
 from drllm.search.targets import SearchTargets, supervise_search
 from drllm.supervision.select import check_settings, supervise_to_file
@@ -24,7 +25,7 @@ from drllm.supervision.select import check_settings, supervise_to_file
 
 @verb(
     "search",
-    example="drllm search --dataset builtin_facts --limit 64 --output-dir data/",
+    example="drllm search --tasks builtin_facts --limit 64 --output-dir data/",
     settings=(ModelConfig, SearchConfig, SuperviseConfig),
     flags=(
         COLUMNS,
@@ -106,19 +107,25 @@ def _forecast(
 
 @verb(
     "supervise",
-    example="drllm supervise --search data/search.jsonl --output data/supervision.jsonl",
+    example="drllm supervise --search data/search.jsonl --output-dir data/",
     settings=(SuperviseConfig,),
     flags=(
         Flag("search", "search.jsonl files to read", many=True, required=True),
-        Flag("output", "supervision.jsonl to write", required=True),
+        Flag(
+            "output_dir",
+            "folder for supervision.jsonl, or a file of another name",
+            required=True,
+            placeholder="PLACE",
+            alias="output",
+        ),
     ),
 )
 def supervise_verb(command: CommandLine, terminal: Terminal) -> None:
     """Choose one target path for each searched question."""
     config = command.get_settings(SuperviseConfig)
-    output = command.path("output")
+    output = choose_file(command.path("output_dir"), SUPERVISION_FILE)
 
-    check_file(output, "--output", "supervision")
+    check_file(output, "--output-dir", "supervision")
     supervision = supervise_to_file(command.paths("search"), config, output)
 
     print_targets_file(output, supervision.summary, terminal)

@@ -30,7 +30,13 @@ if TYPE_CHECKING:
     settings=(ModelConfig, TuneConfig),
     flags=(
         COLUMNS,
-        Flag("output_dir", "folder for paths.json", default="tuned/", placeholder="DIR"),
+        Flag(
+            "output_dir",
+            "folder for paths.json",
+            default="tuned/",
+            placeholder="DIR",
+            alias="output",
+        ),
     ),
     resumes=True,
 )
@@ -76,7 +82,13 @@ def _print_num_questions(splits: TaskSplits, config: TuneConfig, terminal: Termi
     settings=(ModelConfig, HealConfig),
     flags=(
         COLUMNS,
-        Flag("output_dir", "folder for the healed path", default="healed/", placeholder="DIR"),
+        Flag(
+            "output_dir",
+            "folder for the healed path",
+            default="healed/",
+            placeholder="DIR",
+            alias="output",
+        ),
     ),
     model_from="the model that the paths.json names",
     resumes=True,

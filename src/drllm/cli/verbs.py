@@ -45,6 +45,7 @@ class Flag:
         placeholder: What the help shows in place of the value.
         basic: Whether `--help` shows the flag; `--help-all` shows all flags.
         alias: A second name, such as the flag's name in the commands of the Dr.LLM paper's code.
+        shows_alias: Whether help and messages show the alias instead of the name.
         group: The group of settings with this setting; None for a flag of the verb itself.
         kind: The type of a setting's value.
         choices: The values that a setting accepts; empty for any value.
@@ -60,6 +61,7 @@ class Flag:
     placeholder: str = "FILE"
     basic: bool = True
     alias: str | None = None
+    shows_alias: bool = False
     group: type[Settings] | None = None
     kind: type = str
     choices: tuple[str, ...] = ()
@@ -76,12 +78,14 @@ class Flag:
 
     @property
     def names(self) -> list[str]:
-        """The name and the alias as a user writes them, for example `--num-epochs`."""
+        """The name and the alias as a user writes them; help and messages show the first."""
         if self.positional:
             return [self.name.upper()]
         names = [to_flag(self.name)]
         if self.alias is not None:
             names.append(to_flag(self.alias))
+        if self.shows_alias:
+            names.reverse()
         return names
 
     @property
@@ -245,6 +249,7 @@ def _make_setting_flag(group: type[Settings], field: dataclasses.Field[Any]) -> 
         placeholder=placeholder,
         basic=rules["basic"],
         alias=rules["alias"],
+        shows_alias=rules["shows_alias"],
         group=group,
         kind=kind,
         choices=choices,

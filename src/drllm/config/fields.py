@@ -43,6 +43,7 @@ def setting(
     above: float | None = None,
     choices: Iterable[str] | None = None,
     alias: str | None = None,
+    shows_alias: bool = False,
     no_effect_if: tuple[str, Any] | None = None,
     decisive: bool = True,
     placeholder: str | None = None,
@@ -58,6 +59,8 @@ def setting(
         above: A lower bound that itself isn't accepted.
         choices: The accepted texts; None accepts any text.
         alias: A second name, such as the flag's name in the commands of the Dr.LLM paper's code.
+        shows_alias: Whether help and messages show the alias instead of the name. The name is in
+            files of earlier versions, so it stays.
         no_effect_if: Another field of the group and a value. If that field has this value, the
             declared field has no effect.
         decisive: Whether results depend on the field. Finished work is reused if the decisive
@@ -73,6 +76,7 @@ def setting(
         "above": above,
         "choices": choices,
         "alias": alias,
+        "shows_alias": shows_alias,
         "no_effect_if": no_effect_if,
         "decisive": decisive,
         "placeholder": placeholder,
@@ -96,7 +100,7 @@ class Settings:
         for field in dataclasses.fields(self):
             field_kinds = kinds[field.name]
             # In messages a setting has the name of its flag; a setting by task has no flag.
-            name = field.name if is_by_task(field_kinds) else to_flag(field.name)
+            name = field.name if is_by_task(field_kinds) else _flag_of(field)
             _check(name, getattr(self, field.name), field_kinds, field.metadata)
 
     def check_effects(self) -> None:
@@ -191,6 +195,11 @@ def to_flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def _flag_of(field: "dataclasses.Field[Any]") -> str:
+    """Return the flag of a field as messages show it."""
+    return to_flag(field.metadata["alias"] if field.metadata["shows_alias"] else field.name)
+
+
 def _format(value: Any) -> str:
     """Write a value for a message."""
     if isinstance(value, float):
@@ -265,17 +274,12 @@ def check_text(flag: str, text: str) -> None:
         raise ConfigError(f"{flag} is {text!r}; give a text, or leave it out")
 
 
-def require_tasks(names: str | None, flag: str = "--tasks") -> str:
-    """Return the names of the tasks; raise ConfigError if they are None.
-
-    Args:
-        names: The value of the setting, task names separated by commas.
-        flag: The flag of the setting, for the message.
-    """
+def require_tasks(names: str | None) -> str:
+    """Return the names of the tasks, separated by commas; raise ConfigError if they are None."""
     if names is None:
         raise ConfigError(
-            f"no task is given; name one as {flag}, for example {flag} questions.jsonl or "
-            f"{flag} arc_easy ('drllm ls tasks' lists all)"
+            "no task is given; give --tasks FILE.jsonl, --tasks NAME ('drllm ls tasks' lists the "
+            "names), or --tasks builtin_facts for a first try"
         )
     return names
 

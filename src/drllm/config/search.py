@@ -23,11 +23,13 @@ class SearchConfig(ExecutorConfig):
         None,
         placeholder="TASKS",
         alias="tasks",
+        shows_alias=True,
         help=TASKS_HELP,
     )
     output_dir: str = incidental(
         "data/",
         basic=True,
+        alias="output",
         help="folder for search.jsonl and supervision.jsonl",
     )
     data_dir: str | None = incidental(

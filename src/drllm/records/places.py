@@ -56,6 +56,21 @@ def check_file(file: Path, flag: str, schema: str = "") -> None:
         raise ConfigError(f"{flag} is {file}, which another stage has written; give another file")
 
 
+def choose_file(place: Path, name: str) -> Path:
+    """Return the file to write: the file `place`, or the file `name` in the folder `place`.
+
+    A place that doesn't exist is a folder if its name has no ending.
+
+    Example:
+        >>> choose_file(Path("data"), "answers.jsonl").as_posix()
+        'data/answers.jsonl'
+        >>> choose_file(Path("data/mine.jsonl"), "answers.jsonl").as_posix()
+        'data/mine.jsonl'
+    """
+    is_folder = place.is_dir() or (not place.exists() and not place.suffix)
+    return place / name if is_folder else place
+
+
 def _is_of_another_stage(file: Path, schema: str) -> bool:
     """Tell whether a file is a manifest, or was written by another stage.
 

@@ -47,7 +47,9 @@ def evaluate_command(manifest: Mapping[str, Any], **changes: Any) -> str:
 def search_command(manifest: Mapping[str, Any], **changes: Any) -> str:
     """Write the command that searches with the settings in a search's manifest."""
     settings = _list_changed_settings(SearchConfig, manifest.get("config") or {})
-    return write_command("search", _model_values(manifest) | settings | changes)
+    values = _model_values(manifest)
+    values["tasks"] = settings.pop("dataset")
+    return write_command("search", values | settings | changes)
 
 
 def supervise_command(manifest: Mapping[str, Any], **changes: Any) -> str:

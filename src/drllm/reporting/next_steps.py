@@ -73,9 +73,9 @@ def _step_before_evaluation(run: Run) -> Step:
         what = "Evaluate the routers against base and the baselines:"
         return what, write_command("evaluate", values)
     if run.supervision:
-        values = {"supervision": folder / SUPERVISION_FILE, "output": folder / "routers"}
+        values = {"supervision": folder / SUPERVISION_FILE, "output_dir": folder / "routers"}
         return "Train routers on these targets:", write_command("train", values)
-    values = {"search": folder / SEARCH_FILE, "output": folder / SUPERVISION_FILE}
+    values = {"search": folder / SEARCH_FILE, "output_dir": folder / SUPERVISION_FILE}
     return "Make a target path of each searched question:", write_command("supervise", values)
 
 
@@ -221,7 +221,7 @@ def _suggest_better_targets(run: Run) -> Iterator[Step]:
 def _supervise_command(run: Run, **changes: object) -> str:
     files = {
         "search": run.folder / SEARCH_FILE,
-        "output": run.folder / "supervision-again.jsonl",
+        "output_dir": run.folder / "supervision-again.jsonl",
     }
     return supervise_command(run.find_manifest(SUPERVISION_FILE), **changes, **files)
 
@@ -229,7 +229,7 @@ def _supervise_command(run: Run, **changes: object) -> str:
 def _more_seeds_step(run: Run) -> Step:
     files = {
         "supervision": run.folder / SUPERVISION_FILE,
-        "output": run.folder / "routers-3-seeds",
+        "output_dir": run.folder / "routers-3-seeds",
     }
     command = train_command(run.router_config, num_seeds=3, **files)
     return "Train with other seeds, to see how much is luck:", command
@@ -261,7 +261,7 @@ def _use_path(run: Run, evaluation: Evaluation, system: System) -> Step:
     if path is None:
         return "look for one that does as well:", _tune_command(run, evaluation)
     output = run.folder / "exported"
-    command = write_command("export", {"path": path, "output": output})
+    command = write_command("export", {"path": path, "output_dir": output})
     return "it can be an ordinary, smaller checkpoint:", command
 
 

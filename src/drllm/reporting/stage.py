@@ -114,7 +114,7 @@ def choose_page(folders: Sequence[Path], output_dir: Path | str | None) -> Path:
     if output_dir is None:
         if len(folders) > 1:
             raise ConfigError(
-                f"{len(folders)} run folders are given and no --output; "
+                f"{len(folders)} run folders are given and no --output-dir; "
                 f"give a folder or an .html file for their common report"
             )
         return folders[0] / "report.html"
@@ -124,5 +124,5 @@ def choose_page(folders: Sequence[Path], output_dir: Path | str | None) -> Path:
             raise RecordError(f"{place} is a file; give a folder or a file that ends in .html")
         return place / "report.html"
     if place.suffix != ".html":
-        raise ConfigError(f"--output is {place}; give a folder or a file that ends in .html")
+        raise ConfigError(f"--output-dir is {place}; give a folder or a file that ends in .html")
     return place

@@ -132,7 +132,7 @@ def select_tasks(config: SearchConfig) -> list[Task]:
         TaskError: A task is unknown, or its file can't be read.
     """
     _check_settings(config)
-    return get_tasks(require_tasks(config.dataset, "--dataset"))
+    return get_tasks(require_tasks(config.dataset))
 
 
 def _check_settings(config: SearchConfig) -> Shard | None:

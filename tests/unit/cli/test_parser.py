@@ -71,7 +71,10 @@ def test_help_all_has_every_setting_with_choices_and_default_and_without_types(v
     lines = {re.sub(r"[-_]|no", "", line): line for line in re.split(r"\n(?=  \S|\n)", out)}
     for group in VERBS[verb].settings:
         for declared in dataclasses.fields(group):
-            name = declared.name.replace("_", "").replace("no", "")
+            name = declared.name
+            if declared.metadata["shows_alias"]:
+                name = declared.metadata["alias"]
+            name = name.replace("_", "").replace("no", "")
             entry = next(lines[key] for key in lines if re.match(rf"\s+(\[\])?{name}[ ,:]", key))
             text = " ".join(entry.split())
             assert declared.metadata["help"].rstrip(")") in text
@@ -155,6 +158,58 @@ def test_of_a_flag_given_twice_the_last_counts_and_files_add_up():
     assert command.paths("supervision") == [Path("a"), Path("b")]
 
 
+VERBS_WITH_OUTPUT = ("search", "supervise", "train", "tune", "heal", "generate", "evaluate")
+VERBS_WITH_OUTPUT += ("report", "export", "run")
+REQUIRED = {"supervise": "--search s", "report": "r", "export": "--path p", "run": "demo"}
+
+
+@pytest.mark.parametrize("verb", VERBS_WITH_OUTPUT)
+def test_results_have_the_same_flag_with_every_verb(verb: str):
+    dashes, alias = [
+        parsed(f"{verb} {REQUIRED.get(verb, '')} {flag} new")
+        for flag in ("--output-dir", "--output")
+    ]
+    assert dashes == alias
+    if verb == "search":
+        assert dashes.get_settings(SearchConfig).output_dir == "new"
+    else:
+        assert dashes.path("output_dir") == Path("new")
+
+
+@pytest.mark.parametrize("verb", WITH_SETTINGS)
+def test_help_shows_the_same_name_with_every_verb(verb: str, drllm):
+    shown = re.findall(r"^  (--\S+)", drllm(f"{verb} --help").out, re.MULTILINE)
+    assert not {"--dataset", "--output"} & set(shown)
+
+
+MEANT = """\
+search --task q => '--task'; did you mean '--tasks'?
+search --datasets q => '--datasets'; did you mean '--tasks'?
+tune --datase q => '--datase'; did you mean '--tasks'?
+tune --data q => '--data'; did you mean '--tasks'?
+heal --questions q => '--questions'; did you mean '--tasks'?
+evaluate --outdir o => '--outdir'; did you mean '--output-dir'?
+tune --run-name o => '--run-name'; did you mean '--output-dir'?
+run demo --out o => '--out'; did you mean '--output-dir'?
+heal --paths p => '--paths'; did you mean '--path'?
+evaluate --path p => '--path'; did you mean '--paths'?
+train --lr 1 => '--lr'; did you mean '--learning-rate'?
+train --tasks q => '--tasks' of train; it is a flag of search, tune, heal, evaluate
+"""
+
+
+@pytest.mark.parametrize("line", MEANT.splitlines())
+def test_a_wrong_flag_is_answered_with_the_one_flag_that_is_meant(line: str):
+    words, _, message = line.partition(" => ")
+    with pytest.raises(ConfigError) as refused:
+        parsed(words)
+    assert str(refused.value).startswith(f"unknown flag {message} (")
+
+
+def test_without_a_verb_the_overview_is_printed(drllm):
+    assert drllm("", status=2) == drllm("--help")
+
+
 @pytest.mark.parametrize("flag", ["--tasks", "--dataset"])
 def test_tasks_have_either_name_with_every_verb(flag: str):
     assert parsed(f"search {flag} a").get_settings(SearchConfig).dataset == "a"
@@ -187,7 +242,7 @@ def test_a_file_may_name_what_a_verb_reads(file: Path):
     file.write_text("search: a.jsonl\noutput: b.jsonl\ntarget: paper\n")
     request = parsed(f"supervise --config {file}")
     assert request.paths("search") == [Path("a.jsonl")]
-    assert request.path("output") == Path("b.jsonl")
+    assert request.path("output_dir") == Path("b.jsonl")
 
 
 def test_a_preset_is_named_like_a_file_and_has_a_section_a_stage():
