@@ -23,7 +23,7 @@ from drllm.search.evaluator import Evaluator, JudgedOutcome, TokenizedPrompt, to
 from drllm.search.questions import Batch, SearchQuestion
 from drllm.search.retest import retest_paths
 from drllm.search.rounds import add_late_margins, run_rounds
-from drllm.search.steps import BatchProgress, BatchSteps
+from drllm.search.steps import BatchProgress, BatchSteps, OnFirstRound
 from drllm.search.strategies import PathSearch, new_search
 from drllm.tasks.examples import Prompt
 from drllm.work.listener import logger
@@ -55,13 +55,18 @@ class SearchBatch(BlockFunction[Batch, BatchRecords]):
     A batch whose worker died is searched again question by question. This gives the same records,
     since the search of a question doesn't depend on other questions. A question on which too many
     workers died is set aside.
+
+    Attributes:
+        config: The settings.
+        on_first_round: Called after the first round of a batch; None in workers of Ray.
     """
 
     config: SearchConfig
+    on_first_round: OnFirstRound | None = None
 
     def __call__(self, prepared: RoutedModel, data: Batch, steps: BlockSteps) -> BatchRecords:
         """Return the records of a batch, and the questions whose attempts all failed."""
-        return search_batch(prepared, data, self.config, steps)
+        return search_batch(prepared, data, self.config, steps, self.on_first_round)
 
     def split(self, data: Batch) -> list[Batch]:
         """Return a batch for each question."""
@@ -84,7 +89,11 @@ class SearchBatch(BlockFunction[Batch, BatchRecords]):
 
 
 def search_batch(
-    routed: RoutedModel, batch: Batch, config: SearchConfig, steps: BlockSteps
+    routed: RoutedModel,
+    batch: Batch,
+    config: SearchConfig,
+    steps: BlockSteps,
+    on_first_round: OnFirstRound | None = None,
 ) -> BatchRecords:
     """Search a batch, and set aside the questions whose attempts all fail.
 
@@ -96,9 +105,10 @@ def search_batch(
         config: The settings.
         steps: Keeps the result of every step, so that an interruption loses only one step: a round,
             or the re-test of a few questions. Also receives the progress.
+        on_first_round: Called after the first round; None calls nothing.
     """
     try:
-        records = search_in_step(routed, batch.questions, config, steps)
+        records = search_in_step(routed, batch.questions, config, steps, on_first_round)
         return BatchRecords(tuple(records))
     except QUESTION_ERRORS as error:
         logger.info("a batch of %d questions failed: %s", len(batch.questions), error)
@@ -151,6 +161,7 @@ def search_in_step(
     questions: Sequence[SearchQuestion],
     config: SearchConfig,
     steps: BlockSteps | None = None,
+    on_first_round: OnFirstRound | None = None,
 ) -> list[SearchRecord]:
     """Search several questions of one task in step, and return their records.
 
@@ -163,6 +174,7 @@ def search_in_step(
         questions: The questions.
         config: The settings.
         steps: Keeps the result of every step, and receives the progress; None does neither.
+        on_first_round: Called after the first round; None calls nothing.
 
     Source: Dr.LLM section 3.1.
     """
@@ -174,7 +186,7 @@ def search_in_step(
     evaluator = Evaluator(routed, prompts, config.state_cache_gb, kl=config.kl)
     searches = [_new_search(routed.num_layers, question, config) for question in questions]
     batch_steps = _new_steps(questions, config, evaluator, steps or BlockSteps())
-    outcomes = run_rounds(searches, evaluator, batch_steps)
+    outcomes = run_rounds(searches, evaluator, batch_steps, on_first_round)
     outcomes = add_late_margins(evaluator, outcomes, batch_steps)
     retests = retest_paths(evaluator, retest_prompts, config, outcomes, batch_steps.run_retest)
     seconds = (time.perf_counter() - started) / len(questions)

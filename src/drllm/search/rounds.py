@@ -11,12 +11,15 @@ from functools import partial
 from drllm.models.scoring.prefix_sharing import Pair
 from drllm.paths import Decisions
 from drllm.search.evaluator import Evaluator, JudgedOutcome
-from drllm.search.steps import BatchSteps
+from drllm.search.steps import BatchSteps, OnFirstRound
 from drllm.search.strategies import Evaluation, PathSearch, path_score
 
 
 def run_rounds(
-    searches: Sequence[PathSearch], evaluator: Evaluator, steps: BatchSteps
+    searches: Sequence[PathSearch],
+    evaluator: Evaluator,
+    steps: BatchSteps,
+    on_first_round: OnFirstRound | None = None,
 ) -> dict[Pair, JudgedOutcome]:
     """Evaluate new paths of all questions, round by round, until every search is over.
 
@@ -24,6 +27,7 @@ def run_rounds(
         searches: The search of each question.
         evaluator: Evaluates paths on these questions.
         steps: Runs each round, or reads what an interrupted search kept of it.
+        on_first_round: Called after the first round; None calls nothing.
 
     Returns:
         The outcome of every path, by question; the paths of a question stay in the order in which
@@ -38,6 +42,8 @@ def run_rounds(
         evaluate = partial(_evaluate_new, evaluator)
         round_outcomes = steps.run(f"round {number}", pairs, evaluate)
         outcomes.update(zip(pairs, round_outcomes, strict=True))
+        if number == 0 and on_first_round is not None:
+            on_first_round(steps.questions, outcomes)
         for place, search in enumerate(searches):
             if paths[place]:
                 evaluations = [

@@ -34,6 +34,7 @@ from drllm.search.questions import (
     split_into_batches,
 )
 from drllm.search.targets import supervise_search
+from drllm.search.wrong_answers import FirstAnswers, warn_of_no_right_answer
 from drllm.work.first_block import FirstBlock
 from drllm.work.listener import Listener, logger
 from drllm.work.run import Block, run
@@ -41,9 +42,6 @@ from drllm.work.store import ResultStore, refuse_other_run
 
 MAX_PROMPT_CHARACTERS = 600
 """Maximum characters of a prompt that are shown; a longer prompt is shown without its middle."""
-MIN_QUESTIONS_TO_WARN = 5
-"""A task needs this many questions for the warning that the full path is never right on it."""
-MAX_TEXT_CHARACTERS = 60  # maximum characters of a question or an answer in a warning
 
 
 def search_paths(
@@ -282,18 +280,20 @@ def _run_blocks(
     keep = None if store is None else store.of(BatchRecords, reads_back=False)
     with listener.progress("searching", "") as on_progress:
         watch = SearchWatch(SearchProgress.of(search.blocks, on_progress), store)
+        function = SearchBatch(config)
         if config.executor == "local":  # workers of Ray search several batches at a time
             watch.first_block = FirstBlock(listener, workers.base.model.device)
+            function = SearchBatch(config, FirstAnswers(listener).add)
         results = run(
             search.blocks,
-            SearchBatch(config),
+            function,
             workers.executor,
             keep=keep,
             on_result=watch.on_result,
             on_step=watch.progress.report_step,
         )
     records, failed = _sort_by_question(results, search.questions)
-    _warn_of_no_right_answer(records, listener)
+    warn_of_no_right_answer(records, listener)
     return BatchRecords(tuple(records), tuple(failed))
 
 
@@ -365,34 +365,3 @@ def _show_prompts(search: SearchPlan, listener: Listener) -> None:
             text = f"{text[:half]}[... {num_left_out} characters left out ...]{text[-half:]}"
         lines = text.replace("\n", "\n  | ")
         listener.note(f"a prompt of {task}, as the model reads it:\n  | {lines}")
-
-
-def _warn_of_no_right_answer(records: Sequence[SearchRecord], listener: Listener) -> None:
-    """Warn of each task on which the full path is never right.
-
-    Then usually the prompt or the grading is wrong.
-    """
-    by_task: dict[str, list[SearchRecord]] = {}
-    for record in records:
-        by_task.setdefault(record.task, []).append(record)
-    for task, task_records in by_task.items():
-        is_ever_right = any(record.full.reward > 0 for record in task_records)
-        if is_ever_right or len(task_records) < MIN_QUESTIONS_TO_WARN:
-            continue
-        listener.note(
-            f"the full model answers none of the {len(task_records)} questions of {task} "
-            f"right: {_advise_on_wrong_answer(task_records[0])}"
-        )
-
-
-def _advise_on_wrong_answer(record: SearchRecord) -> str:
-    """Say what to check about a question that the full path answers wrong."""
-    if record.full.answer is None:  # options were scored
-        return "check which option the rows name as right"
-    question = record.question[:MAX_TEXT_CHARACTERS]
-    answer = record.full.answer[:MAX_TEXT_CHARACTERS]
-    right_answer = record.answer[:MAX_TEXT_CHARACTERS]
-    return (
-        f"to {question!r} it answers {answer!r}, and {right_answer!r} is right; check the "
-        f"answers, or give another --reward"
-    )

@@ -6,6 +6,7 @@ counts the work.
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from drllm.models.scoring.prefix_sharing import Pair
 from drllm.paths import full_decisions
@@ -15,6 +16,15 @@ from drllm.search.questions import SearchQuestion
 from drllm.search.retest import Evaluate, pairs_to_retest
 from drllm.work.run import OnStep
 from drllm.work.store import ResultStore
+
+
+class OnFirstRound(Protocol):
+    """Called after the first round of a batch, in which every question's full path ran."""
+
+    def __call__(
+        self, questions: Sequence[SearchQuestion], outcomes: Mapping[Pair, JudgedOutcome], /
+    ) -> None:
+        """Receive the outcomes of the round; a pair's number is the place of its question."""
 
 
 @dataclass

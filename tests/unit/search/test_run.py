@@ -395,6 +395,57 @@ def test_a_task_of_which_nothing_is_answered_right_is_warned_about_with_an_answe
         assert not any("answers none" in note for note in other.notes)
 
 
+class StartListener(RecordingListener):
+    """Records which notes came before any progress."""
+
+    def __init__(self):
+        super().__init__()
+        self.first_notes = []
+
+    def note(self, text):
+        super().note(text)
+        if not self.calls:
+            self.first_notes.append(text)
+
+
+def test_first_answers_that_are_all_wrong_are_shown_before_the_search_goes_on(routed, write_rows):
+    rows = [{"question": f"What is {n}?", "answer": "zyx", "grader": "exact"} for n in range(20)]
+    task = get_task(str(write_rows("own", rows)))
+    listener = StartListener()
+    records = run(routed, None, [task], listener, limit=6, block_size=8)
+    head, *examples = listener.first_notes[-1].split("\n  | ")
+    assert head.startswith("the full model answers none of the first 6 questions of own right; the")
+    expected = {
+        f"to {record.question!r} it answers {record.full.answer[:60]!r}, and 'zyx' is right"
+        for record in records
+    }
+    assert len(set(examples)) == 3
+    assert set(examples) <= expected
+
+
+def test_first_answers_are_counted_over_batches_and_noted_once(routed, write_rows):
+    rows = [{"question": f"What is {n}?", "answer": "zyx", "grader": "exact"} for n in range(20)]
+    task = get_task(str(write_rows("own", rows)))
+    listener = RecordingListener()
+    run(routed, None, [task], listener, limit=10, block_size=2)
+    [note] = [note for note in listener.notes if "of the first" in note]
+    assert note.startswith("the full model answers none of the first 6 questions")
+
+
+def test_first_answers_that_are_options_are_shown_as_texts(routed, write_rows):
+    wrong, right = "odd", "odd, and then an even number, or two of them"  # the longer is unlikelier
+    rows = [
+        {"question": f"What is {n}?", "choices": [wrong, right], "answer": 1} for n in range(20)
+    ]
+    task = get_task(str(write_rows("own", rows)))
+    listener = StartListener()
+    run(routed, None, [task], listener, limit=5, block_size=8)
+    _, *examples = listener.first_notes[-1].split("\n  | ")
+    assert len(examples) == 3
+    for example in examples:
+        assert example.endswith(f"it answers {wrong!r}, and {right!r} is right")
+
+
 def test_what_a_kill_left_half_written_is_cleared_away(routed, facts, tmp_path):
     ended = subprocess.Popen(["true"])
     ended.wait()
