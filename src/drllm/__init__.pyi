@@ -5,6 +5,7 @@ from drllm.config import EvaluateConfig as EvaluateConfig
 from drllm.config import HealConfig as HealConfig
 from drllm.config import ModelConfig as ModelConfig
 from drllm.config import SearchConfig as SearchConfig
+from drllm.config import ShrinkConfig as ShrinkConfig
 from drllm.config import SuperviseConfig as SuperviseConfig
 from drllm.config import TrainConfig as TrainConfig
 from drllm.config import TuneConfig as TuneConfig
@@ -39,9 +40,11 @@ from drllm.paths import StaticPath as StaticPath
 from drllm.paths import sketch as sketch
 from drllm.paths import to_decisions as to_decisions
 from drllm.paths import to_path as to_path
+from drllm.pipeline.shrink import shrink as shrink
 from drllm.records.healed import HealedPath as HealedPath
 from drllm.records.results import Results as Results
 from drllm.records.search import SearchRecords as SearchRecords
+from drllm.records.shrink import ShrinkRecord as ShrinkRecord
 from drllm.records.static_paths import PathFile as PathFile
 from drllm.records.static_paths import StaticPaths as StaticPaths
 from drllm.records.static_paths import load_path as load_path

@@ -9,11 +9,12 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from drllm.cli.verbs import CONFIG, HELP, VERBS, Flag, Verb, list_flags
+from drllm.config.fields import to_flag
 from drllm.config.removed import REMOVED_FLAGS
 from drllm.errors import ConfigError
 
@@ -64,7 +65,9 @@ def read_arguments(verb: Verb, words: Sequence[str]) -> dict[str, Any]:
     for word in words_without_flag:
         if _LOOKS_LIKE_FLAG.fullmatch(word):
             raise _unknown_flag(verb, word.partition("=")[0])
-    values, unused_words = _read_positional(verb, [*words_without_flag, *words_after])
+    values, unused_words = _read_positional(
+        verb, [*words_without_flag, *words_after], vars(namespace)
+    )
     if unused_words:
         _refuse_word(verb, unused_words[0], flags, words_before)
     return {**vars(namespace), **values}
@@ -96,7 +99,14 @@ def _make_parser(verb: Verb) -> tuple[argparse.ArgumentParser, dict[str, Flag]]:
         all_flags.append(CONFIG)
     flags: dict[str, Flag] = {}
     for flag in all_flags:
-        if flag.positional or flag.is_only_in_files:
+        if flag.is_only_in_files:
+            continue
+        names = flag.names
+        if flag.positional:
+            if not flag.title:
+                continue
+            names = [to_flag(flag.name)]
+        if names[0] in flags:  # a setting that is a positional argument too
             continue
         options: dict[str, Any] = {"dest": flag.name}
         if flag.switch:
@@ -108,17 +118,25 @@ def _make_parser(verb: Verb) -> tuple[argparse.ArgumentParser, dict[str, Flag]]:
             options["nargs"] = "+"
         elif flag is CONFIG:
             options["action"] = "append"
-        argument = parser.add_argument(*flag.names, **options)
+        argument = parser.add_argument(*names, **options)
         for name in argument.option_strings:
             flags[name] = flag
     return parser, flags
 
 
-def _read_positional(verb: Verb, words: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """Return the values of positional arguments by name, and the words that are left over."""
+def _read_positional(
+    verb: Verb, words: list[str], given: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the values of positional arguments by name, and the words that are left over.
+
+    Args:
+        verb: The verb.
+        words: The words that belong to no flag.
+        given: The values that were given by the names of flags. These have no word.
+    """
     values: dict[str, Any] = {}
     for flag in verb.flags:
-        if not flag.positional or not words:
+        if not flag.positional or not words or flag.name in given:
             continue
         if flag.many:
             values[flag.name] = words

@@ -35,9 +35,9 @@ def print_overview(terminal: Terminal) -> None:
 
 def print_help(verb: Verb, terminal: Terminal, *, everything: bool = False) -> None:
     """Print what a verb does and its basic flags; with `everything`, print all of its flags."""
-    flags = list(list_flags(verb))
+    flags = _list_distinct_flags(verb)
     usage = ["drllm", verb.name, "[flags]"]
-    usage += [f"[{flag.names[0]}]" for flag in flags if flag.positional]
+    usage += [_format_positional(flag) for flag in flags if flag.positional]
     terminal.say(f"usage: {' '.join(usage)}\n")
     terminal.say(f"{verb.help[0].upper()}{verb.help[1:]}.\nfor example: {verb.example}\n")
     flags_to_print = [flag for flag in flags if everything or flag.basic]
@@ -55,6 +55,19 @@ def print_help(verb: Verb, terminal: Terminal, *, everything: bool = False) -> N
     num_hidden = len(flags) - len(flags_to_print)
     if num_hidden:
         terminal.beside("  --help-all", f"{num_hidden} more flags and settings", FLAG_WIDTH)
+
+
+def _format_positional(flag: Flag) -> str:
+    """Return a positional argument for the usage line, in brackets if it may be left out."""
+    return flag.names[0] if flag.required else f"[{flag.names[0]}]"
+
+
+def _list_distinct_flags(verb: Verb) -> list[Flag]:
+    """List the flags of a verb. A setting that is a positional argument too is listed once."""
+    flags: dict[str, Flag] = {}
+    for flag in list_flags(verb):
+        flags.setdefault(flag.name, flag)
+    return list(flags.values())
 
 
 def _format_title(group: object) -> str:

@@ -13,6 +13,7 @@ from drllm.cli.show_question import show_question
 from drllm.cli.show_results import show_latency, show_results
 from drllm.cli.show_routers import show_agreement, show_metrics, show_routers
 from drllm.cli.show_search import SEARCH_RENDERERS, show_unfinished
+from drllm.cli.show_shrink import show_shrink
 from drllm.cli.terminal import Terminal
 from drllm.cli.verbs import Flag, verb
 from drllm.errors import RecordError
@@ -22,6 +23,7 @@ from drllm.records.healed import HEALED_FILE
 from drllm.records.layers import LAYERS_FILE
 from drllm.records.removed import refuse_menu
 from drllm.records.search import read_search
+from drllm.records.shrink import SHRINK_FILE
 from drllm.records.static_paths import PATHS_FILE
 from drllm.records.supervision import SUPERVISION_FILE
 from drllm.search import CHUNKS_FOLDER
@@ -97,6 +99,9 @@ def show(place: Path, terminal: Terminal) -> None:
 
 def _show_folder(folder: Path, terminal: Terminal) -> None:
     """Print every part of a folder, each under its path."""
+    if (folder / SHRINK_FILE).is_file():
+        show_shrink(folder / SHRINK_FILE, terminal)
+        return
     if (folder / ROUTERS_FILE).is_file():
         show_routers(folder / ROUTERS_FILE, terminal)
         return
@@ -197,6 +202,7 @@ JSON_RENDERERS: dict[str, Renderer] = {
     LAYERS_FILE: show_agreement,
     PATHS_FILE: show_paths,
     HEALED_FILE: show_healed,
+    SHRINK_FILE: show_shrink,
 }
 """The function that prints a JSON file, by the name of the file."""
 

@@ -41,6 +41,8 @@ class Flag:
         required: Whether the verb needs the flag.
         many: Whether the flag takes several values.
         positional: Whether the value is written without the flag's name.
+        title: What the help calls a positional argument, such as QUESTIONS. The value may then be
+            given by the flag's name too. If empty, the help shows the name in capitals.
         switch: Whether the flag takes no value; without the flag the value is False.
         placeholder: What the help shows in place of the value.
         basic: Whether `--help` shows the flag; `--help-all` shows all flags.
@@ -57,6 +59,7 @@ class Flag:
     required: bool = False
     many: bool = False
     positional: bool = False
+    title: str = ""
     switch: bool = False
     placeholder: str = "FILE"
     basic: bool = True
@@ -80,7 +83,7 @@ class Flag:
     def names(self) -> list[str]:
         """The name and the alias as a user writes them; help and messages show the first."""
         if self.positional:
-            return [self.name.upper()]
+            return [self.title or self.name.upper()]
         names = [to_flag(self.name)]
         if self.alias is not None:
             names.append(to_flag(self.alias))
@@ -150,6 +153,7 @@ class _Verbs(UserDict[str, Any]):
 VERBS = _Verbs(
     {
         "run": "running",
+        "shrink": "shrinking",
         "generate": "generation",
         "search": "searching",
         "supervise": "searching",
@@ -170,7 +174,7 @@ FOREIGN = {"lm-eval": "lm-evaluation-harness' own command line, with --model drl
 """Verbs whose arguments another program reads, with their help."""
 
 SECTIONS = {
-    "everything in one command": ("run",),
+    "everything in one command": ("run", "shrink"),
     "the stages, in order; each reads files of an earlier one": (
         "search",
         "supervise",

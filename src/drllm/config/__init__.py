@@ -11,6 +11,7 @@ from drllm.config.generate import DepthConfig, GenerateConfig
 from drllm.config.heal import HealConfig
 from drllm.config.model import DEVICES, ModelConfig
 from drllm.config.search import STOP_RULES, SearchConfig
+from drllm.config.shrink import ShrinkConfig
 from drllm.config.supervise import SuperviseConfig
 from drllm.config.train import TrainConfig
 from drllm.config.tune import TuneConfig
@@ -27,6 +28,7 @@ __all__ = [
     "HealConfig",
     "ModelConfig",
     "SearchConfig",
+    "ShrinkConfig",
     "SuperviseConfig",
     "TrainConfig",
     "TuneConfig",

@@ -34,8 +34,10 @@ from drllm.models.routing.core import Routing
 from drllm.models.routing.healed import install_path
 from drllm.models.routing.lora import find_layers_name
 from drllm.paths import StaticPath
+from drllm.records.codec import write_json
 from drllm.records.healed import HealedPath
 from drllm.records.identity import QUANTISED
+from drllm.records.shrink import SHRINK_FILE, ShrinkRecord
 from drllm.records.static_paths import PathFile, StaticPaths
 
 NUM_TOKENS = 32  # length of the row on which the checkpoint is compared with the path
@@ -79,7 +81,11 @@ class Export(NamedTuple):
 
 
 def export_path(
-    base: BaseModel, path: StaticPath | PathFile | Sequence[int], output_dir: Path | str
+    base: BaseModel,
+    path: StaticPath | PathFile | Sequence[int],
+    output_dir: Path | str,
+    *,
+    shrink: ShrinkRecord | None = None,
 ) -> Export:
     """Write a path as a checkpoint that `AutoModelForCausalLM.from_pretrained` loads.
 
@@ -98,6 +104,7 @@ def export_path(
         path: A path, or layer indices in the order executed. The order is free, and a layer may
             come any number of times. For a `PathFile` the card says how the path was found.
         output_dir: The folder to make. An empty folder may exist.
+        shrink: What `drllm shrink` measured; the card and a `shrink.json` say it.
 
     Raises:
         PathError: The path is empty, has a layer that the model doesn't have, or is for another
@@ -138,9 +145,11 @@ def export_path(
             num_repeated_bytes=num_repeated_bytes,
             is_merged=along_path.is_merged,
         )
-        card = model_card(base.identity, path, export.dtype, num_repeated_bytes, file)
+        card = model_card(base.identity, path, export.dtype, num_repeated_bytes, file, shrink)
         with _create_folder(output) as folder:
             _write(folder, exported, base, card)
+            if shrink is not None:
+                write_json(folder / SHRINK_FILE, shrink)
             del exported  # frees its copies of weights before the checkpoint is loaded
             _verify(folder, base.model, path, along_path)
     return export
@@ -372,6 +381,7 @@ def model_card(
     dtype: str,
     num_repeated_bytes: int,
     file: PathFile | None = None,
+    shrink: ShrinkRecord | None = None,
 ) -> str:
     """Write the card of an exported checkpoint: where it comes from, and how to load it.
 
@@ -383,6 +393,7 @@ def model_card(
         dtype: The dtype of the weights.
         num_repeated_bytes: The size of the layers that are written a second time or more.
         file: The file that the path comes from; None without one.
+        shrink: What `drllm shrink` measured; None if it didn't.
     """
     layers = path.layers
     num_layers = base["num_layers"]
@@ -407,6 +418,7 @@ def model_card(
         named=named,
         record=record if isinstance(record, StaticPaths) else None,
         healed=record if isinstance(record, HealedPath) else None,
+        shrink=shrink,
         version=importlib.metadata.version("drllm"),
     )
 

@@ -172,8 +172,18 @@ def exclude_drop(
         raise ValueError("there is no candidate to test")
     trials = []
     for name, by_task in candidates.items():
-        tests = [_test_on_task(task, by_task[task], limits) for task in by_task]
+        tests = [judge_task(task, by_task[task], limits) for task in by_task]
         trials.append(Trial(name=name, tasks=tuple(tests)))
+    return end_at_failure(trials, limits)
+
+
+def end_at_failure(trials: Sequence[Trial], limits: Limits) -> DropTest:
+    """Return the trials up to the first that fails; the candidates after it aren't tested.
+
+    Args:
+        trials: The trials of all candidates, in an order that was fixed before any result.
+        limits: The losses to exclude.
+    """
     num_passed = pass_in_order(trials, lambda trial: trial.passed)
     num_tested = num_passed + 1  # with the first that fails, if any fails
     untested = tuple(trial.name for trial in trials[num_tested:])
@@ -190,17 +200,39 @@ class _Failure(NamedTuple):
     needed: int | None = None
 
 
-def _test_on_task(task: str, differences: Differences | None, limits: Limits) -> TaskTest:
-    """Test one candidate on one task."""
+def judge_task(task: str, differences: Differences | None, limits: Limits) -> TaskTest:
+    """Test one candidate on the questions of one task.
+
+    Args:
+        task: The task.
+        differences: The candidate minus base; None if it wasn't evaluated on the task.
+        limits: The losses to exclude.
+    """
     if differences is None:
         return TaskTest(task=task, failures=("it was not evaluated",))
     failures: list[_Failure] = []
     failures += _test_accuracy(differences.accuracy, limits.max_drop / 100)
     if limits.max_loss_increase is not None:
         failures += _test_text(differences.text_loss, limits.max_loss_increase)
+    return _make_test(task, failures)
+
+
+def judge_texts(source: str, loss: Verdict, max_loss_increase: float) -> TaskTest:
+    """Test one candidate on texts alone.
+
+    Args:
+        source: The name of the texts.
+        loss: The candidate's next-token loss minus base's.
+        max_loss_increase: The increase to exclude, in nats a token.
+    """
+    return _make_test(source, _test_text(loss, max_loss_increase))
+
+
+def _make_test(name: str, failures: Sequence[_Failure]) -> TaskTest:
+    """Return a test with its failures, and the largest number of questions that they need."""
     reasons = tuple(failure.reason for failure in failures)
     needed = _find_largest([failure.needed for failure in failures])
-    return TaskTest(task=task, failures=reasons, needed=needed)
+    return TaskTest(task=name, failures=reasons, needed=needed)
 
 
 def _find_largest(numbers: Sequence[int | None]) -> int | None:

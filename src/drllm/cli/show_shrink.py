@@ -1,0 +1,84 @@
+"""Prints what `drllm shrink` measured: a table of the models, and the verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from drllm.cli.terminal import Terminal
+from drllm.records.shrink import (
+    FULL,
+    ShrinkRecord,
+    ShrunkModel,
+    TaskScores,
+    TextScores,
+    read_shrink,
+)
+from drllm.statistics.verdicts import Verdict, signed
+
+
+def show_shrink(file: Path, terminal: Terminal) -> None:
+    """Print a `shrink.json`."""
+    show_models(read_shrink(file), terminal)
+
+
+def show_models(record: ShrinkRecord, terminal: Terminal) -> None:
+    """Print a table of the models for each task and source of texts, then the verdict."""
+    names = [*record.full.tasks, *record.full.texts]
+    for name in names:
+        columns = ["layers", "size", "text loss", "speed", ""]
+        if name in record.full.tasks:
+            columns.insert(2, "accuracy")
+        rows = [_make_row(record, model, name) for model in record.models]
+        title = f"{name}, {record.num_held_out[name]:,} held out"
+        terminal.table("|".join(columns), rows, title=title)
+    terminal.say(record.verdict)
+
+
+def _make_row(record: ShrinkRecord, model: ShrunkModel, name: str) -> list[str]:
+    """Return the cells of one model, on one task or source of texts."""
+    cells = [str(len(model.layers)), f"{model.num_bytes / 1e6:,.0f} MB"]
+    scores = model.tasks.get(name)
+    if scores is not None:
+        cells.append(_write_accuracy(scores))
+        cells.append(_write_loss(scores.text_loss, _read_text_verdict(scores)))
+    else:
+        text_scores: TextScores = model.texts[name]
+        cells.append(_write_loss(text_scores.loss, text_scores.against_full))
+    cells.append("–" if model.speed is None else f"{model.speed:.2f}×")
+    cells.append(_mark(record, model))
+    return cells
+
+
+def _write_accuracy(scores: TaskScores) -> str:
+    """Write an accuracy, and the interval of its difference from the full model's, in points."""
+    accuracy = f"{100 * scores.accuracy:.1f} %"
+    if scores.against_full is None:
+        return accuracy
+    low, high = scores.against_full.accuracy.interval
+    return f"{accuracy} ({signed(100 * low, 1)} to {signed(100 * high, 1)})"
+
+
+def _read_text_verdict(scores: TaskScores) -> Verdict | None:
+    return None if scores.against_full is None else scores.against_full.text_loss
+
+
+def _write_loss(loss: float | None, against_full: Verdict | None) -> str:
+    """Write a next-token loss, and its difference from the full model's, in nats a token."""
+    if loss is None:
+        return "–"
+    if against_full is None:
+        return f"{loss:.3f}"
+    return f"{loss:.3f} ({signed(against_full.mean, 3)})"
+
+
+def _mark(record: ShrinkRecord, model: ShrunkModel) -> str:
+    """Say what became of a model: written, passed, failed or not tested."""
+    if model.name == FULL:
+        return ""
+    if record.written is model:
+        return "← written"
+    results: Mapping[str, bool] = {trial.name: trial.passed for trial in record.trials}
+    if model.name not in results:
+        return "not tested"
+    return "passed" if results[model.name] else "not shown"

@@ -1,0 +1,131 @@
+"""The verb `drllm shrink`: a smaller checkpoint, and what it loses."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from drllm.cli.base_model import check_model_name
+from drllm.cli.command_line import CommandLine
+from drllm.cli.questions import COLUMNS
+from drllm.cli.show_shrink import show_models
+from drllm.cli.terminal import LOADING, Terminal
+from drllm.cli.verbs import Flag, verb
+from drllm.config import ModelConfig, ShrinkConfig
+from drllm.pipeline.shrink_power import find_power
+from drllm.pipeline.shrink_questions import ShrinkQuestions, read_questions
+from drllm.records.places import check_folder
+from drllm.records.shrink import SHRINK_FILE
+
+NOT_SHOWN = 1  # the exit status if no candidate is shown to lose less than the limits
+
+
+@verb(
+    "shrink",
+    example="drllm shrink smollm2-135m questions.jsonl smaller/ --max-drop 3",
+    settings=(ModelConfig, ShrinkConfig),
+    flags=(
+        Flag(
+            "model",
+            "base model: an alias, a hub id or a local folder",
+            required=True,
+            positional=True,
+            title="MODEL",
+        ),
+        Flag(
+            "tasks",
+            "questions of the task that the smaller model is for: FILE.jsonl, or the name of a "
+            "task",
+            required=True,
+            positional=True,
+            title="QUESTIONS",
+        ),
+        Flag(
+            "output_dir",
+            "folder for the smaller checkpoint; the work is kept beside it, in OUT.work",
+            required=True,
+            positional=True,
+            title="OUT",
+        ),
+        COLUMNS,
+        Flag(
+            "force",
+            "write the checkpoint that was measured last, also if it is not shown to lose little",
+            switch=True,
+        ),
+    ),
+    resumes=True,
+)
+def shrink_verb(command: CommandLine, terminal: Terminal) -> int | None:
+    """Write a smaller checkpoint that is shown to lose little on a task."""
+    config = command.get_settings(ShrinkConfig)
+    output = command.path("output_dir")
+    force = bool(command.values["force"])
+
+    config.check()
+    check_model_name(command)
+    check_folder(output, "OUT")
+    with terminal.busy("reading the questions"):
+        questions = read_questions(config, config.tasks)
+    terminal.say(_describe_work(questions, config))
+    if _lacks_power(questions, config, terminal) and not force:
+        return NOT_SHOWN
+    with terminal.busy(LOADING):
+        from drllm.pipeline.shrink import shrink_questions
+
+    model = command.get_settings(ModelConfig)
+    record = shrink_questions(model, questions, config, output, force=force, listener=terminal)
+
+    show_models(record, terminal)
+    if record.written is None:
+        return NOT_SHOWN
+    _print_next_steps(output, terminal)
+    return None
+
+
+def _describe_work(questions: ShrinkQuestions, config: ShrinkConfig) -> str:
+    """Say how the questions are divided, what may be lost, and how long it takes."""
+    to_find = questions.count_to_find()
+    parts = []
+    for name, num_held_out in questions.count_held_out().items():
+        parts.append(f"{name}: {to_find[name]:,} to find and heal paths, {num_held_out:,} held out")
+    if config.layers is not None:
+        goal = f"{config.layers} layers stay, whatever that loses"
+    elif config.save is not None:
+        goal = f"{config.save} of the layers go, whatever that loses"
+    else:
+        goal = (
+            f"at most {config.max_drop:g} points of accuracy and {config.max_loss_increase:g} nats "
+            f"a token may be lost"
+        )
+    parts.append(goal)
+    parts.append(f"about {config.minutes:g} min, then measuring; Ctrl-C keeps all work")
+    return " · ".join(parts)
+
+
+def _lacks_power(questions: ShrinkQuestions, config: ShrinkConfig, terminal: Terminal) -> bool:
+    """Print what the held-out questions can show; return whether it can't be enough."""
+    if config.layers is not None or config.save is not None:
+        return False
+    is_enough = True
+    for power in find_power(questions, config):
+        if not power.is_enough:
+            is_enough = False
+            terminal.say(f"NOT SHOWN: {power.sentence}.")
+        else:
+            terminal.note(power.sentence)
+    if not is_enough:
+        terminal.say(
+            "Nothing was done. Give more questions, allow a larger loss, or give --force to go on."
+        )
+    return not is_enough
+
+
+def _print_next_steps(output: Path, terminal: Terminal) -> None:
+    """Print where the checkpoint is, and commands that can be pasted."""
+    terminal.fact("checkpoint", f"{output}, loads with transformers alone")
+    terminal.fact("numbers", output / SHRINK_FILE)
+    terminal.command(f"drllm show {shlex.quote(str(output))}")
+    terminal.command(
+        f"drllm generate --model {shlex.quote(str(output))} --prompt 'What is a cloud?'"
+    )

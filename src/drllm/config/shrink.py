@@ -1,0 +1,119 @@
+"""Settings of `drllm shrink`, which writes a smaller checkpoint and says what it loses."""
+
+from dataclasses import dataclass
+
+from drllm.config.constants import DATA_DIR_HELP, TASKS_HELP
+from drllm.config.fields import Settings, basic, incidental, setting
+from drllm.errors import ConfigError
+
+SHARE_OF_LAYERS = 1 / 6
+"""The largest share of the layers that is left out, unless a number is given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShrinkConfig(Settings):
+    """A smaller checkpoint: what it may lose, and how long finding it may take."""
+
+    tasks: str | None = basic(
+        None,
+        placeholder="TASKS",
+        alias="dataset",
+        help=TASKS_HELP,
+    )
+    max_drop: float = basic(
+        3.0,
+        above=0.0,
+        maximum=100.0,
+        help="largest allowed loss of accuracy, in points; a test on held-out questions must "
+        "exclude a larger loss",
+    )
+    max_loss_increase: float = basic(
+        0.05,
+        above=0.0,
+        help="largest allowed increase of the next-token loss, in nats a token; a test on held-out "
+        "texts must exclude a larger increase",
+    )
+    minutes: float = basic(
+        30.0,
+        above=0.0,
+        help="minutes to find paths and to heal them; measuring them comes after that",
+    )
+    save: str | None = basic(
+        None,
+        placeholder="PERCENT",
+        help="share of the layers to leave out, such as 15%, whatever that loses",
+    )
+    layers: int | None = basic(
+        None,
+        minimum=1,
+        help="number of layers to keep, whatever that loses",
+    )
+    text: str | None = incidental(
+        None,
+        basic=True,
+        placeholder="FILE,...",
+        help="texts that the model must still be able to write, beside the questions; as for heal "
+        "--text",
+    )
+    data_dir: str | None = incidental(
+        None,
+        help=DATA_DIR_HELP,
+    )
+    num_candidates: int = setting(
+        3,
+        minimum=1,
+        help="maximum number of paths that are healed and measured",
+    )
+    rank: int = setting(16, minimum=1, help="rank of the adapters that heal paths")
+    num_fit: int = setting(
+        100,
+        minimum=1,
+        help="maximum questions per task that paths are compared on while they are searched",
+    )
+    seed: int = setting(0, minimum=0, help="seed of all draws")
+
+    def check(self) -> None:
+        """Refuse a share that isn't a percentage, and two numbers of layers."""
+        if self.save is not None and self.layers is not None:
+            raise ConfigError(
+                f"--save {self.save} and --layers {self.layers} both say how many layers stay; "
+                f"give one of them"
+            )
+        if self.save is not None:
+            self._read_share(self.save)
+
+    def choose_num_skipped(self, num_layers: int) -> int | None:
+        """Return how many layers to leave out of `num_layers`; None if the losses decide.
+
+        Raises:
+            ConfigError: No layer would be left out, or none would stay.
+        """
+        if self.layers is not None:
+            num_skipped = num_layers - self.layers
+            request = f"--layers {self.layers}"
+        elif self.save is not None:
+            num_skipped = round(num_layers * self._read_share(self.save))
+            request = f"--save {self.save}"
+        else:
+            return None
+        if not 0 < num_skipped < num_layers:
+            raise ConfigError(
+                f"{request} leaves out {num_skipped} of the model's {num_layers} layers; leave out "
+                f"1 to {num_layers - 1}"
+            )
+        return num_skipped
+
+    @staticmethod
+    def _read_share(text: str) -> float:
+        """Read a percentage such as `15%`."""
+        number = text.strip().removesuffix("%")
+        try:
+            share = float(number) / 100
+        except ValueError:
+            share = 0.0
+        if not 0 < share < 1:
+            raise ConfigError(
+                f"--save is {text!r}; give a percentage of the layers between 0 and 100, such as "
+                f"15%"
+            )
+        return share

@@ -1,0 +1,487 @@
+"""The stage `shrink`: a smaller checkpoint that is shown to lose little, or an honest no.
+
+It tunes paths, heals some of them, measures these on questions that nothing was chosen on, and
+writes the smallest that is shown to lose less than the limits. Each step is a stage of its own,
+which keeps its work in a folder beside the output. A killed run resumes.
+
+Source: ours; the order of the tests is explained in `statistics.exclusion`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import msgspec
+from msgspec.structs import replace
+
+from drllm.config import EvaluateConfig, HealConfig, ShrinkConfig, TuneConfig
+from drllm.config.fields import make_settings, replace_settings
+from drllm.config.shrink import SHARE_OF_LAYERS
+from drllm.errors import ConfigError
+from drllm.evaluation.stage import evaluate
+from drllm.extras import need
+from drllm.models.base.layers import find_layers
+from drllm.models.base.load import BaseModel
+from drllm.models.export import check_output, export_path
+from drllm.models.routed_model import RoutedModel, unrouted
+from drllm.models.routing.healed import install_path
+from drllm.paths import StaticPath
+from drllm.pipeline.shrink_candidates import choose_candidates
+from drllm.pipeline.shrink_questions import ShrinkQuestions, read_questions
+from drllm.pipeline.shrink_speed import measure_speeds
+from drllm.records.codec import write_json
+from drllm.records.healed import HealedPath
+from drllm.records.manifest import new_manifest
+from drllm.records.places import only_writer
+from drllm.records.results import Evaluation
+from drllm.records.shrink import (
+    FULL,
+    SHRINK_FILE,
+    ShrinkRecord,
+    ShrunkModel,
+    TaskScores,
+    TextScores,
+    read_shrink,
+)
+from drllm.records.static_paths import PATHS_FILE, NamedPath, StaticPaths, load_path
+from drllm.statistics.exclusion import (
+    Limits,
+    TaskTest,
+    Trial,
+    end_at_failure,
+    judge_task,
+    judge_texts,
+)
+from drllm.statistics.verdicts import judge_means
+from drllm.tuning.data_splits import TasksArgument
+from drllm.tuning.heal import heal
+from drllm.tuning.heal_checks import measure_text_losses
+from drllm.tuning.heal_texts import TextArgument, TextSource, Tokens
+from drllm.tuning.heal_tokens import TextTokenizer
+from drllm.tuning.objectives import LOSS
+from drllm.tuning.run import tune
+from drllm.work.listener import Listener
+from drllm.work.store import ResultStore, refuse_other_run
+
+SHARE_TO_TUNE = 1 / 3  # of `minutes`; the rest heals
+MAX_TOKENS = 512  # of a held-out text, and of an answer to a prompt
+NUM_TEXTS = 400  # maximum held-out questions whose text's loss is measured
+NUM_JUDGED = 200  # maximum questions per task that choose among paths
+WORK_ENDING = ".work"  # the folder of the work is named like the output, with this ending
+
+
+def shrink(
+    model: Any,
+    tasks: TasksArgument = None,
+    config: ShrinkConfig | None = None,
+    output_dir: Path | str | None = None,
+    *,
+    texts: TextArgument = None,
+    force: bool = False,
+    tokenizer: Any = None,
+    listener: Listener | None = None,
+    **settings: Any,
+) -> ShrinkRecord:
+    """Write a smaller checkpoint that is shown to lose less than some limits on held-out questions.
+
+    Paths are tuned and healed on a part of the questions. The candidates and their order are fixed.
+    Then they are measured on the held-out questions, from the most layers to the fewest. A
+    candidate passes if a loss of accuracy of `max_drop` points and an increase of the next-token
+    loss of `max_loss_increase` nats a token are excluded with 95 % confidence. The last that passed
+    before one failed is written, as an ordinary checkpoint with a model card and `shrink.json`. If
+    none passed, nothing is written.
+
+    With `save` or `layers` the number of layers is given. Then one candidate is measured and
+    written, whatever it loses.
+
+    After an interruption the same call resumes. The work is kept in a folder beside the output,
+    `NAME.work`, which may be deleted afterwards.
+
+    Args:
+        model: As for `tune`, without Ray.
+        tasks: Tasks, names of tasks, or files of questions. Questions may have options, right
+            answers, or be prompts without answers; then the text loss alone decides, on the answers
+            of the full model.
+        config: The settings; None takes the defaults.
+        output_dir: The folder of the checkpoint; it must not exist, or be empty. None writes no
+            checkpoint.
+        texts: Texts that the model must still be able to write, as for `heal`; None takes the
+            config's texts. A quarter of them is held out.
+        force: Write the candidate whose test failed, if none passed.
+        tokenizer: As for `tune`.
+        listener: Receives progress and notes.
+        settings: Settings of `ShrinkConfig` by name, which replace the config's settings.
+
+    Returns:
+        What each candidate loses, and which one was written.
+
+    Raises:
+        ConfigError: The settings don't fit the model, or the folders belong to another run.
+        TaskError: A task is unknown, has too few questions, or has none to hold out.
+        ArchitectureError: The model can't be exported.
+
+    Source: ours.
+    """
+    config = replace_settings(ShrinkConfig, config, settings)
+    config.check()
+    questions = read_questions(config, config.tasks if tasks is None else tasks, texts)
+    return shrink_questions(
+        model,
+        questions,
+        config,
+        output_dir,
+        force=force,
+        tokenizer=tokenizer,
+        listener=listener,
+    )
+
+
+def shrink_questions(
+    model: Any,
+    questions: ShrinkQuestions,
+    config: ShrinkConfig,
+    output_dir: Path | str | None = None,
+    *,
+    force: bool = False,
+    tokenizer: Any = None,
+    listener: Listener | None = None,
+) -> ShrinkRecord:
+    """Shrink a model for questions that are read already; otherwise as `shrink`."""
+    listener = listener or Listener()
+    need("eval", "measuring accuracy")
+    need("heal", "training an adapter")
+    with ExitStack() as stack:
+        output = None if output_dir is None else Path(output_dir)
+        work = _find_work_folder(output, stack)
+        if output is not None:
+            check_output(output)
+        stack.enter_context(only_writer(work, "shrink", "OUT"))
+        base = stack.enter_context(unrouted(model, tokenizer, listener))
+        run = ShrinkRun(base, questions, config, work, listener)
+        record = run.find_models()
+        return run.write(record, output, force=force)
+
+
+def _find_work_folder(output: Path | None, stack: ExitStack) -> Path:
+    """Return the folder of the work: beside the output, or a temporary one."""
+    if output is None:
+        return Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    place = output.resolve()
+    return place.with_name(place.name + WORK_ENDING)
+
+
+@dataclass(frozen=True)
+class ShrinkRun:
+    """One run of the stage.
+
+    Attributes:
+        base: The model.
+        questions: The questions and texts.
+        config: The settings.
+        work: The folder of the work.
+        listener: Receives progress and notes.
+    """
+
+    base: BaseModel
+    questions: ShrinkQuestions
+    config: ShrinkConfig
+    work: Path
+    listener: Listener
+
+    def find_models(self) -> ShrinkRecord:
+        """Find, heal and measure candidates, or return what an earlier run found."""
+        header = self.make_header()
+        file = self.work / SHRINK_FILE
+        finished = self.read_finished(file, header)
+        if finished is not None:
+            return finished
+        sources, held_out = self.prepare_texts()
+        tuned = self.tune_paths(sources)
+        candidates = self.choose_candidates(tuned)
+        folders = self.heal_candidates(candidates, sources)
+        record = self.measure(header, folders, held_out)
+        record = self.judge(record)
+        write_json(file, record)
+        return record
+
+    def prepare_texts(self) -> tuple[list[TextSource], dict[str, list[Tokens]]]:
+        """Let the full model answer prompts without answers, once for all steps.
+
+        Returns:
+            What paths are repaired and healed on, with the answers as texts; and the held-out texts
+            as tokens, by their name.
+        """
+        base = self.base
+        identity = {"questions_sha256": self.questions.digest(), "model": base.identity}
+        store = ResultStore(self.work / "answers", identity, stage="shrink")
+        store.open()
+        routed = RoutedModel(base.model, tokenizer=base.tokenizer)
+        try:
+            tokenizer = TextTokenizer(routed, MAX_TOKENS, store, self.listener)
+            sources = []
+            for source in self.questions.sources:
+                if source.is_open:
+                    answers = tokenizer.tokenize_sources([source])[source.name]
+                    texts = [base.tokenizer.decode(tokens) for tokens in answers]
+                    source = TextSource(name=source.name, texts=texts)
+                sources.append(source)
+            held_out = tokenizer.tokenize_sources(self.questions.held_out_sources)
+        finally:
+            routed.detach()
+        return sources, held_out
+
+    def make_header(self) -> dict[str, Any]:
+        """Return the fields that are known before any work."""
+        questions = self.questions
+        manifest = new_manifest("shrink", model=self.base.identity, config=self.config.to_dict())
+        return {
+            **manifest,
+            "tasks": tuple(splits.task.name for splits in questions.tasks),
+            "texts": tuple(questions.held_out_texts),
+            "num_questions": questions.count_to_find(),
+            "num_held_out": questions.count_held_out(),
+            "runtime": dict(self.base.runtime),
+            "questions_sha256": questions.digest(),
+        }
+
+    def read_finished(self, file: Path, header: Mapping[str, Any]) -> ShrinkRecord | None:
+        """Return the record of a finished run; refuse the record of another run."""
+        if not file.exists():
+            return None
+        record = read_shrink(file)
+        stored = _make_identity(msgspec.structs.asdict(record))
+        remedy = f"choose another folder, or delete {self.work}"
+        refuse_other_run(f"the work in {file}", stored, _make_identity(header), remedy)
+        return record
+
+    def tune_paths(self, sources: Sequence[TextSource]) -> StaticPaths:
+        """Find paths with fewer layers, repaired with texts of some sources."""
+        config = self.config
+        num_layers = self.base.num_layers
+        num_skipped = config.choose_num_skipped(num_layers)
+        questions = self.questions
+        # Where all questions have answers, the loss of the answers chooses: what keeps it keeps
+        # accuracy too, while paths that keep accuracy alone lose their text.
+        has_answers = not (questions.open_tasks or questions.held_out_texts)
+        tune_config = TuneConfig(
+            data_dir=config.data_dir,
+            objective=LOSS if has_answers else None,
+            max_skipped=num_skipped or max(1.0, round(SHARE_OF_LAYERS * num_layers)),
+            # A path may lose more before it is healed than it may lose in the end.
+            max_loss=1.0,
+            minutes=None if num_skipped else SHARE_TO_TUNE * config.minutes,
+            num_fit=config.num_fit,
+            num_judged=NUM_JUDGED,
+            seed=config.seed,
+        )
+        tasks = [*questions.tasks, *questions.text_tasks]
+        self.listener.note("step 1 of 4: which layers can go")
+        return tune(
+            self.base,
+            tasks,
+            tune_config,
+            self.work / "tuned",
+            texts=list(sources),
+            listener=self.listener,
+        )
+
+    def choose_candidates(self, tuned: StaticPaths) -> list[NamedPath]:
+        """Choose the paths to heal and to measure, from the most layers to the fewest."""
+        config = self.config
+        num_skipped = config.choose_num_skipped(self.base.num_layers)
+        if num_skipped is None:
+            return choose_candidates(tuned, config.max_loss_increase, config.num_candidates)
+        for path in tuned.paths:
+            if len(path.steps) == self.base.num_layers - num_skipped:
+                return [path]
+        raise ConfigError(
+            f"no path with {num_skipped} layers left out was found; the search ended with "
+            f"{tuned.paths[-1].name}, since longer paths lose too much"
+        )
+
+    def heal_candidates(
+        self, candidates: Sequence[NamedPath], sources: Sequence[TextSource]
+    ) -> dict[str, Path]:
+        """Heal each candidate, and return the folder of each by the name of the path."""
+        config = self.config
+        minutes = (1 - SHARE_TO_TUNE) * config.minutes / len(candidates)
+        heal_config = HealConfig(
+            data_dir=config.data_dir, minutes=minutes, rank=config.rank, seed=config.seed
+        )
+        folders = {}
+        for candidate in candidates:
+            self.listener.note(
+                f"step 2 of 4: healing {len(candidate.steps)} of {self.base.num_layers} layers, "
+                f"{minutes:.3g} minutes of training"
+            )
+            folder = self.work / f"healed-{candidate.name}"
+            path = load_path(f"{self.work / 'tuned' / PATHS_FILE}:{candidate.name}")
+            heal(
+                self.base,
+                path,
+                texts=list(sources),
+                config=heal_config,
+                output_dir=folder,
+                listener=self.listener,
+            )
+            folders[candidate.name] = folder
+        return folders
+
+    def measure(
+        self,
+        header: Mapping[str, Any],
+        folders: Mapping[str, Path],
+        held_out: Mapping[str, Sequence[Tokens]],
+    ) -> ShrinkRecord:
+        """Measure the full model and the candidates on what is held out."""
+        self.listener.note("step 3 of 4: measuring on held-out questions")
+        evaluations = self.evaluate_tasks(folders)
+        routed = RoutedModel(self.base.model, tokenizer=self.base.tokenizer)
+        try:
+            paths = {FULL: StaticPath(range(self.base.num_layers))}
+            records = {}
+            for name, folder in folders.items():
+                path_file = load_path(folder)
+                assert isinstance(path_file.record, HealedPath)
+                records[name] = path_file.record
+                paths[name] = install_path(routed.injection, path_file)
+            losses = self.measure_losses(routed, paths, held_out)
+            plain_paths = {name: path.with_adapter("") for name, path in paths.items()}
+            with self.listener.busy("measuring time"):
+                speeds = measure_speeds(routed, plain_paths)
+        finally:
+            routed.detach()
+        models = []
+        for name, path in paths.items():
+            model = ShrunkModel(
+                name=name,
+                layers=path.layers,
+                num_bytes=self.count_bytes(path),
+                tasks=_read_task_scores(evaluations, name),
+                texts=self.compare_losses(losses, name),
+                speed=speeds[name],
+                repair="" if name == FULL else records[name].describe_repair(),
+            )
+            models.append(model)
+        return ShrinkRecord(**header, models=tuple(models))
+
+    def evaluate_tasks(self, folders: Mapping[str, Path]) -> list[Evaluation]:
+        """Evaluate the candidates on the held-out questions of tasks with right answers."""
+        tasks = [splits.task for splits in self.questions.graded_tasks]
+        if not tasks:
+            return []
+        config = EvaluateConfig(
+            data_dir=self.config.data_dir,
+            baselines="none",
+            num_texts=NUM_TEXTS,
+            seed=self.config.seed,
+        )
+        paths = [str(folder) for folder in folders.values()]
+        results = evaluate(
+            self.base, tasks, config, self.work / "eval", paths=paths, listener=self.listener
+        )
+        return list(results)
+
+    def measure_losses(
+        self,
+        routed: RoutedModel,
+        paths: Mapping[str, StaticPath],
+        held_out: Mapping[str, Sequence[Tokens]],
+    ) -> dict[str, dict[str, list[float]]]:
+        """Return the loss of each held-out text of each source, along each path."""
+        losses = {}
+        for name, texts in held_out.items():
+            sequences = [text[:MAX_TOKENS] for text in texts]
+            with self.listener.busy(f"measuring the loss of {name}"):
+                measured = measure_text_losses(routed, paths, {name: sequences})
+            losses[name] = measured[name].by_path
+        return losses
+
+    def compare_losses(
+        self, losses: Mapping[str, Mapping[str, list[float]]], name: str
+    ) -> dict[str, TextScores]:
+        """Return the losses of one model, by source, compared with the full model's."""
+        scores = {}
+        for source, by_path in losses.items():
+            against_full = None
+            if name != FULL:
+                against_full = judge_means(
+                    "text_loss", by_path[name], by_path[FULL], self.config.seed
+                )
+            scores[source] = TextScores(loss=fmean(by_path[name]), against_full=against_full)
+        return scores
+
+    def count_bytes(self, path: StaticPath) -> int:
+        """Return the size of the weights of a model with the layers of a path."""
+        base = self.base
+        layers = find_layers(base.model)[1]
+        total: int = sum(weight.nbytes for weight in base.model.parameters())
+        for layer in set(range(base.num_layers)) - set(path.layers):
+            total -= sum(weight.nbytes for weight in layers[layer].parameters())
+        return total
+
+    def judge(self, record: ShrinkRecord) -> ShrinkRecord:
+        """Test the candidates in their order, and choose the last that passed."""
+        if self.config.choose_num_skipped(self.base.num_layers) is not None:
+            return replace(record, chosen=record.candidates[0].name)
+        limits = Limits(
+            max_drop=self.config.max_drop, max_loss_increase=self.config.max_loss_increase
+        )
+        trials = [_try(model, limits) for model in record.candidates]
+        result = end_at_failure(trials, limits)
+        return replace(record, limits=limits, trials=result.trials, chosen=result.chosen)
+
+    def write(self, record: ShrinkRecord, output: Path | None, *, force: bool) -> ShrinkRecord:
+        """Write the chosen checkpoint, or with `force` the one whose test failed."""
+        if record.chosen is None and force:
+            record = replace(record, chosen=record.fallback.name, is_forced=True)
+        if record.chosen is None or output is None:
+            return record
+        self.listener.note("step 4 of 4: writing the checkpoint")
+        path = load_path(self.work / f"healed-{record.chosen}")
+        with self.listener.busy("writing and checking"):
+            export_path(self.base, path, output, shrink=record)
+        return record
+
+
+def _make_identity(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values by which a run recognises its own record."""
+    config = make_settings(ShrinkConfig, values["config"])
+    return {
+        "settings": config.decisive(),
+        "model": values["model"],
+        "runtime": values["runtime"],
+        "questions_sha256": values["questions_sha256"],
+    }
+
+
+def _read_task_scores(evaluations: Sequence[Evaluation], name: str) -> dict[str, TaskScores]:
+    """Return the scores of one model by task."""
+    scores = {}
+    for evaluation in evaluations:
+        system = evaluation.base if name == FULL else evaluation.system(name)
+        assert system is not None
+        scores[evaluation.task] = TaskScores(
+            accuracy=system.accuracy,
+            text_loss=system.text_loss,
+            against_full=system.against_base,
+        )
+    return scores
+
+
+def _try(model: ShrunkModel, limits: Limits) -> Trial:
+    """Test one candidate on every task and every source of texts."""
+    tests: list[TaskTest] = []
+    for task, scores in model.tasks.items():
+        tests.append(judge_task(task, scores.against_full, limits))
+    assert limits.max_loss_increase is not None
+    for source, text_scores in model.texts.items():
+        assert text_scores.against_full is not None
+        tests.append(judge_texts(source, text_scores.against_full, limits.max_loss_increase))
+    return Trial(name=model.name, tasks=tuple(tests))

@@ -1,0 +1,81 @@
+"""What the held-out questions and texts of a shrink can show at best, before any work is done."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from drllm.config import ShrinkConfig
+from drllm.pipeline.shrink_questions import ShrinkQuestions
+from drllm.statistics.paired import paired_interval
+from drllm.statistics.power import questions_to_exclude, round_up
+from drllm.statistics.verdicts import FEWEST_TEXTS
+
+DIFFERING = 0.1
+"""The share of questions whose answer turns from right to wrong or from wrong to right. A healed
+path of SmolLM2 without three of 30 layers changes 10 to 15 % of its answers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Power:
+    """What some held-out questions or texts can exclude at best.
+
+    Attributes:
+        sentence: It in words.
+        is_enough: Whether they could exclude the allowed loss if nothing were lost.
+    """
+
+    sentence: str
+    is_enough: bool
+
+
+def find_power(questions: ShrinkQuestions, config: ShrinkConfig) -> list[Power]:
+    """Return what the held-out questions of each task and the texts of each source can show."""
+    counts = questions.count_held_out()
+    powers = [
+        _find_task_power(splits.task.name, counts[splits.task.name], config)
+        for splits in questions.graded_tasks
+    ]
+    text_counts = {splits.task.name: counts[splits.task.name] for splits in questions.open_tasks}
+    for name in questions.held_out_texts:
+        text_counts[name] = counts[name]
+    return powers + _find_text_powers(text_counts)
+
+
+def _find_task_power(name: str, num_questions: int, config: ShrinkConfig) -> Power:
+    """Return what held-out questions can exclude if as many answers are won as lost."""
+    limit = config.max_drop / 100
+    smallest = smallest_excluded_drop(num_questions)
+    needed = questions_to_exclude(num_questions, 0.0, smallest, limit)
+    sentence = (
+        f"{num_questions} held-out questions of {name} can exclude a loss of "
+        f"{100 * smallest:.1f} points at best; --max-drop {config.max_drop:g} needs about "
+        f"{round_up(needed or 0):,}"
+    )
+    return Power(sentence, is_enough=smallest < limit)
+
+
+def smallest_excluded_drop(num_questions: int) -> float:
+    """Return the loss of accuracy that a number of questions excludes if none is measured.
+
+    It is a share of the questions. One in ten answers is taken to change, half of them for the
+    better; see `DIFFERING`.
+
+    Example:
+        >>> round(100 * smallest_excluded_drop(250), 1)
+        4.0
+    """
+    num_won = DIFFERING * num_questions / 2
+    low, _ = paired_interval(num_won, num_won, num_questions)
+    return -low
+
+
+def _find_text_powers(counts: Mapping[str, int]) -> list[Power]:
+    """Return a power for each source with too few texts; other sources need no sentence."""
+    powers = []
+    for name, num_texts in counts.items():
+        if num_texts < FEWEST_TEXTS:
+            sentence = (
+                f"{num_texts} held-out texts of {name} exclude no increase of their loss; at least "
+                f"{FEWEST_TEXTS} are needed"
+            )
+            powers.append(Power(sentence, is_enough=False))
+    return powers

@@ -1,0 +1,211 @@
+"""The questions and texts of a shrink: those that find and heal paths, and those held out.
+
+What a task calls `test` is held out: no path is chosen or healed on it. Of other texts a share is
+held out by the hash of each text. This module doesn't import torch.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from drllm.config import HealConfig, ShrinkConfig, TuneConfig
+from drllm.errors import TaskError
+from drllm.records.codec import hash_values
+from drllm.records.splits import part_by_hash
+from drllm.records.static_paths import FIT, SELECT, TEST
+from drllm.statistics.verdicts import FEWEST_TEXTS
+from drllm.tasks.base import Task
+from drllm.tasks.examples import Example, choose
+from drllm.tasks.files import PROMPTS_ALONE
+from drllm.tuning.data_splits import TasksArgument, TaskSplits, split_tasks
+from drllm.tuning.heal_texts import TextArgument, TextSource, read_sources
+
+MAX_ANSWERS = 200
+"""Of prompts without answers, at most so many are answered by the full model to heal on, and at
+most so many to measure on."""
+MAX_TEXTS = 400  # maximum held-out texts of a source
+TEXT_BOUNDS = {"find": 0.75, "held out": 1.0}
+"""Where each part of a source of texts ends, as a share of all texts."""
+MIN_TEXTS = 3  # of a source: one to fit paths on, one to choose them and one to test them
+NUM_SELECT_TEXTS = 100  # maximum texts of a source that choose among paths
+NUM_TEST_TEXTS = 20  # maximum texts of a source that `tune` reports on
+
+
+class TextsTask(Task):
+    """The texts of a source as a task, so that paths are compared on them too."""
+
+    description = "texts"
+    prompt_format = PROMPTS_ALONE
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def examples(self, split: str, data_dir: Path | str | None = None) -> list[Example]:
+        """Return no questions, since the caller has divided the texts already."""
+        return []
+
+
+@dataclass(frozen=True)
+class ShrinkQuestions:
+    """The questions and texts of a shrink.
+
+    Attributes:
+        tasks: The tasks with their questions by part; `test` is held out.
+        sources: What paths are repaired and healed on: the questions of the tasks that aren't held
+            out, and texts.
+        held_out_texts: Name of a source of texts → its held-out texts.
+        num_fit: Maximum questions per task that paths are compared on.
+    """
+
+    tasks: Sequence[TaskSplits]
+    sources: Sequence[TextSource]
+    held_out_texts: Mapping[str, Sequence[str]]
+    num_fit: int
+
+    @property
+    def graded_tasks(self) -> list[TaskSplits]:
+        """The tasks whose questions have right answers."""
+        return [splits for splits in self.tasks if splits.task.has_answers]
+
+    @property
+    def open_tasks(self) -> list[TaskSplits]:
+        """The tasks that are prompts alone."""
+        return [splits for splits in self.tasks if not splits.task.has_answers]
+
+    @property
+    def held_out_sources(self) -> list[TextSource]:
+        """The held-out prompts without answers of each task, and the held-out texts."""
+        sources = []
+        for splits in self.open_tasks:
+            held_out = replace(splits, examples={**splits.examples, FIT: splits.examples[TEST]})
+            sources += read_sources(HealConfig(), [held_out])
+        for name, texts in self.held_out_texts.items():
+            sources.append(TextSource(name=name, texts=texts))
+        return sources
+
+    @property
+    def text_tasks(self) -> list[TaskSplits]:
+        """The texts of each source as a task that paths are compared on."""
+        return [_make_text_task(source, self.num_fit) for source in self.sources if source.texts]
+
+    def count_to_find(self) -> dict[str, int]:
+        """Return how many questions and texts find and heal paths, by task or source."""
+        return {source.name: len(source.prompts) or len(source.texts) for source in self.sources}
+
+    def count_held_out(self) -> dict[str, int]:
+        """Return how many questions and texts are held out, by task or source."""
+        counts = {splits.task.name: len(splits.examples[TEST]) for splits in self.tasks}
+        for name, texts in self.held_out_texts.items():
+            counts[name] = len(texts)
+        return counts
+
+    def digest(self) -> str:
+        """Return the hash of all questions and texts."""
+        values = [*(splits.digest_values() for splits in self.tasks), *self.held_out_texts.items()]
+        return hash_values([*values, *map(repr, self.sources)])
+
+
+def read_questions(
+    config: ShrinkConfig, tasks: TasksArgument, texts: TextArgument = None
+) -> ShrinkQuestions:
+    """Read the questions and texts, and divide them.
+
+    Args:
+        config: The settings.
+        tasks: Tasks, names of tasks, or files of questions.
+        texts: As for `heal`; None takes the config's texts.
+
+    Raises:
+        TaskError: A task is unknown or has too few questions, or a file can't be read.
+        ConfigError: Two sources have the same name.
+    """
+    tune_config = TuneConfig(data_dir=config.data_dir, num_fit=config.num_fit, seed=config.seed)
+    all_splits = []
+    for splits in split_tasks(tune_config, tasks):
+        _refuse_divided(splits)
+        all_splits.append(_limit_held_out(splits, config.seed))
+    heal_config = HealConfig(data_dir=config.data_dir, seed=config.seed)
+    if texts is None:
+        texts = config.text
+    text_sources = []
+    if texts:
+        text_sources = read_sources(heal_config, [], texts)
+    to_find = [_take_to_find(splits, config.seed) for splits in all_splits]
+    sources = read_sources(heal_config, to_find, [])
+    held_out_texts = {}
+    for source in text_sources:
+        kept, held_out = _divide_texts(source, config.seed)
+        sources.append(kept)
+        held_out_texts[source.name] = held_out
+    _refuse_same_name([source.name for source in sources])
+    return ShrinkQuestions(all_splits, sources, held_out_texts, config.num_fit)
+
+
+def _refuse_divided(splits: TaskSplits) -> None:
+    """Refuse a task without questions of its own to report on."""
+    if splits.is_divided:
+        raise TaskError(
+            f"{splits.task.name} has no split of its own for the last test, so nothing could be "
+            f"held out; give its questions as a file (FILE.jsonl)"
+        )
+
+
+def _limit_held_out(splits: TaskSplits, seed: int) -> TaskSplits:
+    """Limit the held-out prompts without answers, since the full model answers them first."""
+    if splits.task.has_answers:
+        return splits
+    held_out = choose(splits.examples[TEST], MAX_ANSWERS, seed)
+    return replace(splits, examples={**splits.examples, TEST: held_out})
+
+
+def _take_to_find(splits: TaskSplits, seed: int) -> TaskSplits:
+    """Return a task whose part `fit` has all questions that aren't held out."""
+    to_find = [*splits.all_to_fit, *splits.spare, *splits.examples[SELECT]]
+    unique = list(dict.fromkeys(to_find))
+    if not splits.task.has_answers:
+        unique = choose(unique, MAX_ANSWERS, seed)
+    return replace(splits, examples={**splits.examples, FIT: unique})
+
+
+def _divide_texts(source: TextSource, seed: int) -> tuple[TextSource, list[str]]:
+    """Divide the texts of a source: those to find and heal paths with, and those held out.
+
+    Raises:
+        TaskError: A part would be empty.
+    """
+    parts: dict[str, list[str]] = {part: [] for part in TEXT_BOUNDS}
+    for text in dict.fromkeys(source.texts):
+        parts[part_by_hash(f"shrink:{text}", TEXT_BOUNDS)].append(text)
+    to_find, held_out = parts.values()
+    if len(to_find) < MIN_TEXTS or not held_out:
+        raise TaskError(
+            f"{source.name} has {len(source.texts)} texts, too few to find paths on some and to "
+            f"hold out a quarter; give {FEWEST_TEXTS * 4} texts or more"
+        )
+    return replace(source, texts=to_find), choose(held_out, MAX_TEXTS, seed)
+
+
+def _make_text_task(source: TextSource, num_fit: int) -> TaskSplits:
+    """Make a task from the texts of a source; they choose among paths as questions do.
+
+    None of them are held out from the shrink.
+    """
+    examples = [Example(question=text, answer="") for text in source.texts]
+    third = max(1, len(examples) // 3)
+    end_of_select = min(third, NUM_SELECT_TEXTS)
+    end_of_test = end_of_select + min(third, NUM_TEST_TEXTS)
+    parts = {
+        SELECT: examples[:end_of_select],
+        TEST: examples[end_of_select:end_of_test],
+        FIT: examples[end_of_test : end_of_test + num_fit],
+    }
+    return TaskSplits(TextsTask(source.name), parts, is_divided=True)
+
+
+def _refuse_same_name(names: Sequence[str]) -> None:
+    """Refuse a file of texts with the name of a task."""
+    for name in names:
+        if names.count(name) > 1:
+            raise TaskError(
+                f"the questions and a file of texts are both called {name!r}; rename one of them"
+            )

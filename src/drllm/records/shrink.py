@@ -1,0 +1,167 @@
+"""`shrink.json` of `drllm shrink`: the candidates, what they lose, and which one was written."""
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from drllm.records.codec import read_json
+from drllm.records.results import Header
+from drllm.statistics.exclusion import Limits, Trial
+from drllm.statistics.verdicts import Differences, Verdict, capitalize
+
+SHRINK_FILE = "shrink.json"
+FULL = "full"
+
+
+class TaskScores(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The scores of a model on the held-out questions of a task.
+
+    `against_full` is the model minus the full model; None for the full model itself.
+    """
+
+    accuracy: float
+    text_loss: float | None = None
+    against_full: Differences | None = None
+
+
+class TextScores(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The next-token loss of a model on held-out texts, in nats a token.
+
+    `against_full` is the model minus the full model; None for the full model itself.
+    """
+
+    loss: float
+    against_full: Verdict | None = None
+
+
+class ShrunkModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A model of the table: the full model, or one with fewer layers.
+
+    Attributes:
+        name: `full`, or the name of its path.
+        layers: The layers that it keeps, as numbers of the full model's layers.
+        num_bytes: The size of its weights.
+        tasks: Task → its scores on held-out questions.
+        texts: Name of a source of texts → its loss on held-out texts.
+        speed: How many times as fast as the full model it is; None if it wasn't measured.
+        repair: How it was repaired, in words.
+    """
+
+    name: str
+    layers: tuple[int, ...]
+    num_bytes: int
+    tasks: dict[str, TaskScores] = {}
+    texts: dict[str, TextScores] = {}
+    speed: float | None = None
+    repair: str = ""
+
+
+class ShrinkRecord(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The result of `drllm shrink`.
+
+    Attributes:
+        tasks: The tasks whose questions decide.
+        texts: The sources of texts whose loss decides, beside the texts of the questions.
+        num_questions: Task → the number of its questions to find and heal paths with.
+        num_held_out: Task or source of texts → the number of its held-out questions or texts.
+        runtime: Device and precision.
+        limits: The losses that must be excluded; None if the number of layers was given.
+        models: The full model, then the candidates in the order in which they were tested: from
+            the most layers to the fewest.
+        trials: The tests of the candidates up to the first that failed.
+        chosen: The name of the model to write; None if none is shown to lose less than the limits.
+        is_forced: Whether the model was written although it wasn't shown (`--force`).
+        questions_sha256: The hash of all questions and texts.
+    """
+
+    tasks: tuple[str, ...]
+    texts: tuple[str, ...] = ()
+    num_questions: dict[str, int]
+    num_held_out: dict[str, int]
+    runtime: dict[str, Any]
+    limits: Limits | None = None
+    models: tuple[ShrunkModel, ...]
+    trials: tuple[Trial, ...] = ()
+    chosen: str | None = None
+    is_forced: bool = False
+    questions_sha256: str = ""
+
+    @property
+    def full(self) -> ShrunkModel:
+        """The full model."""
+        return self.models[0]
+
+    @property
+    def candidates(self) -> tuple[ShrunkModel, ...]:
+        """The models with fewer layers, in the order in which they were tested."""
+        return self.models[1:]
+
+    @property
+    def written(self) -> ShrunkModel | None:
+        """The model that was chosen, or that was written by force; None if there is none."""
+        return None if self.chosen is None else self.find(self.chosen)
+
+    @property
+    def fallback(self) -> ShrunkModel:
+        """The model that `--force` writes if none is shown: the one whose test failed."""
+        names = [trial.name for trial in self.trials]
+        name = names[-1] if names else self.candidates[0].name
+        return self.find(name)
+
+    def find(self, name: str) -> ShrunkModel:
+        """Return a model by its name."""
+        return next(model for model in self.models if model.name == name)
+
+    @property
+    def verdict(self) -> str:
+        """What is shown, and what to do, in one to three sentences."""
+        if self.limits is None:
+            return self._describe_given_number()
+        if self.chosen is not None and not self.is_forced:
+            return (
+                f"OK: {self._count(self.find(self.chosen))} lose less than {self._write_limits()}."
+            )
+        failed = self.trials[-1]
+        sentences = [f"NOT SHOWN: {self._count(self.fallback)}: {failed.reason()}."]
+        remedy = failed.remedy()
+        if remedy:
+            sentences.append(f"{capitalize(remedy)}.")
+        if self.is_forced:
+            sentences.append("It was written all the same (--force).")
+        else:
+            layers = len(self.fallback.layers)
+            sentences.append(f"Nothing was written; --force writes these {layers} layers.")
+        return " ".join(sentences)
+
+    def _describe_given_number(self) -> str:
+        """Say what the model loses whose number of layers was given."""
+        model = self.candidates[0]
+        sentences = [f"{capitalize(self._count(model))}, as was asked for."]
+        for task, scores in model.tasks.items():
+            if scores.against_full is not None:
+                sentences.append(f"On {task}: {scores.against_full.details}.")
+        for source, text_scores in model.texts.items():
+            if text_scores.against_full is not None:
+                sentences.append(f"On {source}: {text_scores.against_full.statement()}")
+        return " ".join(sentences)
+
+    def _count(self, model: ShrunkModel) -> str:
+        """Say how many of the layers a model keeps."""
+        return f"{len(model.layers)} of {len(self.full.layers)} layers"
+
+    def _write_limits(self) -> str:
+        """Say which losses are excluded, and on which questions and texts."""
+        assert self.limits is not None
+        losses = []
+        graded = list(self.full.tasks)
+        if graded:
+            losses.append(f"{self.limits.max_drop:g} points of accuracy")
+        losses.append(f"{self.limits.max_loss_increase:g} nats a token of text")
+        names = [*graded, *self.full.texts]
+        return f"{' and '.join(losses)} on held-out questions of {', '.join(names)} (95 %)"
+
+
+def read_shrink(file: Path) -> ShrinkRecord:
+    """Read a `shrink.json`; raise a RecordError if that fails."""
+    return read_json(file, ShrinkRecord)

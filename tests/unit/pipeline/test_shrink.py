@@ -1,0 +1,196 @@
+"""A shrink of a tiny model: what it chooses, what it says, what it writes, and how it resumes."""
+
+import json
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from drllm.config import ShrinkConfig
+from drllm.errors import ConfigError, TaskError
+from drllm.pipeline import shrink as stage
+from drllm.pipeline import shrink_questions, shrink_speed
+from drllm.pipeline.shrink import shrink
+from drllm.pipeline.shrink_power import find_power, smallest_excluded_drop
+from drllm.pipeline.shrink_questions import read_questions
+from drllm.records.shrink import SHRINK_FILE, read_shrink
+
+SMALL = {"minutes": 0.03, "num_fit": 6, "rank": 2, "num_candidates": 2}
+
+
+@pytest.fixture
+def base(tiny_base):
+    return tiny_base(max_position_embeddings=1024)
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    """A file of prompts without answers."""
+    rows = [{"prompt": f"Say {number} in words."} for number in range(160)]
+    return write_rows(tmp_path / "prompts.jsonl", rows)
+
+
+@pytest.fixture
+def questions(tmp_path):
+    """A file of questions with options."""
+    rows = []
+    for number in range(60):
+        choices = [str(number), str(number + 1)]
+        rows.append({"question": f"What is {number} + 0?", "choices": choices, "answer": 0})
+    return write_rows(tmp_path / "sums.jsonl", rows)
+
+
+@pytest.fixture(autouse=True)
+def little_work(monkeypatch):
+    """Keep answers few and short, and measure time briefly."""
+    monkeypatch.setattr(stage, "MAX_TOKENS", 16)
+    monkeypatch.setattr(shrink_questions, "MAX_ANSWERS", 32)
+    monkeypatch.setattr(shrink_speed, "MAX_ROUNDS", 1)
+
+
+def write_rows(file, rows):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def test_prompts_without_answers_are_judged_by_the_loss_of_the_full_models_answers(
+    base, prompts, tmp_path
+):
+    output = tmp_path / "smaller"
+    record = shrink(base, prompts, output_dir=output, **SMALL)
+    assert record.verdict.startswith("OK: ")
+    assert record.chosen is not None
+    model = AutoModelForCausalLM.from_pretrained(output)
+    assert model.config.num_hidden_layers == len(record.find(record.chosen).layers) < 6
+    assert read_shrink(output / SHRINK_FILE) == record
+    assert record.verdict in (output / "README.md").read_text()
+
+
+def test_nothing_is_written_if_no_loss_can_be_excluded(base, questions, tmp_path):
+    output = tmp_path / "smaller"
+    record = shrink(base, questions, output_dir=output, **SMALL)
+    assert record.chosen is None
+    assert record.verdict.startswith("NOT SHOWN: ")
+    assert not output.exists()
+    # The model guesses on these questions, so the first candidate fails and no other is tested.
+    assert [trial.passed for trial in record.trials] == [False]
+
+
+def test_force_writes_the_candidate_that_failed_without_computing_again(
+    base, questions, tmp_path, monkeypatch
+):
+    output = tmp_path / "smaller"
+    failed = shrink(base, questions, output_dir=output, **SMALL).trials[-1].name
+    monkeypatch.setattr(stage, "tune", None)
+    monkeypatch.setattr(stage, "heal", None)
+    monkeypatch.setattr(stage, "evaluate", None)
+    record = shrink(base, questions, output_dir=output, force=True, **SMALL)
+    assert record.is_forced
+    assert record.chosen == failed
+    written = AutoModelForCausalLM.from_pretrained(output)
+    assert written.config.num_hidden_layers == len(record.find(failed).layers)
+    assert "--force" in record.verdict
+
+
+def test_a_killed_shrink_resumes_with_what_it_has_done(base, prompts, tmp_path, monkeypatch):
+    output = tmp_path / "smaller"
+
+    def stop(*_args, **_options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "measure_speeds", stop)
+        with pytest.raises(KeyboardInterrupt):
+            shrink(base, prompts, output_dir=output, **SMALL)
+    assert not output.exists()
+    healed_before = sorted((tmp_path / "smaller.work").glob("healed-*/path.json"))
+    contents = [file.read_bytes() for file in healed_before]
+    shrink(base, prompts, output_dir=output, **SMALL)
+    assert [file.read_bytes() for file in healed_before] == contents
+    assert (output / SHRINK_FILE).exists()
+
+
+def test_the_work_of_another_shrink_is_refused(base, prompts, tmp_path):
+    output = tmp_path / "smaller"
+    shrink(base, prompts, output_dir=output, layers=5, **SMALL)
+    for file in output.iterdir():
+        file.unlink()
+    with pytest.raises(ConfigError, match="layers"):
+        shrink(base, prompts, output_dir=output, layers=4, **SMALL)
+
+
+@pytest.mark.parametrize(("settings", "num_layers"), [({"layers": 4}, 4), ({"save": "17%"}, 5)])
+def test_a_given_number_of_layers_is_written_whatever_it_loses(
+    base, prompts, tmp_path, settings, num_layers
+):
+    record = shrink(base, prompts, output_dir=tmp_path / "smaller", **SMALL, **settings)
+    assert record.limits is None
+    assert [len(model.layers) for model in record.models] == [6, num_layers]
+    assert record.chosen == record.candidates[0].name
+
+
+def test_texts_are_tuned_on_and_judged_beside_the_questions(base, prompts, tmp_path):
+    texts = [f"The number {number} comes after the number {number - 1}." for number in range(240)]
+    file = write_rows(tmp_path / "numbers.jsonl", [{"text": text} for text in texts])
+    record = shrink(base, prompts, texts=file, **SMALL)
+    assert list(record.full.texts) == ["prompts", "numbers"]
+    assert {test.task for test in record.trials[0].tasks} == {"prompts", "numbers"}
+
+
+def test_what_is_held_out_finds_no_path(prompts, tmp_path):
+    texts = [f"The number {number} comes after the number {number - 1}." for number in range(240)]
+    file = write_rows(tmp_path / "numbers.jsonl", [{"text": text} for text in texts])
+    questions = read_questions(ShrinkConfig(), prompts, file)
+    [splits] = questions.tasks
+    prompts_source, texts_source = questions.sources
+    held_out = {example.question for example in splits.examples["test"]}
+    assert held_out
+    assert not held_out & {prompt.text for prompt in prompts_source.prompts}
+    held_out_texts = set(questions.held_out_texts["numbers"])
+    assert held_out_texts | set(texts_source.texts) == set(texts)
+    assert not held_out_texts & set(texts_source.texts)
+    [text_task] = questions.text_tasks
+    tuned_on = {example.question for part in text_task.examples.values() for example in part}
+    assert tuned_on <= set(texts_source.texts)
+
+
+def test_the_parts_of_a_text_task_are_disjoint(prompts, tmp_path):
+    texts = [f"This is text number {number}." for number in range(40)]
+    file = write_rows(tmp_path / "numbers.jsonl", [{"text": text} for text in texts])
+    [text_task] = read_questions(ShrinkConfig(), prompts, file).text_tasks
+    parts = [{example.question for example in part} for part in text_task.examples.values()]
+    assert all(parts)
+    assert len(set.union(*parts)) == sum(map(len, parts))
+
+
+def test_texts_with_the_name_of_the_questions_are_refused(prompts, tmp_path):
+    folder = tmp_path / "other"
+    folder.mkdir()
+    rows = [{"text": f"text {number}"} for number in range(40)]
+    with pytest.raises(TaskError, match="both called 'prompts'"):
+        read_questions(ShrinkConfig(), prompts, write_rows(folder / "prompts.jsonl", rows))
+
+
+def test_too_few_questions_are_known_before_any_work(questions):
+    [power] = find_power(read_questions(ShrinkConfig(), questions), ShrinkConfig(max_drop=3))
+    assert not power.is_enough
+    assert "--max-drop 3 needs about" in power.sentence
+    [power] = find_power(read_questions(ShrinkConfig(), questions), ShrinkConfig(max_drop=60))
+    assert power.is_enough
+
+
+def test_more_questions_can_exclude_smaller_losses():
+    drops = [smallest_excluded_drop(number) for number in (50, 250, 1000, 4000)]
+    assert drops == sorted(drops, reverse=True)
+    # 1.96 standard errors of a difference of which a tenth of the answers changes
+    assert drops[-1] == pytest.approx(1.96 * (0.1 / 4000) ** 0.5, rel=0.02)
+
+
+@pytest.mark.parametrize("save", ["0", "100%", "many", "-5%"])
+def test_a_share_that_is_none_is_refused(save):
+    with pytest.raises(ConfigError, match="--save"):
+        ShrinkConfig(save=save).check()
+
+
+def test_two_numbers_of_layers_are_refused():
+    with pytest.raises(ConfigError, match="give one of them"):
+        ShrinkConfig(save="10%", layers=5).check()
