@@ -69,6 +69,7 @@ def read_arguments(verb: Verb, words: Sequence[str]) -> dict[str, Any]:
         verb, [*words_without_flag, *words_after], vars(namespace)
     )
     if unused_words:
+        _refuse_second_value(verb, vars(namespace))
         _refuse_word(verb, unused_words[0], flags, words_before)
     return {**vars(namespace), **values}
 
@@ -106,8 +107,6 @@ def _make_parser(verb: Verb) -> tuple[argparse.ArgumentParser, dict[str, Flag]]:
             if not flag.title:
                 continue
             names = [to_flag(flag.name)]
-        if names[0] in flags:  # a setting that is a positional argument too
-            continue
         options: dict[str, Any] = {"dest": flag.name}
         if flag.switch:
             options["action"] = "store_true"
@@ -164,6 +163,16 @@ def _refuse(
     if flag.is_on_or_off:
         raise _superfluous_value(flag, name, value)
     raise ConfigError(f"{name} has no value; give {flag.expected}")
+
+
+def _refuse_second_value(verb: Verb, given: Mapping[str, Any]) -> None:
+    """Refuse a positional argument that is given by its name too."""
+    for flag in verb.flags:
+        if flag.positional and flag.name in given:
+            raise ConfigError(
+                f"{to_flag(flag.name)} {given[flag.name]!r} gives {flag.names[0]}, and so does a "
+                f"word without a flag; give a text once"
+            )
 
 
 def _refuse_word(verb: Verb, word: str, flags: dict[str, Flag], words: Sequence[str]) -> NoReturn:

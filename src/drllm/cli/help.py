@@ -35,7 +35,7 @@ def print_overview(terminal: Terminal) -> None:
 
 def print_help(verb: Verb, terminal: Terminal, *, everything: bool = False) -> None:
     """Print what a verb does and its basic flags; with `everything`, print all of its flags."""
-    flags = _list_distinct_flags(verb)
+    flags = list(list_flags(verb))
     usage = ["drllm", verb.name, "[flags]"]
     usage += [_format_positional(flag) for flag in flags if flag.positional]
     terminal.say(f"usage: {' '.join(usage)}\n")
@@ -60,14 +60,6 @@ def print_help(verb: Verb, terminal: Terminal, *, everything: bool = False) -> N
 def _format_positional(flag: Flag) -> str:
     """Return a positional argument for the usage line, in brackets if it may be left out."""
     return flag.names[0] if flag.required else f"[{flag.names[0]}]"
-
-
-def _list_distinct_flags(verb: Verb) -> list[Flag]:
-    """List the flags of a verb. A setting that is a positional argument too is listed once."""
-    flags: dict[str, Flag] = {}
-    for flag in list_flags(verb):
-        flags.setdefault(flag.name, flag)
-    return list(flags.values())
 
 
 def _format_title(group: object) -> str:

@@ -223,12 +223,13 @@ def find_verb(name: str) -> Verb:
 def list_flags(verb: Verb) -> Iterator[Flag]:
     """Yield a verb's own flags, then a flag for each setting.
 
-    A setting that only a YAML file can give has a flag too, so that the help can show it. Settings
+    If a positional argument gives a setting, such as the model, it stands for the setting. A setting that only a YAML file can give has a flag too, so that the help can show it. Settings
     that several stages share, which their groups inherit, come after the group's own.
     """
     yield from verb.flags
+    positional = {flag.name for flag in verb.flags if flag.positional}
     for group in verb.settings:
-        fields = dataclasses.fields(group)
+        fields = [field for field in dataclasses.fields(group) if field.name not in positional]
         for field in sorted(fields, key=lambda field: field.name not in vars(group)):
             yield _make_setting_flag(group, field)
 

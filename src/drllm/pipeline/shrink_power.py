@@ -61,7 +61,7 @@ def smallest_excluded_drop(num_questions: int) -> float:
 
     Example:
         >>> round(100 * smallest_excluded_drop(250), 1)
-        4.0
+        4.1
     """
     num_won = DIFFERING * num_questions / 2
     low, _ = paired_interval(num_won, num_won, num_questions)
