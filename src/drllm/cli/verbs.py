@@ -223,7 +223,9 @@ def find_verb(name: str) -> Verb:
 def list_flags(verb: Verb) -> Iterator[Flag]:
     """Yield a verb's own flags, then a flag for each setting.
 
-    If a positional argument gives a setting, such as the model, it stands for the setting. A setting that only a YAML file can give has a flag too, so that the help can show it. Settings
+    If a positional argument gives a setting, such as the model, it stands for the setting.
+
+    A setting that only a YAML file can give has a flag too, so that the help can show it. Settings
     that several stages share, which their groups inherit, come after the group's own.
     """
     yield from verb.flags
