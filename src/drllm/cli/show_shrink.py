@@ -14,7 +14,8 @@ from drllm.records.shrink import (
     TextScores,
     read_shrink,
 )
-from drllm.statistics.verdicts import Verdict, signed
+from drllm.statistics.differences import Verdict
+from drllm.statistics.words import signed
 
 
 def show_shrink(file: Path, terminal: Terminal) -> None:

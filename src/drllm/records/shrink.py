@@ -7,8 +7,8 @@ import msgspec
 
 from drllm.records.codec import read_json
 from drllm.records.results import Header
+from drllm.statistics.differences import Differences, Verdict
 from drllm.statistics.exclusion import Limits, Trial
-from drllm.statistics.verdicts import Differences, Verdict
 from drllm.statistics.words import capitalize
 
 SHRINK_FILE = "shrink.json"
