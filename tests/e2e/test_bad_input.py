@@ -267,6 +267,12 @@ show nowhere => nowhere doesn't exist
 show nowhere --question q1 => nowhere doesn't exist
 show run/supervision.jsonl --question q1 => run/supervision.jsonl is no search.jsonl
 search --dataset owner/name --model misspelt => there is no model 'misspelt'; give a hub id
+search FACTS --model run --output-dir new => the folder run doesn't hold a model
+search FACTS --model q.jsonl => q.jsonl is a file; give the folder => q.jsonl: {}
+search FACTS --model owner/nowhere => model 'owner/nowhere' isn't in the local cache
+tune FACTS --model owner/nowhere --output-dir new => model 'owner/nowhere' isn't
+RECIPE => there is no model 'smollm2-135n'; did you mean => r.yaml: model: {model: smollm2-135n}
+search FACTS --revision main --output-dir new => --revision has no effect on 'smollm2-135m'
 evaluate --model ./nowhere --tasks builtin_facts --routers owner/routers => no model './nowhere'
 generate --model smolm2-135m hello => did you mean 'smollm2-135m'?
 search --dataset owner/name --model smollm2-135 => did you mean 'smollm2-135m'?
@@ -338,8 +344,6 @@ search --dataset owner/name => task owner/name can't fetch train of owner/name f
 EVALUATE --tasks builtin_facts,owner/name:small:test => can't fetch test of owner/name from the hub
 TARGETS --run-name x --report-to wanb => --report-to: unknown tracker 'wanb'
 search FACTS --model MODEL --device cuda:97 => --device is 'cuda:97'
-search FACTS --model run --output-dir new => the folder run doesn't hold a model
-search FACTS --revision main --output-dir new => --revision has no effect on 'smollm2-135m'
 SEARCH --attn-implementation sdap => --attn-implementation
 train --model MODEL --supervision run/supervision.jsonl --output run/routers => holds trained
 search FACTS --model MODEL --device cpu --output-dir run --limit 5 => run/search.jsonl was made with

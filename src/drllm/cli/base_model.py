@@ -3,40 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from drllm.cli.command_line import CommandLine
+from drllm.cli.verbs import VERBS
 from drllm.config import ModelConfig
-from drllm.errors import CheckpointError, ModelError
+from drllm.errors import CheckpointError
+from drllm.models.base import places
 from drllm.records.static_paths import PathFile
 
 if TYPE_CHECKING:
     from drllm.models.routers.stack import RouterStack
 
-HUB_IDS_WITHOUT_OWNER = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
-"""Language models that were on the hub before its ids had owners."""
 
+def check_model(command: CommandLine) -> None:
+    """Refuse a base model that can't be loaded, before anything else is read.
 
-def check_model_name(command: CommandLine) -> None:
-    """Refuse a text that can't be the name of a model, before any question is read.
-
-    The check needs no network. Only loading the model shows whether a hub id exists.
+    A model that routers or paths name is checked by `choose_model`.
     """
-    from drllm.models.base.aliases import ALIASES
-
-    model = command.get_settings(ModelConfig).model
-    if model in ALIASES or Path(model).expanduser().exists():
-        return
-    if model in HUB_IDS_WITHOUT_OWNER or re.fullmatch(r"\w[\w.-]*/[\w.-]+", model):
-        return
-    advice = f"give a hub id (OWNER/NAME), a local folder, or an alias ({', '.join(ALIASES)})"
-    close = difflib.get_close_matches(model, ALIASES, n=1)
-    if close:
-        advice = f"did you mean {close[0]!r}?"
-    raise ModelError(f"there is no model {model!r}; {advice}")
+    if command.names_model or not VERBS[command.verb].model_from:
+        places.check_model(command.get_settings(ModelConfig))
 
 
 def read_routers(place: Path) -> tuple[Path, RouterStack]:
@@ -63,6 +50,7 @@ def choose_model(
 
     Raises:
         CheckpointError: The routers name no base model, and the user didn't either.
+        ModelError: The model that the paths.json or the routers name doesn't exist.
     """
     config = command.get_settings(ModelConfig)
     if command.names_model:
@@ -82,5 +70,10 @@ def choose_model(
 
 
 def _replace_model(config: ModelConfig, name: str, revision: str | None) -> ModelConfig:
-    """Return the settings for another model; `revision` is used if the user gave none."""
-    return dataclasses.replace(config, model=name, revision=config.revision or revision)
+    """Return the settings for another model; `revision` is used if the user gave none.
+
+    Raises ModelError if there is no such model.
+    """
+    config = dataclasses.replace(config, model=name, revision=config.revision or revision)
+    places.check_model(config)
+    return config

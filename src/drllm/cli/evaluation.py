@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from drllm.cli.base_model import check_model_name, choose_model, read_routers
+from drllm.cli.base_model import check_model, choose_model, read_routers
 from drllm.cli.command_line import CommandLine
 from drllm.cli.questions import COLUMNS, print_splits
 from drllm.cli.show_results import show_next_steps, show_tasks
@@ -53,7 +53,7 @@ def evaluate_verb(command: CommandLine, terminal: Terminal) -> int:
     output = command.path("output_dir")
     places = command.paths("routers")
 
-    check_model_name(command)
+    check_model(command)
     for place in places:
         check_place(place)
     with terminal.busy("reading the questions"):

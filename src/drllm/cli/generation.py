@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from drllm.cli.answers import answer_file, answer_prompt
-from drllm.cli.base_model import check_model_name, choose_model
+from drllm.cli.base_model import check_model, choose_model
 from drllm.cli.chat import chat
 from drllm.cli.command_line import CommandLine
 from drllm.cli.generation_inputs import (
@@ -64,7 +64,7 @@ def generate(command: CommandLine, terminal: Terminal) -> None:
     output = find_output(command)
 
     config.check_effects()
-    check_model_name(command)
+    check_model(command)
     check_flags(command, config, depth)
     check_output(output, command)
     inputs = read_inputs(command, config, depth, terminal)

@@ -7,6 +7,7 @@ from drllm.cli.show_results import show_next_steps, show_results
 from drllm.cli.terminal import Terminal
 from drllm.cli.verbs import Flag, verb
 from drllm.errors import ConfigError, unknown_name
+from drllm.models.base.places import check_model
 from drllm.pipeline.folder import run_recipe
 from drllm.pipeline.recipes import read_recipe
 from drllm.reporting.run import read_run
@@ -43,6 +44,7 @@ def run(command: CommandLine, terminal: Terminal) -> None:
     path = _find_recipe(command.path("recipe"))
     folder = command.optional_path("output_dir") or Path("runs") / path.stem
     recipe = read_recipe(path, command.values["data_dir"])
+    check_model(recipe.model)
     times = run_recipe(recipe, folder, terminal)
     show_results(folder / "eval", terminal)
     terminal.say()

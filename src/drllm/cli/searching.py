@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from drllm.cli.base_model import check_model_name
+from drllm.cli.base_model import check_model
 from drllm.cli.command_line import CommandLine
 from drllm.cli.questions import COLUMNS, print_splits
 from drllm.cli.show_forecast import show_forecasts
@@ -43,7 +43,7 @@ def search(command: CommandLine, terminal: Terminal) -> None:
     targets_config = command.get_settings(SuperviseConfig)
     folder = Path(config.output_dir).expanduser()
 
-    check_model_name(command)
+    check_model(command)
     with terminal.busy("reading the questions"):
         tasks = select_tasks(config)
         questions = collect_questions(tasks, config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from drllm.cli.base_model import check_model_name
+from drllm.cli.base_model import check_model
 from drllm.cli.command_line import CommandLine
 from drllm.cli.questions import COLUMNS
 from drllm.cli.show_shrink import show_models
@@ -63,7 +63,7 @@ def shrink_verb(command: CommandLine, terminal: Terminal) -> int | None:
     force = bool(command.values["force"])
 
     config.check()
-    check_model_name(command)
+    check_model(command)
     check_folder(output, "OUT")
     with terminal.busy("reading the questions"):
         questions = read_questions(config, config.tasks)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from drllm.cli.base_model import check_model_name, choose_model
+from drllm.cli.base_model import check_model, choose_model
 from drllm.cli.command_line import CommandLine
 from drllm.cli.questions import COLUMNS
 from drllm.cli.show_paths import show_healed, show_paths
@@ -46,7 +46,7 @@ def tune_verb(command: CommandLine, terminal: Terminal) -> None:
     output = command.path("output_dir")
 
     check_folder(output, "--output-dir")
-    check_model_name(command)
+    check_model(command)
     with terminal.busy("reading the questions"):
         all_splits = split_tasks(config)
     for splits in all_splits:
@@ -98,14 +98,14 @@ def heal_verb(command: CommandLine, terminal: Terminal) -> None:
     config = command.get_settings(HealConfig)
     output = command.path("output_dir")
 
-    check_model_name(command)
+    check_model(command)
     check_folder(output, "--output-dir")
     path = load_path(config.require_path())
+    model = choose_model(command, path=path)
     texts = read_sources(config)
     with terminal.busy(LOADING):
         from drllm.tuning.heal import heal
 
-    model = choose_model(command, path=path)
     heal(model, path, texts=texts, config=config, output_dir=output, listener=terminal)
 
     show_healed(output / HEALED_FILE, terminal)
@@ -130,8 +130,9 @@ def export(command: CommandLine, terminal: Terminal) -> None:
     """Write a static path as an ordinary checkpoint."""
     output = command.path("output_dir")
 
-    check_model_name(command)
+    check_model(command)
     path = load_path(str(command.path("path")))
+    model = choose_model(command, path=path)
     check_folder(output, "--output-dir")
     with terminal.busy(LOADING):
         from drllm.models.export import check_output, export_path
@@ -140,7 +141,7 @@ def export(command: CommandLine, terminal: Terminal) -> None:
         terminal.note(path.note)
 
     with (
-        open_model(choose_model(command, path=path), terminal) as base,
+        open_model(model, terminal) as base,
         terminal.busy("writing and checking"),
     ):
         exported = export_path(base, path, output)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from drllm.cli import published
-from drllm.cli.base_model import check_model_name
+from drllm.cli.base_model import check_model
 from drllm.cli.command_line import CommandLine
 from drllm.cli.show import show
 from drllm.cli.terminal import LOADING, Terminal
@@ -58,7 +58,7 @@ def train_verb(command: CommandLine, terminal: Terminal) -> None:
     features = command.optional_path("features")
     files = published.find_supervision_files(command)
 
-    check_model_name(command)
+    check_model(command)
     targets = collect_targets(files, config)
     check_folder(output, output_flag)
     if features is not None:

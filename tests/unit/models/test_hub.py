@@ -134,8 +134,10 @@ import json, sys, time, warnings
 time.sleep = lambda seconds: None  # between the hub library's retries
 import torch
 import drllm
+from drllm.config import ModelConfig
 from drllm.errors import DrllmError
 from drllm.models.base.load import load
+from drllm.models.base.places import check_model
 from drllm.models.check import make_tiny
 from drllm.models.routers.config import RouterConfig
 from drllm.models.routers.stack import RouterStack
@@ -159,6 +161,9 @@ def push(repo, **options):
 
 def load_model(name, revision=None):
     return lambda: load(name, revision=revision, device="cpu")
+
+def look_up(name, revision=None):
+    return lambda: check_model(ModelConfig(model=name, revision=revision))
 
 model.name_or_path = "org/tiny"
 note("pushed", push("someone/routers", commit_message="First routers"))
@@ -193,9 +198,12 @@ note("base local only", load_base)
 note("fetched at a commit", lambda: find_routers("someone/routers", COMMIT))
 for name in ("gated", "absent", "forbidden", "unreachable"):
     note(f"fetch {name}", lambda: find_routers(name + "/routers"))
+    note(f"model looked up {name}", look_up(name + "/model"))
     note(f"model {name}", load_model(name + "/model"))
 note("fetch other revision", lambda: find_routers("someone/routers", "v9"))
 note("fetch a base model", lambda: find_routers("someone/model"))
+note("model looked up", look_up("someone/model", COMMIT))
+note("model looked up other revision", look_up("someone/model", "v9"))
 note("model other revision", load_model("someone/model", "v9"))
 note("model without a config", load_model("someone/notes"))
 note("model that is routers", load_model("someone/routers"))
@@ -318,6 +326,13 @@ def test_the_name_of_a_folder_on_this_machine_is_not_pushed(said):
         ("model other revision", "'someone/model' has no revision 'v9'"),
         ("model without a config", "has no config.json, so it isn't a transformers model"),
         ("model that is routers", "'someone/routers' holds routers, not a model; give them as --r"),
+        ("model looked up gated", "is gated: accept the terms on its hub page, then set HF_TOKEN"),
+        ("model looked up absent", "isn't on the hub, or is private (then set HF_TOKEN)"),
+        ("model looked up other revision", "'someone/model' has no revision 'v9'"),
+        (
+            "model looked up unreachable",
+            "isn't in the local cache, and the hub can't be reached; connect",
+        ),
         ("model unreachable", "isn't in the local cache, and the hub can't be reached; connect"),
         ("model forbidden", "if it needs a login, set HF_TOKEN"),
         ("fetch gated", "'gated/routers' is gated: accept the terms on its hub page, then set HF"),
@@ -373,3 +388,8 @@ def test_a_name_that_cant_be_a_hub_id_is_refused(place):
 @pytest.mark.parametrize("place", ["routers", "./a/b", "../routers", "a/b/c", "/no/such", "a/b/"])
 def test_a_place_that_is_no_hub_id_is_left_to_the_reader_of_folders(place):
     assert find_routers(place) == Path(place)
+
+
+def test_a_model_that_the_hub_has_or_does_not_show_is_not_refused_before_it_is_loaded(said):
+    assert said["model looked up"] == "None"
+    assert said["model looked up forbidden"] == "None"

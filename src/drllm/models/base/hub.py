@@ -12,7 +12,6 @@ from huggingface_hub.utils.tqdm import (
     disable_progress_bars,
     enable_progress_bars,
 )
-from transformers.utils import logging as transformers_logging
 
 from drllm.errors import ModelError
 from drllm.work import listener
@@ -21,6 +20,8 @@ TOKEN_VARIABLE = "HF_TOKEN"
 ERRORS: tuple[type[Exception], ...]
 ERRORS = (errors.HTTPError, OSError)  # type: ignore[attr-defined]
 """Errors that the hub's library raises. The first covers all errors of its HTTP library."""
+HUB_TIMEOUT_S = 10.0  # of the request that shows whether a model exists
+NOT_FOUND_ERRORS = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError)
 FETCH_ERRORS = (errors.HFValidationError, errors.EntryNotFoundError, *ERRORS)
 """Errors that a download may raise and that `explain` can explain."""
 
@@ -56,6 +57,32 @@ def find_commit(name: str, revision: str | None, *, advice: str, **options: Any)
     if '"drllm"' in Path(file).read_text(encoding="utf-8", errors="replace"):
         raise ModelError(f"{name!r} holds routers, not a model; give them as --routers")
     return Path(file).parent.name  # the cache keeps a model's files under snapshots/COMMIT
+
+
+def check_model(name: str, revision: str | None, *, advice: str) -> None:
+    """Refuse a hub model that doesn't exist, with one quick request instead of a download.
+
+    A model in the local cache needs no request. If the hub answers with another error, such as one
+    of its own, loading the model will show what it is.
+
+    Args:
+        name: The model's hub id.
+        revision: The revision; None for the default branch.
+        advice: What the user can do if the model doesn't exist, for the error message.
+
+    Raises:
+        ModelError: The model or the revision doesn't exist, or the hub can't be reached.
+    """
+    cached_file = huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision)
+    if isinstance(cached_file, str):
+        return
+    try:
+        huggingface_hub.HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT_S)
+    except FETCH_ERRORS as error:
+        is_answer = isinstance(error, errors.HfHubHTTPError)
+        if is_answer and not isinstance(error, NOT_FOUND_ERRORS):
+            return
+        raise ModelError(explain(error, "model", name, revision, advice)) from error
 
 
 def explain(error: Exception, kind: str, name: str, revision: str | None, advice: str) -> str:
@@ -135,6 +162,8 @@ def quiet() -> Iterator[None]:
     The function of transformers that turns its bars off also turns off the bars of downloads. So
     the latter are turned on again, unless the user had turned them off.
     """
+    from transformers.utils import logging as transformers_logging  # slow to import
+
     with ExitStack() as stack:
         stack.enter_context(listener.quiet("huggingface_hub", "transformers"))
         downloads_are_quiet = are_progress_bars_disabled()

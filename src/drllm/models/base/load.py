@@ -5,7 +5,6 @@ it. Long errors of transformers become one line.
 """
 
 import dataclasses
-import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -25,9 +24,9 @@ from drllm.models.base import hub
 from drllm.models.base.aliases import ALIASES
 from drllm.models.base.identity import describe
 from drllm.models.base.layers import unwrap_peft
+from drllm.models.base.places import check_alias_settings, locate
 from drllm.work.listener import logger
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 MAX_NAMES = 3  # maximum number of weights that an error names
 
 # Errors that transformers raises for a tokenizer that it can't open.
@@ -117,9 +116,9 @@ def load(model: ModelConfig | str, **options: Any) -> BaseModel:
         config = _resolve_alias(config)
 
     with hub.quiet():
-        source, revision = _locate(config, options)
+        source, revision = locate(config, options)
         is_replaced = config.model != name
-        # The warning comes after `_locate`, which raises an error if the hub can't be used.
+        # The warning comes after `locate`, which raises an error if the hub can't be used.
         if is_replaced:
             logger.warning(
                 "%s isn't installed, so %s is the hub's %s, which has other weights",
@@ -145,7 +144,7 @@ def load_tokenizer(model: Any) -> Any:
     commit = getattr(base.config, "_commit_hash", None)
     config = ModelConfig(model=name, revision=None if Path(name).is_dir() else commit)
     with hub.quiet():
-        source, revision = _locate(config, {})
+        source, revision = locate(config, {})
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
         except _TOKENIZER_ERRORS as error:
@@ -235,11 +234,7 @@ def _check_attention(name: str | None) -> None:
 
 def _resolve_alias(config: ModelConfig) -> ModelConfig:
     """Convert the packaged model if necessary. Without the package, name the hub's model."""
-    if config.revision is not None or config.trust_remote_code:
-        flag = "--revision" if config.revision is not None else "--trust-remote-code"
-        raise ConfigError(
-            f"{flag} has no effect on {config.model!r}, which is an alias; leave it out"
-        )
+    check_alias_settings(config)
     packaged = ALIASES[config.model]
     if packaged.provide_checkpoint() is None:
         return dataclasses.replace(config, model=packaged.hub_id)
@@ -257,8 +252,8 @@ def _open(
 
     Args:
         config: The settings.
-        source: The folder or hub id, from `_locate`.
-        revision: The commit of a hub model, from `_locate`.
+        source: The folder or hub id, from `locate`.
+        revision: The commit of a hub model, from `locate`.
         dtype: The dtype of the weights.
         options: Options of transformers' `from_pretrained`.
     """
@@ -319,61 +314,6 @@ def _set_left_padding(tokenizer: Any) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def _locate(config: ModelConfig, options: Mapping[str, Any]) -> tuple[str, str | None]:
-    """Return the folder or hub id to open, and the commit of a hub model."""
-    name = config.model
-    revision = config.revision
-    if name in ALIASES:
-        return str(ALIASES[name].provide_checkpoint()), None
-    place = Path(name).expanduser()
-    if place.is_dir():
-        if revision is not None:
-            raise ConfigError(
-                f"--revision {revision!r} has no effect on the folder {name}; leave it out"
-            )
-        _check_folder(place, name)
-        return str(place), None
-    if place.is_file():
-        raise ModelError(f"{name} is a file; give the folder that holds config.json and weights")
-
-    advice = _advise(name)
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
-        raise ModelError(
-            f"there is no folder {name!r}, and it isn't a hub id (OWNER/NAME) either; {advice}"
-        )
-    return name, hub.find_commit(name, revision, advice=advice, **hub.select_options(options))
-
-
-def _advise(name: str) -> str:
-    """Return what the user can do if no model has this name."""
-    for packaged in ALIASES.values():
-        if name == packaged.hub_id:
-            return f"install the packaged {packaged.alias}: {packaged.install_command}"
-    close = difflib.get_close_matches(name, ALIASES, n=1)
-    if close:
-        return f"did you mean {close[0]!r}?"
-    return f"give a hub id, a local folder, or an alias ({', '.join(ALIASES)})"
-
-
-def _check_folder(place: Path, name: str) -> None:
-    """Refuse a folder without a whole model: config, weights and tokenizer."""
-    missing = []
-    if not (place / "config.json").is_file():
-        missing.append("config.json")
-    if not any(place.glob("*.safetensors")):
-        missing.append("weights (*.safetensors)")
-    if not any((place / file).is_file() for file in TOKENIZER_FILES):
-        missing.append("a tokenizer (tokenizer.json)")
-    if not missing:
-        return
-    hint = "give a folder that save_pretrained has written"
-    if (place / "router_config.json").is_file():
-        hint = "are these routers? Give them as --routers"
-    raise ModelError(
-        f"the folder {name} doesn't hold a model: it lacks {', '.join(missing)}; {hint}"
-    )
 
 
 def _explain(error: Exception, config: ModelConfig) -> ModelError | ConfigError:
@@ -452,7 +392,7 @@ def load_without_weights(
     if name in ALIASES:
         config = _resolve_alias(config)
     with hub.quiet():
-        source, revision = _locate(config, {})
+        source, revision = locate(config, {})
         options = {"trust_remote_code": config.trust_remote_code, "revision": revision}
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
