@@ -276,8 +276,28 @@ search FACTS --revision main --output-dir new => --revision has no effect on 'sm
 evaluate --model ./nowhere --tasks builtin_facts --routers owner/routers => no model './nowhere'
 generate --model smolm2-135m hello => did you mean 'smollm2-135m'?
 search --dataset owner/name --model smollm2-135 => did you mean 'smollm2-135m'?
-run choices.jsonl => choices.jsonl holds questions
-search --dataset choices.csv => choices.csv
+run choices.jsonl => drllm search --tasks choices.jsonl --output-dir DIR
+run choices.csv => choices.csv is a file of questions, not a recipe; for a smaller checkpoint: \
+drllm shrink MODEL choices.csv OUT
+run q.json => q.json is a file of questions, not a recipe => q.json: [{"question": "1?"}]
+search --dataset choices.csv => choices.csv doesn't exist
+search --dataset choices.xlsx => choices.xlsx is an Excel file
+search --tasks choices => did you mean 'choices.csv'? => choices.csv: question\\n
+search --tasks q.csv => q.csv, line 2: 'choices' or 'grader' is missing \
+=> q.csv: question,answer\\n1?,2\\n
+search --tasks q.json => q.json, row 1: 'choices' or 'grader' is missing => q.json: [{"a": 1}]
+search --tasks q.jsonl => q.jsonl is empty => q.jsonl:
+search --tasks q.jsonl => name its column, as in --columns question=q => q.jsonl: \
+{"q": "1?", "choices": ["a", "b"], "answer": 0}\\n
+search --tasks q.jsonl => q.jsonl, line 1: 'answer' is 2; expected an index from 0 to 1 \
+=> q.jsonl: {"question": "1?", "choices": ["a", "b"], "answer": 2}\\n
+search --tasks arc_eazy => unknown task 'arc_eazy'; did you mean 'arc_easy'
+evaluate --tasks arc_eazy --routers run/routers => did you mean 'arc_easy'
+evaluate --tasks no_such_task --paths p.json:x => p.json isn't a paths.json => p.json: {"path": [0]}
+heal --tasks no_such_task --path p.json:x => p.json isn't a paths.json => p.json: {"path": [0]}
+evaluate FACTS --paths t/paths.json:skip9 => unknown path 'skip9' => t/paths.json: @another_task
+export --path t/paths.json:skip9 --output-dir new => unknown path 'skip9' \
+=> t/paths.json: @another_task
 run dem => unknown recipe 'dem'; did you mean 'demo'?
 run recipes/demo.yaml => packaged recipes are run by name: drllm run demo
 supervise --search run/search.jsonl --output run/search.manifest.json => run/search.manifest.json
@@ -493,7 +513,9 @@ SCRIPT = """
 import contextlib, functools, io, json, os, sys
 import lm_eval.tasks
 from drllm.cli import main
-# Spare the command reading 14,000 task files.
+from drllm.tasks import harness_names
+# Spare the commands reading 14,000 task files.
+harness_names._find_task_folders = lambda: ()
 lm_eval.tasks.TaskManager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
 for folder, words in json.load(sys.stdin):
     os.chdir(folder)

@@ -17,13 +17,13 @@ from drllm.cli.verbs import CONFIG, HELP, VERBS, Flag, Verb, list_flags
 from drllm.config.fields import to_flag
 from drllm.config.removed import REMOVED_FLAGS
 from drllm.errors import ConfigError
+from drllm.tasks.examples import FILE_ENDINGS
 
 FILE_FLAGS = ("--search", "--supervision", "--tasks", "--path", "--file")
 """Flags that take a file, in the order of preference.
 
 If a file name stands without a flag, the message suggests the first of them that the verb has.
 """
-FILE_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".tsv", ".parquet")
 OTHER_NAMES = {
     "--tasks": ("--data", "--file", "--input", "--prompts", "--questions", "--task"),
     "--output-dir": ("--out", "--output-file", "--output-folder", "--output-path", "--run-name"),

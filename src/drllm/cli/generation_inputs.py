@@ -21,7 +21,8 @@ from drllm.errors import ConfigError, TaskError
 from drllm.models.routers.places import check_place
 from drllm.records.places import check_file, choose_file
 from drllm.records.static_paths import PathFile, load_path
-from drllm.tasks.rows import read_messages, read_rows, read_text
+from drllm.tasks.row_files import describe_place, read_rows
+from drllm.tasks.rows import read_messages, read_text
 
 if TYPE_CHECKING:
     from drllm.models.base.prompts import PromptForm
@@ -241,12 +242,12 @@ def read_prompts(path: Path) -> list[PromptRow]:
         try:
             row = _read_prompt_row(values, line)
         except TaskError as error:
-            raise TaskError(f"{path}, line {line}: {error}") from error
+            raise TaskError(f"{describe_place(path, line)}: {error}") from error
         row_id = str(row.id)
         if row_id in line_numbers:
             raise TaskError(
-                f"{path}, line {line}: line {line_numbers[row_id]} has the id {row.id!r} too; ids "
-                f"must differ"
+                f"{describe_place(path, line)}: line {line_numbers[row_id]} has the id {row.id!r} "
+                f"too; ids must differ"
             )
         line_numbers[row_id] = line
         rows.append(row)

@@ -11,6 +11,7 @@ from drllm.models.base.places import check_model
 from drllm.pipeline.folder import run_recipe
 from drllm.pipeline.recipes import read_recipe
 from drllm.reporting.run import read_run
+from drllm.tasks.examples import FILE_ENDINGS
 
 RECIPES = Path(__file__).with_name("recipes")  # the folder of the packaged recipes
 
@@ -56,10 +57,10 @@ def run(command: CommandLine, terminal: Terminal) -> None:
 
 def _find_recipe(place: Path) -> Path:
     """Return the file of a recipe; `place` is a file or the name of a packaged recipe."""
-    if place.name.endswith((".jsonl", ".jsonl.gz")):
+    if _is_file_of_questions(place):
         raise ConfigError(
-            f"{place} holds questions or records, but a recipe is a YAML file; try: "
-            f"drllm search --dataset {place}, or drllm tune --tasks {place}"
+            f"{place} is a file of questions, not a recipe; for a smaller checkpoint: drllm shrink "
+            f"MODEL {place} OUT; for routers: drllm search --tasks {place} --output-dir DIR"
         )
     names = [path.stem for path in RECIPES.glob("*.yaml")]
     # A name without an ending is the name of a packaged recipe, unless there is such a file.
@@ -73,3 +74,11 @@ def _find_recipe(place: Path) -> Path:
             f"{place} doesn't exist; packaged recipes are run by name: drllm run {place.stem}"
         )
     return place
+
+
+def _is_file_of_questions(place: Path) -> bool:
+    """Tell whether a file holds questions. A `.json` file without a list may be a recipe."""
+    name = place.name.lower()
+    if name.endswith(".json") and place.is_file():
+        return place.read_bytes().lstrip().startswith(b"[")
+    return name.endswith(FILE_ENDINGS) and not name.endswith(".json")

@@ -64,8 +64,8 @@ def read_request(
         TaskError: A task is unknown, or has no questions.
     """
     config = complete_settings(config, paths, has_routers=has_routers)
+    named_paths = name_paths(paths, config)  # before the questions, which may take long to read
     selected_tasks = select_tasks(config, tasks)
-    named_paths = name_paths(paths, config)
     for path in named_paths.values():
         if isinstance(path, PathFile):
             refuse_tuning_questions(path, selected_tasks, config)

@@ -11,7 +11,7 @@ from drllm.tasks.base import Task, check_split
 from drllm.tasks.examples import Example, Row, with_options
 from drllm.tasks.prompt_formats import BOXED, OPTIONS
 from drllm.tasks.registry import register
-from drllm.tasks.rows import read_rows
+from drllm.tasks.row_files import read_rows
 
 DATA = Path(__file__).parent / "data"
 

@@ -15,7 +15,15 @@ Row: TypeAlias = Mapping[str, Any]
 
 QuestionRow: TypeAlias = tuple["Example", Row]  # a question, and the row that it was read from
 
-FILE_ENDINGS = (".jsonl", ".jsonl.gz")  # endings of the names of question files
+JSON_LINES = (".jsonl", ".jsonl.gz")  # endings of the names of files in JSON lines
+FILE_ENDINGS = (
+    *JSON_LINES,
+    *(".json", ".json.gz"),
+    *(".csv", ".csv.gz"),
+    *(".tsv", ".tsv.gz"),
+    ".parquet",
+)
+"""Endings of the names of question files."""
 
 OPTIONS_REWARD = "loglikelihood"
 """The default reward of every task with options, and the only reward in their evaluations."""

@@ -1,11 +1,13 @@
-"""Tasks from a `.jsonl` file of the user's own, or from any data set on the hub.
+"""Tasks from a file of the user's own, or from any data set on the hub.
 
 `FileTask` says what is in the rows. If the columns have other names than the fields there, the
 task's name lists them after a `?`: `FILE.jsonl?question=query&answer=target`.
 """
 
+import ast
 import functools
 import itertools
+import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,14 +20,20 @@ from drllm.tasks.base import Task, check_split
 from drllm.tasks.examples import FILE_ENDINGS, KL_REWARD, Example, Messages, Row, with_options
 from drllm.tasks.prompt_formats import BOXED, LETTER_TOKENS, LETTERS, OPTIONS, PromptFormat
 from drllm.tasks.rewards import REWARDS, normalise
-from drllm.tasks.rows import (
+from drllm.tasks.row_files import (
     EXAMPLE_ROW,
+    READERS,
+    describe_place,
+    is_table_of_texts,
+    read_rows,
+)
+from drllm.tasks.rows import (
     HUB_ROWS,
     HUB_SET,
+    MissingFieldError,
     read_hub_set,
     read_index,
     read_messages,
-    read_rows,
     read_text,
     read_texts,
 )
@@ -59,12 +67,15 @@ FIELDS = ("question", "choices", "answer", "grader", "prompt", "messages")
 WITH_CHOICES = "'choices'"
 WITHOUT_ANSWER = "a prompt alone"
 
+_NUMBERS_AS_TEXTS = json.JSONDecoder(parse_int=str, parse_float=str)
+"""Reads a list in a cell of a table, where options that are numbers are texts too."""
 OTHER_FORMATS = {
-    ".csv": "a CSV file",
-    ".tsv": "a TSV file",
-    ".json": "a JSON file",
+    ".arrow": "an Arrow file",
+    ".doc": "a Word file",
+    ".docx": "a Word file",
+    ".ndjson": "a file of JSON lines of another name",
     ".txt": "a text file",
-    ".parquet": "a Parquet file",
+    ".xls": "an Excel file",
     ".xlsx": "an Excel file",
 }
 """The formats of question files that can't be read, for a helpful message: ending → format."""
@@ -73,22 +84,43 @@ OTHER_FORMATS = {
 def is_source(name: str) -> bool:
     """Tell whether a name stands for a question file or a data set on the hub."""
     source = name.partition("?")[0]
-    if source.endswith(FILE_ENDINGS):
+    if is_file_name(source):
         return True
     if _other_format(source) is not None:
         return False
     return HUB_SET.fullmatch(source) is not None and not Path(source).exists()
 
 
+def is_file_name(name: str) -> bool:
+    """Tell whether a name ends as the name of a question file does."""
+    return name.lower().endswith(FILE_ENDINGS)
+
+
 def refuse_other_formats(name: str) -> None:
-    """Raise a TaskError for a question file in a format that can't be read, such as CSV."""
+    """Raise a TaskError for a file in a format that can't be read, such as an Excel file."""
     source = name.partition("?")[0]
     kind = _other_format(source)
+    stem = Path(source).name.partition(".")[0]
     if kind is not None:
         raise TaskError(
-            f"{source} is {kind}, which can't be read; write its rows as JSON lines in "
-            f"{Path(source).stem}.jsonl, one object a line, for example {EXAMPLE_ROW}"
+            f"{source} is {kind}, which can't be read; write its rows into {stem}.csv or "
+            f"{stem}.jsonl, one a line, for example {EXAMPLE_ROW}"
         )
+
+
+def refuse_wrong_file_name(name: str) -> None:
+    """Raise a TaskError for a file whose name lacks its ending, or has another one."""
+    source = name.partition("?")[0]
+    if source.endswith(".yaml") or is_file_name(source):
+        return
+    if Path(source).is_file():
+        raise TaskError(
+            f"the name of the file {source} doesn't say what it holds; let it end in one of "
+            f"{', '.join(READERS)}"
+        )
+    for ending in READERS:
+        if Path(source + ending).is_file():
+            raise TaskError(f"unknown task {source!r}; did you mean '{source}{ending}'?")
 
 
 def _other_format(source: str) -> str | None:
@@ -142,7 +174,7 @@ def load_source(name: str, reserved_names: tuple[str, ...] = ()) -> "FileTask":
     choices are graded by `exact`.
 
     Args:
-        name: `FILE.jsonl[.gz]` or `OWNER/NAME[:CONFIG[:SPLIT]]`, with or without pairs.
+        name: A file, or `OWNER/NAME[:CONFIG[:SPLIT]]`, with or without pairs.
         reserved_names: Names of other tasks; see `FileTask`.
     """
     file = Path(name.partition("?")[0])
@@ -160,7 +192,7 @@ def _read_source(
     """Read a file or a hub set. A changed file has another `_state`, so it is read again."""
     source, _, query = name.partition("?")
     columns = _parse_columns(source, query)
-    if source.endswith(FILE_ENDINGS):
+    if is_file_name(source):
         return FileTask(Path(source), reserved_names, read_rows(Path(source)), columns)
     first_rows = itertools.islice(read_hub_set(source, "task"), HUB_ROWS)
     rows = enumerate(first_rows, start=1)
@@ -257,7 +289,12 @@ class FileTask(Task):
 
 
 def _task_name(path: Path, reserved_names: Collection[str]) -> str:
-    stem = path.name.removesuffix(".gz").removesuffix(".jsonl").replace(":", "_")
+    stem = path.name
+    for ending in FILE_ENDINGS:
+        if stem.lower().endswith(ending):
+            stem = stem[: -len(ending)]
+            break
+    stem = stem.replace(":", "_")
     return f"{stem}_file" if stem in reserved_names else stem
 
 
@@ -301,7 +338,8 @@ class QuestionReader:
                 self._add(line, row)
             except TaskError as error:  # noqa: PERF203
                 if not self.skips:
-                    raise TaskError(f"{self.path}, line {line}: {error}") from error
+                    place = describe_place(self.path, line)
+                    raise TaskError(f"{place}: {error}{self._offer_columns(error)}") from error
                 self.num_skipped += 1
                 if not self.first_reason:
                     self.first_reason = f"row {line}: {error}"
@@ -311,10 +349,22 @@ class QuestionReader:
             message = "%d rows of %s are left out, for example %s"
             logger.warning(message, self.num_skipped, self.path, self.first_reason)
 
+    def _offer_columns(self, error: TaskError) -> str:
+        """Return the end of a message: how to name the column of a missing field; maybe empty."""
+        if not isinstance(error, MissingFieldError):
+            return ""
+        unused_columns = [name for name in error.columns if name not in FIELDS]
+        if not unused_columns:
+            return ""
+        column = unused_columns[0] if len(unused_columns) == 1 else "COLUMN"
+        return f"; name its column, as in --columns {error.field}={column}"
+
     def _add(self, line: int, row: Row) -> None:
         """Add the question of a row. Raises TaskError if the row is unusable."""
         if self.columns:
             row = _rename_columns(row, self.columns)
+        if is_table_of_texts(self.path):
+            row = _parse_cells(row)
         kind = _find_kind(row)
         if not self.kind:
             self.kind = kind
@@ -347,6 +397,34 @@ def _rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
     if "answer" in fields and "choices" not in fields and "grader" not in fields:
         fields["grader"] = "exact"
     return fields
+
+
+def _parse_cells(row: Row) -> Row:
+    """Return a row of a table of texts with its lists, and with the index of the right option.
+
+    A list is written as in JSON or in Python. The index is a number, unless it is an option's text.
+    """
+    values = dict(row)
+    for name in ("choices", "messages"):
+        if name in values:
+            values[name] = _parse_list(values[name])
+    choices = values.get("choices")
+    answer = values.get("answer")
+    if choices is not None and answer not in choices and str(answer).isdecimal():
+        values["answer"] = int(str(answer))
+    return values
+
+
+def _parse_list(text: Any) -> Any:
+    """Return the list that a cell holds; a cell without a list is returned unchanged."""
+    for parse in (_NUMBERS_AS_TEXTS.decode, ast.literal_eval):
+        try:
+            value = parse(text)
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            continue
+        if isinstance(value, list):
+            return value
+    return text
 
 
 def _column_value(row: Row, column: str) -> Any:
@@ -384,9 +462,13 @@ def _find_kind(row: Row) -> str:
     has_text = any(name in row for name in ("prompt", "question", "messages"))
     if has_text and "answer" not in row:
         return WITHOUT_ANSWER
+    advice = "name columns of other names, as in --columns question=COLUMN,answer=COLUMN"
+    if has_text and all(name in FIELDS for name in row):
+        advice = "--columns grader=exact grades the answers by their text"
     raise TaskError(
         f"'choices' or 'grader' is missing (the line has: {', '.join(row) or 'nothing'}); give "
-        f"question, choices and answer; or question, answer and grader; or prompt or messages alone"
+        f"question, choices and answer; or question, answer and grader; or prompt or messages "
+        f"alone; {advice}"
     )
 
 

@@ -13,10 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from drllm.errors import TaskError, nearest_name
+from drllm.errors import TaskError
 from drllm.records.splits import find_split, hash_text, question_key
 from drllm.tasks.base import Task, check_split, name_for_harness
 from drllm.tasks.examples import OPTIONS_REWARD, Example, Prompt, with_options
+from drllm.tasks.harness_names import explain_unknown_name, refuse_unknown_name
 from drllm.work.listener import logger, quiet
 
 FEWSHOT_SEED = 1234  # the harness' default, so that its command line draws the same examples
@@ -321,6 +322,9 @@ def load_harness_tasks(name: str, known_names: tuple[str, ...] = ()) -> dict[str
     Raises:
         TaskError: The name is unknown, or the docs can't be fetched.
     """
+    if not name.endswith(".yaml"):
+        refuse_unknown_name(name, known_names)
+
     import datasets
 
     with quiet("lm_eval", "huggingface_hub", "datasets"), redirect_stderr(io.StringIO()):
@@ -355,9 +359,5 @@ def _find_task(name: str, known_names: tuple[str, ...]) -> tuple[Any, str]:
         return manager, names_by_file.get(str(file), name)
     manager = _own_tasks()
     if name not in manager.task_index:
-        raise TaskError(
-            f"{nearest_name('task', name, {*known_names, *manager.task_index})}; 'drllm ls "
-            f"tasks' and 'drllm lm-eval ls tasks' list all tasks; for other questions, give a "
-            f".jsonl file, or OWNER/NAME of a data set on the hub"
-        )
+        raise TaskError(explain_unknown_name(name, {*known_names, *manager.task_index}))
     return manager, name

@@ -11,7 +11,12 @@ from typing import TypeVar
 from drllm.errors import TaskError, unknown_name
 from drllm.registry import Registry
 from drllm.tasks.base import Task
-from drllm.tasks.files import is_source, load_source, refuse_other_formats
+from drllm.tasks.files import (
+    is_source,
+    load_source,
+    refuse_other_formats,
+    refuse_wrong_file_name,
+)
 from drllm.tasks.harness import LmEvalTask
 
 TASKS: Registry[Task] = Registry(
@@ -62,14 +67,15 @@ def get_task(name: str) -> Task:
             group, or a file is missing or has another format.
     """
     refuse_other_formats(name)
-    if is_source(name):
-        return load_source(name, tuple(task_names()))
-    name = _resolve_alias(name)
-    if name in TASKS:
-        return TASKS.get(name)
+    own_name = _resolve_alias(name)
+    if own_name in TASKS:
+        return TASKS.get(own_name)
     members = groups().get(name)
     if members:
         raise TaskError(f"{name!r} stands for {', '.join(members)}; name one of them")
+    refuse_wrong_file_name(name)
+    if is_source(name):
+        return load_source(name, tuple(task_names()))
     if find_spec("lm_eval") is None:
         raise TaskError(unknown_name("task", name, task_names()) + ", or a .jsonl file")
     return _lm_eval_task(name, tuple(task_names()))

@@ -1,18 +1,11 @@
-"""Reads rows from question files and from data sets on the hub, and checks the fields of a row.
+"""Reads rows from data sets on the hub, and checks the fields of a row."""
 
-Question files are JSON lines, plain or gzipped.
-"""
-
-import gzip
 import re
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from drllm.errors import RecordError, TaskError
+from drllm.errors import TaskError
 from drllm.extras import need
-from drllm.records.codec import decode, file_exists
 from drllm.work.listener import quiet
 
 HUB_SET = re.compile(r"([\w.-]+/[\w.-]+(?<!\.yaml))(?::([\w.-]*))?(?::([\w.-]+))?")
@@ -21,39 +14,24 @@ HUB_SET = re.compile(r"([\w.-]+/[\w.-]+(?<!\.yaml))(?::([\w.-]*))?(?::([\w.-]+))
 CONFIG may be empty, as in OWNER/NAME::SPLIT. A path to a `.yaml` file isn't such a name.
 """
 HUB_ROWS = 10_000  # maximum number of rows to read from a data set on the hub
-EXAMPLE_ROW = '{"question": "2 + 2?", "choices": ["3", "4"], "answer": 1}'  # shown in messages
+
+
+class MissingFieldError(TaskError):
+    """A row lacks a field.
+
+    Attributes:
+        field: The name of the field.
+        columns: The names of the row's columns.
+    """
+
+    def __init__(self, field: str, columns: Sequence[str]) -> None:
+        super().__init__(f"{field!r} is missing (the line has: {', '.join(columns) or 'nothing'})")
+        self.field = field
+        self.columns = columns
 
 
 class EmptyTextError(TaskError):
     """A text is empty, so its row isn't usable; other rows of the set may be usable."""
-
-
-def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield `(line number, object)` for each line of a `.jsonl[.gz]` file that isn't blank."""
-    found_row = False
-    opener = gzip.open if path.name.endswith(".gz") else open
-    try:
-        if not file_exists(path, "read"):
-            raise TaskError(f"{path} doesn't exist; give a .jsonl or .jsonl.gz file of questions")
-        with opener(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                if not found_row and line.lstrip().startswith(b"["):
-                    raise TaskError(
-                        f"{path} is one JSON list; write each of its objects on a line of its own, "
-                        f"without brackets and commas around them, for example {EXAMPLE_ROW}"
-                    )
-                found_row = True
-                yield number, decode(line, dict[str, Any], f"{path}, line {number}")
-    except RecordError as error:
-        raise TaskError(
-            f"{error}; give a .jsonl or .jsonl.gz file with a JSON object on each line"
-        ) from error
-    except (EOFError, zlib.error, OSError) as error:
-        raise TaskError(f"{path} can't be read ({error}); fetch or write it again") from error
-    if not found_row:
-        raise TaskError(f"{path} is empty; give a file with one question a line")
 
 
 def hub_rows(
@@ -184,5 +162,5 @@ def read_index(value: Any, count: int, key: str) -> int:
 
 def _field(row: Mapping[str, Any], key: str) -> Any:
     if key not in row:
-        raise TaskError(f"{key!r} is missing (the line has: {', '.join(row) or 'nothing'})")
+        raise MissingFieldError(key, list(row))
     return row[key]

@@ -21,7 +21,8 @@ from drllm.errors import ConfigError, TaskError
 from drllm.records.codec import hash_values, read_text
 from drllm.records.static_paths import FIT
 from drllm.tasks.examples import FILE_ENDINGS, Prompt, choose
-from drllm.tasks.rows import HUB_ROWS, HUB_SET, read_hub_set, read_rows
+from drllm.tasks.row_files import READERS, read_rows
+from drllm.tasks.rows import HUB_ROWS, HUB_SET, read_hub_set
 from drllm.tuning.data_splits import TasksArgument, TaskSplits, split_tasks
 from drllm.tuning.objectives import choose_objective, make_prompt
 
@@ -188,9 +189,10 @@ def _read_file(file: Path) -> list[str]:
         paragraphs = re.split(r"\n\s*\n", read_text(file))
         return [paragraph for paragraph in paragraphs if paragraph.strip()]
     if not file.name.endswith(FILE_ENDINGS):
+        endings = ", ".join((*READERS, ".txt"))
         raise ConfigError(
-            f"--text: the name of {file} doesn't end in .jsonl, .jsonl.gz or .txt; give a file of "
-            f"this kind, or a data set of the hub as OWNER/NAME[:CONFIG[:SPLIT]]"
+            f"--text: the name of {file} ends in none of {endings}; give a file of this kind, or a "
+            f"data set of the hub as OWNER/NAME[:CONFIG[:SPLIT]]"
         )
     texts = []
     for line, row in read_rows(file):

@@ -49,8 +49,12 @@ def test_what_comes_with_the_project_is_understood(path: Path):
 def test_the_driver_of_ray_loads_no_model(tmp_path, monkeypatch, capsys):
     """A model that can't be loaded isn't missed before Ray is, which comes first."""
     monkeypatch.setitem(sys.modules, "ray", None)  # importing it fails
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (broken / name).write_text("")
     search = "search: {dataset: builtin_facts, executor: ray, limit: 2}\n"
-    path = write(tmp_path, "model: {model: no/such/folder}\n" + EVALUATE + search)
+    path = write(tmp_path, f"model: {{model: {broken}}}\n" + EVALUATE + search)
     assert main(["run", str(path), "--output-dir", str(tmp_path / "out")]) == 2
     assert 'pip install "drllm[ray]"' in capsys.readouterr().err
 

@@ -172,14 +172,14 @@ def test_columns_are_put_behind_every_file_and_hub_set_of_a_list():
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("mine.csv", "a CSV file"),
-        ("data/mine.json", "a JSON file"),
-        ("mine.CSV?question=q", "a CSV file"),
+        ("mine.xlsx", "an Excel file"),
+        ("data/mine.txt", "a text file"),
+        ("mine.TXT?question=q", "a text file"),
     ],
 )
 def test_a_file_in_another_format_says_what_it_is_and_what_to_write_instead(name, kind):
     for refused in (lambda: get_tasks(name), lambda: with_columns(name, "question=q")):
-        with pytest.raises(TaskError, match=rf"is {kind}.* as JSON lines in mine\.jsonl, .*{{"):
+        with pytest.raises(TaskError, match=rf"is {kind}.* into mine\.csv or mine\.jsonl, .*{{"):
             refused()
 
 
@@ -307,7 +307,7 @@ def test_a_row_that_cannot_be_used_is_named(tmp_path, rows, message):
         (b'{"question": "W', "line 1: "),
         (b'"text"\n', "line 1: expected `object`"),
         (b'{"question": NaN}', "line 1: NaN isn't a number"),
-        (b'\n [{"question": "Why?"}]\n', "is one JSON list; write each of its objects on a line"),
+        (b'\n [{"question": "Why?"}]\n', "is one JSON list and not JSON lines; rename it"),
         (b'[\n  {"question": "Why?"}\n]\n', "is one JSON list"),
     ],
 )

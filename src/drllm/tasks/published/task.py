@@ -23,11 +23,12 @@ from drllm.tasks.base import (
     check_split,
     choose_shots_split,
 )
-from drllm.tasks.examples import FILE_ENDINGS, Example, QuestionRow, Row
+from drllm.tasks.examples import JSON_LINES, Example, QuestionRow, Row
 from drllm.tasks.prompt_formats import BOXED, GAP, OPTIONS, PromptFormat
 from drllm.tasks.published import readers
 from drllm.tasks.registry import TASKS, register
-from drllm.tasks.rows import EmptyTextError, hub_rows, read_rows
+from drllm.tasks.row_files import read_rows
+from drllm.tasks.rows import EmptyTextError, hub_rows
 from drllm.work.listener import logger
 
 SETS = Path(__file__).with_name("sets.yaml")
@@ -295,7 +296,7 @@ def find_file(folder: Path, stem: str) -> Path | None:
 def _files_named(folder: Path, pattern: str) -> list[Path]:
     """Return the question files in a folder whose names, without the endings, match a pattern."""
     files: list[Path] = []
-    for ending in FILE_ENDINGS:
+    for ending in JSON_LINES:
         files += sorted(folder.glob(pattern + ending))
     return files
 

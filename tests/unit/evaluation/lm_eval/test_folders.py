@@ -15,7 +15,7 @@ from drllm.tasks.examples import OPTIONS_REWARD
 from drllm.tasks.files import FileTask
 from drllm.tasks.published.task import PublishedTask
 from drllm.tasks.registry import get_task, get_tasks
-from drllm.tasks.rows import read_rows
+from drllm.tasks.row_files import read_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the harness and what it imports
 
