@@ -26,10 +26,13 @@ def written_paths(
     paths: Mapping[str, list[int]] = PATHS,
     divided: tuple[str, ...] = (),
     fitted: tuple[float, float, float] | None = None,
+    test: Differences | None = None,
+    repaired: Differences | None = None,
 ) -> Path:
     """Write a `paths.json` of a model with this identity, and return where it lies.
 
     `fitted` is the change of the objective on `fit` of every path but the full one, if it is there.
+    `test` replaces what these paths lose on `test`; `repaired` is what they lose with a refit.
     """
     manifest = new_manifest("paths", model=model, config={"max_skipped": 0.2, "seed": 3})
     record = StaticPaths(
@@ -46,8 +49,9 @@ def written_paths(
                 measured=(
                     *([_fitted(None if name == "full" else fitted)] if fitted else []),
                     _measured("select", 200, None if name == "full" else (9, 4)),
-                    _measured("test", 400, None if name == "full" else (12, 10)),
+                    _measured("test", 400, None if name == "full" else (12, 10), test),
                 ),
+                repaired=_repaired(name, repaired),
             )
             for name, steps in paths.items()
         ),
@@ -68,9 +72,22 @@ def _fitted(change: tuple[float, float, float] | None) -> PathScore:
     return PathScore(task="arc_easy", part="fit", num_questions=99, objective=-1.0, change=change)
 
 
-def _measured(part: str, num_questions: int, outcomes: tuple[int, int] | None) -> PathScore:
+def _repaired(name: str, differences: Differences | None) -> tuple[PathScore, ...]:
+    if name == "full" or differences is None:
+        return ()
+    return (_measured("test", 400, (12, 10), differences),)
+
+
+def _measured(
+    part: str,
+    num_questions: int,
+    outcomes: tuple[int, int] | None,
+    differences: Differences | None = None,
+) -> PathScore:
     against = None
-    if outcomes is not None:
+    if outcomes is not None and differences is not None:
+        against = differences
+    elif outcomes is not None:
         won, lost = outcomes
         shown: dict[str, Any] = {"n": num_questions, "shown": "none shown"}
         against = Differences(

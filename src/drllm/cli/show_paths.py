@@ -1,16 +1,22 @@
 """Prints the static paths of `drllm tune`, and a healed path. This module doesn't import torch."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from drllm.cli.terminal import Terminal
 from drllm.errors import RecordError
 from drllm.records.healed import read_healed
-from drllm.records.static_paths import read_paths
+from drllm.records.path_losses import describe_losses
+from drllm.records.static_paths import TEST, NamedPath, PathScore, StaticPaths, read_paths
 from drllm.reporting import path_sections
+from drllm.reporting.numbers import NONE, count, difference, percent, plain, signed
+
+COLUMNS = "path|layers|accuracy|minus full (95 %)|text loss"
+UNGRADED_COLUMNS = "path|layers|objective|minus full (95 %)|text loss"
 
 
 def show_paths(file: Path, terminal: Terminal) -> None:
-    """Print the paths of a `paths.json`, task by task, and advice on them."""
+    """Print the results of a `paths.json` on `test`, task by task, and what each path loses."""
     record = read_paths(file)
     for task in record.tasks:
         if task not in record.objective:
@@ -18,17 +24,71 @@ def show_paths(file: Path, terminal: Terminal) -> None:
                 f"{file} names the task {task!r}, and its 'objective' has "
                 f"{', '.join(record.objective)}; the file was changed, so tune again"
             )
-        rows = path_sections.path_rows(record, task)
-        title = f"{task}, objective {record.objective[task]}"
-        terminal.table(path_sections.COLUMNS, rows, title=title, numbers_from=1)
+        _print_table(record, task, terminal)
         sentence = path_sections.compare_test_with_fit(record, task)
         if sentence:
             terminal.say(sentence)
-    for path in record.paths[1:]:  # without the full path
-        terminal.fact(path.name, path_sections.describe_path(record, path))
-    for sentence in [*path_sections.advice(record), *record.notes]:
+    for sentence in record.notes:
         terminal.say(sentence)
+    shorter_paths = record.paths[1:]  # without the full path
+    for path in shorter_paths:
+        terminal.fact(path.name, path_sections.describe_path(record, path))
     terminal.fact("paths", file)
+    for path in shorter_paths:
+        for sentence in describe_losses(record, path):
+            terminal.say(sentence, indent=2)
+
+
+def _print_table(record: StaticPaths, task: str, terminal: Terminal) -> None:
+    """Print the results of all paths on the test questions of a task."""
+    full = record.paths[0].plain_on(task, TEST)
+    if full is None:
+        terminal.say(f"{task}: no scores on test questions")
+        return
+    if full.accuracy is None:
+        columns = UNGRADED_COLUMNS
+        quantity = f"objective {record.objective[task]} in nats, its difference from full"
+    else:
+        columns = COLUMNS
+        quantity = "accuracy, its difference from full in points"
+    terminal.table(
+        columns,
+        _list_rows(record, task, full),
+        title=f"{task}: {count(full.num_questions)} test questions, on which no path was fitted or "
+        f"chosen; {quantity}, and next-token loss in nats a token (beside full)",
+        numbers_from=1,
+    )
+
+
+def _list_rows(record: StaticPaths, task: str, full: PathScore) -> Iterator[list[str]]:
+    """Yield the row of each path. A path that was repaired has two: with its refit, and plain."""
+    for path in record.paths:
+        if path.repaired:
+            yield _make_row(f"{path.name}, refit", path, path.on(task, TEST), full)
+            yield _make_row(f"{path.name}, plain", path, path.plain_on(task, TEST), full)
+        else:
+            yield _make_row(path.name, path, path.plain_on(task, TEST), full)
+
+
+def _make_row(name: str, path: NamedPath, score: PathScore | None, full: PathScore) -> list[str]:
+    """Return the cells of one path with these scores."""
+    layers = plain(path.executions, 2).removesuffix(".00")
+    if score is None:
+        return [name, layers, NONE, NONE, NONE]
+    text_loss = _write_text_loss(score, full)
+    if score.accuracy is None:
+        change = path_sections.write_change(score)
+        return [name, layers, plain(score.objective, 3), change, text_loss]
+    verdict = score.against_full.accuracy if score.against_full else None
+    return [name, layers, percent(score.accuracy), difference(verdict), text_loss]
+
+
+def _write_text_loss(score: PathScore, full: PathScore) -> str:
+    """Write a next-token loss, and its difference from the full path's."""
+    text_loss = plain(score.text_loss, 3)
+    if score is full or score.text_loss is None or full.text_loss is None:
+        return text_loss
+    return f"{text_loss} ({signed(score.text_loss - full.text_loss, 3)})"
 
 
 def show_healed(file: Path, terminal: Terminal) -> None:

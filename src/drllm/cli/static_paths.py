@@ -10,18 +10,30 @@ from drllm.cli.questions import COLUMNS
 from drllm.cli.show_paths import show_healed, show_paths
 from drllm.cli.terminal import LOADING, Terminal
 from drllm.cli.verbs import Flag, verb
-from drllm.config import HealConfig, ModelConfig, TuneConfig
+from drllm.config import ExportConfig, HealConfig, ModelConfig, TuneConfig
 from drllm.config.heal import NO_REPAIR
 from drllm.pipeline.model import open_model
 from drllm.records.healed import HEALED_FILE
+from drllm.records.path_losses import check_losses, describe_file_losses, describe_losses
 from drllm.records.places import check_folder
-from drllm.records.static_paths import FIT, PATHS_FILE, load_path
+from drllm.records.static_paths import (
+    FIT,
+    PATHS_FILE,
+    SELECT,
+    TEST,
+    PathFile,
+    StaticPaths,
+    load_path,
+)
 from drllm.tuning.calibration import read_calibration
 from drllm.tuning.data_splits import TaskSplits, split_tasks
 from drllm.tuning.heal_texts import read_sources
 
 if TYPE_CHECKING:
     from drllm.models.export import Export
+
+PART_USES = {FIT: "to find paths", SELECT: "to choose among them", TEST: "to test them"}
+"""What the parts of a task's questions are for."""
 
 
 @verb(
@@ -72,7 +84,7 @@ def _print_num_questions(splits: TaskSplits, config: TuneConfig, terminal: Termi
         # --num-fit has limited the questions of `fit` already.
         if part != FIT and config.num_judged is not None:
             num_questions = min(num_questions, config.num_judged)
-        counts.append(f"{num_questions} to {part}")
+        counts.append(f"{num_questions:,} {PART_USES[part]}")
     terminal.say(f"questions of {splits.task.name}: {', '.join(counts)}")
 
 
@@ -103,6 +115,7 @@ def heal_verb(command: CommandLine, terminal: Terminal) -> None:
     path = load_path(config.require_path())
     model = choose_model(command, path=path)
     texts = read_sources(config)
+    _note_losses(path, terminal)
     with terminal.busy(LOADING):
         from drllm.tuning.heal import heal
 
@@ -111,10 +124,19 @@ def heal_verb(command: CommandLine, terminal: Terminal) -> None:
     show_healed(output / HEALED_FILE, terminal)
 
 
+def _note_losses(path: PathFile, terminal: Terminal) -> None:
+    """Note what a path of a `paths.json` loses on test questions, as `tune` measured it."""
+    if path.named is None:
+        return
+    assert isinstance(path.record, StaticPaths)
+    for sentence in describe_losses(path.record, path.named):
+        terminal.note(f"measured by tune: {sentence}")
+
+
 @verb(
     "export",
     example="drllm export --model smollm2-135m --path plan.json --output-dir exported/",
-    settings=(ModelConfig,),
+    settings=(ModelConfig, ExportConfig),
     flags=(
         Flag(
             "path",
@@ -123,17 +145,25 @@ def heal_verb(command: CommandLine, terminal: Terminal) -> None:
             placeholder="FILE",
         ),
         Flag("output_dir", "folder to write", required=True, placeholder="DIR", alias="output"),
+        Flag(
+            "force",
+            "export also a path that is shown to lose more than --max-drop or --max-loss-increase",
+            switch=True,
+        ),
     ),
     model_from="the model that the paths.json names",
 )
 def export(command: CommandLine, terminal: Terminal) -> None:
     """Write a static path as an ordinary checkpoint."""
+    config = command.get_settings(ExportConfig)
     output = command.path("output_dir")
 
     check_model(command)
     path = load_path(str(command.path("path")))
     model = choose_model(command, path=path)
     check_folder(output, "--output-dir")
+    if not command.values["force"]:
+        check_losses(path, config.max_drop, config.max_loss_increase)
     with terminal.busy(LOADING):
         from drllm.models.export import check_output, export_path
     check_output(output)
@@ -147,6 +177,16 @@ def export(command: CommandLine, terminal: Terminal) -> None:
         exported = export_path(base, path, output)
 
     _print_export(exported, base.num_layers, terminal)
+    _print_losses(path, terminal)
+
+
+def _print_losses(path: PathFile, terminal: Terminal) -> None:
+    """Print what is known of the losses of an exported path."""
+    sentences = describe_file_losses(path)
+    if path.record is None:
+        sentences = [f"nothing; 'drllm evaluate --paths {path.file}' compares it with all layers"]
+    for sentence in sentences:
+        terminal.say(f"measured    {sentence}", indent=12)
 
 
 def _print_export(exported: Export, num_layers: int, terminal: Terminal) -> None:

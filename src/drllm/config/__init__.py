@@ -7,6 +7,7 @@ is checked. `config.fields` says how a field is declared. This package doesn't i
 from drllm.config.constants import SPLITS
 from drllm.config.evaluate import TIMING, EvaluateConfig
 from drllm.config.executor import ExecutorConfig
+from drllm.config.export import ExportConfig
 from drllm.config.generate import DepthConfig, GenerateConfig
 from drllm.config.heal import HealConfig
 from drllm.config.model import DEVICES, ModelConfig
@@ -24,6 +25,7 @@ __all__ = [
     "DepthConfig",
     "EvaluateConfig",
     "ExecutorConfig",
+    "ExportConfig",
     "GenerateConfig",
     "HealConfig",
     "ModelConfig",

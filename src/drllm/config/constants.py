@@ -14,3 +14,7 @@ TASKS_HELP = (
 DATA_DIR_HELP = (
     "folder with TASK/SPLIT.jsonl[.gz] files; default: questions are fetched from the hub"
 )
+
+MAX_DROP = 3.0
+"""A loss of accuracy, in points, that matters: `shrink` allows no larger loss, `export` refuses a
+path that is shown to lose more, and the verdicts on paths go by it, unless told otherwise."""

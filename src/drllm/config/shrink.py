@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from drllm.config.constants import DATA_DIR_HELP, TASKS_HELP
+from drllm.config.constants import DATA_DIR_HELP, MAX_DROP, TASKS_HELP
 from drllm.config.fields import Settings, basic, incidental, setting
 from drllm.errors import ConfigError
 
@@ -21,7 +21,7 @@ class ShrinkConfig(Settings):
         help=TASKS_HELP,
     )
     max_drop: float = basic(
-        3.0,
+        MAX_DROP,
         above=0.0,
         maximum=100.0,
         help="largest allowed loss of accuracy, in points; a test on held-out questions must "

@@ -37,6 +37,7 @@ from drllm.paths import StaticPath
 from drllm.records.codec import write_json
 from drllm.records.healed import HealedPath
 from drllm.records.identity import QUANTISED
+from drllm.records.path_losses import describe_file_losses
 from drllm.records.shrink import SHRINK_FILE, ShrinkRecord
 from drllm.records.static_paths import PathFile, StaticPaths
 
@@ -385,7 +386,8 @@ def model_card(
 ) -> str:
     """Write the card of an exported checkpoint: where it comes from, and how to load it.
 
-    For a path of a `paths.json`, the card also says how the path was found and how it scored.
+    For a path of a `paths.json`, the card also says what the path loses, how it was found and how
+    it scored; for a healed path, its losses by source.
 
     Args:
         base: The base model's identity.
@@ -401,9 +403,11 @@ def model_card(
     decisions = () if isinstance(plan, StaticPath) else plan  # decisions can't express every path
     named = None
     record = None
+    losses: list[str] = []
     if file is not None:
         named = file.named
         record = file.record
+        losses = describe_file_losses(file)
     return render_card(
         CARD_TEMPLATE,
         _describe_for_hub(base),
@@ -419,6 +423,7 @@ def model_card(
         record=record if isinstance(record, StaticPaths) else None,
         healed=record if isinstance(record, HealedPath) else None,
         shrink=shrink,
+        losses=losses,
         version=importlib.metadata.version("drllm"),
     )
 

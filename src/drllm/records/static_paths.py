@@ -153,9 +153,9 @@ class StaticPaths(Header, frozen=True, kw_only=True, forbid_unknown_fields=True)
             )
         if self.repair:
             sentences.append(
-                "Paths were chosen with their gaps repaired. A repair restores the full path, also "
-                "where leaving layers out had gained something on a task, so both are reported: "
-                "with the refit, and plain."
+                "Paths were chosen with their refit, which 'drllm heal --minutes 0' solves. Plain "
+                "paths only leave layers out, as export and generate run them; a refit restores "
+                "the full path, so a plain path may also do better on a task."
             )
         if self.choice is not msgspec.UNSET and self.choice is not None:
             sentences.append(note_ignored_certificate(self.drllm_version))

@@ -5,12 +5,13 @@ from functools import partial
 from statistics import fmean
 
 from drllm.records.healed import HealedPath
+from drllm.records.path_losses import describe_healed_losses
 from drllm.records.static_paths import FIT, SELECT, TEST, NamedPath, PathScore, StaticPaths
 from drllm.reporting import figures
 from drllm.reporting.document import Block, Figure, Section
 from drllm.reporting.markdown import Markdown, write_list, write_paragraph, write_table
 from drllm.reporting.numbers import NONE, count, difference, excluded, percent, plain, signed
-from drllm.statistics.words import uncapitalize
+from drllm.statistics.words import capitalize, uncapitalize
 from drllm.work.listener import duration
 
 COLUMNS = (
@@ -82,7 +83,14 @@ def _write_objective(measured: PathScore | None) -> str:
         return NONE
     if measured.change is None:
         return plain(measured.objective, 3)
-    mean, low, high = measured.change
+    return write_change(measured)
+
+
+def write_change(score: PathScore) -> str:
+    """Write how the objective of a path differs from the full path's; a dash for the full path."""
+    if score.change is None:
+        return NONE
+    mean, low, high = score.change
     return f"{signed(mean, 3)} ({signed(low, 2)} to {signed(high, 2)})"
 
 
@@ -93,7 +101,7 @@ def describe_path(record: StaticPaths, path: NamedPath) -> str:
 
 
 def compare_test_with_fit(record: StaticPaths, task: str) -> str:
-    """Say how much lower or higher the paths' changes from full are on `test` than on `fit`.
+    """Say how much lower or higher paths score beside the full path on `test` than on `fit`.
 
     Returns an empty text if no path was scored on both parts.
     """
@@ -105,15 +113,16 @@ def compare_test_with_fit(record: StaticPaths, task: str) -> str:
             changes.append(tested.change[0] - fitted.change[0])
     if not changes:
         return ""
-    average = _write_change(fmean(changes))
-    worst = _write_change(min(changes))
-    return (
-        f"On test, which no path was fitted on, the change from full is {average} than on fit on "
-        f"average, {worst} at worst."
+    sentence = (
+        f"On test questions, paths score {_compare_parts(fmean(changes))} (beside full) than on "
+        f"the questions that they were fitted on"
     )
+    if len(changes) > 1:
+        sentence += f"; at worst {_compare_parts(min(changes))}"
+    return f"{sentence}."
 
 
-def _write_change(change: float) -> str:
+def _compare_parts(change: float) -> str:
     direction = "lower" if change < 0 else "higher"
     return f"{plain(abs(change), 3)} nats {direction}"
 
@@ -205,8 +214,7 @@ def describe_healing(record: HealedPath) -> str:
     ]
     if record.curve:
         sentences.append(_describe_training(record))
-    elif record.held_out:
-        sentences.append(_describe_losses(record))
+    sentences += [f"{capitalize(sentence)}." for sentence in describe_healed_losses(record)]
     return " ".join(sentences)
 
 
@@ -220,17 +228,6 @@ def _describe_training(record: HealedPath) -> str:
         f"{plain(divergences[0], 3)} nats a token {before} and is {plain(min(divergences), 3)} "
         f"after {count(last.step)} steps of training ({count(last.tokens)} tokens, "
         f"{duration(last.seconds)})."
-    )
-
-
-def _describe_losses(record: HealedPath) -> str:
-    """Say which share of the lost next-token loss is recovered, on the mean of the sources."""
-    losses = record.held_out.values()
-    plain_increase = fmean(loss.path - loss.full for loss in losses)
-    increase = fmean(loss.healed - loss.full for loss in losses)
-    return (
-        f"Its next-token loss on held-out texts of the same sources is {signed(increase, 3)} nats "
-        f"a token from the full path's, {signed(plain_increase, 3)} without the repair."
     )
 
 

@@ -111,12 +111,12 @@ def describe_calibration(
     Args:
         names: The names of the sources.
         texts: The texts that paths are repaired with.
-        num_bytes: The memory of the stand-in's states.
+        num_bytes: The memory of the states that are kept for this.
     """
     num_tokens = sum(map(len, texts))
     lines = [
-        f"paths are repaired with {num_tokens:,} tokens of {', '.join(names)}; the stand-in that "
-        f"candidates are repaired with keeps {num_bytes / 1e9:.2g} GB of states"
+        f"paths are refitted on {num_tokens:,} tokens of {', '.join(names)}, which takes "
+        f"{num_bytes / 1e9:.2g} GB of memory"
     ]
     warning = warn_of_texts(names, num_tokens)
     if warning:

@@ -58,7 +58,7 @@ def choose_tuning_repair(config: TuneConfig, executor: Executor, listener: Liste
     """
     if config.repair == NO_REPAIR:
         return NO_REPAIR
-    with listener.busy("looking for the maps to refit"):
+    with listener.busy("checking whether paths can be refitted"):
         [obstacle] = run([Block("refit", None)], FindObstacle(), executor)
     if not obstacle:
         return REFIT

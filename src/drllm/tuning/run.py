@@ -39,7 +39,6 @@ from drllm.tuning.heal_texts import TextArgument, TextSource, digest_sources
 from drllm.tuning.level_lines import (
     HEAD,
     REPAIRED_HEAD,
-    compare_repairs,
     describe_level,
     format_level,
 )
@@ -233,7 +232,7 @@ class _TuningRun:
         repair = None
         if self.is_repaired:
             repair = make_repair(self.workers, sources, config, self.store, self.listener)
-        with self.listener.progress("tuning", "scores") as on_progress:
+        with self.listener.progress("tuning", "") as on_progress:
             tasks = []
             for number, splits in enumerate(self.splits):
                 tasks.append(tokenize_task(base, splits, config, number))
@@ -248,8 +247,6 @@ class _TuningRun:
             gains = self.test(paths, gains, progress)
             named_paths = make_named_paths(paths, gains)
             progress.finish()
-        if self.is_repaired:
-            self.listener.note("\n".join(compare_repairs(named_paths)))
         return self.make_record(tasks, named_paths, repair, is_cut=search.is_cut)
 
     def search(self, gains: Gains, progress: TuningProgress) -> _SearchResult:
@@ -281,7 +278,7 @@ class _TuningRun:
             is_last = level.saved == beam.max_saved
             minutes = self.config.minutes
             if _is_time_over(minutes, gains.table.seconds):
-                listener.note(f"{minutes:g} minutes are over; no further level begins")
+                listener.note(f"the time of --minutes {minutes:g} is over; no further level begins")
                 return _SearchResult(best_paths, is_cut=not is_last)
             if not is_last and not gains.may_extend(best):  # so no path of the level may
                 listener.note(

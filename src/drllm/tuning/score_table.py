@@ -266,12 +266,8 @@ class ScoreTable:
                 row = _get_row(self._is_right, block.task, block.part, path)
                 row[block.places] = scores.right[number]
         self.seconds += scores.seconds / self._executor.num_workers
-        row = self._objectives[block.task, block.part, block.paths[0]]
-        num_scored = _count_known(row[block.questions])
-        note = (
-            f"scoring {len(block.paths)} candidate paths, question {num_scored} of "
-            f"{len(block.questions)}"
-        )
+        num_paths = len(block.paths)
+        note = "scoring 1 path" if num_paths == 1 else f"comparing {num_paths} paths"
         self._on_scored(block.num_pairs, self.seconds, note)
 
     def _make_answer_blocks(self, requests: Iterable[PathsOnPart]) -> list[_AnswerBlock]:

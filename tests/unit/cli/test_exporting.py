@@ -8,6 +8,10 @@ import pytest
 from drllm.errors import PathError, RecordError
 from drllm.paths import to_path
 from drllm.records.static_paths import load_path
+from drllm.statistics.differences import Differences
+from drllm.statistics.losses import describe_loss
+from drllm.statistics.verdicts import judge_counts, judge_means
+from healed_folder import written_healed
 from paths_json import written_paths
 
 
@@ -130,6 +134,76 @@ def test_a_tuned_path_names_its_base_model_and_another_is_refused(model_folder, 
     said = drllm("export --device cpu --path", f"{file}:4.00", *other, status=2).err
     assert "fingerprint" in said
     assert said.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def base(model_folder):
+    """A tiny model of six layers."""
+    from drllm.models.base.load import load
+
+    return load(str(model_folder(num_layers=6)), device="cpu")
+
+
+LOSSY = judge_counts(0, 30, 100)  # 30 points less, at least 22
+TEXT = judge_means("text_loss", [1.2, 1.4] * 50, [0.0] * 100, seed=0)
+UNSURE = judge_counts(0, 3, 100)  # 3 points less, which isn't shown
+
+
+@pytest.mark.parametrize(
+    ("losses", "words", "is_refused"),
+    [
+        (Differences(accuracy=LOSSY), "", True),
+        (Differences(accuracy=LOSSY), "--max-drop 25", False),
+        (Differences(accuracy=LOSSY), "--force", False),
+        (Differences(accuracy=UNSURE), "", False),
+        (Differences(accuracy=UNSURE, text_loss=TEXT), "", True),
+        (Differences(accuracy=UNSURE, text_loss=TEXT), "--max-loss-increase 1.4", False),
+    ],
+    ids=["answers", "a higher bound", "forced", "not shown", "text", "a higher bound of text"],
+)
+def test_a_path_that_is_shown_to_lose_more_than_the_bound_needs_force(
+    base, drllm, tmp_path, losses, words, is_refused
+):
+    file = written_paths(tmp_path / "paths.json", base.identity, test=losses)
+    command = f"export --device cpu {words} --path"
+    output = tmp_path / "out"
+    result = drllm(command, f"{file}:5.00", "--output-dir", output, status=2 * is_refused)
+    if is_refused:
+        assert result.err.count("\n") == 1
+        assert "--force" in result.err
+        assert not output.exists()
+        return
+    sentence = describe_loss("5.00", losses)
+    assert f"measured    on arc_easy, {sentence}\n" in result.out
+    assert f"- on arc_easy, {sentence}\n" in (output / "README.md").read_text()
+
+
+def test_a_refit_doesnt_count_since_the_plain_path_is_exported(base, drllm, tmp_path):
+    harmless = Differences(accuracy=judge_counts(0, 0, 400))
+    lossy = Differences(accuracy=LOSSY)
+    words = ("--output-dir", tmp_path / "out")
+    file = written_paths(tmp_path / "paths.json", base.identity, test=lossy, repaired=harmless)
+    assert "--force" in drllm("export --device cpu --path", f"{file}:5.00", *words, status=2).err
+    file = written_paths(tmp_path / "paths.json", base.identity, test=harmless, repaired=lossy)
+    measured = drllm("export --device cpu --path", f"{file}:5.00", *words).out.split("measured")[1:]
+    assert "without its refit" in measured[0]
+    assert "with its refit" in measured[1]
+
+
+def test_a_path_without_a_record_is_exported_and_nothing_is_claimed(export, tmp_path: Path) -> None:
+    result = export(written(tmp_path, '{"path": [0, 4]}'), tmp_path / "out")
+    assert "measured    nothing" in result.out
+    assert "What it loses" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_healed_path_is_exported_with_its_losses_by_source(base, drllm, tmp_path):
+    written_healed(tmp_path / "healed", base.model, base.identity)
+    words = ("--path", tmp_path / "healed", "--output-dir", tmp_path / "out")
+    output = drllm("export --device cpu", "--model", base.name, *words).out
+    card = (tmp_path / "out" / "README.md").read_text()
+    for text in (output, card):
+        assert "+0.200 on arc_easy (+1.000 before)" in text
+        assert "accuracy isn't known" in text
 
 
 @pytest.mark.thorough  # the tiny model's checkpoint is loaded again and compared bit by bit

@@ -2,6 +2,8 @@
 
 import json
 
+from paths_json import written_paths
+
 SETTINGS = "--tasks builtin_facts --limit 20 --steps 2 --rank 2 --num-held-out 4 --device cpu"
 
 
@@ -45,3 +47,17 @@ def test_a_refit_that_is_no_better_ends_with_one_line_and_no_files(drllm, model_
     error = drllm(f"heal {settings}", *words, status=2).err.splitlines()[-1]
     assert "doesn't lower the next-token loss" in error
     assert not output.exists()
+
+
+def test_the_measured_loss_of_a_tuned_path_is_repeated_before_the_work(
+    drllm, model_folder, tmp_path
+):
+    model = model_folder()
+    another = {"id": "another", "num_layers": 4, "fingerprint": "0123"}
+    file = written_paths(
+        tmp_path / "paths.json", another, paths={"full": [0, 1, 2, 3], "a": [0, 3]}
+    )
+    words = ("--model", model, "--path", f"{file}:a", "--output-dir", tmp_path / "healed")
+    first, *_, last = drllm(f"heal {SETTINGS}", *words, status=2).err.splitlines()
+    assert first.startswith("measured by tune: on arc_easy, a keeps its answers")
+    assert "fingerprint" in last  # so nothing was healed

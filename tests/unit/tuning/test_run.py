@@ -162,16 +162,13 @@ def test_every_level_is_said_in_a_line_with_its_interval_drawn(unbroken, heard):
         assert edits.strip() == path.path.edits(6)
 
 
-SCORING_16_OF_24 = "scoring 6 candidate paths, question 16 of 24"
-
-
 def test_how_far_it_is_is_told_in_scores_within_a_level_too_and_never_goes_back(
     unbroken, scored, heard
 ):
     done = [done for done, _, _ in heard.progressed]
     assert done == sorted(done)
     assert all(done <= total for done, total, _ in heard.progressed)
-    assert heard.progressed[0] == (6 * 16, heard.progressed[1][1], SCORING_16_OF_24)
+    assert heard.progressed[0] == (6 * 16, heard.progressed[1][1], "comparing 6 paths")
     assert heard.progressed[-1][:2] == (sum(scored), sum(scored))
 
 
@@ -333,7 +330,7 @@ def test_the_command_prints_every_path_and_where_the_file_lies(drllm, model_fold
     assert all(name in said for name in names)
     assert str(tmp_path / "paths.json") in said
     assert drllm("show", tmp_path / "paths.json").out in said
-    assert "24 to fit, 24 to select, 24 to test" in " ".join(said.split())
+    assert "24 to find paths, 24 to choose among them, 24 to test" in " ".join(said.split())
 
 
 def test_a_finished_tuning_of_an_earlier_version_is_known_again(unbroken, routed, tmp_path):

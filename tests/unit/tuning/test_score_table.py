@@ -105,7 +105,7 @@ def test_further_questions_are_scored_beside_those_that_are_there(table, executo
     executor.blocks.clear()
     table.fill(requests)
     assert not executor.blocks
-    assert reports[0][2] == "scoring 1 candidate paths, question 2 of 2"
+    assert reports[0][2] == "scoring 1 path"
 
 
 def test_a_killed_run_scores_only_what_is_not_kept(table, executor, reports):

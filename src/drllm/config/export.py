@@ -1,0 +1,26 @@
+"""Settings of `drllm export`, which writes a static path as an ordinary checkpoint."""
+
+from dataclasses import dataclass
+
+from drllm.config.constants import MAX_DROP
+from drllm.config.fields import Settings, basic
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig(Settings):
+    """Which measured losses of a path are too large to export it without `--force`."""
+
+    max_drop: float = basic(
+        MAX_DROP,
+        above=0.0,
+        maximum=100.0,
+        help="refuse a path whose test scores show, with 95 % confidence, a larger loss of "
+        "accuracy, in points; --force exports it",
+    )
+    max_loss_increase: float = basic(
+        1.0,
+        above=0.0,
+        help="refuse a path whose test scores show, with 95 % confidence, a larger increase of the "
+        "next-token loss, in nats a token; at 1 a token is 2.7 times less likely on average, and "
+        "plain paths without a tenth of the layers stay below it",
+    )

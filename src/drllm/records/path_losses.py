@@ -1,0 +1,116 @@
+"""What the path of a file is known to lose: sentences on it, and the check before an export."""
+
+from collections.abc import Iterator
+
+from drllm.errors import PathError
+from drllm.records.healed import HealedPath
+from drllm.records.static_paths import TEST, NamedPath, PathFile, PathScore, StaticPaths
+from drllm.statistics.losses import describe_loss, list_excessive_losses
+from drllm.statistics.words import signed
+
+REFITTED = "with its refit"
+
+
+def describe_losses(record: StaticPaths, path: NamedPath) -> Iterator[str]:
+    """Yield a sentence for each task on what a path loses on `test`.
+
+    If the path was repaired, the sentence is about the path with its refit.
+    """
+    name = f"{path.name} {REFITTED}" if path.repaired else path.name
+    for task in record.tasks:
+        yield from _describe_score(record, path.on(task, TEST), name)
+
+
+def describe_plain_losses(record: StaticPaths, path: NamedPath) -> Iterator[str]:
+    """Yield a sentence for each task on what a path loses on `test` without a repair."""
+    name = f"{path.name} without its refit" if path.repaired else path.name
+    for task in record.tasks:
+        yield from _describe_score(record, path.plain_on(task, TEST), name)
+
+
+def _describe_score(record: StaticPaths, score: PathScore | None, name: str) -> Iterator[str]:
+    """Yield the sentence on the scores of a path on `test`; none if there is nothing to compare."""
+    if score is None:
+        return
+    if score.against_full is not None:
+        sentence = describe_loss(name, score.against_full)
+    elif score.change is not None:
+        sentence = _describe_change(record, score, name)
+    else:
+        return
+    if len(record.tasks) > 1:
+        sentence = f"on {score.task}, {sentence}"
+    yield sentence
+
+
+def _describe_change(record: StaticPaths, score: PathScore, name: str) -> str:
+    """Say how the objective changes on questions whose answers aren't graded."""
+    assert score.change is not None
+    mean, low, high = (signed(value, 2) for value in score.change)
+    return (
+        f"{name} changes {record.objective[score.task]} by {mean} nats ({low} to {high}) on "
+        f"{score.num_questions:,} test questions; its answers aren't graded"
+    )
+
+
+def describe_file_losses(path: PathFile) -> list[str]:
+    """Return sentences on what a path loses that is run or exported as the file gives it.
+
+    A path of a `paths.json` runs without its refit; if it was repaired, a second sentence says what
+    it loses with it. The list is empty for the full path, and for a file that was written by hand.
+    """
+    record = path.record
+    if isinstance(record, HealedPath):
+        return describe_healed_losses(record)
+    if record is None or path.named is None:
+        return []
+    sentences = list(describe_plain_losses(record, path.named))
+    if path.named.repaired:
+        sentences += describe_losses(record, path.named)
+    return sentences
+
+
+def describe_healed_losses(record: HealedPath) -> list[str]:
+    """Return sentences on the losses of a healed path, and on what `heal` doesn't measure."""
+    parts = []
+    for source, losses in record.held_out.items():
+        increase = signed(losses.healed - losses.full, 3)
+        before = signed(losses.path - losses.full, 3)
+        parts.append(f"{increase} on {source} ({before} before)")
+    sentences = ["accuracy isn't known, since healing doesn't measure it"]
+    if parts:
+        sentences.insert(
+            0,
+            f"next-token loss beside the full path's, in nats a token, on held-out texts of the "
+            f"sources that {record.name} was healed on: {', '.join(parts)}; text of other sources "
+            f"may lose more",
+        )
+    return sentences
+
+
+def check_losses(path: PathFile, max_drop: float, max_loss_increase: float) -> None:
+    """Refuse to export a path that is shown to lose more than the bounds.
+
+    What counts are the scores on `test` of the path without a repair, since it is exported so. A
+    healed path and a path without scores aren't refused, since nothing is shown of them.
+
+    Args:
+        path: The path.
+        max_drop: The largest allowed loss of accuracy, in points.
+        max_loss_increase: The largest allowed increase of the next-token loss, in nats a token.
+
+    Raises:
+        PathError: A loss is shown to be larger, with 95 % confidence.
+    """
+    if path.named is None:
+        return
+    for score in path.named.measured:
+        if score.part != TEST or score.against_full is None:
+            continue
+        losses = list(list_excessive_losses(score.against_full, max_drop, max_loss_increase))
+        if losses:
+            raise PathError(
+                f"{path.named.name} of {path.file} is shown to lose {' and '.join(losses)} on "
+                f"{score.task}; heal it first, choose another path, allow more by --max-drop or "
+                f"--max-loss-increase, or give --force"
+            )
