@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from drllm.cli.terminal import Terminal
 
 FLAG_WIDTH = 26  # columns for a flag; the text of a longer flag begins on the next line
+FIRST_FLAGS = ("model", "routers", "path", "tasks", "dataset", "columns", "output_dir")
+"""The flags that `--help` shows first, since most commands need them."""
 OVERVIEW_WIDTH = 17  # columns for the names in the last lines of the overview
 
 
@@ -36,11 +38,13 @@ def print_overview(terminal: Terminal) -> None:
 def print_help(verb: Verb, terminal: Terminal, *, everything: bool = False) -> None:
     """Print what a verb does and its basic flags; with `everything`, print all of its flags."""
     flags = list(list_flags(verb))
+    if not everything:
+        flags.sort(key=_rank)
     usage = ["drllm", verb.name, "[flags]"]
     usage += [_format_positional(flag) for flag in flags if flag.positional]
     terminal.say(f"usage: {' '.join(usage)}\n")
     terminal.say(f"{verb.help[0].upper()}{verb.help[1:]}.\nfor example: {verb.example}\n")
-    flags_to_print = [flag for flag in flags if everything or flag.basic]
+    flags_to_print = [flag for flag in flags if everything or _is_basic(flag, verb)]
     last_group = None
     for flag in flags_to_print:
         is_new_group = flag.group is not None and flag.group is not last_group
@@ -55,6 +59,20 @@ def print_help(verb: Verb, terminal: Terminal, *, everything: bool = False) -> N
     num_hidden = len(flags) - len(flags_to_print)
     if num_hidden:
         terminal.beside("  --help-all", f"{num_hidden} more flags and settings", FLAG_WIDTH)
+
+
+def _rank(flag: Flag) -> int:
+    """Return the place of a flag in `--help`: positional arguments first, then `FIRST_FLAGS`."""
+    if flag.positional:
+        return 0
+    if flag.name in FIRST_FLAGS:
+        return 1 + FIRST_FLAGS.index(flag.name)
+    return 1 + len(FIRST_FLAGS)
+
+
+def _is_basic(flag: Flag, verb: Verb) -> bool:
+    """Tell whether `--help` shows a flag of a verb."""
+    return flag.basic and flag.group not in verb.further_settings
 
 
 def _format_positional(flag: Flag) -> str:

@@ -27,6 +27,7 @@ from drllm.supervision.select import check_settings, supervise_to_file
     "search",
     example="drllm search --tasks builtin_facts --limit 64 --output-dir data/",
     settings=(ModelConfig, SearchConfig, SuperviseConfig),
+    further_settings=(SuperviseConfig,),
     flags=(
         COLUMNS,
         Flag(

@@ -117,6 +117,7 @@ class Verb:
         model_from: A phrase for the help: which base model is used without `--model`, such as "the
             model that the paths.json names". It is empty for the default model.
         resumes: Whether the same command resumes interrupted work.
+        further_settings: The groups of settings that only `--help-all` shows.
     """
 
     name: str
@@ -127,6 +128,7 @@ class Verb:
     flags: tuple[Flag, ...] = ()
     model_from: str = ""
     resumes: bool = False
+    further_settings: tuple[type[Settings], ...] = ()
 
 
 CONFIG = Flag(

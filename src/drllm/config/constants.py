@@ -8,8 +8,8 @@ and results are reported on `test`.
 """
 
 TASKS_HELP = (
-    "tasks, separated by commas: names of drllm or of lm-evaluation-harness, FILE.jsonl, "
-    "or OWNER/NAME of the hub"
+    "questions: files (.jsonl, .json, .csv, .tsv, .parquet), names of 'drllm ls tasks' or of "
+    "lm-evaluation-harness, or OWNER/NAME of the hub, separated by commas"
 )
 DATA_DIR_HELP = (
     "folder with TASK/SPLIT.jsonl[.gz] files; default: questions are fetched from the hub"

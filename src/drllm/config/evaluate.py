@@ -54,14 +54,15 @@ class EvaluateConfig(ExecutorConfig):
         minimum=0,
         help="worked examples before each question; default: the task's own number",
     )
-    reward: str | None = setting(
+    reward: str | None = basic(
         None,
         placeholder="FILE.py:FUNCTION",
-        help="your own function that grades generated answers",
+        help="your own function that grades generated answers of at most --max-new-tokens tokens",
     )
     max_new_tokens: int | None = setting(
         None,
         minimum=1,
+        placeholder="TOKENS",
         no_effect_if=("reward", None),
         help="with --reward: maximum tokens of a generated answer; default: 256",
     )
@@ -92,13 +93,15 @@ class EvaluateConfig(ExecutorConfig):
         None,
         above=0.0,
         maximum=100.0,
+        placeholder="POINTS",
         alias="epsilon",
         help="largest allowed loss of accuracy in points; exit status 1 unless a statistical "
         "test excludes a larger loss",
     )
-    max_loss_increase: float | None = setting(
+    max_loss_increase: float | None = basic(
         None,
         above=0.0,
+        placeholder="NATS",
         no_effect_if=("max_drop", None),
         help="with --max-drop: largest allowed increase of the next-token loss (see --num-texts), "
         "in nats per token",

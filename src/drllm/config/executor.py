@@ -14,8 +14,10 @@ class ExecutorConfig(Settings):
 
     executor: str = incidental(
         "local",
+        basic=True,
         choices=("local", "ray"),
-        help="where to run the work: in this process, or on Ray",
+        help="where to run the work: in this process, or on Ray, with --num-workers and "
+        "--ray-address",
     )
     num_workers: int | None = incidental(
         None,

@@ -14,7 +14,9 @@ from drllm.errors import ConfigError
 class GenerateConfig(Settings):
     """How text is generated."""
 
-    max_new_tokens: int = basic(64, minimum=1, help="maximum number of new tokens")
+    max_new_tokens: int = basic(
+        64, minimum=1, placeholder="TOKENS", help="maximum number of new tokens"
+    )
     chat: bool | None = basic(
         None,
         help="use the chat template; default: as the routers were trained",
@@ -64,10 +66,11 @@ class DepthConfig(Settings):
     At most one of these settings may be given, apart from `calibration`.
     """
 
-    depth_bias: float = setting(
+    depth_bias: float = basic(
         0.0,
         minimum=-1e6,
         maximum=1e6,
+        placeholder="LOGITS",
         help="cost of one execution, in logits; a negative cost makes the routers run more layers",
     )
     target_executions: float | None = basic(
@@ -81,13 +84,13 @@ class DepthConfig(Settings):
         no_effect_if=("target_executions", None),
         help="with --target-executions: file of prompts (.jsonl) to search the depth bias on",
     )
-    router_penalty: float | None = setting(
+    router_penalty: float | None = basic(
         None,
         minimum=-1.0,
         maximum=1.0,
         help="setting of the published code: -1 skips all layers, 0.5 executes all",
     )
-    static_routing: bool = setting(
+    static_routing: bool = basic(
         False,
         alias="is_static_routing",
         help="execute every layer once and ignore the routers",

@@ -61,6 +61,7 @@ class HealConfig(Settings):
     refit_tokens: int = setting(
         REFIT_TOKENS,
         minimum=2,
+        placeholder="TOKENS",
         no_effect_if=("repair", NO_REPAIR),
         help="maximum tokens that the refit is solved on, drawn evenly from the sources",
     )
@@ -80,6 +81,7 @@ class HealConfig(Settings):
     minutes: float | None = basic(
         None,
         minimum=0.0,
+        placeholder="MINUTES",
         help="time limit in minutes for training and measuring, 0 for the refit alone; the time to "
         "read the texts and to solve the refit isn't counted",
     )
@@ -89,16 +91,17 @@ class HealConfig(Settings):
         no_effect_if=NO_TRAINING,
         help="peak learning rate of the cosine schedule",
     )
-    batch_size: int = setting(
+    batch_size: int = basic(
         2,
         minimum=1,
         no_effect_if=NO_TRAINING,
         help="sequences of --max-tokens tokens per step; a step takes more sequences if they are "
         "shorter",
     )
-    max_tokens: int = setting(
+    max_tokens: int = basic(
         512,
         minimum=2,
+        placeholder="TOKENS",
         help="maximum tokens of a sequence; longer texts are split",
     )
     num_held_out: int = setting(

@@ -20,12 +20,12 @@ class ModelConfig(Settings):
         help="base model: an alias, a hub id or a local folder",
     )
     revision: str | None = setting(None, help="branch, tag or commit of a hub model")
-    dtype: str = setting(
+    dtype: str = basic(
         "auto",
         choices=("auto", "float32", "bfloat16", "float16"),
         help="precision of the weights; auto: bfloat16 on a GPU that supports it, else float32",
     )
-    device: str = setting("auto", help="device to run on; auto: cuda, else mps, else cpu")
+    device: str = basic("auto", help="device to run on; auto: cuda, else mps, else cpu")
     attn_implementation: str | None = setting(
         None,
         help="attention implementation of transformers, e.g. sdpa",

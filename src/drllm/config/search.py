@@ -47,13 +47,14 @@ class SearchConfig(ExecutorConfig):
         help="reward that scores answers, or FILE.py:FUNCTION; if several are given, separated by "
         "commas, each task uses the first that fits it; default: the reward of the task",
     )
-    max_new_tokens: int | None = setting(
+    max_new_tokens: int | None = basic(
         None,
         minimum=1,
+        placeholder="TOKENS",
         help="maximum tokens of a generated answer; with the reward 'boxed', a whole solution has "
         "to fit",
     )
-    num_fewshot: int | None = setting(
+    num_fewshot: int | None = basic(
         None,
         minimum=1,
         help="worked examples before each question, taken from another split",
@@ -65,7 +66,7 @@ class SearchConfig(ExecutorConfig):
         maximum=2.0,
         help="maximum executions of a path, as a multiple of the number of layers (paper: 2)",
     )
-    strategy: str = setting(
+    strategy: str = basic(
         "tree",
         choices=NamesIn("drllm.search.strategies:STRATEGIES"),
         help="tree: search a tree of edits; walk: follow a single chain of edits",
@@ -97,14 +98,16 @@ class SearchConfig(ExecutorConfig):
         True,
         help="record each path's mean KL from the full path over the prompt, in nats per token",
     )
-    block_size: int = setting(32, minimum=1, help="number of questions searched together")
+    block_size: int = basic(32, minimum=1, help="number of questions searched together")
     state_cache_gb: float | None = incidental(
         None,
+        basic=True,
         above=0.0,
+        placeholder="GB",
         help="GB of memory for cached states of shared prefixes; default: a quarter of free "
         "memory, at most 16",
     )
-    shard: str | None = setting(
+    shard: str | None = basic(
         None,
         placeholder="I/N",
         help="search only part I of N, where the first part is 1; 'drllm supervise' joins the "

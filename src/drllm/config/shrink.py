@@ -24,18 +24,21 @@ class ShrinkConfig(Settings):
         MAX_DROP,
         above=0.0,
         maximum=100.0,
+        placeholder="POINTS",
         help="largest allowed loss of accuracy, in points; a test on held-out questions must "
         "exclude a larger loss",
     )
     max_loss_increase: float = basic(
         0.05,
         above=0.0,
+        placeholder="NATS",
         help="largest allowed increase of the next-token loss, in nats a token; a test on held-out "
         "texts must exclude a larger increase",
     )
     minutes: float = basic(
         30.0,
         above=0.0,
+        placeholder="MINUTES",
         help="minutes to find paths and to heal them; measuring them comes after that",
     )
     save: str | None = basic(

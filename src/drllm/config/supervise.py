@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from drllm.config.fields import NamesIn, Settings, basic, setting
+from drllm.config.fields import NamesIn, Settings, basic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,13 +21,13 @@ class SuperviseConfig(Settings):
         help="with --target least_kl: minimum share of executions that a target saves; default: "
         "0.05",
     )
-    quotas: str | None = setting(
+    quotas: str | None = basic(
         None,
         placeholder="TASK=N,...",
         help="maximum targets per task, e.g. arc_easy=400,dart-1=200; the first targets are kept; "
         "default: no limit",
     )
-    quota_improving: float | None = setting(
+    quota_improving: float | None = basic(
         None,
         above=0.0,
         maximum=1.0,

@@ -46,7 +46,7 @@ class TrainConfig(ExecutorConfig):
         minimum=1,
         help="number of windows W over which the prompt is averaged (paper: 8)",
     )
-    feature_dtype: str = setting(
+    feature_dtype: str = basic(
         "float32",
         choices=("float32", "bfloat16"),
         help="precision in which the routers' inputs are stored; bfloat16 halves their size on "
@@ -87,7 +87,7 @@ class TrainConfig(ExecutorConfig):
         minimum=0,
         help="seed of the initial weights, the order of the targets and the held-out part",
     )
-    num_seeds: int = setting(
+    num_seeds: int = basic(
         1,
         minimum=1,
         help="number of trainings, each with a seed of its own, from --seed upwards; the routers "

@@ -25,6 +25,7 @@ class TuneConfig(ExecutorConfig):
     max_skipped: float | None = basic(
         None,
         above=0.0,
+        placeholder="LAYERS",
         help="maximum number of layers that a path skips; default: a sixth of the layers",
     )
     objective: str | None = basic(
@@ -53,6 +54,7 @@ class TuneConfig(ExecutorConfig):
     refit_tokens: int | None = setting(
         None,
         minimum=2,
+        placeholder="TOKENS",
         no_effect_if=("repair", NO_REPAIR),
         help="maximum tokens that paths are refitted on, drawn evenly from the sources; default: "
         f"{REFIT_TOKENS:,}",
@@ -69,20 +71,23 @@ class TuneConfig(ExecutorConfig):
         help="maximum questions per task to choose a path on, and maximum questions to test it "
         "on; default: all",
     )
-    max_loss: float = setting(
+    max_loss: float = basic(
         0.1,
         minimum=0.0,
+        placeholder="NATS",
         help="don't extend paths that lose more than this many nats of the objective",
     )
     minutes: float | None = basic(
         None,
         above=0.0,
         decisive=False,
+        placeholder="MINUTES",
         help="skip no further layer after this many minutes; a later run with more time continues",
     )
     state_cache_gb: float | None = incidental(
         None,
         above=0.0,
+        placeholder="GB",
         help="GB of memory for cached states of shared prefixes; default: a quarter of free "
         "memory, at most 16",
     )
