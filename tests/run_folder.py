@@ -310,7 +310,7 @@ class RunFolderWriter:
     def latency(self) -> None:
         """Write the times of base and routed, as an evaluation measures them."""
         timings = [
-            records.results.Timing(
+            records.latency.Timing(
                 system=name,
                 phase=phase,
                 batch_size=size,
@@ -322,13 +322,13 @@ class RunFolderWriter:
             for size in (1, 4, 16)
             for name, seconds in SECONDS.items()
         ]
-        found = records.results.Latency(
+        found = records.latency.Latency(
             **self.header("drllm.latency", {"tasks": "arc_easy"}),
             runtime={**RUNTIME, "num_threads": 2},
             machine="Linux x86_64, Processor 9000, 2 cores",
             num_prompts=16,
             systems={name: f"what {name} is" for name in SECONDS},
-            measured=records.results.Timings(
+            measured=records.latency.Timings(
                 prompt_tokens=16, new_tokens=2, timings=tuple(timings)
             ),
         )

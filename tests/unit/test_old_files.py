@@ -19,9 +19,10 @@ from drllm.models.routers.checkpoint import load_routers
 from drllm.models.routing.healed import install_path
 from drllm.paths import StaticPath
 from drllm.records.healed import read_healed
+from drllm.records.latency import read_latency
 from drllm.records.manifest import read_manifest
 from drllm.records.removed import OLD_VERSION
-from drllm.records.results import read_latency, read_results
+from drllm.records.results import read_results
 from drllm.records.search import read_search
 from drllm.records.static_paths import load_path, read_path_list, read_paths
 from drllm.records.supervision import read_supervision

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from drllm.cli.base_model import check_model, choose_model, read_routers
 from drllm.cli.command_line import CommandLine
 from drllm.cli.questions import COLUMNS, print_splits
-from drllm.cli.show_results import show_next_steps, show_tasks
+from drllm.cli.show_results import show_next_steps, show_summary
 from drllm.cli.terminal import LOADING, Terminal
 from drllm.cli.verbs import Flag, verb
 from drllm.config import EvaluateConfig, ModelConfig
@@ -69,13 +69,13 @@ def evaluate_verb(command: CommandLine, terminal: Terminal) -> int:
 
     results = evaluate_request(request, model, routers, output, listener=terminal)
 
-    show_tasks(results, output, terminal)
+    show_summary(results, output, terminal)
     terminal.fact("results", output)
+    show_next_steps(read_run(output), terminal)
     drop_test = results[0].drop_test
-    if drop_test is None:
+    if drop_test is None or drop_test.chosen:
         return 0
-    terminal.say(drop_test.sentence())
-    return 0 if drop_test.chosen else 1
+    return 1
 
 
 def _load_routers(places: Sequence[Path]) -> list[LoadedRouters]:

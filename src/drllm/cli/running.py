@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from drllm.cli.command_line import CommandLine
-from drllm.cli.show_results import show_next_steps, show_results
+from drllm.cli.show_results import show_next_steps, show_summary
 from drllm.cli.terminal import Terminal
 from drllm.cli.verbs import Flag, verb
 from drllm.errors import ConfigError, unknown_name
@@ -47,12 +47,13 @@ def run(command: CommandLine, terminal: Terminal) -> None:
     recipe = read_recipe(path, command.values["data_dir"])
     check_model(recipe.model)
     times = run_recipe(recipe, folder, terminal)
-    show_results(folder / "eval", terminal)
+    finished_run = read_run(folder)
+    show_summary(finished_run.evaluations, folder / "eval", terminal)
     terminal.say()
     for name, time in times.items():
         terminal.fact(name, time)
     terminal.fact("page", folder / "report.html")
-    show_next_steps(read_run(folder), terminal)
+    show_next_steps(finished_run, terminal)
 
 
 def _find_recipe(place: Path) -> Path:

@@ -4,23 +4,23 @@ The sentences about the results are in the files of the evaluation; here they ar
 module doesn't import torch.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import shlex
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.text import Text
 
 from drllm.cli.terminal import Terminal
 from drllm.records import results
+from drllm.records.latency import read_latency
 from drllm.reporting.key_figures import describe_times
 from drllm.reporting.next_steps import suggest_steps
-from drllm.reporting.numbers import NONE, difference, label, plain, signed, verdict_on_routed
+from drllm.reporting.numbers import NONE, difference, label, plain, signed
 from drllm.reporting.run import Run
-
-MAX_STEPS = 3  # maximum number of next steps that are printed; the report has all
 
 
 def show_results(folder: Path, terminal: Terminal, tasks: Sequence[str] = ()) -> None:
-    """Print the tables of an `eval` folder, and the result of its test of a drop in accuracy.
+    """Print the tables of an `eval` folder, its findings, and its test of a drop in accuracy.
 
     Args:
         folder: The folder.
@@ -28,24 +28,43 @@ def show_results(folder: Path, terminal: Terminal, tasks: Sequence[str] = ()) ->
         tasks: The tasks to print; empty for all tasks. The test of a drop always covers all tasks.
     """
     evaluations = results.read_results(folder)
-    shown = [evaluation for evaluation in evaluations if not tasks or evaluation.task in tasks]
-    show_tasks(shown, folder, terminal)
+    for evaluation in evaluations:
+        if not tasks or evaluation.task in tasks:
+            show_evaluation(evaluation, terminal)
+            show_findings(evaluation, terminal)
+    show_latency(folder, terminal)
+    show_drop_test(evaluations, terminal)
+
+
+def show_drop_test(evaluations: Sequence[results.Evaluation], terminal: Terminal) -> None:
+    """Print the result of the test of a drop in accuracy once, since it covers all tasks."""
     for evaluation in evaluations:
         if evaluation.drop_test is not None:
             terminal.say(evaluation.drop_test.sentence())
-            return  # the results of every task hold the same test
+            return
 
 
-def show_tasks(evaluations: Iterable[results.Evaluation], folder: Path, terminal: Terminal) -> None:
-    """Print the tables of tasks, then the times that the folder `eval` holds."""
+def show_summary(
+    evaluations: Sequence[results.Evaluation], folder: Path, terminal: Terminal
+) -> None:
+    """Print headlines, tables, times and the test of a drop, and how to see all numbers.
+
+    Args:
+        evaluations: The results of each task.
+        folder: The folder with the results.
+        terminal: Where everything is printed.
+    """
     for evaluation in evaluations:
         show_evaluation(evaluation, terminal)
     show_latency(folder, terminal)
+    show_drop_test(evaluations, terminal)
+    if evaluations:
+        terminal.fact("all tests", shlex.join(["drllm", "show", str(folder)]))
 
 
 def show_next_steps(run: Run, terminal: Terminal) -> None:
     """Print what is worth doing after a run, with commands to paste."""
-    for step, command in suggest_steps(run)[:MAX_STEPS]:
+    for step, command in suggest_steps(run):
         terminal.say()
         terminal.say(step)
         terminal.command(command)
@@ -53,20 +72,19 @@ def show_next_steps(run: Run, terminal: Terminal) -> None:
 
 def show_latency(folder: Path, terminal: Terminal) -> None:
     """Print the measured times in an `eval` folder, if there are any."""
-    latency = results.read_latency(folder)
+    latency = read_latency(folder)
     if latency is not None:
         terminal.say(describe_times(latency))
 
 
 def show_evaluation(evaluation: results.Evaluation, terminal: Terminal) -> None:
-    """Print one task's verdict, its tables, and the other findings and notes."""
+    """Print one task's headline, its tables and its notes."""
     terminal.say(f"{evaluation.task}, {evaluation.split}: {evaluation.num_questions} questions")
-    for line in evaluation.verdict:
-        terminal.say(line)
-    verdict_column = "verdict\non routed" if evaluation.routed else "verdict"
+    if evaluation.verdict:
+        terminal.say(evaluation.verdict)
     score_columns = f"layers\nrun|{evaluation.score}\n%|minus base's\n(95 % interval)|token\nloss"
     terminal.table(
-        f"system|{score_columns}|{verdict_column}",
+        f"system|{score_columns}|verdict",
         [_make_system_row(system, evaluation) for system in evaluation.systems],
         title=_write_caption(evaluation),
         numbers_from=1,
@@ -78,12 +96,15 @@ def show_evaluation(evaluation: results.Evaluation, terminal: Terminal) -> None:
             title="at other depths; next-token loss minus base's",
             numbers_from=2,
         )
-    other_findings = evaluation.findings[len(evaluation.verdict) :]  # they begin with the verdict
+    for note in evaluation.all_notes:
+        terminal.say(note)
+
+
+def show_findings(evaluation: results.Evaluation, terminal: Terminal) -> None:
+    """Print what the tests show in sentences; the test of a drop is printed elsewhere."""
     drop_test = evaluation.drop_test
-    for sentence in [*other_findings, *evaluation.notes]:
-        # The test of a drop covers all tasks, so `show_results` prints it once.
-        is_drop_test = drop_test is not None and sentence == drop_test.sentence()
-        if not is_drop_test:
+    for sentence in evaluation.details:
+        if drop_test is None or sentence != drop_test.sentence():
             terminal.say(sentence)
 
 
@@ -96,9 +117,9 @@ def _write_caption(evaluation: results.Evaluation) -> str:
 
 
 def _make_system_row(system: results.System, evaluation: results.Evaluation) -> list[Text]:
-    """Return the cells of a system, in bold if the task's verdict is about the system."""
-    compared_system = evaluation.compared_system
-    is_compared = compared_system is not None and system.name == compared_system.name
+    """Return the cells of a system, in bold if the headline is about the system."""
+    headline_system = evaluation.headline_system
+    is_in_headline = headline_system is not None and system.name == headline_system.name
     name = system.name
     if system.draws > 1:
         name += f" ×{system.draws}"
@@ -107,18 +128,15 @@ def _make_system_row(system: results.System, evaluation: results.Evaluation) -> 
     accuracy_difference = None
     if system.against_base is not None:
         accuracy_difference = system.against_base.accuracy
-    verdict = verdict_on_routed(system)
-    if not evaluation.routed and accuracy_difference is not None:
-        verdict = accuracy_difference
     cells = [
         name,
         plain(system.executions, 2),
         plain(100 * system.accuracy),
         difference(accuracy_difference),
         plain(system.text_loss, 3),
-        label(verdict),
+        label(accuracy_difference),
     ]
-    style = "bold" if is_compared else ""
+    style = "bold" if is_in_headline else ""
     return [Text(cell, style=style) for cell in cells]
 
 

@@ -1,11 +1,11 @@
-"""Writes the findings of an evaluation: sentences for the reader of a task's record.
+"""Writes the findings and the notes of an evaluation: sentences for readers of a task's record.
 
-Most findings are sentences of `statistics.verdicts` on how two systems differ.
+Most findings are sentences of `statistics.differences` on how two systems differ. The headline,
+which says what to do, is the record's own.
 """
 
 from collections.abc import Iterator, Sequence
 
-from drllm.cost import share_saved
 from drllm.evaluation.outcomes import TaskRuns
 from drllm.records import results
 from drllm.statistics.words import capitalize
@@ -15,9 +15,9 @@ MENTIONED_SHARE = 0.01
 
 
 def write_findings(runs: TaskRuns, evaluation: results.Evaluation) -> list[str]:
-    """Return the findings for the reader; what to do with the main systems comes first."""
+    """Return what the tests show, in sentences with all numbers."""
     systems = _list_main_systems(evaluation)
-    findings = [_write_headline(runs, system, evaluation) for system in systems]
+    findings: list[str] = []
     if evaluation.drop_test is not None:
         findings.append(evaluation.drop_test.sentence())
     if not runs.above_chance:
@@ -26,8 +26,7 @@ def write_findings(runs: TaskRuns, evaluation: results.Evaluation) -> list[str]:
     permuted = evaluation.system(results.PERMUTED)
     if permuted is not None:
         findings.append(_describe_permuted(runs, permuted))
-    findings += [describe_seeds(seeds) for seeds in evaluation.seeds]
-    return findings + _write_notes(runs)
+    return findings + [describe_seeds(seeds) for seeds in evaluation.seeds]
 
 
 def _warn_of_guessing(runs: TaskRuns) -> str:
@@ -39,7 +38,7 @@ def _warn_of_guessing(runs: TaskRuns) -> str:
     )
 
 
-def _write_notes(runs: TaskRuns) -> list[str]:
+def write_notes(runs: TaskRuns) -> list[str]:
     """Return the notes on the task, its cost and its systems as sentences."""
     notes = dict.fromkeys(runs.notes)  # without repeats
     sentences = [f"{capitalize(note.removesuffix('.'))}." for note in notes]
@@ -48,35 +47,6 @@ def _write_notes(runs: TaskRuns) -> list[str]:
     for system in runs.systems_as_trained:
         sentences += [f"{system.name.capitalize()}: {note}." for note in system.notes]
     return sentences
-
-
-def _write_headline(runs: TaskRuns, system: results.System, evaluation: results.Evaluation) -> str:
-    """Return at most three sentences: what to do with a system, and how it differs.
-
-    A path is compared with the routed model too, if there is a routed model.
-    """
-    against_base = system.against_base
-    assert against_base is not None
-    saves_layers = system.executions < runs.num_layers
-    cost = _describe_cost(runs, system)
-    name = evaluation.name_in_sentence(system)
-    full_name = name + _explain_choice(system, evaluation)
-    if system.routed_against is None:
-        return against_base.headline(full_name, saves_layers=saves_layers, cost=cost)
-    advice = against_base.advice(full_name, saves_layers=saves_layers)
-    return (
-        f"{advice} ({cost}). {capitalize(name)} minus base: {against_base.details}. "
-        f"Routed minus {name}: {system.routed_against.details}."
-    )
-
-
-def _describe_cost(runs: TaskRuns, system: results.System) -> str:
-    """Say how many layers a system saves and runs."""
-    saved = 100 * share_saved(system.executions, runs.num_layers)
-    change = f"{saved:.1f} % of the layers saved"
-    if saved < 0:
-        change = f"{-saved:.1f} % more layers"
-    return f"{change}, {system.executions:.2f} of {runs.num_layers} run"
 
 
 def _describe_permuted(runs: TaskRuns, permuted: results.System) -> str:
@@ -95,7 +65,7 @@ def _describe_permuted(runs: TaskRuns, permuted: results.System) -> str:
 
 
 def _list_main_systems(evaluation: results.Evaluation) -> list[results.System]:
-    """Return the systems that the findings begin with.
+    """Return the systems that the findings are about.
 
     They are the routed model and the best path, or the one of them that was evaluated.
     """
@@ -111,33 +81,27 @@ def _list_main_systems(evaluation: results.Evaluation) -> list[results.System]:
 def _write_test_sentences(
     systems: Sequence[results.System], evaluation: results.Evaluation
 ) -> Iterator[str]:
-    """Yield sentences on how the main systems differ from base, with the exact tests' numbers.
+    """Yield sentences on how the main systems differ from base, and the first from the others.
 
     The gold answers' log-probability is given for the first system only.
     """
     for system in systems:
         assert system.against_base is not None
-        yield system.against_base.accuracy.sentence(evaluation.name_in_sentence(system))
+        name = evaluation.name_in_sentence(system)
+        for verdict in (system.against_base.accuracy, system.against_base.text_loss):
+            if verdict is not None:
+                yield verdict.sentence(name)
+    for system in systems[1:]:
+        assert system.routed_against is not None
+        name = evaluation.name_in_sentence(system)
+        for verdict in (system.routed_against.accuracy, system.routed_against.text_loss):
+            if verdict is not None:
+                yield verdict.sentence(results.ROUTED, name)
     first = systems[0]
     assert first.against_base is not None
     gold_logprob = first.against_base.gold_logprob
     if gold_logprob is not None:
         yield gold_logprob.sentence(evaluation.name_in_sentence(first))
-
-
-def _explain_choice(system: results.System, evaluation: results.Evaluation) -> str:
-    """Say in brackets why the findings name this path.
-
-    Return an empty text if the system isn't a path, or is the only path.
-    """
-    num_paths = len(evaluation.paths)
-    if system.name not in evaluation.paths or num_paths < 2:
-        return ""
-    if evaluation.drop_test is not None and evaluation.drop_test.chosen == system.name:
-        return " (chosen in order by --max-drop)"
-    if evaluation.routed is None:
-        return f" (the most accurate of {num_paths} on these questions)"
-    return f" (of {num_paths} paths the closest in cost)"
 
 
 def describe_seeds(seeds: results.Seeds) -> str:

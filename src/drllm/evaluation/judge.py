@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from drllm.config import EvaluateConfig
 from drllm.evaluation.baselines.base import BASELINES, read_curve
-from drllm.evaluation.findings import write_findings
+from drllm.evaluation.findings import write_findings, write_notes
 from drllm.evaluation.outcomes import SystemRun, TaskRuns
 from drllm.evaluation.plan import name_depth
 from drllm.evaluation.tables import DESCRIPTIONS, build_curve, build_table, compare_seeds
@@ -23,7 +23,15 @@ from drllm.statistics.verdicts import correct_together
 
 SYSTEMS_WITH_ANSWERS = (results.BASE, results.ROUTED)
 """Systems whose answers are in the samples. The answers of all systems would be many texts."""
-FIELDS_FROM_TASK = ("kind", "metric", "num_fewshot", "num_questions", "not_asked", "chance")
+FIELDS_FROM_TASK = (
+    "kind",
+    "metric",
+    "num_fewshot",
+    "num_questions",
+    "num_available",
+    "not_asked",
+    "chance",
+)
 """Fields of an evaluation's record that are copied from the task."""
 
 
@@ -179,7 +187,12 @@ def build_evaluation(
         seeds=tuple(compare_seeds(runs, seeds) for seeds in runs.seeds),
         drop_test=drop_test,
     )
-    return replace(evaluation, findings=tuple(write_findings(runs, evaluation)))
+    return replace(
+        evaluation,
+        headline=evaluation.write_headline(),
+        findings=tuple(write_findings(runs, evaluation)),
+        notes=tuple(write_notes(runs)),
+    )
 
 
 def build_samples(runs: TaskRuns) -> list[results.Sample]:

@@ -37,17 +37,9 @@ from drllm.models.routing.kv_cache import cache_argument
 from drllm.models.routing.policies import Policy, RouterPolicy
 from drllm.paths import Decisions, full_decisions
 from drllm.records.codec import sha256, write_json
+from drllm.records.latency import DECODE, PREFILL, Latency, Timing, Timings
 from drllm.records.manifest import new_manifest
-from drllm.records.results import (
-    BASE,
-    DECODE,
-    LATENCY_FILE,
-    PREFILL,
-    ROUTED,
-    Latency,
-    Timing,
-    Timings,
-)
+from drllm.records.results import BASE, LATENCY_FILE, ROUTED
 from drllm.work.listener import Listener
 
 Clock: TypeAlias = Callable[[], float]  # tells the time in seconds

@@ -1,4 +1,4 @@
-"""The results of an evaluation: `eval/TASK.json`, `samples.jsonl` and `latency.json`.
+"""The results of an evaluation: `eval/TASK.json` and `samples.jsonl`; `latency` has the times.
 
 Evaluation writes these structs; reports and `drllm show` read them. `docs/formats.md` explains each
 field. Values that can be computed from other values are properties, and aren't in the files.
@@ -6,11 +6,10 @@ field. Values that can be computed from other values are properties, and aren't 
 
 from __future__ import annotations
 
-import itertools
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -21,15 +20,19 @@ from drllm.records.manifest import read_records
 from drllm.records.removed import note_ignored_certificate
 from drllm.statistics.differences import Differences
 from drllm.statistics.exclusion import DropTest
-from drllm.statistics.verdicts import judge_times
+from drllm.statistics.headlines import (
+    ROUTING,
+    Candidate,
+    prefers_routing,
+    write_headline,
+    write_headline_after_test,
+    write_headline_of_two,
+)
 
 BASE = "base"
 ROUTED = "routed"
 PERMUTED = "permuted routes"
-PREFILL = "prefill"
-DECODE = "decode"
 EVALUATION_SCHEMA = "drllm.evaluation"
-LATENCY_SCHEMA = "drllm.latency"
 SAMPLES_FILE = "samples.jsonl"
 LATENCY_FILE = "latency.json"
 OLDEST_VERSION = 2  # the oldest schema version of results that we read
@@ -180,6 +183,7 @@ class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
     metric: str
     num_fewshot: int
     num_questions: int
+    num_available: int | None = None  # questions in the split; None in files of earlier versions
     not_asked: dict[str, str] = {}
     num_layers: int
     chance: float
@@ -191,7 +195,10 @@ class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
     curve: tuple[Point, ...] = ()
     seeds: tuple[Seeds, ...] = ()
     drop_test: DropTest | None = None
+    # Files of earlier versions have the headline and the notes in the findings.
+    headline: str = ""
     findings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     # Earlier versions wrote menus of paths and certificates here; both are ignored.
     choice: Any | msgspec.UnsetType = msgspec.UNSET
     menu: Any | msgspec.UnsetType = msgspec.UNSET
@@ -217,7 +224,7 @@ class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def compared_system(self) -> System | None:
-        """The system of the first finding: the routed model if there is one, else the best path."""
+        """The system that tables stress: the routed model if there is one, else the best path."""
         return self.routed or self.best_path
 
     @property
@@ -239,21 +246,77 @@ class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
         executions = routed.executions
         return min(paths, key=lambda path: abs(path.executions - executions))
 
-    @property
-    def verdict(self) -> tuple[str, ...]:
-        """The main findings: on `compared_system`, and on the best path if that is another system.
+    def write_headline(self) -> str:
+        """Say in at most three sentences what to do; empty if nothing is compared with base."""
+        if self.drop_test is not None:
+            tested = self._make_candidate(self.headline_system)
+            return write_headline_after_test(self.drop_test, tested)
+        candidate = self._make_candidate(self.headline_system)
+        if candidate is None:
+            return ""
+        rivals = self._find_rivals()
+        if rivals is None:
+            return write_headline(candidate)
+        return write_headline_of_two(*rivals)
 
-        The findings on these systems come first.
+    @property
+    def headline_system(self) -> System | None:
+        """The system that the headline says what to do with: the best path or the routed model.
+
+        After a test of `--max-drop` it is the candidate that passed last, or was tested last. None
+        if this is the routed model at another depth than that of training, which has no row.
         """
-        num_systems = 2 if self.routed and self.paths else 1
-        return self.findings[:num_systems]
+        if self.drop_test is not None:
+            return self.system(self.drop_test.chosen or self.drop_test.trials[-1].name)
+        rivals = self._find_rivals()
+        if rivals is None:
+            return self.compared_system
+        return self.routed if prefers_routing(*rivals) else self.best_path
+
+    def _find_rivals(self) -> tuple[Candidate, Candidate, Differences] | None:
+        """Return the best path, the routed model and how they differ; None if one is missing."""
+        path = self.best_path
+        path_candidate = self._make_candidate(path)
+        routed_candidate = self._make_candidate(self.routed)
+        if path is None or path_candidate is None or routed_candidate is None:
+            return None
+        if path.routed_against is None:
+            return None
+        return path_candidate, routed_candidate, path.routed_against
+
+    def _make_candidate(self, system: System | None) -> Candidate | None:
+        """Return a system as a candidate for the headline; None if it isn't compared with base."""
+        if system is None or system.against_base is None:
+            return None
+        name = self.name_in_sentence(system)
+        if system.name == ROUTED:
+            name = ROUTING
+        return Candidate(
+            name=name,
+            executions=system.executions,
+            num_layers=self.num_layers,
+            against_base=system.against_base,
+        )
 
     @property
-    def notes(self) -> list[str]:
-        """Further sentences that a reader of the file should know; they aren't findings."""
+    def verdict(self) -> str:
+        """The headline, of files of earlier versions too."""
+        return self.headline or self.write_headline()
+
+    @property
+    def details(self) -> tuple[str, ...]:
+        """The findings without the headline, with which the findings of older files begin."""
+        if self.headline:
+            return self.findings
+        num_headlines = 2 if self.routed and self.paths else 1
+        return self.findings[num_headlines:]
+
+    @property
+    def all_notes(self) -> list[str]:
+        """The notes, and a sentence on what is ignored in a file of an earlier version."""
         if self.choice is msgspec.UNSET or self.choice is None:
-            return []
-        return [note_ignored_certificate(self.drllm_version)]
+            return [*self.notes]
+        return [*self.notes, note_ignored_certificate(self.drllm_version)]
 
     def is_healed(self, name: str) -> bool:
         """Tell whether a system is a static path that runs with an adapter."""
@@ -470,101 +533,3 @@ def refuse_duplicates(what: str, names: Sequence[str]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"{what} {name!r} is there twice")
-
-
-class Timing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The times of one system in one phase at one batch size: one time for each round.
-
-    In the phase `prefill` the system reads a batch of prompts, in `decode` it generates tokens.
-    `num_tokens` counts the tokens of all rows of the batch in one round, and `executions` is the
-    mean over forward passes.
-    """
-
-    system: str
-    phase: Literal["prefill", "decode"]
-    batch_size: int
-    num_tokens: int
-    executions: float
-    seconds: Annotated[tuple[Annotated[float, msgspec.Meta(gt=0)], ...], msgspec.Meta(min_length=1)]
-
-    @property
-    def median(self) -> float:
-        """The median of the seconds."""
-        return statistics.median(self.seconds)
-
-    @property
-    def place(self) -> tuple[str, int]:
-        """The phase and the batch size."""
-        return self.phase, self.batch_size
-
-
-class Timings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Measured times of several systems. The systems take turns in every round.
-
-    Every prompt has `prompt_tokens` tokens, and a timing decodes `new_tokens` for each row.
-    """
-
-    prompt_tokens: int
-    new_tokens: int
-    timings: tuple[Timing, ...]
-
-    def __post_init__(self) -> None:
-        names = [f"{timing.system}, {timing.phase}, {timing.batch_size}" for timing in self.timings]
-        refuse_duplicates("timing", names)
-        if len({len(timing.seconds) for timing in self.timings}) > 1:
-            raise ValueError("`timings` have different numbers of rounds; expected the same number")
-
-    @property
-    def num_rounds(self) -> int:
-        """The number of rounds."""
-        return len(self.timings[0].seconds)
-
-    def find_timing(self, system: str, phase: str, batch_size: int) -> Timing:
-        """Return one timing; raise KeyError if it wasn't measured."""
-        for timing in self.timings:
-            if timing.system == system and timing.place == (phase, batch_size):
-                return timing
-        raise KeyError((system, phase, batch_size))
-
-    def compute_ratios(self, above: str, below: str, phase: str, batch_size: int) -> list[float]:
-        """Return the time of the system `above` divided by the time of `below`, round by round."""
-        numerators = self.find_timing(above, phase, batch_size).seconds
-        denominators = self.find_timing(below, phase, batch_size).seconds
-        pairs = zip(numerators, denominators, strict=True)
-        return [numerator / denominator for numerator, denominator in pairs]
-
-    def judge(self) -> dict[tuple[str, int], str]:
-        """Return the verdict on the routed model's time, for each measured phase and batch size."""
-        measured = {timing.place for timing in self.timings}
-        sizes = sorted({size for _, size in measured})
-        places = [
-            place for place in itertools.product((PREFILL, DECODE), sizes) if place in measured
-        ]
-        labels = judge_times([self.compute_ratios(ROUTED, BASE, *place) for place in places])
-        return dict(zip(places, labels, strict=True))
-
-
-class Latency(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One `eval/latency.json`. Base and the routed model are always measured."""
-
-    runtime: dict[str, Any]
-    machine: str
-    routers: str
-    routers_sha256: str
-    num_prompts: int
-    systems: dict[str, str]
-    measured: Timings
-
-    def __post_init__(self) -> None:
-        timings = self.measured.timings
-        places = {timing.place for timing in timings}
-        for name in (BASE, ROUTED):
-            measured = {timing.place for timing in timings if timing.system == name}
-            if not measured or measured != places:
-                raise ValueError(f"the times of {name!r} at some phase or batch size are missing")
-
-
-def read_latency(folder: Path) -> Latency | None:
-    """Read the measured times in an `eval` folder; return None if there are none."""
-    path = folder / LATENCY_FILE
-    return read_result_file(path, Latency, LATENCY_SCHEMA) if path.is_file() else None

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from statistics import median
 
 from drllm.cost import share_saved
-from drllm.records.results import BASE, DECODE, PREFILL, ROUTED, Evaluation, Latency, System
+from drllm.records.latency import DECODE, PREFILL, Latency
+from drllm.records.results import BASE, ROUTED, Evaluation, System
 from drllm.reporting.document import Section
 from drllm.reporting.markdown import Markdown, write_paragraph, write_table
 from drllm.reporting.numbers import NONE, count, milliseconds, percent, plain

@@ -46,18 +46,10 @@ def build_sections(run: Run, evaluation: results.Result) -> list[Section]:
 
 
 def _build_systems_blocks(evaluation: results.Evaluation) -> list[Markdown]:
-    """Build the table of systems, and a list of all findings that aren't elsewhere in the report.
-
-    The main findings are at the top, and the sentence on the limits has its own section.
-    """
+    """Build the table of systems, and the notes on the task and its systems."""
     blocks = [results_table(evaluation)]
-    drop_test = evaluation.drop_test
-    drop_sentence = drop_test.sentence() if drop_test else None
-    num_main = len(evaluation.verdict)
-    lines = [finding for finding in evaluation.findings[num_main:] if finding != drop_sentence]
-    lines += evaluation.notes
-    if lines:
-        blocks.append(write_list(lines))
+    if evaluation.all_notes:
+        blocks.append(write_list(evaluation.all_notes))
     return blocks
 
 
@@ -95,11 +87,22 @@ def _build_accuracy_figure(evaluation: results.Evaluation) -> Figure:
 
 
 def build_details(evaluation: results.Evaluation) -> list[Section]:
-    """Build the folded sections: what the systems are, and all depths in numbers."""
-    parts = [Section("What the systems are", [systems_table(evaluation)], folded=True)]
+    """Build the folded sections: findings in sentences, the systems, and all depths in numbers."""
+    parts: list[Section] = []
+    findings = _list_findings(evaluation)
+    if findings:
+        parts.append(Section("Findings in sentences", [write_list(findings)], folded=True))
+    parts.append(Section("What the systems are", [systems_table(evaluation)], folded=True))
     if evaluation.curve:
         parts.append(Section("All depths in numbers", [depths_table(evaluation)], folded=True))
     return parts
+
+
+def _list_findings(evaluation: results.Evaluation) -> list[str]:
+    """Return the findings without the sentence on the limits, which has its own section."""
+    drop_test = evaluation.drop_test
+    drop_sentence = drop_test.sentence() if drop_test else None
+    return [finding for finding in evaluation.details if finding != drop_sentence]
 
 
 def compare_side_by_side(

@@ -8,34 +8,28 @@ from statistics import median
 
 from drllm.cost import share_saved
 from drllm.records import results
+from drllm.records.latency import Latency
 from drllm.reporting.costs import PHASES
 from drllm.reporting.markdown import Tile
-from drllm.reporting.numbers import count, percent, plain
-from drllm.statistics.differences import Verdict
+from drllm.reporting.numbers import count, label_with_needed, percent, plain
+from drllm.statistics.words import capitalize
 
 
-def build_tiles(evaluation: results.Evaluation, latency: results.Latency | None) -> list[Tile]:
-    """Build the key figures: layers saved, differences from base, most accurate system, time."""
-    compared = evaluation.compared_system
-    if compared is None or compared.against_base is None:
-        return [build_time_tile(latency)]
-    name = evaluation.name_in_sentence(compared)
-    score = evaluation.score if evaluation.is_graded else "Accuracy"
-    title = f"{score}, {name} minus base"
-    note = f"base {percent(evaluation.base.accuracy)}, {name} {percent(compared.accuracy)}"
-    tiles = [
-        _build_saved_tile(evaluation, compared),
-        _build_difference_tile(title, compared.against_base.accuracy, "points", note),
-    ]
-    loss = compared.against_base.text_loss
-    if loss is not None:
-        title = f"Next-token loss, {name} minus base"
-        note = "nats a token; less is better"
-        tiles.append(_build_difference_tile(title, loss, "nats", note))
-    best = find_most_accurate(evaluation)
-    if best is not None and best is not compared:
-        tiles.append(_build_most_accurate_tile(evaluation, best))
-    tiles.append(build_time_tile(latency))
+def build_tiles(evaluation: results.Evaluation, latency: Latency | None) -> list[Tile]:
+    """Build the key figures: of the best path, of the routed model, and the measured time.
+
+    The most accurate system has a tile if it is another system than these.
+    """
+    tiles: list[Tile] = []
+    main_systems = [evaluation.best_path, evaluation.routed]
+    for system in main_systems:
+        if system is not None and system.against_base is not None:
+            tiles += _build_system_tiles(evaluation, system)
+    most_accurate = find_most_accurate(evaluation)
+    if most_accurate is not None and most_accurate not in main_systems:
+        tiles.append(_build_most_accurate_tile(evaluation, most_accurate))
+    if latency is not None:
+        tiles.append(build_time_tile(latency))
     return tiles
 
 
@@ -52,11 +46,39 @@ def find_most_accurate(evaluation: results.Evaluation) -> results.System | None:
     return max(cheaper, key=lambda system: (system.accuracy, -system.executions), default=None)
 
 
-def _build_saved_tile(evaluation: results.Evaluation, system: results.System) -> Tile:
+def _build_system_tiles(evaluation: results.Evaluation, system: results.System) -> list[Tile]:
+    """Build the tiles of a system: its layers, its accuracy, and its next-token loss if known."""
+    name = capitalize(evaluation.name_in_sentence(system))
+    assert system.against_base is not None
+    accuracy = system.against_base.accuracy
+    score = evaluation.score if evaluation.is_graded else "accuracy"
+    tiles = [
+        _build_layers_tile(name, evaluation, system),
+        Tile(
+            f"{name}: {score} minus base's",
+            f"{accuracy.write(accuracy.mean)} points",
+            f"{percent(system.accuracy)}, base {percent(evaluation.base.accuracy)}",
+            label_with_needed(accuracy),
+        ),
+    ]
+    loss = system.against_base.text_loss
+    if loss is not None:
+        tiles.append(
+            Tile(
+                f"{name}: next-token loss minus base's",
+                f"{loss.write(loss.mean)} nats",
+                "a token; less is better",
+                label_with_needed(loss),
+            )
+        )
+    return tiles
+
+
+def _build_layers_tile(name: str, evaluation: results.Evaluation, system: results.System) -> Tile:
     saved = share_saved(system.executions, evaluation.num_layers)
-    title = "Layers saved" if saved >= 0 else "More layers run"
-    note = f"{plain(system.executions, 2)} of {evaluation.num_layers} run a forward pass"
-    return Tile(title, percent(abs(saved)), note)
+    note = f"{percent(saved)} saved" if saved >= 0 else f"{percent(-saved)} more"
+    executions = plain(system.executions, 2).removesuffix(".00")
+    return Tile(f"{name}: layers run", f"{executions} of {evaluation.num_layers}", note)
 
 
 def _build_most_accurate_tile(evaluation: results.Evaluation, system: results.System) -> Tile:
@@ -66,17 +88,8 @@ def _build_most_accurate_tile(evaluation: results.Evaluation, system: results.Sy
     return Tile(title, percent(system.accuracy), note)
 
 
-def _build_difference_tile(title: str, verdict: Verdict, unit: str, note: str) -> Tile:
-    """Build the tile of a difference, with its verdict and interval; the note comes last."""
-    low, high = (verdict.write(end) for end in verdict.interval)
-    value = f"{verdict.write(verdict.mean)} {unit}"
-    return Tile(title, value, f"95 % interval {low} to {high}; {note}", verdict.label)
-
-
-def build_time_tile(latency: results.Latency | None) -> Tile:
+def build_time_tile(latency: Latency) -> Tile:
     """Build the tile with the verdict on the measured times."""
-    if latency is None:
-        return Tile("Measured time", "not measured", "evaluate --latency measures it")
     timings = latency.measured
     verdicts = timings.judge()
     labels = list(verdicts.values())
@@ -91,7 +104,7 @@ def build_time_tile(latency: results.Latency | None) -> Tile:
     return Tile("Measured time", value, note)
 
 
-def describe_times(latency: results.Latency) -> str:
+def describe_times(latency: Latency) -> str:
     """Describe the verdicts on the measured times in one line."""
     timings = latency.measured
     by_verdict: dict[str, list[str]] = {}

@@ -1,6 +1,5 @@
 """Suggests what to do next after a run: commands to paste, with the most urgent first."""
 
-import math
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import TypeAlias
 from msgspec.structs import asdict
 
 from drllm.config import TIMING
-from drllm.cost import share_saved
 from drllm.records.results import PERMUTED, Evaluation, Result, System
 from drllm.records.static_paths import PATHS_FILE
 from drllm.records.supervision import SUPERVISION_FILE
@@ -23,16 +21,18 @@ from drllm.reporting.commands import (
 from drllm.reporting.numbers import count, difference, label, verdict_on_routed
 from drllm.reporting.run import SEARCH_FILE, Run
 from drllm.statistics.differences import Verdict
+from drllm.statistics.power import round_up
 from drllm.supervision.rules import MIN_SAVING
 
 Step: TypeAlias = tuple[str, str]  # (what to do, the command)
 
-MAX_STEPS = 5
+MAX_STEPS = 3
 SIMILAR = 0.01  # maximum difference of executions that counts as equal, as a share of the layers
 # Values that the commands use as examples.
 PROMPT = "Why is the sky blue?"
 DEPTHS = "0.02,0.05,0.1"
 ALLOWED_DROP = 2  # points of accuracy
+HEALING_MINUTES = 10
 
 
 def suggest_steps(run: Run) -> list[Step]:
@@ -92,31 +92,79 @@ def _list_searched_tasks(run: Run) -> str | None:
 
 
 def _suggest_for_task(run: Run, evaluation: Result) -> Iterator[Step]:
-    """Yield the steps for one task, the most urgent first."""
-    system = evaluation.compared_system
+    """Yield the steps for one task, the most urgent first; they follow from the headline."""
+    system = evaluation.headline_system or evaluation.compared_system
     if system is None or system.against_base is None:
         yield _compare_step(run, evaluation)
         return
-    accuracy = system.against_base.accuracy
-    verdicts = (accuracy, system.against_base.text_loss)
-    is_worse = any(verdict is not None and verdict.is_better is False for verdict in verdicts)
-    saves_layers = share_saved(system.executions, evaluation.num_layers) > 0
+    yield from _suggest_other_questions(run, evaluation, system.against_base.accuracy)
+    if system.name in evaluation.paths:
+        yield from _suggest_for_path(run, evaluation, system)
+    else:
+        yield from _suggest_for_routing(run, evaluation, system)
+
+
+def _suggest_for_path(run: Run, evaluation: Result, path: System) -> Iterator[Step]:
+    """Yield the steps for a static path that the headline is about."""
+    differences = path.against_base
+    assert differences is not None
+    if evaluation.drop_test is not None and evaluation.drop_test.chosen == path.name:
+        yield _use_path_step(run, evaluation, path)
+        return
+    saves_layers = path.executions < evaluation.num_layers
+    is_text_worse = _is_worse(differences.text_loss)
+    if _is_worse(differences.accuracy) or not saves_layers:
+        yield "Look for a path that loses less:", _tune_command(run, evaluation)
+    elif is_text_worse and not evaluation.is_healed(path.name):
+        yield from _suggest_healing(run, evaluation, path)
+    if not saves_layers:
+        return
+    if not _is_worse(differences.accuracy) and not is_text_worse:
+        yield _use_path_step(run, evaluation, path)
+    if evaluation.drop_test is None and differences.accuracy.needed is None:
+        yield _drop_step(run, evaluation, path)
+    file = _find_path_file(run, evaluation, path)
+    if file is not None:
+        yield f"Read an answer of {path.name} yourself:", _generate_command(path=file)
+    if evaluation.routed and run.search:
+        yield _search_more_step(run)
+
+
+def _suggest_for_routing(run: Run, evaluation: Result, routed: System) -> Iterator[Step]:
+    """Yield the steps for a routed model that the headline is about."""
+    differences = routed.against_base
+    assert differences is not None
+    is_worse = _is_worse(differences.accuracy) or _is_worse(differences.text_loss)
+    saves_layers = routed.executions < evaluation.num_layers
     has_depths = any(point.setting for point in evaluation.curve)
-    yield from _suggest_other_questions(run, evaluation, accuracy)
-    if is_worse and saves_layers and evaluation.routed:
-        yield from _suggest_better_targets(run)
-    if evaluation.routed and not has_depths:
-        what = "See what is kept if fewer or more layers are saved:"
-        yield what, _evaluate_command(run, evaluation, "depths", curve=DEPTHS)
-    elif evaluation.drop_test is None and saves_layers:
-        yield _drop_step(run, evaluation, system)
     rival = _find_unbeaten_path(evaluation)
     if rival is not None:
         yield _use_rival_step(run, evaluation, rival)
+    if is_worse and saves_layers:
+        yield from _suggest_better_targets(run)
+    if not has_depths:
+        what = "See what is kept if fewer or more layers are saved:"
+        yield what, _evaluate_command(run, evaluation, "depths", curve=DEPTHS)
+    elif evaluation.drop_test is None and saves_layers:
+        yield _drop_step(run, evaluation, routed)
     if saves_layers and not is_worse:
-        yield _use_step(run, evaluation, system)
-    if evaluation.routed and not evaluation.seeds and run.supervision:
+        routers = run.folder / "routers" if run.router_config else evaluation.routers
+        yield "Read an answer yourself:", _generate_command(routers=routers)
+    if not evaluation.seeds and run.supervision:
         yield _more_seeds_step(run)
+
+
+def _is_refused(system: System) -> bool:
+    """Tell whether a system is shown to be worse than base."""
+    differences = system.against_base
+    if differences is None:
+        return False
+    return _is_worse(differences.accuracy) or _is_worse(differences.text_loss)
+
+
+def _is_worse(verdict: Verdict | None) -> bool:
+    """Tell whether a verdict shows that a system is worse."""
+    return verdict is not None and verdict.is_better is False
 
 
 def _suggest_other_questions(run: Run, evaluation: Result, accuracy: Verdict) -> Iterator[Step]:
@@ -127,11 +175,63 @@ def _suggest_other_questions(run: Run, evaluation: Result, accuracy: Verdict) ->
             f"show it worked examples:"
         )
         yield what, _evaluate_command(run, evaluation, "fewshot", num_fewshot=5)
-    if accuracy.needed is not None:
-        limit = 10 * math.ceil(accuracy.needed / 10)
-        questions = f"these {count(evaluation.num_questions)} questions of {evaluation.task}"
-        command = _evaluate_command(run, evaluation, "more", limit=limit)
-        yield f"Ask more than {questions}:", command
+    needed = _find_needed_questions(evaluation, accuracy)
+    if needed is not None:
+        yield _more_questions_step(run, evaluation, round_up(needed))
+
+
+def _find_needed_questions(evaluation: Result, accuracy: Verdict) -> int | None:
+    """Return how many questions would do for what was asked; None if there are enough."""
+    drop_test = evaluation.drop_test
+    if drop_test is None:
+        return accuracy.needed
+    if drop_test.chosen is not None:
+        return None
+    for test in drop_test.trials[-1].tasks:
+        if test.task == evaluation.task:
+            return test.needed
+    return None
+
+
+def _more_questions_step(run: Run, evaluation: Result, needed: int) -> Step:
+    """Suggest to ask as many questions as are needed, or as many as there are.
+
+    Args:
+        run: The run.
+        evaluation: The evaluation, which had too few questions.
+        needed: How many questions would do.
+    """
+    task = evaluation.task
+    available = evaluation.num_available
+    if available is not None and available <= evaluation.num_questions:
+        what = (
+            f"All {count(available)} questions of {task} were asked, and about {count(needed)} "
+            f"would do. Look for a task with more:"
+        )
+        return what, "drllm ls tasks"
+    if available is not None and available < needed:
+        what = (
+            f"Ask all {count(available)} questions of {task}, which may still be too few (about "
+            f"{count(needed)} would do):"
+        )
+        return what, _evaluate_command(run, evaluation, "more", limit=available)
+    what = f"Ask {count(needed)} questions of {task} instead of {count(evaluation.num_questions)}:"
+    return what, _evaluate_command(run, evaluation, "more", limit=needed)
+
+
+def _suggest_healing(run: Run, evaluation: Result, path: System) -> Iterator[Step]:
+    """Suggest to recover the text of a path, if a file has the path."""
+    file = _find_path_file(run, evaluation, path)
+    if file is None:
+        return
+    values = {
+        "path": file,
+        "tasks": evaluation.task,
+        "data_dir": evaluation.config.get("data_dir"),
+        "minutes": HEALING_MINUTES,
+        "output_dir": run.folder / "healed",
+    }
+    yield f"Recover the text of {path.name}, in minutes:", write_command("heal", values)
 
 
 def _drop_step(run: Run, evaluation: Result, system: System) -> Step:
@@ -200,11 +300,7 @@ def _generate_command(**values: object) -> str:
 def _suggest_better_targets(run: Run) -> Iterator[Step]:
     """Suggest how to train better routers: with more targets, or with other targets."""
     if run.search:
-        limit = 4 * len(run.search)
-        output = run.folder.with_name(f"{run.folder.name}-more")
-        manifest = run.find_manifest(SEARCH_FILE)
-        what = f"Search more questions than these {count(len(run.search))}, and train again:"
-        yield what, search_command(manifest, limit=limit, output_dir=output)
+        yield _search_more_step(run)
     config = run.find_manifest(SUPERVISION_FILE).get("config") or {}
     if config.get("target") == "least_kl":
         min_saving = config.get("min_saving")
@@ -216,6 +312,14 @@ def _suggest_better_targets(run: Run) -> Iterator[Step]:
     elif run.supervision:
         what = "Take other targets, the paths that change the model's answers least:"
         yield what, _supervise_command(run, target="least_kl")
+
+
+def _search_more_step(run: Run) -> Step:
+    """Suggest a search of more questions, to train routers on more targets."""
+    output = run.folder.with_name(f"{run.folder.name}-more")
+    manifest = run.find_manifest(SEARCH_FILE)
+    what = f"Search more questions than these {count(len(run.search))}, and train again:"
+    return what, search_command(manifest, limit=4 * len(run.search), output_dir=output)
 
 
 def _supervise_command(run: Run, **changes: object) -> str:
@@ -235,15 +339,6 @@ def _more_seeds_step(run: Run) -> Step:
     return "Train with other seeds, to see how much is luck:", command
 
 
-def _use_step(run: Run, evaluation: Evaluation, system: System) -> Step:
-    """Suggest how to use a system that saves layers and isn't worse than base."""
-    if evaluation.routed:
-        routers = run.folder / "routers" if run.router_config else evaluation.routers
-        return "Read an answer yourself:", _generate_command(routers=routers)
-    how, command = _use_path(run, evaluation, system)
-    return f"Use {evaluation.name_in_sentence(system)}; {how}", command
-
-
 def _use_rival_step(run: Run, evaluation: Evaluation, rival: System) -> Step:
     """Suggest to use a static path that the routed model doesn't beat."""
     verdict = verdict_on_routed(rival)
@@ -253,6 +348,12 @@ def _use_rival_step(run: Run, evaluation: Evaluation, rival: System) -> Step:
         f"{label(verdict)}. A path needs no router; {how}"
     )
     return what, command
+
+
+def _use_path_step(run: Run, evaluation: Evaluation, path: System) -> Step:
+    """Suggest to use a static path."""
+    how, command = _use_path(run, evaluation, path)
+    return f"Use {evaluation.name_in_sentence(path)}; {how}", command
 
 
 def _use_path(run: Run, evaluation: Evaluation, system: System) -> Step:
@@ -290,7 +391,8 @@ def _find_unbeaten_path(evaluation: Evaluation) -> System | None:
     """Return a static path that the routed model doesn't beat, though it runs no more layers.
 
     This is `Evaluation.best_path` if the routed model doesn't beat it. Otherwise it is the most
-    accurate unbeaten baseline that runs about as many layers.
+    accurate unbeaten baseline that runs about as many layers. A path that is shown to be worse than
+    base isn't returned.
     """
     routed = evaluation.routed
     if routed is None:
@@ -300,6 +402,8 @@ def _find_unbeaten_path(evaluation: Evaluation) -> System | None:
         verdict = verdict_on_routed(system)
         is_path = system.reads_question is False and system.draws == 1
         if not is_path or system.name == PERMUTED or verdict is None or verdict.is_better:
+            continue
+        if system.name in evaluation.paths and _is_refused(system):
             continue
         extra_executions = system.executions - routed.executions
         if system is not evaluation.best_path:  # a baseline must not run fewer layers either

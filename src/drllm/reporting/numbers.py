@@ -3,6 +3,7 @@
 from drllm.records.results import System
 from drllm.statistics import words
 from drllm.statistics.differences import Verdict
+from drllm.statistics.power import round_up
 
 NONE = "–"  # for a missing value
 NBSP = "\u00a0"
@@ -48,12 +49,19 @@ def label(verdict: Verdict | None) -> str:
     return NONE if verdict is None else verdict.label
 
 
+def label_with_needed(verdict: Verdict | None) -> str:
+    """Return the label of a verdict, and how many questions or texts would do."""
+    if verdict is None or verdict.needed is None:
+        return label(verdict)
+    return f"{verdict.label}: about {count(round_up(verdict.needed))} would do"
+
+
 def difference(verdict: Verdict | None) -> str:
     """Write a difference with its interval, in points of accuracy or in nats."""
     if verdict is None:
         return NONE
     low, high = (verdict.write(end) for end in verdict.interval)
-    return f"{verdict.write(verdict.mean)} ({low} to {high})"
+    return f"{verdict.write(verdict.mean)} ({low}{NBSP}to{NBSP}{high})"
 
 
 def excluded(verdict: Verdict | None) -> str:

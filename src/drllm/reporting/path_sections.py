@@ -11,6 +11,7 @@ from drllm.reporting import figures
 from drllm.reporting.document import Block, Figure, Section
 from drllm.reporting.markdown import Markdown, write_list, write_paragraph, write_table
 from drllm.reporting.numbers import NONE, count, difference, excluded, percent, plain, signed
+from drllm.statistics.headlines import Candidate, advise
 from drllm.statistics.words import capitalize, uncapitalize
 from drllm.work.listener import duration
 
@@ -67,14 +68,19 @@ def advice(record: StaticPaths) -> Iterator[str]:
             tested = path.on(task, TEST)
             if path.dominated or tested is None or tested.against_full is None:
                 continue
-            saves_layers = path.executions < record.num_layers
             name = f"path {path.name}"
             if path.repaired:
                 name = f"{name} with its refit"
-            sentence = tested.against_full.advice(name, saves_layers=saves_layers)
+            candidate = Candidate(
+                name=name,
+                executions=path.executions,
+                num_layers=record.num_layers,
+                against_base=tested.against_full,
+            )
+            sentence = advise(candidate)
             if len(record.tasks) > 1:
                 sentence = f"On {task}: {uncapitalize(sentence)}"
-            yield f"{sentence}."
+            yield sentence
 
 
 def _write_objective(measured: PathScore | None) -> str:

@@ -17,6 +17,7 @@ from drllm.records import results
 from drllm.records.codec import Version, read_json, read_json_lines, read_text, sha256
 from drllm.records.healed import HEALED_FILE, HEALED_SCHEMA, HealedPath, read_healed
 from drllm.records.identity import have_same_weights
+from drllm.records.latency import Latency, read_latency
 from drllm.records.layers import LAYERS_FILE, Layers
 from drllm.records.manifest import read_manifest
 from drllm.records.search import SearchRecord, read_search
@@ -72,7 +73,7 @@ class Run:
     epochs: Sequence[Epoch] = ()
     layers: Layers | None = None
     evaluations: Sequence[results.Result] = ()
-    latency: results.Latency | None = None
+    latency: Latency | None = None
     paths: StaticPaths | None = None
     healed: HealedPath | None = None
     recipe: str | None = None
@@ -198,15 +199,14 @@ def _read_results(run: Run) -> None:
         run.absent.append("eval/TASK.json (accuracy and routes)")
         return
     run.evaluations = results.read_results(folder)
-    run.latency = results.read_latency(folder)
+    run.latency = read_latency(folder)
     samples = f"{prefix}{results.SAMPLES_FILE}"
     if _has_file(run, samples, "routes and questions"):
         _add_source(run, samples)
     for path, evaluation in zip(paths, run.evaluations, strict=True):
         _add_source(run, f"{prefix}{path.name}", evaluation)
-    latency = f"{prefix}{results.LATENCY_FILE}"
-    if _has_file(run, latency, "measured time"):
-        _add_source(run, latency, run.latency)
+    if run.latency is not None:  # time is measured only if the user asks for it
+        _add_source(run, f"{prefix}{results.LATENCY_FILE}", run.latency)
 
 
 def _holds_results(folder: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from drllm.records.latency import Latency
 from drllm.records.results import Evaluation
 from drllm.reporting import evaluation_sections, key_figures, path_sections
 from drllm.reporting.costs import costs_section
@@ -18,6 +19,7 @@ from drllm.reporting.numbers import count
 from drllm.reporting.provenance import provenance_section
 from drllm.reporting.router_sections import router_section, search_section
 from drllm.reporting.run import Run
+from drllm.reporting.tables import comparisons_table
 
 ROUTING = "Routers choose, once per question, which layers of the model to skip, execute or repeat."
 PATHS = "A static path runs the same layers for every question."
@@ -114,14 +116,22 @@ def _describe_questions(evaluation: Evaluation) -> str:
 
 def _build_first_blocks(run: Run) -> list[Markdown]:
     """Build the blocks at the top: introduction, verdicts, notes and tiles."""
-    first = [write_paragraph(_write_introduction(run))]
-    first.append(write_verdicts(_list_verdicts(run)))
+    first = [write_verdicts(_list_verdicts(run))]
     first += [write_paragraph(note) for note in run.notes]
     if len(run.evaluations) == 1:
-        first.append(write_tiles(key_figures.build_tiles(run.evaluations[0], run.latency)))
-    elif run.evaluations:
+        first += _build_key_figures(run.evaluations[0], run.latency)
+    elif run.latency is not None:
         first.append(write_tiles([key_figures.build_time_tile(run.latency)]))
+    first.append(write_paragraph(_write_introduction(run)))
     return first
+
+
+def _build_key_figures(evaluation: Evaluation, latency: Latency | None) -> list[Markdown]:
+    """Build the tiles of a task, and the table of the numbers behind its headline."""
+    tiles = key_figures.build_tiles(evaluation, latency)
+    if not tiles:
+        return []
+    return [write_tiles(tiles), comparisons_table(evaluation)]
 
 
 def _write_introduction(run: Run) -> str:
@@ -138,7 +148,7 @@ def _write_introduction(run: Run) -> str:
 
 
 def _list_verdicts(run: Run) -> list[tuple[str, str]]:
-    """Return the main findings, each with its task if there are several tasks.
+    """Return the headlines, each with its task if there are several tasks.
 
     Without evaluations, return what is known of static paths and healed paths.
     """
@@ -146,7 +156,8 @@ def _list_verdicts(run: Run) -> list[tuple[str, str]]:
     verdicts: list[tuple[str, str]] = []
     for evaluation in run.evaluations:
         task = evaluation.task if has_several_tasks else ""
-        verdicts += [(task, line) for line in evaluation.verdict]
+        if evaluation.verdict:
+            verdicts.append((task, evaluation.verdict))
     if verdicts:
         return verdicts
     lines: list[str] = []
@@ -161,14 +172,13 @@ def _list_verdicts(run: Run) -> list[tuple[str, str]]:
 
 def _build_sections(run: Run) -> list[Section]:
     """Build all sections; those with details are folded and come last."""
-    shown: list[Section] = []
+    shown = [_build_next_section(run)]
     folded: list[Section] = []
     if len(run.evaluations) == 1:
         shown += evaluation_sections.build_sections(run, run.evaluations[0])
         folded += evaluation_sections.build_details(run.evaluations[0])
     elif run.evaluations:
         shown += _build_sections_by_task(run)
-    shown.append(_build_next_section(run))
     if run.evaluations:
         folded.append(costs_section(run.evaluations, run.latency))
     return [*shown, *folded, *build_stage_sections(run), provenance_section(run)]
@@ -184,7 +194,7 @@ def _build_sections_by_task(run: Run) -> list[Section]:
             *evaluation_sections.build_sections(run, evaluation),
             *evaluation_sections.build_details(evaluation),
         ]
-        sections.append(Section(evaluation.task, []))
+        sections.append(Section(evaluation.task, _build_key_figures(evaluation, None)))
         sections += lower_sections(parts)
     return sections
 

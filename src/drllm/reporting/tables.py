@@ -11,6 +11,7 @@ from drllm.reporting.numbers import (
     difference,
     excluded,
     label,
+    label_with_needed,
     percent,
     plain,
     verdict_on_routed,
@@ -19,6 +20,58 @@ from drllm.statistics.differences import Differences, Verdict
 
 NamedSystem: TypeAlias = tuple[str, Evaluation, System | Point]
 """The name of a run or a task, its evaluation, and one system of the evaluation."""
+
+
+def comparisons_table(evaluation: Evaluation) -> Markdown:
+    """Build the table behind the headline: the best path, the routed model, and their difference.
+
+    Each is compared with base, and the routed model with the best path.
+    """
+    path = evaluation.best_path
+    rows: list[list[str]] = []
+    for system in (path, evaluation.routed):
+        if system is not None and system.against_base is not None:
+            name = evaluation.name_in_sentence(system)
+            rows.append(_comparison_row(f"{name} minus base", system.against_base))
+    if path is not None and path.routed_against is not None:
+        name = f"routed minus {evaluation.name_in_sentence(path)}"
+        rows.append(_comparison_row(name, path.routed_against))
+    header = (
+        f"difference|{evaluation.score}, points|loss excluded above|verdict|"
+        f"next-token loss, nats|increase excluded above|verdict on text"
+    )
+    caption = (
+        "Differences with 95 % intervals. Larger losses than the excluded one are ruled out (95 %)."
+    )
+    if len(evaluation.paths) > 1:
+        caption += f" {_explain_choice(evaluation)}"
+    return write_table(caption, header, rows, "verdict|verdict on text")
+
+
+def _comparison_row(name: str, differences: Differences) -> list[str]:
+    accuracy = differences.accuracy
+    loss = differences.text_loss
+    return [
+        name,
+        difference(accuracy),
+        excluded(accuracy),
+        label_with_needed(accuracy),
+        difference(loss),
+        excluded(loss),
+        label_with_needed(loss),
+    ]
+
+
+def _explain_choice(evaluation: Evaluation) -> str:
+    """Say why the table has this path, of several."""
+    path = evaluation.best_path
+    assert path is not None
+    num_paths = len(evaluation.paths)
+    if evaluation.drop_test is not None and evaluation.drop_test.chosen == path.name:
+        return f"{path.name} is the path that --max-drop chose."
+    if evaluation.routed is None:
+        return f"{path.name} is the most accurate of {num_paths} paths on these questions."
+    return f"{path.name} is the closest of {num_paths} paths in cost to the routed model."
 
 
 def results_table(evaluation: Evaluation) -> Markdown:

@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 import msgspec
 
 from drllm.statistics import power
-from drllm.statistics.words import WORDS, Quantity, QuantityWords, capitalize, signed
+from drllm.statistics.words import WORDS, Quantity, QuantityWords, signed
 
 Shown: TypeAlias = Literal["higher", "lower", "none shown", "too few", "guessing"]
 
@@ -75,44 +75,32 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     def sentence(self, ours: str = "routed", theirs: str = "base") -> str:
         """Return one sentence with all numbers, including those of the exact test."""
-        numbers = self._write_numbers(with_test=True)
-        return f"{self._words.title} of {ours} minus {theirs}: {self._conclude(numbers)}."
-
-    def statement(self) -> str:
-        """Return a shorter sentence, for places where it is clear which systems are compared.
-
-        It doesn't have the exact test's numbers.
-        """
-        return f"{self._words.title} changes by {self.details}."
-
-    @property
-    def details(self) -> str:
-        """The size of the difference, the excluded loss and how sure the difference is."""
-        return self._conclude(self._write_numbers(with_test=False))
-
-    def _conclude(self, numbers: str) -> str:
-        """Add to the numbers which loss is excluded, and how sure the difference is."""
-        parts = [numbers]
+        parts = [self._write_numbers()]
         if self.exclusion:
             parts.append(self.exclusion)
         parts.append(self.claim)
-        return "; ".join(parts)
+        return f"{self._words.title} of {ours} minus {theirs}: {'; '.join(parts)}."
 
-    def _write_numbers(self, *, with_test: bool) -> str:
-        """Return the size of the difference, its interval, and the number of questions or texts.
+    @property
+    def size(self) -> str:
+        """The size of the difference with its unit and without its sign: "16.7 points"."""
+        size = self._words.scale * abs(self.mean)
+        if self._words.scale == 1:
+            return f"{size:.2g} {self._words.unit}"
+        return f"{size:.1f} {self._words.unit}"
 
-        `with_test` adds the numbers of the exact test.
-        """
+    def _write_numbers(self) -> str:
+        """Return the difference, its interval, the number of questions or texts, and the test."""
         size = f"{self.write(self.mean)} {self._words.unit}"
         samples = f"{self.n} {self._words.samples}"
         if self.interval[0] == self.interval[1]:
             return f"{size} (the same on all {samples})"
         low, high = map(self.write, self.interval)
-        if with_test and self.won is not None:
+        if self.won is not None:
             samples = f"won {self.won}, lost {self.lost} of {samples}"
-        if with_test and self.p is not None:
+        if self.p is not None:
             samples += f", p = {self.p:.2g}"
-        if with_test and self.p_corrected is not None:
+        if self.p_corrected is not None:
             samples += f", {self.p_corrected:.2g} corrected for {self.num_tests} tests"
         return f"{size} (95 % interval {low} to {high}; {samples})"
 
@@ -171,52 +159,3 @@ class Differences(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     accuracy: Verdict
     gold_logprob: Verdict | None = None
     text_loss: Verdict | None = None
-
-    def headline(self, name: str, *, saves_layers: bool, cost: str) -> str:
-        """Return at most three sentences: what to do, then accuracy, then next-token loss.
-
-        Args:
-            name: The first system's name.
-            saves_layers: Whether the first system runs fewer layers than the second.
-            cost: How many layers the first system saves, in words.
-        """
-        sentences = [f"{self.advice(name, saves_layers=saves_layers)} ({cost})."]
-        sentences.append(self.accuracy.statement())
-        if self.text_loss is not None:
-            sentences.append(self.text_loss.statement())
-        return " ".join(sentences)
-
-    @property
-    def details(self) -> str:
-        """The differences of accuracy and next-token loss as part of a sentence."""
-        parts = [f"accuracy {self.accuracy.details}"]
-        if self.text_loss is not None:
-            parts.append(f"next-token loss {self.text_loss.details}")
-        return "; ".join(parts)
-
-    def advice(self, name: str, *, saves_layers: bool) -> str:
-        """Say what to do with the first system; the arguments are as for `headline`."""
-        if self.accuracy.shown == "guessing":
-            return (
-                f"Take a task that base can do: here base may be guessing, so {name} isn't judged"
-            )
-        is_accuracy_worse = self.accuracy.is_better is False
-        is_text_worse = self.text_loss is not None and self.text_loss.is_better is False
-        if is_accuracy_worse and is_text_worse:
-            return f"Don't use {name}: its answers and its text are worse"
-        if is_accuracy_worse:
-            return f"Don't use {name}: its answers are worse"
-        if is_text_worse:
-            return f"Don't use {name} to write text: its next-token loss is worse"
-        if self.accuracy.is_better:
-            return f"Use {name}: its answers are better"
-        if not saves_layers:
-            return (
-                f"{capitalize(name)} isn't worth it: it is not shown to be better and saves nothing"
-            )
-        if self.accuracy.excluded_loss is None:
-            return f"{capitalize(name)} saves layers, and no loss is shown"
-        loss = f"{self.accuracy.write_excluded()} points"
-        if self.accuracy.shown == "too few":
-            return f"Use {name} only where a loss of {loss} is acceptable, or ask more questions"
-        return f"Use {name} where a loss of {loss} is acceptable: no loss is shown"

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from drllm.agreement import compare_by_layer, compute_metrics, judge_routers
 from drllm.cli.show import show
-from drllm.cli.show_results import show_evaluation
+from drllm.cli.show_results import show_evaluation, show_findings
 from drllm.cli.terminal import Terminal, draw_route
 from drllm.records.codec import read_json
 from drllm.records.layers import Layers
@@ -88,12 +88,13 @@ def shown(capsys: pytest.CaptureFixture[str], evaluation: Evaluation, width: int
     terminal = Terminal()
     terminal.out.width = width
     show_evaluation(evaluation, terminal)
+    show_findings(evaluation, terminal)
     return capsys.readouterr().out.replace("\u00a0", " ")
 
 
 def test_the_table_has_every_number_and_the_findings_follow(capsys: pytest.CaptureFixture[str]):
     out = " ".join(shown(capsys, EVALUATION, 80).split())
-    assert out.startswith("facts, test: 40 questions Accuracy +2.5 points. ")
+    assert out.startswith("facts, test: 40 questions a loss beyond the interval's lower end ")
     assert "base 30.00 50.0 – 3.750 –" in out
     assert "random decisions ×5 27.55 25.0 " in out
     assert out.endswith("It is worse.")

@@ -29,7 +29,7 @@ from drllm.models.routers.checkpoint import save_routers
 from drllm.models.routing.kv_cache import cache_argument
 from drllm.models.routing.policies import FixedPolicy, RouterPolicy
 from drllm.records.codec import sha256
-from drllm.records.results import read_latency
+from drllm.records.latency import read_latency
 from drllm.work.listener import Listener
 from slow_way import TORCH, tiny_routers
 

@@ -168,7 +168,8 @@ def test_without_routers_base_is_compared_with_the_paths(evaluated):
     assert kept == pytest.approx([1, 4 / 6, 5 / 6])
     steps = {name: steps_to_write(path) for name, path in PATHS.items()}
     assert result.paths == steps
-    assert f"path {result.best_path.name} (the most accurate of 2 on" in result.findings[0]
+    assert result.headline_system is result.best_path
+    assert result.best_path.accuracy == max(result.system(name).accuracy for name in PATHS)
     assert {result.system(name).against_base.accuracy.num_tests for name in PATHS} == {2}
 
 
@@ -178,8 +179,8 @@ def test_a_report_and_the_terminal_show_a_result_without_routers(evaluated, drll
     report(folder, output_dir=tmp_path)
     page = (tmp_path / "report.md").read_text()
     assert page.startswith("# Static paths of tiny on builtin_facts")
-    assert f"path {best} (the most accurate of 2" in page
-    assert f"Accuracy, path {best} minus base" in page
+    assert f"{best} is the most accurate of 2 paths on these questions." in page
+    assert f"Path {best}: accuracy minus base's" in page
     for missing in ("routed minus system", "--routers", "Routers choose"):
         assert missing not in page
     shown = drllm("show", folder).out
@@ -200,7 +201,7 @@ def test_with_routers_paths_are_compared_with_the_routed_model_too(
         assert ours.routed_against.accuracy.mean == pytest.approx(
             result.routed.accuracy - ours.accuracy
         )
-    assert f"path {result.best_path.name} (of " in result.verdict[1]
+    assert f"path {result.best_path.name} (" in result.headline
 
 
 def test_answers_are_generated_under_a_path(base, tmp_path, monkeypatch):
@@ -233,7 +234,7 @@ def test_paths_are_tested_in_the_order_given_up_to_the_first_that_may_lose_too_m
     assert [trial.name for trial in passed.drop_test.trials] == ["four", "five"]
     assert passed.drop_test.chosen == passed.best_path.name == "five"
     assert passed.drop_test.sentence() in passed.findings
-    assert "path five (chosen in order by --max-drop)" in passed.findings[0]
+    assert passed.headline.startswith("Use path five (5 of 6 layers): it is shown to lose less")
     failed = run(base, tmp_path / "none", paths, max_drop=0.001, **enough)
     assert failed.drop_test.chosen is None
     assert failed.drop_test.untested == ("five",)
@@ -246,7 +247,7 @@ def test_the_old_name_of_the_limit_is_read(base, tmp_path):
 
 
 @pytest.mark.parametrize(("max_drop", "status"), [(99, 0), (0.001, 1)])
-def test_the_command_ends_with_the_answer_as_its_status(
+def test_the_command_gives_the_answer_once_and_as_its_status(
     drllm, model_folder, tmp_path, monkeypatch, max_drop, status
 ):
     monkeypatch.setattr(TaskRuns, "above_chance", True)
@@ -258,7 +259,7 @@ def test_the_command_ends_with_the_answer_as_its_status(
     said = drllm(command, *words, status=status)
     [result] = read_results(tmp_path / "eval")
     out = " ".join(said.out.split())
-    assert out.endswith(result.drop_test.sentence())
+    assert result.headline in out
     assert out.count(result.drop_test.sentence()) == 1
     assert (result.drop_test.chosen is None) == bool(status)
 

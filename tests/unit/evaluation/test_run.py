@@ -28,8 +28,9 @@ from drllm.models.base.prompts import encode
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routers.checkpoint import load_routers, save_routers
 from drllm.records.codec import read_json_lines
+from drllm.records.latency import read_latency
 from drllm.records.manifest import read_manifest
-from drllm.records.results import read_latency, read_results
+from drllm.records.results import read_results
 from drllm.statistics.paired import holm
 from drllm.tasks.examples import choose
 from drllm.tasks.registry import get_task

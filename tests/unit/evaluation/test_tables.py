@@ -43,7 +43,7 @@ def runs(*systems, chance=0.25, seeds=(), notes=()):
     task = SimpleNamespace(
         name="a_task", chance=chance, kind="choices", metric="acc", num_fewshot=0
     )
-    task.num_questions, task.not_asked = len(systems[0].correct), {}
+    task.num_questions, task.num_available, task.not_asked = len(systems[0].correct), None, {}
     return TaskRuns(
         rendered=SimpleNamespace(task=task, ids=list(range(task.num_questions))),
         systems=systems,
@@ -78,18 +78,18 @@ def test_findings_are_the_sentences_of_the_verdicts(base, routed, shown):
     assert against.accuracy.shown == shown
     assert against.gold_logprob.shown == "lower"
     assert against.text_loss.shown == "higher"  # users read it: a loss that rises is said
-    assert against.accuracy.statement() in found.findings[0]
-    assert against.text_loss.statement() in found.findings[0]
-    assert found.findings[1] == against.accuracy.sentence()
-    assert found.findings[2] == against.gold_logprob.sentence()
+    assert found.headline == found.write_headline()
+    verdicts = (against.accuracy, against.text_loss, against.gold_logprob)
+    assert found.findings == tuple(verdict.sentence() for verdict in verdicts)
 
 
 @pytest.mark.parametrize("permuted", [[0.05] * 50 + [0.0] * 50, [0.5] * 100])
 def test_nothing_is_claimed_where_the_base_may_be_guessing(permuted):
     base, routed = ([1.0] * right + [0.0] * (100 - right) for right in (20, 60))
     found = evaluation(run("base", base), run("routed", routed), run("permuted routes", permuted))
-    assert "no verdict (base is not shown to be above chance)" in found.findings[0]
-    assert "not shown to be above chance (25.0 %)" in found.findings[1]
+    assert "may be guessing" in found.headline
+    assert "not shown to be above chance (25.0 %)" in found.findings[0]
+    assert "no verdict (base is not shown to be above chance)" in found.findings[1]
     for system in found.systems[1:]:
         assert system.against_base.accuracy.shown == "guessing"
     assert found.systems[2].routed_against.accuracy.shown == "guessing"
@@ -100,12 +100,13 @@ def test_nothing_is_claimed_where_the_base_may_be_guessing(permuted):
 @pytest.mark.parametrize(
     ("executions", "words"),
     [
-        (27.0, "(10.0 % of the layers saved, 27.00 of 30 run)."),
-        (33.0, "(10.0 % more layers, 33.00"),
+        (27.0, "Use routing (27 of 30 layers)"),
+        (33.0, "Don't use routing (33 of 30 layers): it saves no layers"),
     ],
 )
 def test_saved_and_spent_executions_are_told_apart(executions, words):
-    assert words in said(run("base", RIGHT_50), run("routed", RIGHT_50, executions=executions))
+    systems = run("base", RIGHT_50), run("routed", RIGHT_50, executions=executions)
+    assert evaluation(*systems).headline.startswith(words)
 
 
 @pytest.mark.parametrize(
@@ -139,8 +140,7 @@ def test_a_single_route_for_all_questions_makes_permuting_say_nothing():
 
 def test_notes_of_the_task_and_of_systems_and_what_is_not_derived_are_said_once():
     systems = (run("base", RIGHT_50), run("routed", RIGHT_50, notes=["runs slowly"]))
-    found = evaluation(*systems, notes=["a note", "a note"]).findings
-    assert found[-3:] == (
+    assert evaluation(*systems, notes=["a note", "a note"]).notes == (
         "A note.",
         "FLOPs and K/V bytes are not derived: it has experts.",
         "Routed: runs slowly.",
@@ -183,27 +183,21 @@ def test_beside_routers_a_path_is_named_that_no_score_has_picked():
     trial = Trial(name="far", tasks=(TaskTest(task="a_task"),))
     found = beside_routers(drop_test=DropTest(limits=Limits(max_drop=50), trials=(trial,)))
     assert found.best_path.name == "far"
-    assert "path far (chosen in order by --max-drop)" in found.verdict[1]
+    assert found.headline.startswith("Use path far (")
+    assert found.headline_system is found.best_path
 
 
-def test_the_verdict_on_a_path_has_its_differences_its_cost_and_the_routers_beside_it():
+def test_the_headline_is_about_routing_if_it_answers_better_and_the_findings_about_both():
     found = beside_routers()
     path = found.best_path
-    first, second = found.verdict
-    assert first.startswith("Use routed: its answers are better (")
-    against, routed = path.against_base.accuracy, path.routed_against.accuracy
-    places = [
-        second.index(part)
-        for part in (
-            "path near (of 3 paths the closest in cost)",
-            "(6.7 % of the layers saved, 28.00 of 30 run)",
-            against.details,
-            "Routed minus path near",
-            routed.details,
-        )
-    ]
-    assert places == sorted(places)
-    assert found.findings.count(second) == 1
+    assert found.headline_system is found.routed
+    assert found.headline.startswith("Use routing (27.4 of 30 layers): it answers better")
+    assert "path near (28 of 30 layers)" in found.headline
+    for name, differences in (("routed", found.routed), ("path near", path)):
+        assert differences.against_base.accuracy.sentence(name) in found.findings
+        text_loss = differences.against_base.text_loss
+        assert text_loss is None or text_loss.sentence(name) in found.findings
+    assert path.routed_against.accuracy.sentence("routed", "path near") in found.findings
 
 
 def test_rows_hold_accuracy_interval_and_differences_to_base_and_routed():

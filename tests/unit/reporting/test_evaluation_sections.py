@@ -11,6 +11,12 @@ from msgspec.structs import replace
 from drllm.reporting.accuracy_figure import draw_accuracy, group_curves
 from drllm.reporting.drawing import LIGHT, NARROW, WIDE, draw_png, spread_apart
 from drllm.reporting.key_figures import build_tiles, describe_times, find_most_accurate
+from drllm.reporting.markdown import escape
+from drllm.reporting.run import read_run
+from drllm.reporting.tables import comparisons_table
+from drllm.statistics.differences import Differences
+from drllm.statistics.power import round_up
+from drllm.statistics.verdicts import judge_counts
 from run_folder import WHOLE, add_paths, report_text, table_rows
 
 
@@ -36,26 +42,36 @@ def evaluation(run: Any) -> Any:
     return evaluation
 
 
-def test_what_is_shown_of_a_path_beside_routers_stands_in_the_verdict_and_nowhere_else(
-    folder, drllm
-):
-    finding = "One path saves layers too."
-    folder.static_paths(findings=(finding,))
+def test_the_headline_stands_first_and_findings_only_in_their_section(folder, drllm):
+    folder.static_paths()
+    [evaluation] = read_run(folder.path).evaluations
     first, rest = report_text(folder.path).split("\n## ", 1)
-    assert f"\n> Accuracy is as high; layers are saved.\n>\n> {finding}\n" in first
+    assert f"\n> {escape(evaluation.write_headline())}\n" in first
     assert "A static path runs the same layers for every question." in first
-    assert finding not in rest
+    assert "Findings follow." not in first
+    assert rest.count("Findings follow.") == 1
     shown = drllm("show", folder.path / "eval").out
-    assert shown.index(finding) < shown.index("skip1") < shown.index("Findings follow.")
-    assert shown.count(finding) == 1
+    assert shown.index(evaluation.write_headline()[:40]) < shown.index("skip1")
+    assert shown.index("skip1") < shown.index("Findings follow.")
+    for older_headline in evaluation.findings[:2]:  # the folder is as an earlier version wrote it
+        assert older_headline not in first + rest + shown
 
 
-def test_tiles_hold_the_verdicts_and_what_was_measured(evaluation, run):
+def test_a_headline_in_the_file_is_shown_as_it_is(folder, drllm):
+    folder.change("eval/arc_easy.json", lambda values: values.update(headline="Do this."))
+    assert "\n> Do this.\n" in report_text(folder.path)
+    assert "Accuracy is as high; layers are saved." in drllm("show", folder.path / "eval").out
+
+
+def test_tiles_hold_the_verdicts_of_the_path_and_of_routing_and_what_was_measured(evaluation, run):
     _, accuracy, loss, time = build_tiles(evaluation, run.latency)
-    assert accuracy.label == evaluation.routed.against_base.accuracy.label
+    assert accuracy.label.startswith(evaluation.routed.against_base.accuracy.label)
     assert loss.label == evaluation.routed.against_base.text_loss.label == "worse"
     assert time.value == "too noisy to tell"
-    assert build_tiles(evaluation, None)[-1].value == "not measured"
+    assert len(build_tiles(evaluation, None)) == 3
+    best = add_paths(evaluation, 3).best_path.name
+    titles = [tile.title for tile in build_tiles(add_paths(evaluation, 3), None)]
+    assert [title.split(":")[0] for title in titles[:6]] == [f"Path {best}"] * 3 + ["Routed"] * 3
     places = [f"{phase} {size} (0.90)" for phase in ("reading", "decoding") for size in (1, 4, 16)]
     assert describe_times(run.latency) == (
         "Measured time, routed / base by rows of a batch, 3 rounds of 16 tokens: too noisy "
@@ -63,22 +79,47 @@ def test_tiles_hold_the_verdicts_and_what_was_measured(evaluation, run):
     )
 
 
+def test_the_table_below_the_headline_has_the_path_and_routing_and_their_difference(evaluation):
+    *systems, path = add_paths(evaluation, 1).systems
+    against_base = Differences(accuracy=judge_counts(9, 3, 60))
+    routed_against = Differences(accuracy=judge_counts(2, 30, 60))
+    path = replace(path, against_base=against_base, routed_against=routed_against)
+    changed = replace(add_paths(evaluation, 1), systems=(*systems, path))
+    _, *rows = table_rows(f"\n{comparisons_table(changed)}", "difference | ")
+    assert [row[0] for row in rows] == [
+        "path skip1 minus base",
+        "routed minus base",
+        "routed minus path skip1",
+    ]
+    pairs = (against_base, evaluation.routed.against_base, routed_against)
+    for row, differences in zip(rows, pairs, strict=True):
+        accuracy = differences.accuracy
+        assert row[1].startswith(accuracy.write(accuracy.mean))
+        assert row[2] == accuracy.write_excluded()
+        assert row[3].startswith(accuracy.label)
+    assert f"about {round_up(against_base.accuracy.needed)} would do" in rows[0][3]
+
+
 def test_the_most_accurate_system_that_saves_layers_has_a_tile_of_its_own(evaluation, run):
     assert find_most_accurate(evaluation).name == "routed"
     with_paths = add_paths(evaluation, 3)
-    titles = [tile.title for tile in build_tiles(with_paths, run.latency)]
-    assert "Most accurate that saves layers: path skip1" in titles
     best = find_most_accurate(with_paths)
     assert best.name == "skip1"
     assert best.accuracy == max(s.accuracy for s in with_paths.systems[1:] if s.draws == 1)
+    assert best is with_paths.best_path  # has tiles of its own
+    *others, last = with_paths.systems
+    baseline = replace(last, name="a baseline", accuracy=0.99, interval=(0.9, 1.0))
+    changed = replace(with_paths, systems=(*others, last, baseline))
+    titles = [tile.title for tile in build_tiles(changed, run.latency)]
+    assert "Most accurate that saves layers: a baseline" in titles
 
 
-@pytest.mark.parametrize(("factor", "title"), [(1.1, "More layers run"), (0.9, "Layers saved")])
-def test_routes_that_run_more_layers_save_none(evaluation, factor, title):
+@pytest.mark.parametrize(("factor", "note"), [(1.1, "10.0 % more"), (0.9, "10.0 % saved")])
+def test_routes_that_run_more_layers_save_none(evaluation, factor, note):
     routed = replace(evaluation.routed, executions=evaluation.num_layers * factor)
     systems = (evaluation.base, routed, *evaluation.systems[2:])
     tile = build_tiles(replace(evaluation, systems=systems), None)[0]
-    assert (tile.title, tile.value.replace("\u00a0", " ")) == (title, "10.0 %")
+    assert (tile.title, tile.note.replace("\u00a0", " ")) == ("Routed: layers run", note)
 
 
 def test_systems_are_sorted_and_each_is_compared_with_the_routed_model(folder):
@@ -139,7 +180,7 @@ def test_the_sentence_on_limits_stands_in_its_section_alone(new_folder):
     folder.evaluation(drop_test=drop_test)
     folder.change("eval/arc_easy.json", lambda values: values.update(findings=findings))
     before, section = report_text(folder.path).split("## Limits on the loss")
-    assert "- Something else.\n" in before
+    assert "- Something else.\n" in section
     sentence = drop_test.sentence().replace("\u00a0", " ")
     assert section.startswith(f"\n\n{sentence}\n")
     assert sentence not in before + section.replace(sentence, "", 1)
@@ -159,11 +200,12 @@ def test_each_task_has_its_verdict_in_front_and_its_sections_below_a_comparison(
     assert (second[:3], second[6:8]) == (["guessed", "20", "routed"], ["–", "no verdict"])
     titles = (
         "Accuracy over layers run|Systems|Routes by layer|Questions won and lost|"
-        "What the systems are"
+        "Findings in sentences|What the systems are"
     )
     parts = [f"### {title}" for title in titles.split("|")]
     headings = re.findall(r"^##+ .*", text, re.MULTILINE)
-    expected = ["## Tasks compared", "## arc_easy", *parts, "## guessed", *parts]
+    next_steps = "## What to do next"
+    expected = [next_steps, "## Tasks compared", "## arc_easy", *parts, "## guessed", *parts]
     assert headings[: len(expected)] == expected
 
 

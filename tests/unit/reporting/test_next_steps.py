@@ -1,7 +1,6 @@
 """What a report advises next, as commands that can be pasted."""
 
 import dataclasses
-import math
 import shlex
 import subprocess
 from typing import Any
@@ -12,6 +11,7 @@ from msgspec.structs import replace
 from drllm.cli.parser import parse
 from drllm.config import (
     EvaluateConfig,
+    HealConfig,
     ModelConfig,
     SearchConfig,
     SuperviseConfig,
@@ -21,6 +21,7 @@ from drllm.config import (
 from drllm.reporting.commands import SETTINGS_FILE, evaluate_command
 from drllm.reporting.next_steps import DEPTHS, suggest_steps
 from drllm.reporting.run import Run, read_run
+from drllm.statistics.power import round_up
 from drllm.statistics.verdicts import judge_counts
 from run_folder import add_paths
 
@@ -61,9 +62,9 @@ def test_too_few_questions_are_to_be_more_by_the_number_that_would_do(run, evalu
     few = judge_counts(3, 6, 60)
     against = replace(evaluation.routed.against_base, accuracy=few)
     routed = replace(evaluation.routed, against_base=against)
-    lines = commands(run, "evaluate", systems=(evaluation.base, routed))
+    lines = commands(run, "evaluate", systems=(evaluation.base, routed), drop_test=None)
     limits = [line.get_settings(EvaluateConfig).limit for line in lines]
-    assert 10 * math.ceil(few.needed / 10) in limits
+    assert round_up(few.needed) in limits
 
 
 def test_routers_that_are_worse_need_more_or_other_targets(run):
@@ -112,7 +113,7 @@ def test_a_path_of_whole_layers_is_offered_for_export(run, evaluation, even):
 def test_of_static_paths_beside_routers_the_one_of_the_verdict_is_offered(run, evaluation, even):
     result = add_paths(evaluation, 2)
     base, routed, *others = result.systems
-    as_good = {"routed_against": even, "reads_question": False, "draws": 1}
+    as_good = {"routed_against": even, "reads_question": False, "draws": 1, "against_base": even}
     unbeaten = [replace(system, **as_good) for system in others]
     config = {"paths": "a/skip1.json,b/skip2.json"}
     result = replace(result, systems=(base, routed, *unbeaten), config=config)
@@ -123,6 +124,50 @@ def test_of_static_paths_beside_routers_the_one_of_the_verdict_is_offered(run, e
     assert export.values["path"].endswith(f"/{best.name}.json")
     [text] = [text for text, command in suggest_steps(run) if "export" in command]
     assert f"minus {best.name}," in text
+
+
+def test_a_path_that_answers_as_well_but_writes_worse_text_is_to_be_healed(run, evaluation, even):
+    text_loss = evaluation.routed.against_base.text_loss
+    assert text_loss.is_better is False
+    result = add_paths(evaluation, 1, routed=False)
+    base, path = result.systems
+    against_base = replace(even, accuracy=judge_counts(0, 0, 500), text_loss=text_loss)
+    changes = {
+        "systems": (base, replace(path, against_base=against_base)),
+        "paths": result.paths,
+        "config": {"paths": "tuned/paths.json"},
+        "drop_test": None,
+    }
+    [heal] = commands(run, "heal", **changes)
+    config = heal.get_settings(HealConfig)
+    assert (config.path, config.tasks) == ("tuned/paths.json:skip1", evaluation.task)
+    assert commands(run, "export", **changes) == []
+    [generate] = commands(run, "generate", **changes)
+    assert generate.values["path"] == "tuned/paths.json:skip1"
+
+
+@pytest.mark.parametrize(
+    ("available", "verb", "limit"),
+    [(None, "evaluate", "needed"), (80, "evaluate", 80), (60, "ls", 0)],
+)
+def test_no_more_questions_are_to_be_asked_than_there_are(run, evaluation, available, verb, limit):
+    few = judge_counts(3, 6, 60)
+    against = replace(evaluation.routed.against_base, accuracy=few)
+    routed = replace(evaluation.routed, against_base=against)
+    result = replace(
+        evaluation,
+        systems=(evaluation.base, routed),
+        curve=(),
+        drop_test=None,
+        num_available=available,
+    )
+    text, command = suggest_steps(dataclasses.replace(run, evaluations=[result]))[0]
+    line = parse_command(command)
+    assert line.verb == verb
+    if verb == "evaluate":
+        expected = round_up(few.needed) if limit == "needed" else limit
+        assert line.get_settings(EvaluateConfig).limit == expected
+    assert str(round_up(few.needed)) in text
 
 
 def test_a_baseline_that_is_as_good_asks_for_a_path_of_the_same_model(run, evaluation, even):

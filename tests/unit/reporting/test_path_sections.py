@@ -52,7 +52,7 @@ def test_a_folder_of_tuned_paths_alone_makes_a_report(tuned):
     text = report_text(tuned.path)
     assert text.startswith("# Static paths of smollm2-135m on arc_easy, builtin_facts\n")
     first = text.split("## ")[0]
-    assert "use path skip2 where a loss of 2.0 points is acceptable" in first
+    assert "use path skip2 (2 of 4 layers): it answers as well as all 4" in first
     assert "Routers" not in first
     assert suggested_path(tuned).endswith("paths.json:skip2")
 
@@ -214,7 +214,7 @@ def test_a_run_folder_shows_the_healed_path_in_it_beside_its_other_parts(healed)
     text = report_text(run)
     assert text.startswith("# Static paths of smollm2-135m")
     first = text.split("## ")[0]
-    assert "use path a where a loss of 2.0 points is acceptable" in first
+    assert "use path a (3 of 4 layers): it answers as well as all 4" in first
     assert "runs 3 of 4 executions" in first
     assert text.index("## Static paths") < text.index("## Healed path")
 

@@ -22,14 +22,15 @@ from run_folder import WHOLE, report_text
 GOLDEN = Path(__file__).parents[2] / "golden" / "report.md"
 VOID = {"meta", "br", "hr", "img", "input", "link", "use", "path"}
 SHOWN = [
+    "What to do next",
     "Accuracy over layers run",
     "Systems",
     "Limits on the loss",
     "Routes by layer",
     "Questions won and lost",
-    "What to do next",
 ]
 FOLDED = [
+    "Findings in sentences",
     "What the systems are",
     "All depths in numbers",
     "Cost",

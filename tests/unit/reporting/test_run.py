@@ -64,7 +64,6 @@ def test_a_full_folder_is_read_whole_and_every_source_has_its_hash(full):
         ("routers/layers.json", "(the routers layer by layer)", "labels hit | 0."),
         ("eval", "eval/TASK.json (accuracy and routes)", "## Systems"),
         ("eval/samples.jsonl", "(routes and questions)", "## Questions won and lost"),
-        ("eval/latency.json", "(measured time)", "decoding, 1"),
         ("run.yaml", "run.yaml (the recipe)", "Recipe (run.yaml)"),
     ],
 )

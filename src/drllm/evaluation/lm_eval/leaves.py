@@ -45,6 +45,7 @@ class HarnessTask:
             differ.
         notes: Sentences for readers of the results.
         not_asked: Id of a question that isn't asked → reason.
+        num_available: The number of questions in the split; None if that isn't known.
         places: Name of a leaf → the places of its questions that are asked. It is set for the
             harness' own tasks only. The leaves of drllm's tasks have no other questions.
         is_group: Whether `harness_name` is a group of the harness, with the leaves as its tasks.
@@ -60,6 +61,7 @@ class HarnessTask:
     num_fewshot: int
     notes: tuple[str, ...]
     not_asked: dict[str, str] = field(default_factory=dict)
+    num_available: int | None = None
     places: Mapping[str, list[int]] = field(default_factory=dict)
     is_group: bool = False
 
@@ -160,6 +162,7 @@ def describe_task(
         num_fewshot=num_shots,
         notes=(*entry.notes, *_describe_omissions(questions.not_asked)),
         not_asked=questions.not_asked,
+        num_available=questions.num_available,
         is_group=bool(entry.part_of),
     )
     return harness_task, leaves
@@ -167,11 +170,15 @@ def describe_task(
 
 @dataclass(frozen=True, slots=True)
 class _Questions:
-    """The questions of a task: those to ask, worked examples, and the reasons not to ask others."""
+    """The questions of a task: those to ask, worked examples, and the reasons not to ask others.
+
+    `num_available` is the number of questions in the split.
+    """
 
     to_ask: list[QuestionRow]
     worked_examples: list[QuestionRow]
     not_asked: dict[str, str]  # id → reason
+    num_available: int
 
 
 def _draw_questions(
@@ -183,7 +190,8 @@ def _draw_questions(
     num_shots: int,
 ) -> _Questions:
     """Draw the questions to ask; questions that are worked examples are left out."""
-    questions = choose(task.rows(split, data_dir), limit, seed)
+    rows = task.rows(split, data_dir)
+    questions = choose(rows, limit, seed)
     worked_examples: list[QuestionRow] = []
     if num_shots:
         try:
@@ -205,7 +213,7 @@ def _draw_questions(
             f"task {task.name!r} has no questions in split {split!r}; give another split, or "
             f"more questions"
         )
-    return _Questions(to_ask, worked_examples, not_asked)
+    return _Questions(to_ask, worked_examples, not_asked, len(rows))
 
 
 def _describe_omissions(not_asked: Mapping[str, str]) -> list[str]:

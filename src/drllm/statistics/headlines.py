@@ -1,0 +1,229 @@
+"""Says what to do with a system that runs fewer layers: the headline of an evaluation.
+
+A headline has at most three sentences. The first says what to do with the system, the second what
+becomes of its text, and the third whether routing gains anything over a static path. All other
+numbers are in tables.
+"""
+
+from dataclasses import dataclass
+
+from drllm.statistics.differences import Differences
+from drllm.statistics.exclusion import DropTest
+from drllm.statistics.power import round_up
+
+ROUTING = "routing"
+"""The name of the routed model in a headline."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A system that may replace base.
+
+    Attributes:
+        name: The name of a static path in a sentence ("path skip2"), or `ROUTING`.
+        executions: The mean number of layers that a forward pass runs.
+        num_layers: The number of layers that base runs.
+        against_base: The system minus base.
+    """
+
+    name: str
+    executions: float
+    num_layers: int
+    against_base: Differences
+
+    @property
+    def full_name(self) -> str:
+        """The name with the number of layers: "path skip2 (28 of 30 layers)"."""
+        executions = f"{self.executions:.2f}".rstrip("0").rstrip(".")
+        return f"{self.name} ({executions} of {self.num_layers} layers)"
+
+    @property
+    def name_with_use(self) -> str:
+        """The full name, and what the candidate may be used for if its text gets worse."""
+        if self.is_text_worse:
+            return f"{self.full_name} for short answers"
+        return self.full_name
+
+    @property
+    def base_name(self) -> str:
+        """What the candidate is compared with, in a sentence."""
+        return f"all {self.num_layers}"
+
+    @property
+    def saves_layers(self) -> bool:
+        """Whether the candidate runs fewer layers than base."""
+        return self.executions < self.num_layers
+
+    @property
+    def is_text_worse(self) -> bool:
+        """Whether the next-token loss is shown to be higher than base's."""
+        text_loss = self.against_base.text_loss
+        return text_loss is not None and text_loss.is_better is False
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether the candidate shouldn't be used, whatever it is used for."""
+        accuracy = self.against_base.accuracy
+        if accuracy.shown == "guessing" or accuracy.is_better:
+            return False
+        return accuracy.is_better is False or not self.saves_layers
+
+    @property
+    def rank(self) -> tuple[int, bool]:
+        """How well the candidate does, for a comparison: its answers, then its text."""
+        accuracy = self.against_base.accuracy
+        answers = 2
+        if accuracy.is_better is False:
+            answers = 0
+        elif accuracy.shown in ("too few", "guessing"):
+            answers = 1
+        return answers, not self.is_text_worse
+
+
+def write_headline(candidate: Candidate) -> str:
+    """Return one or two sentences: what to do with a candidate, and what becomes of its text."""
+    text = _describe_text(candidate)
+    if candidate.is_text_worse and not candidate.is_refused:
+        text = _advise_against_text(candidate)
+    return f"{advise(candidate)} {text}".rstrip()
+
+
+def write_headline_after_test(drop_test: DropTest, candidate: Candidate | None) -> str:
+    """Return one or two sentences: what to do after a test, and what becomes of the text.
+
+    Args:
+        drop_test: The test of a loss that the user doesn't allow.
+        candidate: The candidate that passed last or, if none passed, that was tested last. None if
+            only its name is known.
+    """
+    advice = _advise_after_test(drop_test, candidate)
+    if candidate is None:
+        return advice
+    text = _describe_text(candidate)
+    is_text_tested = drop_test.limits.max_loss_increase is not None
+    if candidate.is_text_worse and drop_test.chosen is not None and not is_text_tested:
+        text = _advise_against_text(candidate)
+    return f"{advice} {text}".rstrip()
+
+
+def write_headline_of_two(
+    path: Candidate, routing: Candidate, routing_minus_path: Differences
+) -> str:
+    """Return up to three sentences: what to do with the better of two, and how the other compares.
+
+    Args:
+        path: The static path.
+        routing: The routed model.
+        routing_minus_path: How they differ.
+    """
+    if prefers_routing(path, routing, routing_minus_path):
+        return f"{write_headline(routing)} {_compare_with_path(path, routing_minus_path)}"
+    return f"{write_headline(path)} {_compare_with_routing(routing_minus_path)}"
+
+
+def prefers_routing(path: Candidate, routing: Candidate, routing_minus_path: Differences) -> bool:
+    """Tell whether a headline is about routing, and not about the static path.
+
+    The path is preferred unless routing is shown to do better, since a path needs no routers.
+    """
+    if routing.rank != path.rank:
+        return routing.rank > path.rank
+    return routing_minus_path.accuracy.is_better is True
+
+
+def advise(candidate: Candidate) -> str:
+    """Say in one sentence what to do with a candidate."""
+    name = candidate.full_name
+    base = candidate.base_name
+    accuracy = candidate.against_base.accuracy
+    if accuracy.shown == "guessing":
+        return (
+            f"Choose a task that the model can do, or ask more questions: here {base} layers may "
+            f"be guessing, so {name} can't be judged."
+        )
+    if accuracy.is_better is False:
+        return f"Don't use {name}: it answers worse than {base}, by {accuracy.size}."
+    if not candidate.saves_layers and not accuracy.is_better:
+        return f"Don't use {name}: it saves no layers, and isn't shown to answer better."
+    if accuracy.shown == "too few":
+        needed = round_up(accuracy.needed or 0)
+        return (
+            f"Ask about {needed} questions before you use {candidate.name_with_use}: {accuracy.n} "
+            f"are too few to tell whether it answers as well as {base}."
+        )
+    if accuracy.is_better:
+        return f"Use {candidate.name_with_use}: it answers better than {base}, by {accuracy.size}."
+    return (
+        f"Use {candidate.name_with_use}: it answers as well as {base}, as far as {accuracy.n} "
+        f"questions can tell."
+    )
+
+
+def _advise_after_test(drop_test: DropTest, candidate: Candidate | None) -> str:
+    """Say in one sentence what to do; the arguments are those of `write_headline_after_test`."""
+    limits = drop_test.limits
+    last = drop_test.trials[-1]
+    name = drop_test.chosen or last.name
+    if candidate is not None:
+        name = candidate.full_name
+    if drop_test.chosen is None:
+        sentence = f"Don't use {name}: it isn't shown to lose less than {limits}"
+        remedy = last.remedy()
+        if remedy:
+            sentence += f"; {remedy}"
+        return f"{sentence}."
+    return f"Use {name}: it is shown to lose less than {limits}."
+
+
+def _advise_against_text(candidate: Candidate) -> str:
+    """Say that a candidate whose text gets worse shouldn't write text."""
+    text_loss = candidate.against_base.text_loss
+    assert text_loss is not None
+    return f"Don't use it to write text, which gets worse by {text_loss.size}."
+
+
+def _describe_text(candidate: Candidate) -> str:
+    """Say in one sentence what becomes of a candidate's text; empty if that wasn't measured."""
+    text_loss = candidate.against_base.text_loss
+    if text_loss is None:
+        return ""
+    if text_loss.is_better is False:
+        return f"Its text gets worse, by {text_loss.size}."
+    if text_loss.is_better:
+        return f"Its text gets better, by {text_loss.size}."
+    if text_loss.shown == "too few":
+        needed = round_up(text_loss.needed or 0)
+        return (
+            f"Whether its text gets worse, {text_loss.n} texts are too few to tell; about {needed} "
+            f"would do."
+        )
+    return f"Its text gets no worse, as far as {text_loss.n} texts can tell."
+
+
+def _compare_with_routing(routing_minus_path: Differences) -> str:
+    """Say in one sentence what routing gains over the static path that the headline is about."""
+    accuracy = routing_minus_path.accuracy
+    if accuracy.is_better is False:
+        return f"Routing per question answers worse than that, by {accuracy.size}."
+    if accuracy.is_better:
+        return f"Routing per question answers better than that, by {accuracy.size}."
+    text_loss = routing_minus_path.text_loss
+    if text_loss is not None and text_loss.is_better:
+        return (
+            f"Routing per question writes better text (by {text_loss.size}), and isn't shown to "
+            f"answer better."
+        )
+    if accuracy.shown == "none shown":
+        return "Routing per question gains nothing over that."
+    return f"Whether routing per question gains anything, {accuracy.n} questions can't tell."
+
+
+def _compare_with_path(path: Candidate, routing_minus_path: Differences) -> str:
+    """Say in one sentence what routing, which the headline is about, gains over a static path."""
+    accuracy = routing_minus_path.accuracy
+    if accuracy.is_better:
+        return f"It answers better than {path.full_name}, by {accuracy.size}."
+    text_loss = routing_minus_path.text_loss
+    if text_loss is not None and text_loss.is_better:
+        return f"Its text is better than that of {path.full_name}, by {text_loss.size}."
+    return f"It isn't shown to do better than {path.full_name}."
