@@ -75,11 +75,28 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     def sentence(self, ours: str = "routed", theirs: str = "base") -> str:
         """Return one sentence with all numbers, including those of the exact test."""
-        parts = [self._write_numbers()]
+        numbers = self._write_numbers(with_test=True)
+        return f"{self._words.title} of {ours} minus {theirs}: {self._conclude(numbers)}."
+
+    def statement(self) -> str:
+        """Return a shorter sentence, for places where it is clear which systems are compared.
+
+        It doesn't have the exact test's numbers.
+        """
+        return f"{self._words.title} changes by {self.details}."
+
+    @property
+    def details(self) -> str:
+        """The size of the difference, the excluded loss and how sure the difference is."""
+        return self._conclude(self._write_numbers(with_test=False))
+
+    def _conclude(self, numbers: str) -> str:
+        """Add to the numbers which loss is excluded, and how sure the difference is."""
+        parts = [numbers]
         if self.exclusion:
             parts.append(self.exclusion)
         parts.append(self.claim)
-        return f"{self._words.title} of {ours} minus {theirs}: {'; '.join(parts)}."
+        return "; ".join(parts)
 
     @property
     def size(self) -> str:
@@ -89,18 +106,21 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             return f"{size:.2g} {self._words.unit}"
         return f"{size:.1f} {self._words.unit}"
 
-    def _write_numbers(self) -> str:
-        """Return the difference, its interval, the number of questions or texts, and the test."""
+    def _write_numbers(self, *, with_test: bool) -> str:
+        """Return the difference, its interval, and the number of questions or texts.
+
+        `with_test` adds the numbers of the exact test.
+        """
         size = f"{self.write(self.mean)} {self._words.unit}"
         samples = f"{self.n} {self._words.samples}"
         if self.interval[0] == self.interval[1]:
             return f"{size} (the same on all {samples})"
         low, high = map(self.write, self.interval)
-        if self.won is not None:
+        if with_test and self.won is not None:
             samples = f"won {self.won}, lost {self.lost} of {samples}"
-        if self.p is not None:
+        if with_test and self.p is not None:
             samples += f", p = {self.p:.2g}"
-        if self.p_corrected is not None:
+        if with_test and self.p_corrected is not None:
             samples += f", {self.p_corrected:.2g} corrected for {self.num_tests} tests"
         return f"{size} (95 % interval {low} to {high}; {samples})"
 
@@ -159,3 +179,11 @@ class Differences(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     accuracy: Verdict
     gold_logprob: Verdict | None = None
     text_loss: Verdict | None = None
+
+    @property
+    def details(self) -> str:
+        """The differences of accuracy and next-token loss as part of a sentence."""
+        parts = [f"accuracy {self.accuracy.details}"]
+        if self.text_loss is not None:
+            parts.append(f"next-token loss {self.text_loss.details}")
+        return "; ".join(parts)
