@@ -129,8 +129,9 @@ def _note_losses(path: PathFile, terminal: Terminal) -> None:
     if path.named is None:
         return
     assert isinstance(path.record, StaticPaths)
-    for sentence in describe_losses(path.record, path.named):
-        terminal.note(f"measured by tune: {sentence}")
+    sentences = list(describe_losses(path.record, path.named))
+    if sentences:
+        terminal.note("\n  ".join(["measured by tune:", *sentences]))
 
 
 @verb(

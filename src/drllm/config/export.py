@@ -21,6 +21,6 @@ class ExportConfig(Settings):
         1.0,
         above=0.0,
         help="refuse a path whose test scores show, with 95 % confidence, a larger increase of the "
-        "next-token loss, in nats a token; at 1 a token is 2.7 times less likely on average, and "
-        "plain paths without a tenth of the layers stay below it",
+        "next-token loss, in nats a token; with 1, text is 2.7 times less likely a token, and "
+        "without a tenth of the layers paths lose less than that",
     )

@@ -77,7 +77,7 @@ def describe_healed_losses(record: HealedPath) -> list[str]:
         increase = signed(losses.healed - losses.full, 3)
         before = signed(losses.path - losses.full, 3)
         parts.append(f"{increase} on {source} ({before} before)")
-    sentences = ["accuracy isn't known, since healing doesn't measure it"]
+    sentences = ["healing is for text: its accuracy isn't known until drllm evaluate measures it"]
     if parts:
         sentences.insert(
             0,

@@ -39,7 +39,6 @@ from drllm.tuning.heal_texts import TextArgument, TextSource, digest_sources
 from drllm.tuning.level_lines import (
     HEAD,
     REPAIRED_HEAD,
-    describe_level,
     format_level,
 )
 from drllm.tuning.named_paths import make_named_paths
@@ -272,7 +271,7 @@ class _TuningRun:
             best_paths.append(best)
             change = gains.gain_with_interval(best)
             num_left = estimate_pairs(beam, gains.tasks, level.saved, is_repaired=is_repaired)
-            progress.expect(num_left, describe_level(level.saved, change))
+            progress.expect(num_left, f"{level.saved:.3g} layers saved")
             listener.note(f"{format_level(level.saved, change)}\n  {best.edits(beam.num_layers)}")
 
             is_last = level.saved == beam.max_saved

@@ -58,6 +58,7 @@ def test_the_measured_loss_of_a_tuned_path_is_repeated_before_the_work(
         tmp_path / "paths.json", another, paths={"full": [0, 1, 2, 3], "a": [0, 3]}
     )
     words = ("--model", model, "--path", f"{file}:a", "--output-dir", tmp_path / "healed")
-    first, *_, last = drllm(f"heal {SETTINGS}", *words, status=2).err.splitlines()
-    assert first.startswith("measured by tune: on arc_easy, a keeps its answers")
+    lines = drllm(f"heal {SETTINGS}", *words, status=2).err.splitlines()
+    first, last = lines[lines.index("measured by tune:") + 1], lines[-1]
+    assert first.startswith("  on arc_easy, a keeps its answers")
     assert "fingerprint" in last  # so nothing was healed
