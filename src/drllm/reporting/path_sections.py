@@ -5,7 +5,7 @@ from functools import partial
 from statistics import fmean
 
 from drllm.records.healed import HealedPath
-from drllm.records.path_losses import describe_healed_losses
+from drllm.records.path_losses import describe_healed_losses, describe_losses
 from drllm.records.static_paths import FIT, SELECT, TEST, NamedPath, PathScore, StaticPaths
 from drllm.reporting import figures
 from drllm.reporting.document import Block, Figure, Section
@@ -137,7 +137,10 @@ def paths_section(record: StaticPaths, *, folded: bool) -> Section:
     """Build the section on the paths of a `paths.json`."""
     blocks = _change_figures(record)
     blocks += [_path_table(record, task) for task in record.tasks]
-    sentences = [*advice(record), *record.notes]
+    sentences: list[str] = []
+    for path in record.paths:
+        sentences += [f"{sentence}." for sentence in describe_losses(record, path)]
+    sentences += record.notes
     if sentences:
         blocks.append(write_list(sentences))
     return Section("Static paths", blocks, folded=folded)

@@ -271,7 +271,7 @@ class _TuningRun:
             best_paths.append(best)
             change = gains.gain_with_interval(best)
             num_left = estimate_pairs(beam, gains.tasks, level.saved, is_repaired=is_repaired)
-            progress.expect(num_left, f"{level.saved:.3g} layers saved")
+            progress.expect(num_left, f"layers saved: {level.saved:.3g}")
             listener.note(f"{format_level(level.saved, change)}\n  {best.edits(beam.num_layers)}")
 
             is_last = level.saved == beam.max_saved

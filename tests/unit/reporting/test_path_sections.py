@@ -11,6 +11,7 @@ from drllm.paths import StaticPath
 from drllm.records.codec import sha256, write_json
 from drllm.records.healed import ADAPTER_FILE, HealedPath, HealPoint, Losses
 from drllm.records.manifest import new_manifest
+from drllm.records.path_losses import describe_losses
 from drllm.records.static_paths import read_paths, steps_to_write
 from drllm.reporting.drawing import LIGHT, NARROW
 from drllm.reporting.figures import draw_changes, draw_kl
@@ -75,6 +76,13 @@ def test_a_path_that_a_shorter_one_does_better_than_is_marked(tuned):
     assert mark not in report_text(tuned.path)
     tuned.change("paths.json", lambda values: values["paths"][1].update(dominated=True))
     assert f"skips layer 2 {mark}" in report_text(tuned.path)
+
+
+def test_report_and_terminal_say_alike_what_each_path_loses(tuned, is_shown):
+    record = read_paths(tuned.path / "paths.json")
+    for path in record.paths[1:]:
+        [sentence] = describe_losses(record, path)
+        assert is_shown(sentence)
 
 
 def test_a_set_that_was_divided_anew_is_named(tuned, is_shown):
