@@ -82,6 +82,7 @@ def show_evaluation(evaluation: results.Evaluation, terminal: Terminal) -> None:
     terminal.say(f"{evaluation.task}, {evaluation.split}: {evaluation.num_questions} questions")
     if evaluation.verdict:
         terminal.say(evaluation.verdict)
+        terminal.say()
     score_columns = f"layers\nrun|{evaluation.score}\n%|minus base's\n(95 % interval)|token\nloss"
     terminal.table(
         f"system|{score_columns}|verdict",

@@ -147,7 +147,7 @@ class EvaluateConfig(ExecutorConfig):
         help="with --latency: maximum tokens of a timed prompt",
     )
     latency_written: int = incidental(
-        16,
+        8,
         minimum=1,
         no_effect_if=("latency", False),
         help="with --latency: tokens decoded each time",

@@ -123,7 +123,11 @@ def measure(
             name: workload.prepare(system_model, workload.ids)
             for name, system_model in models.items()
         }
+        before_first_round = time.monotonic()
         time_in_turns(calls, 1, clock)  # not counted
+        seconds_a_round = time.monotonic() - before_first_round
+        if timings and time.monotonic() + rounds * seconds_a_round > deadline:
+            break
         seconds_by_round = time_in_turns(calls, rounds, clock, deadline)
         if timings and len(seconds_by_round) < rounds:
             break

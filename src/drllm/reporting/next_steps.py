@@ -229,7 +229,7 @@ def _suggest_healing(run: Run, evaluation: Result, path: System) -> Iterator[Ste
         "tasks": evaluation.task,
         "data_dir": evaluation.config.get("data_dir"),
         "minutes": HEALING_MINUTES,
-        "output_dir": run.folder / "healed",
+        "output_dir": _name_folder(run, "healed"),
     }
     yield f"Recover the text of {path.name}, in minutes:", write_command("heal", values)
 
@@ -256,7 +256,7 @@ def _tune_command(run: Run, evaluation: Evaluation) -> str:
         "model": evaluation.model.get("id"),
         "tasks": evaluation.task,
         "data_dir": evaluation.config.get("data_dir"),
-        "output_dir": run.folder / "tuned",
+        "output_dir": _name_folder(run, "tuned"),
     }
     return write_command("tune", values)
 
@@ -267,10 +267,17 @@ def _evaluate_command(run: Run, evaluation: Result, folder: str, **changes: obje
     It measures no time.
     """
     changes |= dict.fromkeys(TIMING)
-    changes["output_dir"] = run.folder / f"eval-{folder}"
+    changes["output_dir"] = _name_folder(run, f"eval-{folder}")
     if evaluation.routers and run.router_config:
         changes["routers"] = run.folder / "routers"
     return evaluate_command(asdict(evaluation), **changes)
+
+
+def _name_folder(run: Run, name: str) -> Path:
+    """Return a new folder in the run folder, or beside a folder that only has results."""
+    if run.is_eval_folder:
+        return run.folder.with_name(name)
+    return run.folder / name
 
 
 def _name_paths(paths: str | None, system: System) -> str | None:
@@ -361,7 +368,7 @@ def _use_path(run: Run, evaluation: Evaluation, system: System) -> Step:
     path = _find_path_file(run, evaluation, system)
     if path is None:
         return "look for one that does as well:", _tune_command(run, evaluation)
-    output = run.folder / "exported"
+    output = _name_folder(run, "exported")
     command = write_command("export", {"path": path, "output_dir": output})
     return "it can be an ordinary, smaller checkpoint:", command
 

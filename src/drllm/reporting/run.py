@@ -62,6 +62,8 @@ class Run:
         layers: How the saved routers agree with their targets, layer by layer.
         sources: The files that were read.
         absent: A line for each file that is missing.
+        is_eval_folder: Whether results lie in the folder itself, as `drllm evaluate` writes them, and
+            not in `eval/`.
     """
 
     folder: Path
@@ -79,6 +81,7 @@ class Run:
     recipe: str | None = None
     sources: list[ReportSource] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)
+    is_eval_folder: bool = False
 
     @property
     def name(self) -> str:
@@ -192,7 +195,8 @@ def _read_routers(run: Run) -> None:
 
 def _read_results(run: Run) -> None:
     """Read the results in `eval/`, or in the folder itself, where `drllm evaluate` writes them."""
-    prefix = "" if _holds_results(run.folder) else "eval/"
+    run.is_eval_folder = _holds_results(run.folder)
+    prefix = "" if run.is_eval_folder else "eval/"
     folder = run.folder / prefix
     paths = results.list_possible_results(folder)
     if not paths:

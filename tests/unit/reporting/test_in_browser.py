@@ -167,7 +167,7 @@ def test_the_page_is_short_whole_and_legible_and_fits_the_window(browser, page, 
         assert browser.messages == []
         assert browser.requests == []
         words = browser.value("document.body.innerText.split(/\\s+/).filter(Boolean).length")
-        assert 300 < words <= 2500
+        assert 300 < words < 1200
         if width == 1280:
             assert browser.value("document.documentElement.scrollHeight") <= 8000
 

@@ -3,6 +3,7 @@
 import dataclasses
 import shlex
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -168,6 +169,13 @@ def test_no_more_questions_are_to_be_asked_than_there_are(run, evaluation, avail
         expected = round_up(few.needed) if limit == "needed" else limit
         assert line.get_settings(EvaluateConfig).limit == expected
     assert str(round_up(few.needed)) in text
+
+
+def test_beside_a_folder_of_results_alone_new_folders_stand_beside_it(run, evaluation):
+    alone = dataclasses.replace(run, folder=Path("results/eval"), is_eval_folder=True)
+    outputs = [line.values.get("output_dir") for line in commands(alone, "evaluate", curve=())]
+    assert outputs
+    assert {str(Path(str(output)).parent) for output in outputs} == {"results"}
 
 
 def test_a_baseline_that_is_as_good_asks_for_a_path_of_the_same_model(run, evaluation, even):
