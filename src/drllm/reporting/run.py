@@ -62,8 +62,8 @@ class Run:
         layers: How the saved routers agree with their targets, layer by layer.
         sources: The files that were read.
         absent: A line for each file that is missing.
-        is_eval_folder: Whether results lie in the folder itself, as `drllm evaluate` writes them, and
-            not in `eval/`.
+        is_eval_folder: Whether results lie in the folder itself, where `drllm evaluate` writes
+            them, and not in `eval/`.
     """
 
     folder: Path
