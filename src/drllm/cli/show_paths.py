@@ -55,7 +55,7 @@ def _print_table(record: StaticPaths, task: str, terminal: Terminal) -> None:
         columns,
         _list_rows(record, task, full),
         title=f"{task}: {count(full.num_questions)} test questions, on which no path was fitted or "
-        f"chosen; {quantity}, and next-token loss in nats a token (beside full)",
+        f"chosen; {quantity}, and next-token loss in nats a token (its difference from full)",
         numbers_from=1,
     )
 
