@@ -57,6 +57,7 @@ def main() -> None:
     )
     for system in results[0].systems:
         print(f"{system.name}: {system.accuracy:.0%} right with {system.executions:.1f} executions")
+    print(f"what to do: {results[0].headline}")
     page, _ = drllm.report(results)
     print(f"report: {page}")
 

@@ -119,17 +119,10 @@ def measure(
         # A larger batch takes at least as long as the smaller one before it.
         if timings and started + seconds_needed.get(workload.phase, 0.0) >= deadline:
             break
-        calls = {
-            name: workload.prepare(system_model, workload.ids)
-            for name, system_model in models.items()
-        }
-        before_first_round = time.monotonic()
-        time_in_turns(calls, 1, clock)  # not counted
-        seconds_a_round = time.monotonic() - before_first_round
-        if timings and time.monotonic() + rounds * seconds_a_round > deadline:
-            break
-        seconds_by_round = time_in_turns(calls, rounds, clock, deadline)
-        if timings and len(seconds_by_round) < rounds:
+        seconds_by_round = _time_workload(
+            workload, models, rounds, clock, deadline, is_first=not timings
+        )
+        if not seconds_by_round:
             break
         seconds_needed[workload.phase] = time.monotonic() - started
         for name in systems:
@@ -154,6 +147,34 @@ def _list_workloads(
         ids = torch.tensor(rows, device=device)  # [B, T]
         yield _Workload("prefill", ids, prepare_reading, ids.shape[1])
         yield _Workload("decode", ids, prepare_writing, num_written)
+
+
+def _time_workload(
+    workload: _Workload,
+    models: Mapping[str, Any],
+    num_rounds: int,
+    clock: Clock,
+    deadline: float,
+    *,
+    is_first: bool,
+) -> Rounds:
+    """Time all systems at a workload; return no rounds if they don't fit into the time.
+
+    The first workload has as many rounds as fit, and at least one.
+    """
+    calls: dict[str, Prepare] = {}
+    for name, model in models.items():
+        calls[name] = workload.prepare(model, workload.ids)
+    started = time.monotonic()
+    time_in_turns(calls, 1, clock)  # not counted
+    now = time.monotonic()
+    seconds_a_round = now - started
+    if not is_first and now + num_rounds * seconds_a_round > deadline:
+        return []
+    rounds = time_in_turns(calls, num_rounds, clock, deadline)
+    if not is_first and len(rounds) < num_rounds:
+        return []
+    return rounds
 
 
 def _make_timing(

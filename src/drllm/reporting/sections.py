@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import msgspec
+
 from drllm.records.latency import Latency
 from drllm.records.results import Evaluation
 from drllm.reporting import evaluation_sections, key_figures, path_sections
@@ -27,6 +29,7 @@ HEALED = (
     "A healed path has new weights, solved or trained, that bring its text nearer to the full "
     "path's; short answers may stay as they are."
 )
+FOLDED_WITH_SEVERAL_TASKS = ("Routes by layer", "Questions won and lost")
 BASE_IS = "Base is the same model with every layer executed once."
 
 
@@ -190,10 +193,11 @@ def _build_sections_by_task(run: Run) -> list[Section]:
     caption = "Verdicts on accuracy are corrected for several tasks (Holm)."
     sections = [evaluation_sections.compare_side_by_side("task", named, caption)]
     for evaluation in run.evaluations:
-        parts = [
-            *evaluation_sections.build_sections(run, evaluation),
-            *evaluation_sections.build_details(evaluation),
-        ]
+        parts: list[Section] = []
+        for section in evaluation_sections.build_sections(run, evaluation):
+            is_folded = section.title in FOLDED_WITH_SEVERAL_TASKS
+            parts.append(msgspec.structs.replace(section, folded=is_folded))
+        parts += evaluation_sections.build_details(evaluation)
         sections.append(Section(evaluation.task, _build_key_figures(evaluation, None)))
         sections += lower_sections(parts)
     return sections
