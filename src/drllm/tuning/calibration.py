@@ -118,7 +118,4 @@ def describe_calibration(
         f"paths are refitted on {num_tokens:,} tokens of {', '.join(names)}, which takes "
         f"{num_bytes / 1e9:.2g} GB of memory"
     ]
-    warning = warn_of_texts(names, num_tokens)
-    if warning:
-        lines.append(warning)
-    return lines
+    return lines + warn_of_texts(names, num_tokens)

@@ -208,8 +208,7 @@ class RefitSolver:
 
     def _warn(self) -> None:
         """Warn of texts that are too few, or all of one kind."""
-        warning = warn_of_texts(list(self.by_source), self.num_tokens)
-        if warning:
+        for warning in warn_of_texts(list(self.by_source), self.num_tokens):
             self.listener.note(warning)
 
 
