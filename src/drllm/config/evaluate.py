@@ -117,6 +117,12 @@ class EvaluateConfig(ExecutorConfig):
         minimum=1,
         help="maximum questions per task whose text's next-token loss is measured too",
     )
+    num_written: int = setting(
+        0,
+        minimum=0,
+        help="number of questions per task that base, the routed model and each path also answer "
+        "in words, to be read beside each other",
+    )
     num_random_draws: int | None = setting(
         None,
         minimum=1,

@@ -173,6 +173,13 @@ class Seeds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     against_permuted: Differences | None
 
 
+class WrittenAnswers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A question that systems answered in words, and the answers by the name of the system."""
+
+    question: str
+    answers: dict[str, str]
+
+
 class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One `eval/TASK.json`. `systems` and `curve` begin with base; `curve` may be empty."""
 
@@ -198,6 +205,7 @@ class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
     # Files of earlier versions have the headline and the notes in the findings.
     headline: str = ""
     findings: tuple[str, ...] = ()
+    written: tuple[WrittenAnswers, ...] = ()
     notes: tuple[str, ...] = ()
     # Earlier versions wrote menus of paths and certificates here; both are ignored.
     choice: Any | msgspec.UnsetType = msgspec.UNSET

@@ -13,7 +13,7 @@ from drllm.reporting.accuracy_figure import STATIC, draw_accuracy
 from drllm.reporting.changed_questions import changed_questions_section
 from drllm.reporting.document import Figure, Section
 from drllm.reporting.figures import draw_routes
-from drllm.reporting.markdown import Markdown, write_list, write_paragraph
+from drllm.reporting.markdown import Markdown, write_list, write_paragraph, write_table
 from drllm.reporting.numbers import count, percent, plain
 from drllm.reporting.run import Run
 from drllm.reporting.tables import (
@@ -35,6 +35,8 @@ def build_sections(run: Run, evaluation: results.Result) -> list[Section]:
     ]
     if evaluation.drop_test is not None:
         parts.append(Section("Limits on the loss", _build_drop_test_blocks(evaluation.drop_test)))
+    if evaluation.written:
+        parts.append(Section("Answers to read", _build_written_blocks(evaluation.written)))
     routes = evaluation.routes()
     if routes:
         parts.append(Section("Routes by layer", [_build_routes_figure(run, routes)]))
@@ -50,6 +52,16 @@ def _build_systems_blocks(evaluation: results.Evaluation) -> list[Markdown]:
     blocks = [results_table(evaluation)]
     if evaluation.all_notes:
         blocks.append(write_list(evaluation.all_notes))
+    return blocks
+
+
+def _build_written_blocks(written: Sequence[results.WrittenAnswers]) -> list[Markdown]:
+    """Build a table of the answers for each question."""
+    blocks = []
+    for answers in written:
+        rows = [[name, answer or "(nothing)"] for name, answer in answers.answers.items()]
+        header = "system|answer"
+        blocks.append(write_table(f"“{answers.question}”", header, rows, header))
     return blocks
 
 

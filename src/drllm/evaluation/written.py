@@ -1,0 +1,56 @@
+"""Lets base, the routed model and static paths answer a few questions in words, to be read.
+
+Accuracy among options says little about how a model writes. These answers show it. They are greedy,
+and nothing is measured on them.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from drllm.models.routed_model import RoutedModel
+from drllm.models.routers.stack import RouterStack
+from drllm.models.routing.batch_generation import generate_many
+from drllm.models.routing.policies import FullPolicy, RouterPolicy
+from drllm.paths import StaticPath
+from drllm.records.results import BASE, ROUTED, Sample, WrittenAnswers
+
+MAX_NEW_TOKENS = 48
+
+
+def write_answers(
+    routed: RoutedModel,
+    routers: RouterStack | None,
+    paths: Mapping[str, StaticPath],
+    samples: Sequence[Sample],
+    number: int,
+) -> tuple[WrittenAnswers, ...]:
+    """Answer the first questions of a task in words.
+
+    Args:
+        routed: The model, with the adapters of the paths in it.
+        routers: The first seed's routers; None without routers.
+        paths: The static paths by name.
+        samples: The questions of the task.
+        number: How many questions to answer.
+    """
+    questions = [sample.question for sample in samples[:number]]
+    texts = {BASE: _answer(routed, routed.using(FullPolicy()), questions)}
+    if routers is not None:
+        texts[ROUTED] = _answer(routed, routed.using(RouterPolicy(routers)), questions)
+    for name, path in paths.items():
+        texts[name] = _answer(routed, routed.fixed(path), questions)
+    written = []
+    for place, question in enumerate(questions):
+        by_system = {name: system_texts[place] for name, system_texts in texts.items()}
+        written.append(WrittenAnswers(question=question, answers=by_system))
+    return tuple(written)
+
+
+def _answer(
+    routed: RoutedModel, plan: AbstractContextManager[Any], questions: Sequence[str]
+) -> list[str]:
+    """Answer questions as one system; inside the context `plan` the model decides as it does."""
+    with plan:
+        answers = generate_many(routed, questions, max_new_tokens=MAX_NEW_TOKENS)
+    return [answer.text.strip() for answer in answers]

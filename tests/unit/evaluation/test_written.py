@@ -1,0 +1,49 @@
+"""Answers in words, to be read beside each other."""
+
+import pytest
+
+from drllm.config import EvaluateConfig
+from drllm.errors import ConfigError
+from drllm.evaluation.request import complete_settings
+from drllm.evaluation.stage import evaluate
+from drllm.evaluation.written import MAX_NEW_TOKENS
+from drllm.models.routed_model import RoutedModel
+from drllm.models.routing.healed import install_path
+from drllm.paths import StaticPath
+from drllm.records.static_paths import load_path
+from drllm.reporting.stage import report
+from healed_folder import written_healed
+
+
+def answer_alone(routed, path, question):
+    """The answer of one question along one path, as a user would get it."""
+    with routed.fixed(path):
+        [answer] = routed.generate_many([question], max_new_tokens=MAX_NEW_TOKENS)
+    return answer.text.strip()
+
+
+def test_base_and_each_path_answer_the_first_questions_as_they_would_alone(tiny_base, tmp_path):
+    base = tiny_base(max_position_embeddings=1024)
+    healed = tmp_path / "healed"
+    written_healed(healed, base.model, base.identity, path=(0, 1, 3, 5), tasks=())
+    config = EvaluateConfig(limit=4, num_texts=2, num_written=2, baselines="none")
+    folder = tmp_path / "eval"
+    [result] = evaluate(base, "builtin_facts", config, folder, paths=str(healed))
+    assert len(result.written) == 2
+    routed = RoutedModel(base.model, tokenizer=base.tokenizer)
+    paths = {
+        "base": StaticPath(range(6)),
+        "less": install_path(routed.injection, load_path(healed)),
+    }
+    for written in result.written:
+        assert list(written.answers) == list(paths)
+        for name, path in paths.items():
+            assert written.answers[name] == answer_alone(routed, path, written.question)
+    page, _ = report(folder)
+    assert "Answers to read" in page.read_text()
+
+
+def test_ray_workers_cannot_write_answers():
+    config = EvaluateConfig(num_written=1, executor="ray", paths="paths.json")
+    with pytest.raises(ConfigError, match="num_written"):
+        complete_settings(config, None, has_routers=True)
