@@ -229,11 +229,11 @@ def _add_written_answers(
     inputs: EvaluationInputs,
     workers: Workers,
     listener: Listener,
-) -> list[Evaluation]:
+) -> tuple[Evaluation, ...]:
     """Return the results with answers in words, if the settings ask for some."""
     number = inputs.request.config.num_written
     if number == 0:
-        return list(evaluations)
+        return tuple(evaluations)
     injection = workers.routed.injection
     for adapter in inputs.adapters:
         if adapter.record.adapter not in injection.adapters.names:
@@ -245,7 +245,7 @@ def _add_written_answers(
             of_task = [sample for sample in samples if sample.task == evaluation.task]
             written = write_answers(workers.routed, routers, inputs.paths, of_task, number)
             with_answers.append(msgspec.structs.replace(evaluation, written=written))
-    return with_answers
+    return tuple(with_answers)
 
 
 def _make_header(inputs: EvaluationInputs, workers: Workers) -> dict[str, Any]:
