@@ -126,6 +126,9 @@ def test_a_run_and_its_report_end_with_commands_that_can_be_pasted(finished_run,
     report = drllm("report", finished_run).out
     commands = [line.strip() for line in run.splitlines() if line.startswith("  drllm ")]
     assert 1 <= len(commands) <= 3
+    headline = read_evaluation(finished_run / "eval" / "builtin_facts.json").headline
+    assert headline in " ".join(run.split())
+    assert headline in " ".join(report.split())
     assert commands == [line.strip() for line in report.splitlines() if line.startswith("  drllm ")]
     for command in commands:
         parse(shlex.split(command)[1:])

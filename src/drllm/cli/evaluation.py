@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from drllm.cli.base_model import check_model, choose_model, read_routers
 from drllm.cli.command_line import CommandLine
 from drllm.cli.questions import COLUMNS, print_splits
-from drllm.cli.show_results import show_next_steps, show_summary
+from drllm.cli.show_results import show_headlines, show_next_steps, show_summary
 from drllm.cli.terminal import LOADING, Terminal
 from drllm.cli.verbs import Flag, verb
 from drllm.config import EvaluateConfig, ModelConfig
@@ -132,4 +132,5 @@ def report(command: CommandLine, terminal: Terminal) -> None:
         files = write_report(runs, page)
     terminal.fact("report", ", ".join(map(str, files)))
     if len(runs) == 1:
+        show_headlines(runs[0], terminal)
         show_next_steps(runs[0], terminal)

@@ -62,6 +62,16 @@ def show_summary(
         terminal.fact("all tests", shlex.join(["drllm", "show", str(folder)]))
 
 
+def show_headlines(run: Run, terminal: Terminal) -> None:
+    """Print what each task's results say to do."""
+    for evaluation in run.evaluations:
+        headline = evaluation.verdict
+        if headline and len(run.evaluations) > 1:
+            headline = f"{evaluation.task}: {headline}"
+        if headline:
+            terminal.say(headline)
+
+
 def show_next_steps(run: Run, terminal: Terminal) -> None:
     """Print what is worth doing after a run, with commands to paste."""
     for step, command in suggest_steps(run):
