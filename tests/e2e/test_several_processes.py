@@ -33,6 +33,7 @@ FLAGS = {
     "report": "none",
     "run": "none.yaml --output-dir none",
     "show": "none",
+    "shrink": "none none.jsonl none",
     "supervise": "--search none.jsonl --output none.jsonl",
     "train": "--supervision none.jsonl",
 }

@@ -10,7 +10,8 @@ from drllm.tasks.registry import TASKS
 
 COLUMNS = Flag(
     "columns",
-    f"columns of a file or hub set that hold {', '.join(FIELDS)}; grader=exact sets the grader",
+    f"columns of other names in a file or hub set, such as question=ticket,answer=team; the fields "
+    f"are {', '.join(FIELDS)}; grader=exact grades answers by their text",
     placeholder="FIELD=COLUMN,...",
 )
 

@@ -61,7 +61,8 @@ def _print_executions(
     for record in records:
         num_distinct += distinct_executions([path.decisions for path in record.paths])
     distinct = count_with_share(num_distinct, total)
-    terminal.fact("executions", f"{count(total)} in all paths, {distinct} distinct in a question")
+    text = f"{count(total)} in all paths, {distinct} without those that paths share"
+    terminal.fact("executions", text)
 
 
 def _print_shortest(records: Sequence[SearchRecord], num_layers: int, terminal: Terminal) -> None:

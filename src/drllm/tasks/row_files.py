@@ -4,6 +4,7 @@ Every file but Parquet may be gzipped. This module doesn't import torch.
 """
 
 import csv
+import difflib
 import functools
 import gzip
 import zlib
@@ -35,10 +36,7 @@ def read_rows(path: Path) -> NumberedRows:
     has_rows = False
     try:
         if not file_exists(path, "read"):
-            raise TaskError(
-                f"{path} doesn't exist; give a .jsonl or .jsonl.gz file of questions, or one in "
-                f"{', '.join(ending for ending in READERS if ending != '.jsonl')}"
-            )
+            raise TaskError(f"{path} doesn't exist; {_suggest_file(path)}")
         for number, row in read(path):
             has_rows = True
             yield number, row
@@ -51,6 +49,17 @@ def read_rows(path: Path) -> NumberedRows:
         raise TaskError(f"{path} can't be read ({error}); fetch or write it again") from error
     if not has_rows:
         raise TaskError(f"{path} is empty; give a file with one question a line")
+
+
+def _suggest_file(path: Path) -> str:
+    """Return what to give in place of a file that doesn't exist: the file of the nearest name."""
+    names = []
+    if path.parent.is_dir():
+        names = [file.name for file in path.parent.iterdir() if _find_ending(file) in READERS]
+    closest_names = difflib.get_close_matches(path.name, names, n=1, cutoff=0.8)
+    if closest_names:
+        return f"did you mean {path.with_name(closest_names[0])}?"
+    return f"give a file of questions ({', '.join(READERS)})"
 
 
 def describe_place(path: Path, number: int) -> str:

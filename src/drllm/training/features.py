@@ -241,7 +241,7 @@ def _pool_missing(
     """Pool the targets that aren't in the folder yet; each batch becomes a block of the folder."""
     blocks = _find_missing_blocks(targets, store.filled, batch_size)
     num_targets = store.shape.num_targets
-    with listener.progress("feature pass", "targets") as progress:
+    with listener.progress("reading prompts", "targets") as progress:
         if store.num_done > 0:
             progress(store.num_done, num_targets)
 

@@ -334,7 +334,7 @@ def fit_seed(
     output.mkdir(parents=True, exist_ok=True)
     resume_training(output, identity, trainer)
     with (
-        listener.progress("fitting", "steps") as progress,
+        listener.progress("training", "steps") as progress,
         run_trackers(config.trackers, trainer, output) as trackers,
     ):
         counts = _run_epochs(trainer, identity, output, trackers, progress)

@@ -149,6 +149,19 @@ def test_a_file_that_cannot_be_read_says_where_and_what_to_give(tmp_path, name, 
     assert "\n" not in str(caught.value)
 
 
+def test_of_a_file_that_does_not_exist_the_nearest_is_named(tmp_path):
+    for name in ("questions.jsonl", "questions.txt", "answers.csv"):
+        (tmp_path / name).write_text("")
+    with pytest.raises(
+        TaskError, match=r"question\.jsonl doesn't exist; did you mean .*ons\.jsonl"
+    ):
+        get_task(str(tmp_path / "question.jsonl"))
+    with pytest.raises(TaskError, match=r"doesn't exist; give a file of questions \(\.jsonl, \."):
+        get_task(str(tmp_path / "mine.csv"))
+    with pytest.raises(TaskError, match="doesn't exist; give a file"):
+        get_task(str(tmp_path / "nowhere" / "questions.csv"))
+
+
 def test_a_table_in_another_encoding_is_refused(tmp_path):
     file = tmp_path / "mine.csv"
     file.write_bytes("question,answer\nWhere?,Köln\n".encode("latin-1"))
