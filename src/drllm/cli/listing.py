@@ -34,7 +34,10 @@ def _list_tasks(terminal: Terminal) -> None:
     for name, rewards, description in describe_tasks():
         rows.append((name, rewards or "only evaluated", description))
     terminal.table("task|rewards (default first)|what it asks", rows)
-    terminal.say("Or name a .jsonl file, or OWNER/NAME of the hub (docs/formats.md).")
+    terminal.say(
+        "Or name a file (.jsonl, .json, .csv, .tsv, .parquet), or OWNER/NAME of the hub "
+        "(docs/formats.md)."
+    )
 
 
 def _list_models(terminal: Terminal) -> None:

@@ -165,7 +165,7 @@ class Recipe:
             if tasks is None:
                 raise ConfigError(
                     f"{section}: no task is given; add one to the recipe's section {section}, for "
-                    f"example 'tasks: questions.jsonl'"
+                    f"example 'tasks: questions.jsonl', or 'tasks: builtin_facts' for a first try"
                 )
 
 

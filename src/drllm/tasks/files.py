@@ -428,9 +428,14 @@ def _parse_list(text: Any) -> Any:
 
 
 def _column_value(row: Row, column: str) -> Any:
-    """Return the value of a column, or a value inside a column: `options.text`, `target.0.at`."""
+    """Return the value of a column, or a value inside a column: `options.text`, `target.0.at`.
+
+    Columns with `+` between them give the list of their values: `A+B+C+D`.
+    """
     if column in row:
         return row[column]
+    if "+" in column:
+        return [_column_value(row, part) for part in column.split("+")]
     value: Any = row
     for name in column.split("."):
         if isinstance(value, Mapping) and name in value:

@@ -99,7 +99,8 @@ def read_sources(
         sources.append(TextSource(name="texts", texts=choose(strings, limit, config.seed)))
     if not sources:
         raise ConfigError(
-            "there is nothing to train on; give tasks (--tasks), files of texts (--text), or both"
+            "there is nothing to train on; give tasks (--tasks, for a first try builtin_facts), "
+            "files of texts (--text), or both"
         )
     _refuse_same_name([source.name for source in sources])
     return sources

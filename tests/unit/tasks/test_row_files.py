@@ -76,6 +76,15 @@ def test_the_columns_of_a_table_may_have_other_names(tmp_path):
     assert (question, choices, answer) == ("Login fails", (), "007")
 
 
+def test_options_may_be_in_columns_of_their_own(tmp_path):
+    file = tmp_path / "mine.csv"
+    file.write_text("ask,A,B,C,answer\nWhich is cold?,fire,ice,3,B\n")
+    columns = "question=ask&choices=A+B+C"
+    assert read(f"{file}?{columns}") == [("Which is cold?", ("fire", "ice", "3"), "ice")]
+    with pytest.raises(TaskError, match=r"line 2: column 'D' is missing \(the line has: ask, A"):
+        read(f"{file}?{columns}+D")
+
+
 def test_options_that_are_numbers_keep_their_digits(tmp_path):
     file = tmp_path / "mine.csv"
     file.write_text('question,choices,answer\nHalf?,"[0.50, 1, 2]",1\n')
