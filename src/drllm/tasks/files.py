@@ -69,6 +69,7 @@ WITHOUT_ANSWER = "a prompt alone"
 
 _NUMBERS_AS_TEXTS = json.JSONDecoder(parse_int=str, parse_float=str)
 """Reads a list in a cell of a table, where options that are numbers are texts too."""
+
 OTHER_FORMATS = {
     ".arrow": "an Arrow file",
     ".doc": "a Word file",
@@ -141,7 +142,7 @@ def with_columns(names: str, columns: str) -> str:
 
     Raises:
         ConfigError: The list has neither a file nor a hub set.
-        TaskError: A file isn't in JSON lines.
+        TaskError: A file has a format that can't be read.
     """
     query = columns.replace(",", "&")
     has_source = False
@@ -169,9 +170,9 @@ def load_source(name: str, reserved_names: tuple[str, ...] = ()) -> "FileTask":
     rows are read.
 
     The name may end with `?` and pairs `FIELD=COLUMN`, with `&` between them. FIELD is one of
-    `FIELDS`, and COLUMN is a column or, as `COLUMN.NAME`, a value inside a column. The pair of the
-    field `grader` has the grader itself instead of a column. Without this pair, rows without
-    choices are graded by `exact`.
+    `FIELDS`. COLUMN is a column; or `COLUMN.NAME`, a value inside a column; or `A+B+C`, the list of
+    the values of three columns. The pair of the field `grader` has the grader itself instead of a
+    column. Without this pair, rows without choices are graded by `exact`.
 
     Args:
         name: A file, or `OWNER/NAME[:CONFIG[:SPLIT]]`, with or without pairs.
@@ -328,6 +329,11 @@ class QuestionReader:
     # (key of the question, choices) → line number and question of the first row that has them
     _first: dict[tuple[str, tuple[str, ...]], tuple[int, Example]] = field(default_factory=dict)
 
+    @functools.cached_property
+    def has_text_cells(self) -> bool:
+        """Whether lists and numbers are texts in the rows, as in CSV."""
+        return is_table_of_texts(self.path)
+
     def read(self, rows: Iterable[tuple[int, Row]]) -> None:
         """Read all rows.
 
@@ -363,7 +369,7 @@ class QuestionReader:
         """Add the question of a row. Raises TaskError if the row is unusable."""
         if self.columns:
             row = _rename_columns(row, self.columns)
-        if is_table_of_texts(self.path):
+        if self.has_text_cells:
             row = _parse_cells(row)
         kind = _find_kind(row)
         if not self.kind:
