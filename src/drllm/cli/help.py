@@ -10,8 +10,10 @@ if TYPE_CHECKING:
     from drllm.cli.terminal import Terminal
 
 FLAG_WIDTH = 26  # columns for a flag; the text of a longer flag begins on the next line
-FIRST_FLAGS = ("model", "routers", "path", "tasks", "dataset", "columns", "output_dir")
+FIRST_FLAGS = ("model", "routers", "path", "paths", "tasks", "dataset", "columns", "output_dir")
 """The flags that `--help` shows first, since most commands need them."""
+LAST_FLAGS = ("device", "dtype", "executor")
+"""The flags that `--help` shows last: on what the work is done."""
 OVERVIEW_WIDTH = 17  # columns for the names in the last lines of the overview
 
 
@@ -62,12 +64,14 @@ def print_help(verb: Verb, terminal: Terminal, *, everything: bool = False) -> N
 
 
 def _rank(flag: Flag) -> int:
-    """Return the place of a flag in `--help`: positional arguments first, then `FIRST_FLAGS`."""
+    """Return the place of a flag in `--help`; positional arguments come first."""
     if flag.positional:
         return 0
     if flag.name in FIRST_FLAGS:
         return 1 + FIRST_FLAGS.index(flag.name)
-    return 1 + len(FIRST_FLAGS)
+    if flag.name in LAST_FLAGS:
+        return 100 + LAST_FLAGS.index(flag.name)
+    return 99
 
 
 def _is_basic(flag: Flag, verb: Verb) -> bool:

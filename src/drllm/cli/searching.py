@@ -45,11 +45,11 @@ def search(command: CommandLine, terminal: Terminal) -> None:
     folder = Path(config.output_dir).expanduser()
 
     check_model(command)
+    check_folder(folder, "--output-dir")
     with terminal.busy("reading the questions"):
         tasks = select_tasks(config)
         questions = collect_questions(tasks, config)
     check_settings(targets_config, {question.task for question in questions}, config)
-    check_folder(folder, "--output-dir")
     print_splits(tasks, terminal)
     if command.values["dry_run"]:
         _forecast(questions, command, terminal)

@@ -66,7 +66,8 @@ def tune_verb(command: CommandLine, terminal: Terminal) -> None:
     # Read now, so that a wrong file is refused before the model is loaded.
     texts = []
     if config.repair != NO_REPAIR:
-        texts = read_calibration(config, all_splits)
+        with terminal.busy("reading the texts"):
+            texts = read_calibration(config, all_splits)
     with terminal.busy(LOADING):
         from drllm.tuning.run import tune
 
@@ -114,7 +115,8 @@ def heal_verb(command: CommandLine, terminal: Terminal) -> None:
     check_folder(output, "--output-dir")
     path = load_path(config.require_path())
     model = choose_model(command, path=path)
-    texts = read_sources(config)
+    with terminal.busy("reading the questions and texts"):
+        texts = read_sources(config)
     _note_losses(path, terminal)
     with terminal.busy(LOADING):
         from drllm.tuning.heal import heal

@@ -14,12 +14,14 @@ class ExportConfig(Settings):
         MAX_DROP,
         above=0.0,
         maximum=100.0,
+        placeholder="POINTS",
         help="refuse a path whose test scores show, with 95 % confidence, a larger loss of "
         "accuracy, in points; --force exports it",
     )
     max_loss_increase: float = basic(
         1.0,
         above=0.0,
+        placeholder="NATS",
         help="refuse a path whose test scores show, with 95 % confidence, a larger increase of the "
         "next-token loss, in nats a token; with 1, text is 2.7 times less likely a token, and "
         "without a tenth of the layers paths lose less than that",

@@ -38,9 +38,9 @@ class HealConfig(Settings):
         None,
         basic=True,
         placeholder="FILE,...",
-        help="more texts to train on: .jsonl files with a field 'text', .txt files with a text per "
-        "paragraph, or hub data sets OWNER/NAME[:CONFIG[:SPLIT]] (their first --limit "
-        "texts; default: 10,000)",
+        help="more texts to train on: files of rows with a field 'text' (.jsonl, .json, .csv, "
+        ".tsv, .parquet), .txt files with a text per paragraph, or hub data sets "
+        "OWNER/NAME[:CONFIG[:SPLIT]] (their first --limit texts; default: 10,000)",
     )
     data_dir: str | None = incidental(
         None,

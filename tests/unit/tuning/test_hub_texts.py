@@ -35,6 +35,14 @@ def test_a_data_set_gives_its_first_texts_that_are_not_blank_beside_those_of_fil
     assert (found.name, set(found.texts)) == ("first", {"one", "two"})
 
 
+def test_texts_may_be_in_a_table_or_a_json_list():
+    Path("table.csv").write_text('id,text\n1,one\n2,"two, or three"\n')
+    Path("list.json").write_text('[{"text": "four"}, {"text": "five"}]')
+    table, items = read_sources(HealConfig(text="table.csv,list.json"))
+    assert (table.name, set(table.texts)) == ("table", {"one", "two, or three"})
+    assert (items.name, set(items.texts)) == ("list", {"four", "five"})
+
+
 def test_a_configuration_is_asked_for_by_name_and_no_more_than_a_limit_is_read(monkeypatch):
     asked, read = [], []
 
