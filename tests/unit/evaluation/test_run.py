@@ -191,7 +191,7 @@ def test_the_table_holds_every_system_and_the_file_says_what_was_evaluated(evalu
         assert row["seconds"] > 0
     assert rows["base"]["executions"] == 6
     assert result["chance"] == 0.25
-    assert "Next-token loss" in result["findings"][0]
+    assert "Next-token loss" in " ".join(result["findings"])
     assert (result["model"], result["runtime"]) == (base.identity, base.runtime)
     assert len(result["routers_sha256"]) == 64
     assert result["config"]["seed"] == 0
@@ -210,7 +210,7 @@ def test_baselines_run_at_the_routed_model_s_executions(evaluated):
     assert routed > 6, "the sample must be a test of what comes next"
     for name in ("last layers", "evenly spaced"):  # there is nothing to drop
         assert rows[name]["executions"] == 6
-    assert "Last layers: runs all 6 layers, since it can't repeat any." in evaluated[0]["findings"]
+    assert "Last layers: runs all 6 layers, since it can't repeat any." in evaluated[0]["notes"]
 
 
 def test_labels_that_cannot_reach_the_routed_executions_are_said_not_to(base, run, tmp_path):
@@ -222,7 +222,7 @@ def test_labels_that_cannot_reach_the_routed_executions_are_said_not_to(base, ru
     assert (
         "Label frequency: not at equal executions: the nearest mean that tilted frequencies give "
         f"is 6.00, and the routed model has {rows['routed']['executions']:.2f}."
-    ) in result["findings"]
+    ) in result["notes"]
 
 
 def test_routes_left_in_place_by_the_permutation_are_counted(evaluated):
@@ -350,7 +350,7 @@ def test_baselines_that_lack_what_they_are_fitted_on_are_named(run, tmp_path):
     assert list(by_name(result)) == expected
     for name in lacking:
         start = f"{name.capitalize()} isn't compared: it needs"
-        assert any(text.startswith(start) for text in result["findings"])
+        assert any(text.startswith(start) for text in result["notes"])
 
 
 def test_a_curve_has_every_system_at_every_depth_that_the_routers_can_be_brought_to(run, tmp_path):
@@ -359,7 +359,7 @@ def test_a_curve_has_every_system_at_every_depth_that_the_routers_can_be_brought
     first, *points = result["curve"]
     assert (first["system"], first["executions"], first["against_base"]) == ("base", 6.0, None)
     reached = {point["setting"] for point in points}
-    missed = [finding for finding in result["findings"] if finding.startswith("Not evaluated at")]
+    missed = [finding for finding in result["notes"] if finding.startswith("Not evaluated at")]
     assert len(reached) + len(missed) == 2
     assert reached <= {"10 % saved", "30 % saved"}
     assert reached, "the sample must be a test"
@@ -393,12 +393,11 @@ def test_the_routed_model_is_tested_where_no_depth_is_asked_for(run, tmp_path):
 def test_a_depth_that_is_not_reached_is_not_shown_to_lose_less(run, tmp_path):
     settings = {"curve": "0.99", "max_drop": 99.0, "baselines": "none", "num_texts": 2}
     [result] = run(tmp_path, limit=4, num_calibration=4, **settings)
-    assert any(finding.startswith("Not evaluated at 99 %") for finding in result["findings"])
+    assert any(finding.startswith("Not evaluated at 99 %") for finding in result["notes"])
     [trial] = result["drop_test"]["trials"]
     assert trial["name"] == "routed, 99 % saved"
     assert any(
-        finding.startswith("Not shown that routed, 99 % saved loses")
-        for finding in result["findings"]
+        finding.startswith("Not shown that routed, 99 % saved loses") for finding in result["notes"]
     )
 
 
@@ -421,8 +420,8 @@ def test_depths_of_a_task_can_be_those_of_another(run, two_tasks, tmp_path):
     assert [point["executions"] for point in one["curve"]] == [
         point["executions"] for point in expected["curve"]
     ]
-    assert any(f"fitted and chosen on questions of {first.name}" in f for f in other["findings"])
-    assert not any("fitted and chosen on" in finding for finding in one["findings"])
+    assert any(f"fitted and chosen on questions of {first.name}" in f for f in other["notes"])
+    assert not any("fitted and chosen on" in finding for finding in one["notes"])
     names = [name for _, _, name in calls]
     depths_found = [name for name in names if "depth for" in name]
     assert len(set(depths_found)) == 2

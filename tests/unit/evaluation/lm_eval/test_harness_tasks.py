@@ -127,7 +127,7 @@ def test_a_set_that_is_reported_whole_is_asked_in_part_where_routers_learned_fro
     routers.config = replace(routers.config, training={"tasks": {"larger": 6}})
     [result] = evaluate(base, config=config_of(name, baselines="none"), routers=routers)
     assert result.num_questions == len(LmEvalTask(name).examples("test")) < 12
-    assert "others are to be fitted on" in " ".join(result.findings)
+    assert "others are to be fitted on" in " ".join(result.notes)
 
 
 @pytest.mark.thorough  # lists thousands of files
