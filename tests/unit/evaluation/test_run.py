@@ -397,7 +397,8 @@ def test_a_depth_that_is_not_reached_is_not_shown_to_lose_less(run, tmp_path):
     [trial] = result["drop_test"]["trials"]
     assert trial["name"] == "routed, 99 % saved"
     assert any(
-        finding.startswith("Not shown that routed, 99 % saved loses") for finding in result["notes"]
+        finding.startswith("Not shown that routed, 99 % saved loses")
+        for finding in result["findings"]
     )
 
 
