@@ -21,7 +21,7 @@ from drllm.errors import ConfigError, TaskError
 from drllm.records.codec import hash_values, read_text
 from drllm.records.static_paths import FIT
 from drllm.tasks.examples import FILE_ENDINGS, Prompt, choose
-from drllm.tasks.row_files import READERS, read_rows
+from drllm.tasks.row_files import READERS, describe_place, read_rows
 from drllm.tasks.rows import HUB_ROWS, HUB_SET, read_hub_set
 from drllm.tuning.data_splits import TasksArgument, TaskSplits, split_tasks
 from drllm.tuning.objectives import choose_objective, make_prompt
@@ -199,7 +199,8 @@ def _read_file(file: Path) -> list[str]:
     for line, row in read_rows(file):
         text = row.get("text")
         if not isinstance(text, str) or not text.strip():
-            raise TaskError(f"{file}, line {line}: 'text' is {text!r}; give a text in every row")
+            place = describe_place(file, line)
+            raise TaskError(f"{place}: 'text' is {text!r}; give a text in every row")
         texts.append(text)
     return texts
 
