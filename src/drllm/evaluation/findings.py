@@ -26,7 +26,7 @@ def write_findings(runs: TaskRuns, evaluation: results.Evaluation) -> list[str]:
     permuted = evaluation.system(results.PERMUTED)
     if permuted is not None:
         findings.append(_describe_permuted(runs, permuted))
-    return findings + [describe_seeds(seeds) for seeds in evaluation.seeds]
+    return findings
 
 
 def _warn_of_guessing(runs: TaskRuns) -> str:
@@ -38,10 +38,11 @@ def _warn_of_guessing(runs: TaskRuns) -> str:
     )
 
 
-def write_notes(runs: TaskRuns) -> list[str]:
-    """Return the notes on the task, its cost and its systems as sentences."""
+def write_notes(runs: TaskRuns, evaluation: results.Evaluation) -> list[str]:
+    """Return the notes on seeds, the task, its cost and its systems as sentences."""
+    sentences = [describe_seeds(seeds) for seeds in evaluation.seeds]
     notes = dict.fromkeys(runs.notes)  # without repeats
-    sentences = [f"{capitalize(note.removesuffix('.'))}." for note in notes]
+    sentences += [f"{capitalize(note.removesuffix('.'))}." for note in notes]
     if isinstance(runs.shape, str):
         sentences.append(f"FLOPs and K/V bytes are not derived: {runs.shape}.")
     for system in runs.systems_as_trained:

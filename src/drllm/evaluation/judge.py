@@ -191,7 +191,7 @@ def build_evaluation(
         evaluation,
         headline=evaluation.write_headline(),
         findings=tuple(write_findings(runs, evaluation)),
-        notes=tuple(write_notes(runs)),
+        notes=tuple(write_notes(runs, evaluation)),
     )
 
 

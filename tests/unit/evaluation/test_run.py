@@ -459,7 +459,7 @@ def test_routers_of_other_seeds_are_what_they_are_when_evaluated_alone(
         ]
         assert row["num_seeds"] == len(executions)
         assert row["executions"]["mean"] == pytest.approx(sum(executions) / len(executions))
-    assert any(finding.startswith("Routers of 2 seeds") for finding in result["findings"])
+    assert any(note.startswith("Routers of 2 seeds") for note in result["notes"])
     assert list(result["other_seeds"]) == [str(tmp_path / "other")]
     for row, mine in zip(alone[0]["systems"], result["systems"], strict=True):
         assert {**row, "seconds": mine["seconds"]} == mine
