@@ -69,7 +69,7 @@ class ShrinkConfig(Settings):
     )
     rank: int = setting(16, minimum=1, help="rank of the adapters that heal paths")
     num_fit: int = setting(
-        100,
+        64,
         minimum=1,
         help="maximum questions per task that paths are compared on while they are searched",
     )

@@ -72,7 +72,7 @@ from drllm.work.store import ResultStore, refuse_other_run
 SHARE_TO_TUNE = 1 / 3  # of `minutes`; the rest heals
 MAX_TOKENS = 512  # of a held-out text, and of an answer to a prompt
 NUM_TEXTS = 400  # maximum held-out questions whose text's loss is measured
-NUM_JUDGED = 200  # maximum questions per task that choose among paths
+NUM_JUDGED = 100  # maximum questions per task that choose among paths
 WORK_ENDING = ".work"  # the folder of the work is named like the output, with this ending
 
 

@@ -235,7 +235,8 @@ class _TuningRun:
             tasks = []
             for number, splits in enumerate(self.splits):
                 tasks.append(tokenize_task(base, splits, config, number))
-            first_block = FirstBlock(self.listener, base.model.device)
+            max_seconds = None if config.minutes is None else 60 * config.minutes
+            first_block = FirstBlock(self.listener, base.model.device, max_seconds)
             progress = TuningProgress(on_progress, first_block)
             table = ScoreTable(
                 self.workers.executor, self.store, config.state_cache_gb, progress.add, repair

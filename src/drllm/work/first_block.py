@@ -19,11 +19,16 @@ class FirstBlock:
         listener: Gets one line with the time and the memory.
         device: The model's device; `meta` if the model is in other processes, whose memory isn't
             named.
+        max_seconds: The stage begins no further part after so many seconds; None if it ends with
+            its work.
     """
 
-    def __init__(self, listener: Listener, device: torch.device) -> None:
+    def __init__(
+        self, listener: Listener, device: torch.device, max_seconds: float | None = None
+    ) -> None:
         self.listener = listener
         self.device = device
+        self.max_seconds = max_seconds
         self.has_reported = False
         self.start_time = time.monotonic()
 
@@ -44,10 +49,16 @@ class FirstBlock:
             return
         if seconds is None:
             seconds = time.monotonic() - self.start_time
-        note = f"at most {rough_duration(seconds / share)}"
+        note = self._describe_time(seconds / share)
         if self.device.type != "meta":
             note += f", {used_memory(self.device) / 1e9:.1f} GB of memory"
         self.listener.note(note)
+
+    def _describe_time(self, seconds: float) -> str:
+        """Say how long the stage takes at most."""
+        if self.max_seconds is None or seconds <= self.max_seconds:
+            return f"at most {rough_duration(seconds)}"
+        return f"no further part begins after {rough_duration(self.max_seconds)}"
 
 
 def used_memory(device: torch.device) -> int:

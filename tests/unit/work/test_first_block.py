@@ -60,3 +60,14 @@ def test_the_memory_is_that_of_this_process():
     before = used_memory(torch.device("cpu"))
     kept = torch.ones(2**24)
     assert used_memory(torch.device("cpu")) - before > 0.9 * kept.nbytes
+
+
+@pytest.mark.parametrize(
+    ("max_seconds", "words"),
+    [(None, "at most 30 min"), (7200.0, "at most 30 min"), (600.0, "after 10 min")],
+)
+def test_a_limit_of_time_is_named_if_the_work_would_take_longer(max_seconds, words):
+    listener = Notes()
+    FirstBlock(listener, torch.device("meta"), max_seconds).finish(0.1, 180.0)
+    [note] = listener.notes
+    assert words in note
