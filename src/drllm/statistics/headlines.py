@@ -7,6 +7,7 @@ numbers are in tables.
 
 from dataclasses import dataclass
 
+from drllm.config.constants import MAX_DROP
 from drllm.statistics.differences import Differences
 from drllm.statistics.exclusion import DropTest
 from drllm.statistics.power import round_up
@@ -61,12 +62,22 @@ class Candidate:
         return text_loss is not None and text_loss.is_better is False
 
     @property
+    def loses_little(self) -> bool:
+        """Whether the answers are shown to be worse, but by fewer than `MAX_DROP` points."""
+        accuracy = self.against_base.accuracy
+        if accuracy.is_better is not False or accuracy.excluded_loss is None:
+            return False
+        return 100 * accuracy.excluded_loss < MAX_DROP
+
+    @property
     def is_refused(self) -> bool:
         """Whether the candidate shouldn't be used, whatever it is used for."""
         accuracy = self.against_base.accuracy
         if accuracy.shown == "guessing" or accuracy.is_better:
             return False
-        return accuracy.is_better is False or not self.saves_layers
+        if not self.saves_layers:
+            return True
+        return accuracy.is_better is False and not self.loses_little
 
     @property
     def rank(self) -> tuple[int, bool]:
@@ -141,6 +152,11 @@ def advise(candidate: Candidate) -> str:
             f"Choose a task that the model can do, or ask more questions: here {base} layers may "
             f"be guessing, so {name} can't be judged."
         )
+    if candidate.saves_layers and candidate.loses_little:
+        return (
+            f"Use {candidate.name_with_use} only where {accuracy.write_excluded()} points may be "
+            f"lost: it answers worse than {base}, by {accuracy.size}."
+        )
     if accuracy.is_better is False:
         return f"Don't use {name}: it answers worse than {base}, by {accuracy.size}."
     if not candidate.saves_layers and not accuracy.is_better:
@@ -194,8 +210,8 @@ def _describe_text(candidate: Candidate) -> str:
     if text_loss.shown == "too few":
         needed = round_up(text_loss.needed or 0)
         return (
-            f"Whether its text gets worse, {text_loss.n} texts are too few to tell; about {needed} "
-            f"would do."
+            f"Whether its text gets worse isn't shown by {text_loss.n} texts; about {needed} would "
+            f"do."
         )
     return f"Its text gets no worse, as far as {text_loss.n} texts can tell."
 
@@ -215,7 +231,7 @@ def _compare_with_routing(routing_minus_path: Differences) -> str:
         )
     if accuracy.shown == "none shown":
         return "Routing per question gains nothing over that."
-    return f"Whether routing per question gains anything, {accuracy.n} questions can't tell."
+    return f"Whether routing per question gains anything isn't shown by {accuracy.n} questions."
 
 
 def _compare_with_path(path: Candidate, routing_minus_path: Differences) -> str:

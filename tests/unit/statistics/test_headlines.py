@@ -94,14 +94,28 @@ def test_too_few_texts_come_with_the_number_that_would_do():
     against = Differences(accuracy=judge_counts(0, 0, 120), text_loss=noisy)
     found = Candidate(name="it", executions=2.5, num_layers=3, against_base=against)
     text = write_headline(found)
+    needed = round_up(noisy.needed)
     assert text.startswith("Use it (2.5 of 3 layers):")
-    assert f"4 texts are too few to tell; about {round_up(noisy.needed)} would do." in text
+    assert f"Whether its text gets worse isn't shown by 4 texts; about {needed} would do." in text
 
 
 def test_what_saves_no_layers_and_is_not_better_is_not_to_be_used():
     assert write_headline(candidate(SAME, executions=30.0)).startswith("Don't use path skip2 (30 ")
     assert "to write text" not in write_headline(candidate(SAME, 0.5, executions=31.0))
     assert write_headline(candidate(BETTER, executions=31.0)).startswith("Use path skip2 (31 of")
+
+
+def test_a_small_loss_that_is_shown_is_named_with_what_it_is_at_most():
+    accuracy = judge_counts(20, 60, 4000)  # a point is lost, at most 1.5
+    headline = write_headline(
+        Candidate(
+            name="path skip1",
+            executions=29.0,
+            num_layers=30,
+            against_base=Differences(accuracy=accuracy),
+        )
+    )
+    assert headline.startswith("Use path skip1 (29 of 30 layers) only where 1.5 points")
 
 
 @pytest.mark.parametrize("counts", COUNTS)
@@ -138,7 +152,7 @@ def test_a_path_is_preferred_unless_routing_is_shown_to_do_better(
     ("difference", "increase", "sentence"),
     [
         (SAME, 0.0, "Routing per question gains nothing over that."),
-        (TOO_FEW, 0.0, "Whether routing per question gains anything, 120 questions can't tell."),
+        (TOO_FEW, 0.0, "Whether routing per question gains anything isn't shown by 120 questions."),
         (WORSE, -0.5, "Routing per question answers worse than that, by 16.7 points."),
         (SAME, -0.5, "Routing per question writes better text (by 0.5 nats a token), and isn't "),
     ],
