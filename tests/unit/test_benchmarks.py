@@ -24,6 +24,7 @@ NOT_OF_TWO_WAYS = {
     "growth",  # one way at several sizes
     *("repair", "repair_ranks"),  # losses, not times
     "house",  # counts source
+    "make_builtin_texts",  # makes a file
 }
 SCRIPTS = sorted(file for file in BENCHMARKS.glob("*.py") if file.stem not in NOT_OF_TWO_WAYS)
 NUM_LAYERS = 12

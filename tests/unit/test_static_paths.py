@@ -3,7 +3,7 @@
 import pytest
 
 from drllm.errors import PathError, RecordError
-from drllm.records.static_paths import load_path, read_path_list
+from drllm.records.static_paths import load_path, read_path_list, split_path_list
 from paths_json import PATHS, written_paths
 
 MODEL = {"id": "owner/name", "revision": None, "class": "LlamaForCausalLM", "num_layers": 6}
@@ -68,3 +68,39 @@ def test_paths_of_another_model_are_refused_in_one_line(tmp_path, other, said):
 def test_the_same_weights_under_another_name_are_the_same_model(tmp_path):
     file = written_paths(tmp_path / "paths.json", MODEL)
     load_path(f"{file}:5.00").path_for({**MODEL, "id": "models/copy", "revision": "abc"})
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["without:1,2,4", "without: 4, 1-2", "without 1,2,4", "without:1 - 2,2,4", " without:1,2,4 "],
+)
+def test_a_path_may_be_given_as_layers_to_leave_out(place):
+    path = load_path(place)
+    assert path.name == "without 1,2,4"
+    assert path.path_for(MODEL).layers == (0, 3, 5)
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("without:", "'' isn't a layer; .* without:13-15"),
+        ("without:1,x", "'x' isn't a layer"),
+        ("without:-1", "'-1' isn't a layer"),
+        ("without:4-2", "'4-2' is an empty range"),
+        ("without:1,6", "the model has no layer 6; give layers from 0 to 5"),
+        ("without:0-5", "all layers are left out"),
+    ],
+)
+def test_layers_that_cannot_be_left_out_are_refused_in_one_line(place, said):
+    with pytest.raises(PathError, match=f"^{place}: .*{said}") as caught:
+        load_path(place).path_for(MODEL)
+    assert "\n" not in str(caught.value)
+
+
+def test_layers_to_leave_out_may_stand_in_a_list_beside_files(tmp_path):
+    file = written_paths(tmp_path / "paths.json", MODEL)
+    places = f"without:1,2,{file}:4.00, without:3-4 ,5"
+    assert split_path_list(places) == ["without:1,2", f"{file}:4.00", "without:3-4,5"]
+    assert list(read_path_list(places)) == ["without 1,2", "4.00", "without 3,4,5"]
+    with pytest.raises(PathError, match="'without 1,2' is there twice"):
+        read_path_list("without:1,2,without:2,1")

@@ -45,7 +45,10 @@ if TYPE_CHECKING:
             "routers: a folder or a hub id; default: every layer is executed once",
             placeholder="DIR",
         ),
-        Flag("path", "static path for all prompts, instead of routers (paths.json:NAME)"),
+        Flag(
+            "path",
+            "static path for all prompts, instead of routers (paths.json:NAME, without:13,14)",
+        ),
         Flag("file", "file of prompts to answer, instead of PROMPT (.jsonl)"),
         Flag(
             "output_dir",

@@ -18,13 +18,18 @@ RECIPES = Path(__file__).with_name("recipes")  # the folder of the packaged reci
 
 @verb(
     "run",
-    example="drllm run demo --output-dir runs/demo",
+    example="drllm run demo",
     flags=(
         Flag(
             "recipe",
             "YAML file, or name of a packaged recipe",
             required=True,
             positional=True,
+        ),
+        Flag(
+            "full",
+            "run the longer form of the recipe: demo --full trains routers too",
+            switch=True,
         ),
         Flag(
             "output_dir",
@@ -42,7 +47,10 @@ RECIPES = Path(__file__).with_name("recipes")  # the folder of the packaged reci
 )
 def run(command: CommandLine, terminal: Terminal) -> None:
     """Run all stages of a recipe, one after the other; finished stages are skipped."""
-    path = _find_recipe(command.path("recipe"))
+    place = command.path("recipe")
+    if command.values["full"]:
+        place = _find_longer_form(place)
+    path = _find_recipe(place)
     folder = command.optional_path("output_dir") or Path("runs") / path.stem
     recipe = read_recipe(path, command.values["data_dir"])
     check_model(recipe.model)
@@ -75,6 +83,16 @@ def _find_recipe(place: Path) -> Path:
             f"{place} doesn't exist; packaged recipes are run by name: drllm run {place.stem}"
         )
     return place
+
+
+def _find_longer_form(place: Path) -> Path:
+    """Return the name of the longer form of a packaged recipe, which `--full` runs."""
+    name = f"{place}_full"
+    if not (RECIPES / f"{name}.yaml").is_file():
+        raise ConfigError(
+            f"recipe {str(place)!r} has no longer form; leave out --full, or give demo --full"
+        )
+    return Path(name)
 
 
 def _is_file_of_questions(place: Path) -> bool:

@@ -18,6 +18,8 @@ from drllm.reporting.next_steps import suggest_steps
 from drllm.reporting.numbers import NONE, difference, label, plain, signed
 from drllm.reporting.run import Run
 
+SUMMARY_QUESTIONS = 2  # whose answers in words are in the summary of a run
+
 
 def show_results(folder: Path, terminal: Terminal, tasks: Sequence[str] = ()) -> None:
     """Print the tables of an `eval` folder, its findings, and its test of a drop in accuracy.
@@ -31,6 +33,7 @@ def show_results(folder: Path, terminal: Terminal, tasks: Sequence[str] = ()) ->
     for evaluation in evaluations:
         if not tasks or evaluation.task in tasks:
             show_evaluation(evaluation, terminal)
+            show_written(evaluation.written, terminal)
             show_findings(evaluation, terminal)
     show_latency(folder, terminal)
     show_drop_test(evaluations, terminal)
@@ -56,6 +59,7 @@ def show_summary(
     """
     for evaluation in evaluations:
         show_evaluation(evaluation, terminal)
+        show_written(evaluation.written[:SUMMARY_QUESTIONS], terminal)
     show_latency(folder, terminal)
     show_drop_test(evaluations, terminal)
     if evaluations:
@@ -78,6 +82,16 @@ def show_next_steps(run: Run, terminal: Terminal) -> None:
         terminal.say()
         terminal.say(step)
         terminal.command(command)
+
+
+def show_written(written: Sequence[results.WrittenAnswers], terminal: Terminal) -> None:
+    """Print answers in words to questions, those of every system below each other."""
+    for answers in written:
+        terminal.say(f"“{answers.question}”")
+        width = max(len(name) for name in answers.answers) + 1
+        for name, answer in answers.answers.items():
+            terminal.beside(f"  {name}", " ".join(answer.split()) or "(nothing)", width + 2)
+        terminal.say()
 
 
 def show_latency(folder: Path, terminal: Terminal) -> None:

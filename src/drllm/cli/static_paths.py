@@ -143,7 +143,7 @@ def _note_losses(path: PathFile, terminal: Terminal) -> None:
     flags=(
         Flag(
             "path",
-            'file such as {"path": [0, 1, 3]}, or paths.json:NAME',
+            'file such as {"path": [0, 1, 3]}, paths.json:NAME, or without:13,14',
             required=True,
             placeholder="FILE",
         ),

@@ -71,7 +71,7 @@ class EvaluateConfig(ExecutorConfig):
         None,
         placeholder="FILE[:NAME],...",
         help="static paths to compare, separated by commas; a paths.json without NAME adds all "
-        "of its paths except the full path",
+        "of its paths except the full path; without:13,14 leaves out these layers",
     )
     baselines: str = basic(
         "quick",

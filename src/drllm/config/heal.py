@@ -24,7 +24,8 @@ class HealConfig(Settings):
         None,
         basic=True,
         placeholder="FILE[:NAME]",
-        help="path to heal: a file that names its layers, or paths.json:NAME",
+        help="path to heal: a file that names its layers, paths.json:NAME, or the layers that it "
+        "leaves out, as in without:13,14",
     )
     tasks: str | None = incidental(
         None,
@@ -40,7 +41,8 @@ class HealConfig(Settings):
         placeholder="FILE,...",
         help="more texts to train on: files of rows with a field 'text' (.jsonl, .json, .csv, "
         ".tsv, .parquet), .txt files with a text per paragraph, or hub data sets "
-        "OWNER/NAME[:CONFIG[:SPLIT]] (their first --limit texts; default: 10,000)",
+        "OWNER/NAME[:CONFIG[:SPLIT]] (their first --limit texts; default: 10,000); "
+        "'builtin_texts' comes with drllm",
     )
     data_dir: str | None = incidental(
         None,

@@ -220,7 +220,9 @@ def _run_tune(run: Run) -> list[Path]:
 def _make_heal(run: Run) -> Stage:
     config = _complete_heal_config(run)
     path_file = load_path(config.require_path())
-    path_name = "" if path_file.named is None else path_file.named.name
+    path_name = ""
+    if path_file.named is not None or path_file.skipped:
+        path_name = path_file.name
     made_from = {
         "config": config.decisive(),
         "model": run.recipe.model.to_dict(),
@@ -291,13 +293,19 @@ def _list_path_files(run: Run) -> list[Path]:
 
 
 def _complete_evaluate_config(run: Run) -> EvaluateConfig:
-    """Return the settings of the evaluation, which uses the files of this run by default."""
+    """Return the settings of the evaluation, which uses the files of this run by default.
+
+    A path that is healed, and isn't from a tuning of this run, is also evaluated as it is.
+    """
     config = run.recipe.evaluate
     if run.seed_folders and needs_targets(config.baselines) and config.supervision is None:
         config = dataclasses.replace(config, supervision=str(run.supervision_file))
-    path_files = _list_path_files(run)
-    if path_files and config.paths is None:
-        config = dataclasses.replace(config, paths=",".join(map(str, path_files)))
+    paths = [str(file) for file in _list_path_files(run)]
+    heal = run.recipe.heal
+    if heal is not None and run.recipe.tune is None:
+        paths.insert(0, heal.require_path())
+    if paths and config.paths is None:
+        config = dataclasses.replace(config, paths=",".join(paths))
     return config
 
 

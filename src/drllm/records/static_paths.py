@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,10 @@ FORMS = (
     "folder of 'drllm heal'"
 )
 """The kinds of files with a path, for messages."""
+WITHOUT = re.compile(r"\s*without\s*[: ]\s*(?P<layers>.*)", re.DOTALL)
+"""How a path is given as the layers that it leaves out; `without 13,14` is also its name."""
+LAYERS = re.compile(r"\s*(?P<first>[0-9]{1,4})\s*(-\s*(?P<last>[0-9]{1,4})\s*)?")
+"""One layer, or a range of layers with both ends."""
 
 
 class PathScore(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -228,10 +233,13 @@ class _HandwrittenPath(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 class PathFile:
     """One path that was read from a file, before the number of the model's layers is known.
 
+    The path may also be given as layers to leave out; then there is no file.
+
     Attributes:
-        file: The file.
+        file: The file. For layers to leave out, what was given, such as `without:13,14`.
         decisions: The decisions, if the file gives decisions; then `static` is None.
         static: The path, if the file gives its layers; then `decisions` is None.
+        skipped: The layers to leave out, sorted; then `decisions` and `static` are None.
         named: The path with its scores, if the file is a `paths.json`.
         record: The whole `paths.json`, or the record of a healed path; None for a file that was
             written by hand.
@@ -240,8 +248,20 @@ class PathFile:
     file: Path
     decisions: Decisions | None = None
     static: StaticPath | None = None
+    skipped: tuple[int, ...] = ()
     named: NamedPath | None = None
     record: StaticPaths | HealedPath | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of the path: that in its file, else the file's own without its ending."""
+        if self.skipped:
+            return f"without {','.join(map(str, self.skipped))}"
+        if isinstance(self.record, HealedPath):
+            return self.record.name
+        if self.named is not None:
+            return self.named.name
+        return self.file.stem
 
     @property
     def note(self) -> str:
@@ -276,6 +296,8 @@ class PathFile:
         try:
             if self.static is not None:
                 return self.static.check(num_layers)
+            if self.skipped:
+                return _leave_out(self.skipped, num_layers)
             return StaticPath(to_path(check_decisions(self.decisions or (), num_layers)))
         except PathError as error:
             raise PathError(f"{self.file}: {error}") from error
@@ -284,12 +306,14 @@ class PathFile:
 def load_path(place: Path | str) -> PathFile:
     """Read the path in `FILE` or `FILE:NAME`, for `RoutedModel.fixed`, `export` and `evaluate`.
 
-    FILE is any of `FORMS`. NAME is the name of a path in a `paths.json`. The model isn't needed
-    yet: the path is checked against the model that is to run it.
+    FILE is any of `FORMS`. NAME is the name of a path in a `paths.json`. `without:13,14` or
+    `without:13-14` is the path that leaves out these layers; no file is read. The model isn't
+    needed yet: the path is checked against the model that is to run it.
 
     Raises:
         RecordError: The file doesn't exist, or is of another kind.
-        PathError: The name is unknown, or is missing for a `paths.json`.
+        PathError: The name is unknown, or is missing for a `paths.json`; or the layers to leave
+            out aren't numbers.
 
     Example:
         >>> with routed.fixed(drllm.load_path("healed/")):  # doctest: +SKIP
@@ -307,11 +331,12 @@ def read_path_list(places: str, *, needs_names: bool = False) -> dict[str, PathF
     """Read the paths in `FILE[:NAME],...`, by name.
 
     A `paths.json` without NAME gives all its paths, except the full path and dominated paths. A
-    path in a file that was written by hand gets the stem of the file as its name. `_make_distinct`
-    adds a prefix to names that occur in more than one file.
+    path in a file that was written by hand gets the stem of the file as its name, and
+    `without:13,14` is called `without 13,14`. `_make_distinct` adds a prefix to names that occur
+    more than once.
 
     Args:
-        places: A comma list of `FILE` or `FILE:NAME`; see `load_path`.
+        places: A comma list of `FILE`, `FILE:NAME` or `without:LAYERS`; see `load_path`.
         needs_names: Whether to refuse a `paths.json` without NAME; the message lists the names.
 
     Raises:
@@ -319,16 +344,33 @@ def read_path_list(places: str, *, needs_names: bool = False) -> dict[str, PathF
         PathError: As for `load_path`; or a path is given twice.
     """
     paths: list[tuple[str, PathFile]] = []
-    for place in places.split(","):
-        if place.strip():
-            paths += _list_paths(_read_content(place.strip()), needs_names)
+    for place in split_path_list(places):
+        paths += _list_paths(_read_content(place), needs_names)
     return _make_distinct(paths)
+
+
+def split_path_list(places: str) -> list[str]:
+    """Split a list of paths at its commas, except at those between layers to leave out.
+
+    Example:
+        >>> split_path_list("paths.json:skip2,without:13,14,healed/")
+        ['paths.json:skip2', 'without:13,14', 'healed/']
+    """
+    parts: list[str] = []
+    for part in places.split(","):
+        if parts and WITHOUT.fullmatch(parts[-1]) and LAYERS.fullmatch(part):
+            parts[-1] += f",{part.strip()}"
+        elif part.strip():
+            parts.append(part.strip())
+    return parts
 
 
 def _make_distinct(paths: Sequence[tuple[str, PathFile]]) -> dict[str, PathFile]:
     """Return the paths by name; names that occur more than once get a prefix.
 
     If the same name stands for a plain path and a healed path, only the healed path gets a prefix.
+    Layers to leave out never get one.
+
     Raises PathError if two paths have the same name and the same prefix.
     """
     names = [name for name, _ in paths]
@@ -337,7 +379,7 @@ def _make_distinct(paths: Sequence[tuple[str, PathFile]]) -> dict[str, PathFile]
     for name, path in paths:
         compared_names = names if path.is_healed else plain_names
         full_name = name
-        if compared_names.count(name) > 1:
+        if compared_names.count(name) > 1 and not path.skipped:
             full_name = f"{_choose_prefix(path, name)}:{name}"
         if full_name in by_name:
             raise PathError(
@@ -362,9 +404,7 @@ def _list_paths(content: _Content, needs_names: bool) -> list[tuple[str, PathFil
     """Return the paths of a file with their names; see `read_path_list`."""
     if content.paths is None:
         assert content.path is not None
-        healed = content.path.record
-        name = healed.name if isinstance(healed, HealedPath) else content.file.stem
-        return [(name, content.path)]
+        return [(content.path.name, content.path)]
     record = content.paths
     if needs_names or content.name is not None:
         paths = [record.find(content.name, content.file)]  # refuses a missing name
@@ -387,7 +427,12 @@ class _Content:
 
 
 def _read_content(place: str) -> _Content:
-    """Read the file in `FILE` or `FILE:NAME`."""
+    """Read the file in `FILE` or `FILE:NAME`, or the layers in `without:LAYERS`."""
+    layers = WITHOUT.fullmatch(place)
+    if layers is not None and not Path(place).exists():
+        file = Path(place.strip())
+        skipped = _parse_layers(layers["layers"], file)
+        return _Content(file, None, path=PathFile(file, skipped=skipped))
     if place.lstrip().startswith(("{", "[")):
         raise RecordError(
             f"{place} is given as the file of a path; write it into a .json file, and give the file"
@@ -413,6 +458,42 @@ def _read_content(place: str) -> _Content:
         path = PathFile(file, static=record.path, record=record)
         return _Content(file, name, path=path)
     return _Content(file, name, path=_read_handwritten(file, text))
+
+
+def _parse_layers(text: str, place: Path) -> tuple[int, ...]:
+    """Return the layers in a list such as `3,13-15`, sorted, each once; `place` is for messages."""
+    layers: set[int] = set()
+    for part in text.split(","):
+        match = LAYERS.fullmatch(part)
+        if match is None:
+            raise PathError(
+                f"{place}: {part.strip()!r} isn't a layer; give the layers to leave out, for "
+                f"example without:13,14,15 or without:13-15"
+            )
+        first = int(match["first"])
+        last = int(match["last"] or first)
+        if last < first:
+            raise PathError(
+                f"{place}: {part.strip()!r} is an empty range; give the smaller layer first"
+            )
+        layers.update(range(first, last + 1))
+    return tuple(sorted(layers))
+
+
+def _leave_out(skipped: Sequence[int], num_layers: int) -> StaticPath:
+    """Return the path of a model of L layers that leaves out some layers.
+
+    Raises PathError if the model lacks a layer, or if no layer is left.
+    """
+    for layer in skipped:
+        if layer >= num_layers:
+            raise PathError(
+                f"the model has no layer {layer}; give layers from 0 to {num_layers - 1}"
+            )
+    layers = [layer for layer in range(num_layers) if layer not in skipped]
+    if not layers:
+        raise PathError("all layers are left out; at least one layer must be executed")
+    return StaticPath(layers)
 
 
 def _read_handwritten(file: Path, text: str) -> PathFile:

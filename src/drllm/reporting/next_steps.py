@@ -1,15 +1,16 @@
 """Suggests what to do next after a run: commands to paste, with the most urgent first."""
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
 from msgspec.structs import asdict
 
 from drllm.config import TIMING
+from drllm.records.healed import HEALED_FILE
 from drllm.records.results import PERMUTED, Evaluation, Result, System
-from drllm.records.static_paths import PATHS_FILE
+from drllm.records.static_paths import PATHS_FILE, WITHOUT, load_path, split_path_list
 from drllm.records.supervision import SUPERVISION_FILE
 from drllm.reporting.commands import (
     evaluate_command,
@@ -23,6 +24,7 @@ from drllm.reporting.run import SEARCH_FILE, Run
 from drllm.statistics.differences import Verdict
 from drllm.statistics.power import round_up
 from drllm.supervision.rules import MIN_SAVING
+from drllm.tasks.builtin import BUILTIN_TASKS
 
 Step: TypeAlias = tuple[str, str]  # (what to do, the command)
 
@@ -31,7 +33,9 @@ SIMILAR = 0.01  # maximum difference of executions that counts as equal, as a sh
 # Values that the commands use as examples.
 PROMPT = "Why is the sky blue?"
 DEPTHS = "0.02,0.05,0.1"
+OWN_QUESTIONS = "questions.jsonl"
 ALLOWED_DROP = 2  # points of accuracy
+ALLOWED_SHRINK_DROP = 3  # points of accuracy
 HEALING_MINUTES = 10
 
 
@@ -108,6 +112,8 @@ def _suggest_for_path(run: Run, evaluation: Result, path: System) -> Iterator[St
     """Yield the steps for a static path that the headline is about."""
     differences = path.against_base
     assert differences is not None
+    if evaluation.task in BUILTIN_TASKS:
+        yield _shrink_step(evaluation)
     if evaluation.drop_test is not None and evaluation.drop_test.chosen == path.name:
         yield _use_path_step(run, evaluation, path)
         return
@@ -251,6 +257,13 @@ def _compare_step(run: Run, evaluation: Evaluation) -> Step:
     return what, _tune_command(run, evaluation)
 
 
+def _shrink_step(evaluation: Evaluation) -> Step:
+    """Suggest a smaller checkpoint for the user's own questions, after one for built-in ones."""
+    model = shlex.quote(str(evaluation.model.get("id")))
+    command = f"drllm shrink {model} {OWN_QUESTIONS} smaller --max-drop {ALLOWED_SHRINK_DROP}"
+    return "Make a smaller checkpoint for questions of your own, one a line in a file:", command
+
+
 def _tune_command(run: Run, evaluation: Evaluation) -> str:
     values = {
         "model": evaluation.model.get("id"),
@@ -292,9 +305,9 @@ def _name_paths(paths: str | None, system: System) -> str | None:
     if paths is None:
         return None
     named_paths: list[str] = []
-    for path in paths.split(","):
-        if path.strip().endswith(PATHS_FILE):
-            named_paths.append(f"{path.strip()}:{system.name}")
+    for path in split_path_list(paths):
+        if path.endswith(PATHS_FILE):
+            named_paths.append(f"{path}:{system.name}")
         else:
             named_paths.append(path)
     return ",".join(named_paths)
@@ -384,14 +397,39 @@ def _find_path_file(run: Run, evaluation: Evaluation, system: System) -> str | N
     if run.paths and system.name in [path.name for path in run.paths.paths]:
         files = [source.name for source in run.sources if source.name.endswith(PATHS_FILE)]
         return f"{run.folder / files[0]}:{system.name}"
+    places = split_path_list(str(evaluation.config.get("paths") or ""))
+    if not places:
+        return None
+    if evaluation.is_healed(system.name):
+        return _find_healed_place(places, system)
     name = system.name.rpartition(":")[2]
-    places = str(evaluation.config.get("paths") or "").split(",")
     for place in places:
+        if WITHOUT.fullmatch(place) and load_path(place).name == name:
+            return place
         if place.endswith(f":{name}") or Path(place).stem == name:
             return place
     if places[0].endswith(PATHS_FILE):
         return f"{places[0]}:{name}"
     return places[0]
+
+
+def _find_healed_place(places: Sequence[str], system: System) -> str | None:
+    """Return the file or folder of a healed path, among those that an evaluation was given."""
+    healed_places = []
+    for place in places:
+        is_plain = WITHOUT.fullmatch(place) or place.rpartition(":")[0].endswith(PATHS_FILE)
+        if not is_plain and not place.endswith(PATHS_FILE):
+            healed_places.append(place)
+    prefix = system.name.rpartition(":")[0]
+    for place in healed_places:
+        folder = Path(place)
+        if folder.name == HEALED_FILE:
+            folder = folder.parent
+        if folder.name == prefix:
+            return place
+    if not healed_places:
+        return None
+    return healed_places[0]
 
 
 def _find_unbeaten_path(evaluation: Evaluation) -> System | None:

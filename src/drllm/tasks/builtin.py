@@ -74,3 +74,7 @@ class BuiltinArithmetic(Task):
                 )
                 examples.append(example)
         return examples
+
+
+BUILTIN_TASKS = (BuiltinFacts.name, BuiltinArithmetic.name)
+"""The names of the tasks that come with drllm."""

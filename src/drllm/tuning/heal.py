@@ -130,7 +130,7 @@ def heal(
         stack.callback(routed.detach)
         name = "path"
         if isinstance(path, PathFile):
-            name = path.named.name if path.named else path.file.stem
+            name = path.name
             path = path.path_for(base.identity)
         stack.enter_context(only_writer(folder, "healing", "--output-dir"))
         run = HealRun(base, routed, path, name, sources, config, folder, listener)

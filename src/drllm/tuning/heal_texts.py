@@ -30,6 +30,12 @@ Tokens: TypeAlias = tuple[int, ...]
 
 MIN_TEXTS = 2  # to refit on: one to fit, and one to choose λ
 FEW_TOKENS = 20_000  # with fewer tokens to refit on, there is a warning
+BUILTIN_TEXTS = "builtin_texts"  # the texts that come with drllm
+BUILTIN_TEXTS_FILE = Path(__file__).parent / "data" / "builtin_texts.jsonl.gz"
+"""The texts that `BUILTIN_TEXTS` names.
+
+SmolLM2-135M-Instruct (Apache-2.0) wrote them; `benchmarks/make_builtin_texts.py` makes the file.
+"""
 TEXT_FILE_NAMES = (*FILE_ENDINGS, ".txt")  # how the names of files of texts end
 LEAST_PER_HELD_OUT = 5
 """A source has at least this many texts for each text that is held out. But one text of each source
@@ -143,6 +149,8 @@ def _read_text_sources(names: str, config: HealConfig) -> list[TextSource]:
         if not word:
             continue
         file = Path(word).expanduser()
+        if word == BUILTIN_TEXTS:
+            file = BUILTIN_TEXTS_FILE
         is_file = file.is_file() or word.endswith(TEXT_FILE_NAMES)
         if HUB_SET.fullmatch(word) and not is_file:
             name = word.partition("/")[2]  # of OWNER/NAME

@@ -33,7 +33,7 @@ def write(folder: Path, text: str) -> Path:
 
 
 def test_there_are_recipes():
-    assert {path.stem for path in FILES} >= {"demo", "arc_easy_smollm2"}
+    assert {path.stem for path in FILES} >= {"demo", "demo_full", "arc_easy_smollm2"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -44,6 +44,11 @@ def test_what_comes_with_the_project_is_understood(path: Path):
     assert get_tasks(recipe.evaluate.tasks)
     assert recipe.evaluate.split == "test"
     assert recipe.search.split == "search"
+
+
+def test_full_is_for_the_recipe_that_has_a_longer_form(capsys):
+    assert main(["run", "healed", "--full"]) == 2
+    assert "'healed' has no longer form" in capsys.readouterr().err
 
 
 def test_the_driver_of_ray_loads_no_model(tmp_path, monkeypatch, capsys):

@@ -9,11 +9,11 @@ from msgspec.structs import replace
 
 from drllm.agreement import compare_by_layer, compute_metrics, judge_routers
 from drllm.cli.show import show
-from drllm.cli.show_results import show_evaluation, show_findings
+from drllm.cli.show_results import show_evaluation, show_findings, show_written
 from drllm.cli.terminal import Terminal, draw_route
 from drllm.records.codec import read_json
 from drllm.records.layers import Layers
-from drllm.records.results import Evaluation
+from drllm.records.results import Evaluation, WrittenAnswers
 from drllm.reporting.numbers import plain
 
 
@@ -181,3 +181,14 @@ def test_a_folder_of_routers_shows_its_layers_too(layers: Path, capsys: pytest.C
     layers.unlink()
     show(layers.parent, Terminal())
     assert "held-out" not in capsys.readouterr().out
+
+
+def test_answers_in_words_stand_below_their_question_each_on_a_line(capsys):
+    answers = {"base": "It is\n\nParis.", "without 13": ""}
+    show_written([WrittenAnswers(question="Which city?", answers=answers)], Terminal())
+    assert capsys.readouterr().out.splitlines() == [
+        "“Which city?”",
+        "  base        It is Paris.",
+        "  without 13  (nothing)",
+        "",
+    ]

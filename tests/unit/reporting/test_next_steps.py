@@ -19,6 +19,7 @@ from drllm.config import (
     TrainConfig,
     TuneConfig,
 )
+from drllm.records.results import StepRecord
 from drllm.reporting.commands import SETTINGS_FILE, evaluate_command
 from drllm.reporting.next_steps import DEPTHS, suggest_steps
 from drllm.reporting.run import Run, read_run
@@ -109,6 +110,36 @@ def test_a_path_of_whole_layers_is_offered_for_export(run, evaluation, even):
     changes = {"systems": (base, replace(path, against_base=even)), "paths": result.paths}
     [export] = commands(run, "export", **changes, config=config, curve=())
     assert export.values["path"] == "tuned/paths.json:skip1"
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [("without 1", "without:1"), ("healed:without 1", "runs/a/healed/path.json")],
+)
+def test_a_path_is_offered_as_it_was_given(run, evaluation, even, name, place):
+    result = add_paths(evaluation, 1, routed=False)
+    base, path = result.systems
+    step = StepRecord(layer=0, adapter="healed" if ":" in name else "")
+    changes = {
+        "systems": (base, replace(path, name=name, against_base=even)),
+        "paths": {name: (step,)},
+        "config": {"paths": "without:1,runs/a/healed/path.json"},
+    }
+    [export] = commands(run, "export", **changes, curve=())
+    assert export.values["path"] == place
+
+
+def test_after_a_path_on_built_in_questions_shrink_is_offered_for_other_questions(
+    run, evaluation, even
+):
+    result = add_paths(evaluation, 1, routed=False)
+    base, path = result.systems
+    changes = {"systems": (base, replace(path, against_base=even)), "paths": result.paths}
+    for task, number in (("builtin_facts", 1), ("mine", 0)):
+        lines = commands(run, "shrink", **changes, task=task, curve=())
+        assert len(lines) == number
+    [shrink] = commands(run, "shrink", **changes, task="builtin_facts", curve=())
+    assert shrink.get_settings(ModelConfig).model == evaluation.model["id"]
 
 
 def test_of_static_paths_beside_routers_the_one_of_the_verdict_is_offered(run, evaluation, even):
