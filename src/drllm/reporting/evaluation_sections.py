@@ -15,6 +15,7 @@ from drllm.reporting.document import Figure, Section
 from drllm.reporting.figures import draw_routes
 from drllm.reporting.markdown import Markdown, write_list, write_paragraph, write_table
 from drllm.reporting.numbers import count, percent, plain
+from drllm.reporting.path_figure import can_draw_paths, draw_paths
 from drllm.reporting.run import Run
 from drllm.reporting.tables import (
     NamedSystem,
@@ -29,10 +30,11 @@ from drllm.supervision.summary import class_counts
 
 def build_sections(run: Run, evaluation: results.Result) -> list[Section]:
     """Build the sections with the plot, the systems, limits on the loss, routes and answers."""
-    parts = [
-        Section("Accuracy over layers run", [_build_accuracy_figure(evaluation)]),
-        Section("Systems", _build_systems_blocks(evaluation)),
-    ]
+    if can_draw_paths(evaluation):
+        first = Section("What each path keeps", [_build_paths_figure(evaluation)])
+    else:
+        first = Section("Accuracy over layers run", [_build_accuracy_figure(evaluation)])
+    parts = [first, Section("Systems", _build_systems_blocks(evaluation))]
     if evaluation.drop_test is not None:
         parts.append(Section("Limits on the loss", _build_drop_test_blocks(evaluation.drop_test)))
     if evaluation.written:
@@ -94,6 +96,24 @@ def _build_accuracy_figure(evaluation: results.Evaluation) -> Figure:
         name=f"{evaluation.task} systems",
         alt=f"{evaluation.score.capitalize()} over layers run a forward pass: {points}.",
         caption=f"{caption}.",
+        is_large=True,
+    )
+
+
+def _build_paths_figure(evaluation: results.Evaluation) -> Figure:
+    """Build the figure of the accuracy and the next-token loss of base and every path."""
+    points = ", ".join(
+        f"{system.name} {percent(system.accuracy)} and {plain(system.text_loss, 2)} nats"
+        for system in evaluation.systems
+    )
+    return Figure(
+        draw=partial(draw_paths, evaluation),
+        name=f"{evaluation.task} paths",
+        alt=f"{evaluation.score.capitalize()} and next-token loss: {points}.",
+        caption=(
+            "Bars are 95 % intervals: of each accuracy, and of each loss beside base's on the same "
+            "texts. The dotted lines are base's numbers."
+        ),
         is_large=True,
     )
 
