@@ -230,7 +230,7 @@ class StaticPath:
         """
         description = _describe_edits(self.layers, num_layers)
         if self.adapter:
-            return f"{description}, with an adapter"
+            return f"{description}, with healed weights"
         return description
 
 

@@ -42,7 +42,7 @@ def test_edits_name_the_layers_that_are_skipped_and_repeated(decisions, words):
 )
 def test_edits_say_how_often_a_layer_is_repeated(layers, words):
     assert StaticPath(layers).edits(2) == words
-    assert StaticPath(layers, "name").edits(2) == f"{words}, with an adapter"
+    assert StaticPath(layers, "name").edits(2) == f"{words}, with healed weights"
 
 
 def test_a_healed_path_is_another_path_than_the_plain_one():

@@ -81,6 +81,20 @@ def test_a_path_may_be_given_as_layers_to_leave_out(place):
 
 
 @pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("without:3", "without 3"),
+        ("without:13,14", "without 13,14"),
+        ("without:15,13,14,3,20,21", "without 3,13-15,20,21"),
+        ("without:0-2,4-6", "without 0-2,4-6"),
+    ],
+)
+def test_three_layers_or_more_in_a_row_are_a_range_in_the_name(place, name):
+    assert load_path(place).name == name
+    assert load_path(name).skipped == load_path(place).skipped
+
+
+@pytest.mark.parametrize(
     ("place", "said"),
     [
         ("without:", "'' isn't a layer; .* without:13-15"),
@@ -101,6 +115,6 @@ def test_layers_to_leave_out_may_stand_in_a_list_beside_files(tmp_path):
     file = written_paths(tmp_path / "paths.json", MODEL)
     places = f"without:1,2,{file}:4.00, without:3-4 ,5"
     assert split_path_list(places) == ["without:1,2", f"{file}:4.00", "without:3-4,5"]
-    assert list(read_path_list(places)) == ["without 1,2", "4.00", "without 3,4,5"]
+    assert list(read_path_list(places)) == ["without 1,2", "4.00", "without 3-5"]
     with pytest.raises(PathError, match="'without 1,2' is there twice"):
         read_path_list("without:1,2,without:2,1")

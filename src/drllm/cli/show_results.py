@@ -18,7 +18,7 @@ from drllm.reporting.next_steps import suggest_steps
 from drllm.reporting.numbers import NONE, difference, label, plain, signed
 from drllm.reporting.run import Run
 
-SUMMARY_QUESTIONS = 2  # whose answers in words are in the summary of a run
+SUMMARY_QUESTIONS = 2  # maximum questions whose answers in words are in the summary of a run
 
 
 def show_results(folder: Path, terminal: Terminal, tasks: Sequence[str] = ()) -> None:
@@ -59,7 +59,7 @@ def show_summary(
     """
     for evaluation in evaluations:
         show_evaluation(evaluation, terminal)
-        show_written(evaluation.written[:SUMMARY_QUESTIONS], terminal)
+        show_written(_choose_written(evaluation.written), terminal)
     show_latency(folder, terminal)
     show_drop_test(evaluations, terminal)
     if evaluations:
@@ -84,8 +84,19 @@ def show_next_steps(run: Run, terminal: Terminal) -> None:
         terminal.command(command)
 
 
+def _choose_written(
+    written: Sequence[results.WrittenAnswers],
+) -> list[results.WrittenAnswers]:
+    """Choose answers for a summary: those to the first questions on which systems differ."""
+    different = [answers for answers in written if len(set(answers.answers.values())) > 1]
+    return different[:SUMMARY_QUESTIONS]
+
+
 def show_written(written: Sequence[results.WrittenAnswers], terminal: Terminal) -> None:
     """Print answers in words to questions, those of every system below each other."""
+    if written:
+        terminal.say("answers in words, to read; nothing is measured on them")
+        terminal.say()
     for answers in written:
         terminal.say(f"“{answers.question}”")
         width = max(len(name) for name in answers.answers) + 1
@@ -114,6 +125,8 @@ def show_evaluation(evaluation: results.Evaluation, terminal: Terminal) -> None:
         title=_write_caption(evaluation),
         numbers_from=1,
     )
+    if evaluation.paths and evaluation.routed is None:
+        _show_descriptions(evaluation, terminal)
     if any(point.setting for point in evaluation.curve):
         terminal.table(
             f"depth|system|{score_columns}",
@@ -123,6 +136,14 @@ def show_evaluation(evaluation: results.Evaluation, terminal: Terminal) -> None:
         )
     for note in evaluation.all_notes:
         terminal.say(note)
+
+
+def _show_descriptions(evaluation: results.Evaluation, terminal: Terminal) -> None:
+    """Print what base and each path are."""
+    width = max(len(system.name) for system in evaluation.systems) + 1
+    for system in evaluation.systems:
+        terminal.beside(f" {system.name}", system.description, width + 1)
+    terminal.say()
 
 
 def show_findings(evaluation: results.Evaluation, terminal: Terminal) -> None:
@@ -145,16 +166,11 @@ def _make_system_row(system: results.System, evaluation: results.Evaluation) -> 
     """Return the cells of a system, in bold if the headline is about the system."""
     headline_system = evaluation.headline_system
     is_in_headline = headline_system is not None and system.name == headline_system.name
-    name = system.name
-    if system.draws > 1:
-        name += f" ×{system.draws}"
-    if evaluation.is_healed(system.name):
-        name += " (healed)"
     accuracy_difference = None
     if system.against_base is not None:
         accuracy_difference = system.against_base.accuracy
     cells = [
-        name,
+        evaluation.name_in_table(system),
         plain(system.executions, 2),
         plain(100 * system.accuracy),
         difference(accuracy_difference),

@@ -39,6 +39,9 @@ OLDEST_VERSION = 2  # the oldest schema version of results that we read
 ACCURACY_TOLERANCE = 5e-4
 """How far an accuracy may be from the mean over its samples; files may round to three digits."""
 
+HEALED_PREFIX = "healed:"
+"""What the name of a healed path begins with if a plain path has the same name."""
+
 T = TypeVar("T", bound=msgspec.Struct)
 
 
@@ -330,12 +333,21 @@ class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
         """Tell whether a system is a static path that runs with an adapter."""
         return any(step.adapter for step in self.paths.get(name, ()))
 
+    def name_in_table(self, system: System) -> str:
+        """Return the name of a system for a table; a healed path is marked."""
+        name = system.name
+        if self.is_healed(name) and not name.startswith(HEALED_PREFIX):
+            name += " (healed)"
+        if system.draws > 1:
+            name += f" ×{system.draws}"
+        return name
+
     def name_in_sentence(self, system: System) -> str:
         """Return the name of a system for a sentence ("path skip1")."""
         if system.name not in self.paths:
             return system.name
         if self.is_healed(system.name):
-            return f"healed path {system.name}"
+            return f"healed path {system.name.removeprefix(HEALED_PREFIX)}"
         return f"path {system.name}"
 
     @property

@@ -49,7 +49,7 @@ FORMS = (
 )
 """The kinds of files with a path, for messages."""
 WITHOUT = re.compile(r"\s*without\s*[: ]\s*(?P<layers>.*)", re.DOTALL)
-"""How a path is given as the layers that it leaves out; `without 13,14` is also its name."""
+"""How a path is given as the layers that it leaves out; `without 13-15` is also its name."""
 LAYERS = re.compile(r"\s*(?P<first>[0-9]{1,4})\s*(-\s*(?P<last>[0-9]{1,4})\s*)?")
 """One layer, or a range of layers with both ends."""
 
@@ -256,7 +256,7 @@ class PathFile:
     def name(self) -> str:
         """The name of the path: that in its file, else the file's own without its ending."""
         if self.skipped:
-            return f"without {','.join(map(str, self.skipped))}"
+            return f"without {_list_ranges(self.skipped)}"
         if isinstance(self.record, HealedPath):
             return self.record.name
         if self.named is not None:
@@ -332,7 +332,7 @@ def read_path_list(places: str, *, needs_names: bool = False) -> dict[str, PathF
 
     A `paths.json` without NAME gives all its paths, except the full path and dominated paths. A
     path in a file that was written by hand gets the stem of the file as its name, and
-    `without:13,14` is called `without 13,14`. `_make_distinct` adds a prefix to names that occur
+    `without:13,14,15` is called `without 13-15`. `_make_distinct` adds a prefix to names that occur
     more than once.
 
     Args:
@@ -478,6 +478,22 @@ def _parse_layers(text: str, place: Path) -> tuple[int, ...]:
             )
         layers.update(range(first, last + 1))
     return tuple(sorted(layers))
+
+
+def _list_ranges(layers: Sequence[int]) -> str:
+    """Write sorted layers as `3,13-15`; a range has at least three layers."""
+    parts: list[str] = []
+    start = 0
+    for place, layer in enumerate(layers, start=1):
+        if place < len(layers) and layers[place] == layer + 1:
+            continue
+        run = layers[start:place]
+        if len(run) > 2:
+            parts.append(f"{run[0]}-{run[-1]}")
+        else:
+            parts += [str(member) for member in run]
+        start = place
+    return ",".join(parts)
 
 
 def _leave_out(skipped: Sequence[int], num_layers: int) -> StaticPath:

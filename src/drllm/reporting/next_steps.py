@@ -101,6 +101,8 @@ def _suggest_for_task(run: Run, evaluation: Result) -> Iterator[Step]:
     if system is None or system.against_base is None:
         yield _compare_step(run, evaluation)
         return
+    if system.name in evaluation.paths and evaluation.task in BUILTIN_TASKS:
+        yield _shrink_step(evaluation)
     yield from _suggest_other_questions(run, evaluation, system.against_base.accuracy)
     if system.name in evaluation.paths:
         yield from _suggest_for_path(run, evaluation, system)
@@ -112,8 +114,6 @@ def _suggest_for_path(run: Run, evaluation: Result, path: System) -> Iterator[St
     """Yield the steps for a static path that the headline is about."""
     differences = path.against_base
     assert differences is not None
-    if evaluation.task in BUILTIN_TASKS:
-        yield _shrink_step(evaluation)
     if evaluation.drop_test is not None and evaluation.drop_test.chosen == path.name:
         yield _use_path_step(run, evaluation, path)
         return

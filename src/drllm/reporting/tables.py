@@ -87,7 +87,7 @@ def results_table(evaluation: Evaluation) -> Markdown:
         f"loss excluded above|verdict|loss: {minus}, nats|verdict by loss"
     )
     compared = evaluation.compared_system
-    bold = _display_name(evaluation, compared) if compared else ""
+    bold = evaluation.name_in_table(compared) if compared else ""
     return write_table(_results_caption(evaluation), header, rows, "verdict|verdict by loss", bold)
 
 
@@ -115,22 +115,13 @@ def _results_caption(evaluation: Evaluation) -> str:
 
 
 def _result_row(evaluation: Evaluation, system: System) -> list[str]:
-    name = system.name
-    if system.draws > 1:
-        name += f" ×{system.draws}"
-    if evaluation.is_healed(system.name):
-        name += " (healed)"
     return [
-        name,
+        evaluation.name_in_table(system),
         plain(system.executions, 2),
         plain(100 * system.accuracy),
         plain(system.text_loss, 3),
         *_verdict_cells(_choose_differences(evaluation, system)),
     ]
-
-
-def _display_name(evaluation: Evaluation, system: System) -> str:
-    return f"{system.name} (healed)" if evaluation.is_healed(system.name) else system.name
 
 
 def _choose_differences(evaluation: Evaluation, system: System) -> Differences | None:

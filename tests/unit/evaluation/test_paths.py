@@ -97,7 +97,7 @@ def test_a_healed_path_is_a_system_like_any_other(base, evaluated, tmp_path):
     assert_outcomes(listed, base, result, tmp_path / "eval", "less")
     [plain, _], system = evaluated, result.system("less")
     assert {step.adapter for step in result.paths["less"]} == {record.adapter}
-    assert system.description == "skips layers 2 and 4, with an adapter"
+    assert system.description == "skips layers 2 and 4, with healed weights"
     assert system.executions == 4
     assert system.prompt_flops.weights > plain.system("four").prompt_flops.weights
     held = RoutedModel(base.model, tokenizer=base.tokenizer)

@@ -74,7 +74,7 @@ def test_a_path_is_loaded_with_the_adapter_that_it_was_saved_with(base, record, 
     path = install_path(routed.injection, load_path(str(tmp_path / place)))
     assert list(routed.injection.lora.names) == [record.adapter]
     assert path == StaticPath(PATH, record.adapter)
-    assert path.edits(6) == "skips layer 2, repeats layer 4, with an adapter"
+    assert path.edits(6) == "skips layer 2, repeats layer 4, with healed weights"
     routed_logits = along(routed, path)
     assert install_path(routed.injection, load_path(str(tmp_path / place))) == path
     adapter = tiny_adapter(routed, [1, 3, 4, 5])
@@ -457,7 +457,7 @@ def test_the_command_line_answers_along_a_healed_path_and_exports_it(base, recor
     place, out = tmp_path / "healed", tmp_path / "out"
     command = "generate --device cpu --no-chat --max-new-tokens 6"
     said = drllm(command, "--path", place, "a metal").out
-    assert "skips layer 2, repeats layer 4, with an adapter" in said
+    assert "skips layer 2, repeats layer 4, with healed weights" in said
     assert "to rounding" in drllm("export --device cpu", "--path", place, "--output", out).out
     plain = drllm(command, "--model", out, "a metal").out
     assert plain.splitlines()[0] == said.splitlines()[0]
@@ -471,7 +471,7 @@ def test_the_command_line_answers_along_a_refitted_path_and_exports_it(
     written_refit(place, base.model, base.identity, has_lora=has_lora)
     command = "generate --device cpu --no-chat --max-new-tokens 6"
     answer = drllm(command, "--path", place, "a metal").out
-    assert "skips layers 2 and 5, with an adapter" in answer
+    assert "skips layers 2 and 5, with healed weights" in answer
     exported = drllm("export --device cpu", "--path", place, "--output", tmp_path / "out").out
     assert ("up to rounding" if has_lora else "bit by bit") in exported
     plain = drllm(command, "--model", tmp_path / "out", "a metal").out
