@@ -46,7 +46,7 @@ def judge_runs(
         config: The settings.
     """
     rivals: Collection[str] = ()
-    if not header["routers"]:  # the findings begin with the most accurate path
+    if not header["routers"]:  # the findings begin with the best path
         rivals = header["paths"]
     tables = correct_tables([build_table(task_runs) for task_runs in runs], rivals)
     curves = []

@@ -243,7 +243,7 @@ class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
         """The static path to compare first; None if there are no paths.
 
         This is the path that `--max-drop` chose. If it chose none, it is the path whose executions
-        are nearest to the routed model's or, without a routed model, the most accurate path.
+        are nearest to the routed model's or, without a routed model, the first by `_rank_path`.
         """
         paths = [system for system in self.systems if system.name in self.paths]
         if not paths:
@@ -253,7 +253,7 @@ class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
                 return path
         routed = self.routed
         if routed is None:
-            return max(paths, key=lambda path: (path.accuracy, -path.executions))
+            return max(paths, key=_rank_path)
         executions = routed.executions
         return min(paths, key=lambda path: abs(path.executions - executions))
 
@@ -369,6 +369,21 @@ class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def system(self, name: str) -> System | None:
         """Return the system with this name, or None if it wasn't evaluated."""
         return next((system for system in self.systems if system.name == name), None)
+
+
+def _rank_path(path: System) -> tuple[bool, bool, float, float]:
+    """Return the key by which static paths are compared; the best path has the largest.
+
+    A path that isn't shown to answer worse than base comes first, then one whose text isn't shown
+    to get worse, then the most accurate, then the cheapest.
+    """
+    answers_worse = False
+    text_is_worse = False
+    if path.against_base is not None:
+        answers_worse = path.against_base.accuracy.is_better is False
+        text_loss = path.against_base.text_loss
+        text_is_worse = text_loss is not None and text_loss.is_better is False
+    return not answers_worse, not text_is_worse, path.accuracy, -path.executions
 
 
 class SampleOutcome(

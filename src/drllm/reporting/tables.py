@@ -70,7 +70,7 @@ def _explain_choice(evaluation: Evaluation) -> str:
     if evaluation.drop_test is not None and evaluation.drop_test.chosen == path.name:
         return f"{path.name} is the path that --max-drop chose."
     if evaluation.routed is None:
-        return f"{path.name} is the most accurate of {num_paths} paths on these questions."
+        return f"{path.name} is the best of {num_paths} paths on these questions."
     return f"{path.name} is the closest of {num_paths} paths in cost to the routed model."
 
 

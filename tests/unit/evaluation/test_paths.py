@@ -179,7 +179,7 @@ def test_a_report_and_the_terminal_show_a_result_without_routers(evaluated, drll
     report(folder, output_dir=tmp_path)
     page = (tmp_path / "report.md").read_text()
     assert page.startswith("# Static paths of tiny on builtin_facts")
-    assert f"{best} is the most accurate of 2 paths on these questions." in page
+    assert f"{best} is the best of 2 paths on these questions." in page
     assert f"Path {best}: accuracy minus base's" in page
     for missing in ("routed minus system", "--routers", "Routers choose"):
         assert missing not in page

@@ -16,7 +16,7 @@ from drllm.reporting.run import read_run
 from drllm.reporting.tables import comparisons_table
 from drllm.statistics.differences import Differences
 from drllm.statistics.power import round_up
-from drllm.statistics.verdicts import judge_counts
+from drllm.statistics.verdicts import judge_counts, judge_means
 from run_folder import WHOLE, add_paths, report_text, table_rows
 
 
@@ -112,6 +112,32 @@ def test_the_most_accurate_system_that_saves_layers_has_a_tile_of_its_own(evalua
     changed = replace(with_paths, systems=(*others, last, baseline))
     titles = [tile.title for tile in build_tiles(changed, run.latency)]
     assert "Most accurate that saves layers: a baseline" in titles
+
+
+SAME = judge_counts(9, 9, 60)
+ANSWERS_WORSE = judge_counts(0, 30, 60)
+TEXT_SAME = judge_means("text_loss", [1.0, 2.0] * 30, [2.0, 1.0] * 30, 0)
+TEXT_WORSE = judge_means("text_loss", [3.0, 2.0] * 30, [2.0, 1.0] * 30, 0)
+
+
+@pytest.mark.parametrize(
+    ("cheap", "accurate", "best"),
+    [
+        ((SAME, TEXT_SAME), (SAME, TEXT_SAME), "skip1"),
+        ((SAME, TEXT_SAME), (SAME, TEXT_WORSE), "skip2"),
+        ((SAME, TEXT_SAME), (ANSWERS_WORSE, TEXT_SAME), "skip2"),
+        ((ANSWERS_WORSE, TEXT_SAME), (SAME, TEXT_WORSE), "skip1"),
+        ((SAME, TEXT_WORSE), (SAME, TEXT_WORSE), "skip1"),
+        ((SAME, None), (SAME, None), "skip1"),
+    ],
+)
+def test_the_best_path_is_not_shown_to_answer_or_write_worse(evaluation, cheap, accurate, best):
+    result = add_paths(evaluation, 2, routed=False)
+    systems = [result.base]
+    for path, (accuracy, text_loss) in zip(result.systems[1:], (cheap, accurate), strict=True):
+        differences = Differences(accuracy=accuracy, text_loss=text_loss)
+        systems.append(replace(path, against_base=differences))
+    assert replace(result, systems=tuple(systems)).best_path.name == best
 
 
 @pytest.mark.parametrize(("factor", "note"), [(1.1, "10.0 % more"), (0.9, "10.0 % saved")])
