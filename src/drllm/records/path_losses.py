@@ -72,20 +72,27 @@ def describe_file_losses(path: PathFile) -> list[str]:
 
 def describe_healed_losses(record: HealedPath) -> list[str]:
     """Return sentences on the losses of a healed path, and on what `heal` doesn't measure."""
+    sentences = []
+    if record.held_out:
+        sentences.append(describe_held_out_losses(record))
+    sentences.append(
+        "healing is for text: its accuracy isn't known until drllm evaluate measures it"
+    )
+    return sentences
+
+
+def describe_held_out_losses(record: HealedPath) -> str:
+    """Return a sentence on what a healed path loses on held-out texts of each source."""
     parts = []
     for source, losses in record.held_out.items():
         increase = signed(losses.healed - losses.full, 3)
         before = signed(losses.path - losses.full, 3)
         parts.append(f"{increase} on {source} ({before} before)")
-    sentences = ["healing is for text: its accuracy isn't known until drllm evaluate measures it"]
-    if parts:
-        sentences.insert(
-            0,
-            f"next-token loss beside the full path's, in nats a token, on held-out texts of the "
-            f"sources that {record.name} was healed on: {', '.join(parts)}; text of other sources "
-            f"may lose more",
-        )
-    return sentences
+    return (
+        f"next-token loss beside the full path's, in nats a token, on held-out texts of the "
+        f"sources that {record.name} was healed on: {', '.join(parts)}; text of other sources "
+        f"may lose more"
+    )
 
 
 def check_losses(path: PathFile, max_drop: float, max_loss_increase: float) -> None:
