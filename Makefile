@@ -36,7 +36,7 @@ help:  ## list the targets
 
 setup: $(STAMP)  ## make the environment in .venv and get the model of the demo
 
-demo: $(STAMP)  ## leave layers out of a small model, repair it, and write a report (3 minutes)
+demo: $(STAMP)  ## leave layers out of a small model, repair it, and write a report
 	$(BIN)/drllm run demo --output-dir $(DEMO)
 
 test: $(STAMP)  ## run the tests (make test ARGS="-k cache" runs some)
