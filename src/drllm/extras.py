@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from drllm.errors import ConfigError
 
 EXTRAS = {
-    "eval": ("lm_eval", "datasets"),
+    "eval": ("lm_eval", "datasets", "pyarrow"),
     "heal": ("peft",),
     "report": ("matplotlib", "markdown_it"),
     "math": ("math_verify",),

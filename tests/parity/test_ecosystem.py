@@ -269,8 +269,8 @@ def log_of_transformers(caplog):
     """Capture the errors that transformers logs; its logger doesn't propagate."""
     logger = logging.getLogger("transformers")
     logger.addHandler(caplog.handler)
-    caplog.handler.setLevel(logging.ERROR)
-    yield caplog
+    with caplog.at_level(logging.ERROR):  # the handler serves later tests too, so it's put back
+        yield caplog
     logger.removeHandler(caplog.handler)
 
 

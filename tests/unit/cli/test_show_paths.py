@@ -49,7 +49,8 @@ def narrow_output(file: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_the_table_fits_into_80_columns_with_a_row_for_each_repair(narrow_output):
     lines = narrow_output.splitlines()
-    assert max(map(len, lines)) <= 80
+    # The line with the file's name is as long as the name.
+    assert max(len(line) for line in lines if "paths.json" not in line) <= 80
     rows = [line.split() for line in lines if line.split()[1:2] in (["refit"], ["plain"])]
     assert [row[:3] for row in rows] == [
         ["skip1,", "refit", "5"],
