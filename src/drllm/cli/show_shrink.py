@@ -27,7 +27,7 @@ def show_models(record: ShrinkRecord, terminal: Terminal) -> None:
     """Print a table of the models for each task and source of texts, then the verdict."""
     names = [*record.full.tasks, *record.full.texts]
     for name in names:
-        columns = ["layers", "size", "text loss", "speed", ""]
+        columns = ["layers", "size", "text loss", "speed", "result"]
         if name in record.full.tasks:
             columns.insert(2, "accuracy")
         rows = [_make_row(record, model, name) for model in record.models]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -66,7 +66,7 @@ from drllm.tuning.heal_texts import TextArgument, TextSource, Tokens
 from drllm.tuning.heal_tokens import TextTokenizer
 from drllm.tuning.objectives import LOSS
 from drllm.tuning.run import tune
-from drllm.work.listener import Listener
+from drllm.work.listener import Listener, OnProgress
 from drllm.work.store import ResultStore, refuse_other_run
 
 SHARE_TO_TUNE = 1 / 3  # of `minutes`; the rest heals
@@ -153,7 +153,7 @@ def shrink_questions(
     listener: Listener | None = None,
 ) -> ShrinkRecord:
     """Shrink a model for questions that are read already; otherwise as `shrink`."""
-    listener = listener or Listener()
+    listener = NewNotes(listener or Listener())
     need("eval", "measuring accuracy")
     need("heal", "training an adapter")
     with ExitStack() as stack:
@@ -174,6 +174,32 @@ def _find_work_folder(output: Path | None, stack: ExitStack) -> Path:
         return Path(stack.enter_context(tempfile.TemporaryDirectory()))
     place = output.resolve()
     return place.with_name(place.name + WORK_ENDING)
+
+
+class NewNotes(Listener):
+    """Passes each note on once, since healing each candidate warns of the same texts.
+
+    Args:
+        listener: Receives the notes and the progress.
+    """
+
+    def __init__(self, listener: Listener) -> None:
+        self.listener = listener
+        self._seen: set[str] = set()
+
+    def note(self, text: str) -> None:
+        """Pass a note on if it is new."""
+        if text not in self._seen:
+            self._seen.add(text)
+            self.listener.note(text)
+
+    def busy(self, what: str) -> AbstractContextManager[Any]:
+        """Pass it on."""
+        return self.listener.busy(what)
+
+    def progress(self, title: str, unit: str) -> AbstractContextManager[OnProgress]:
+        """Pass it on."""
+        return self.listener.progress(title, unit)
 
 
 @dataclass(frozen=True)

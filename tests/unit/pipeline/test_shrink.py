@@ -13,6 +13,7 @@ from drllm.pipeline.shrink import shrink
 from drllm.pipeline.shrink_power import find_power, smallest_excluded_drop
 from drllm.pipeline.shrink_questions import read_questions
 from drllm.records.shrink import SHRINK_FILE, read_shrink
+from drllm.work.listener import Listener
 
 SMALL = {"minutes": 0.03, "num_fit": 6, "rank": 2, "num_candidates": 2}
 
@@ -63,6 +64,21 @@ def test_prompts_without_answers_are_judged_by_the_loss_of_the_full_models_answe
     assert model.config.num_hidden_layers == len(record.find(record.chosen).layers) < 6
     assert read_shrink(output / SHRINK_FILE) == record
     assert record.verdict in (output / "README.md").read_text()
+
+
+class Notes(Listener):
+    def __init__(self):
+        self.texts = []
+
+    def note(self, text):
+        self.texts.append(text)
+
+
+def test_each_candidate_has_no_warning_that_another_had(base, prompts):
+    notes = Notes()
+    shrink(base, prompts, listener=notes, **SMALL)
+    warnings = [text for text in notes.texts if "of one kind" in text]
+    assert len(warnings) == 1
 
 
 def test_nothing_is_written_if_no_loss_can_be_excluded(base, questions, tmp_path):
