@@ -5,9 +5,10 @@ from statistics import fmean
 
 from drllm.records.static_paths import SELECT, NamedPath, StaticPaths
 
-HEALED_SHARE = 0.25
-"""The share of its loss that a repaired path may keep after it is healed, in hope. Ten minutes of
-training took a path of SmolLM2 without three of 30 layers from 0.10 to 0.03 nats a token."""
+HEALED_SHARE = 0.4
+"""The share of its loss that a repaired path is expected to keep after it is healed. 300 steps took
+a path of SmolLM2 without five of 30 layers from 0.196 to 0.082 nats a token
+(docs/results/studies/2026-11-30-three-five-and-seven-layers-out.md)."""
 
 
 def choose_candidates(
@@ -15,9 +16,9 @@ def choose_candidates(
 ) -> list[NamedPath]:
     """Choose paths, from the most layers to the fewest.
 
-    A path is worth healing if a quarter of its loss on the questions of `select` is within the
-    limit. Of those paths, `num_candidates` are chosen at equal distances, the one with the fewest
-    layers among them. If no path is worth it, the one with the most layers is chosen.
+    A path is worth healing if the share `HEALED_SHARE` of its loss on the questions of `select` is
+    within the limit. Of those paths, `num_candidates` are chosen at equal distances, the one with
+    the fewest layers among them. If no path is worth it, the one with the most layers is chosen.
 
     Args:
         record: The tuned paths.

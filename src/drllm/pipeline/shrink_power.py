@@ -9,9 +9,10 @@ from drllm.statistics.paired import paired_interval
 from drllm.statistics.power import questions_to_exclude, round_up
 from drllm.statistics.verdicts import FEWEST_TEXTS
 
-DIFFERING = 0.1
-"""The share of questions whose answer turns from right to wrong or from wrong to right. A healed
-path of SmolLM2 without three of 30 layers changes 10 to 15 % of its answers."""
+DIFFERING = 0.05
+"""The share of questions whose answer turns from right to wrong or from wrong to right. It was 4 %
+of 285 built-in facts for healed paths of SmolLM2 without one and two of 30 layers, and is higher
+with more layers out. So this is nearly the best case."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +57,12 @@ def _find_task_power(name: str, num_questions: int, config: ShrinkConfig) -> Pow
 def smallest_excluded_drop(num_questions: int) -> float:
     """Return the loss of accuracy that a number of questions excludes if none is measured.
 
-    It is a share of the questions. One in ten answers is taken to change, half of them for the
+    It is a share of the questions. One in twenty answers is taken to change, half of them for the
     better; see `DIFFERING`.
 
     Example:
         >>> round(100 * smallest_excluded_drop(250), 1)
-        4.1
+        3.1
     """
     num_won = DIFFERING * num_questions / 2
     low, _ = paired_interval(num_won, num_won, num_questions)

@@ -50,7 +50,7 @@ def names(record, limit, number):
 def test_paths_beyond_hope_are_left_out():
     record = make_record([0.02, 0.1, 0.3, 0.9])
     assert names(record, 0.05, 4) == ["skip1", "skip2"]
-    assert names(record, 0.1, 4) == ["skip1", "skip2", "skip3"]
+    assert names(record, 0.15, 4) == ["skip1", "skip2", "skip3"]
 
 
 def test_the_longest_path_is_healed_even_beyond_hope():
