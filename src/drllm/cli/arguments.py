@@ -124,18 +124,18 @@ def _make_parser(verb: Verb) -> tuple[argparse.ArgumentParser, dict[str, Flag]]:
 
 
 def _read_positional(
-    verb: Verb, words: list[str], given: Mapping[str, Any]
+    verb: Verb, words: list[str], named_values: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
     """Return the values of positional arguments by name, and the words that are left over.
 
     Args:
         verb: The verb.
         words: The words that belong to no flag.
-        given: The values that were given by the names of flags. These have no word.
+        named_values: The values of flags that the user wrote by name. These have no word.
     """
     values: dict[str, Any] = {}
     for flag in verb.flags:
-        if not flag.positional or not words or flag.name in given:
+        if not flag.positional or not words or flag.name in named_values:
             continue
         if flag.many:
             values[flag.name] = words
@@ -165,13 +165,13 @@ def _refuse(
     raise ConfigError(f"{name} has no value; give {flag.expected}")
 
 
-def _refuse_second_value(verb: Verb, given: Mapping[str, Any]) -> None:
+def _refuse_second_value(verb: Verb, named_values: Mapping[str, Any]) -> None:
     """Refuse a positional argument that is given by its name too."""
     for flag in verb.flags:
-        if flag.positional and flag.name in given:
+        if flag.positional and flag.name in named_values:
             raise ConfigError(
-                f"{to_flag(flag.name)} {given[flag.name]!r} gives {flag.names[0]}, and so does a "
-                f"word without a flag; give a text once"
+                f"{flag.names[0]} is written twice: as {to_flag(flag.name)} "
+                f"{named_values[flag.name]!r} and without the flag; give a text once"
             )
 
 

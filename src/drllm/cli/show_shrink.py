@@ -14,8 +14,8 @@ from drllm.records.shrink import (
     TextScores,
     read_shrink,
 )
+from drllm.reporting.numbers import NONE, percent, plain
 from drllm.statistics.differences import Verdict
-from drllm.statistics.words import signed
 
 
 def show_shrink(file: Path, terminal: Terminal) -> None:
@@ -46,18 +46,19 @@ def _make_row(record: ShrinkRecord, model: ShrunkModel, name: str) -> list[str]:
     else:
         text_scores: TextScores = model.texts[name]
         cells.append(_write_loss(text_scores.loss, text_scores.against_full))
-    cells.append("–" if model.speed is None else f"{model.speed:.2f}×")
+    cells.append(NONE if model.speed is None else f"{model.speed:.2f}×")
     cells.append(_mark(record, model))
     return cells
 
 
 def _write_accuracy(scores: TaskScores) -> str:
     """Write an accuracy, and the interval of its difference from the full model's, in points."""
-    accuracy = f"{100 * scores.accuracy:.1f} %"
+    accuracy = percent(scores.accuracy)
     if scores.against_full is None:
         return accuracy
-    low, high = scores.against_full.accuracy.interval
-    return f"{accuracy} ({signed(100 * low, 1)} to {signed(100 * high, 1)})"
+    verdict = scores.against_full.accuracy
+    low, high = (verdict.write(end) for end in verdict.interval)
+    return f"{accuracy} ({low} to {high})"
 
 
 def _read_text_verdict(scores: TaskScores) -> Verdict | None:
@@ -66,11 +67,9 @@ def _read_text_verdict(scores: TaskScores) -> Verdict | None:
 
 def _write_loss(loss: float | None, against_full: Verdict | None) -> str:
     """Write a next-token loss, and its difference from the full model's, in nats a token."""
-    if loss is None:
-        return "–"
     if against_full is None:
-        return f"{loss:.3f}"
-    return f"{loss:.3f} ({signed(against_full.mean, 3)})"
+        return plain(loss, 3)
+    return f"{plain(loss, 3)} ({against_full.write(against_full.mean)})"
 
 
 def _mark(record: ShrinkRecord, model: ShrunkModel) -> str:

@@ -125,7 +125,6 @@ def _print_next_steps(output: Path, terminal: Terminal) -> None:
     """Print where the checkpoint is, and commands that can be pasted."""
     terminal.fact("checkpoint", f"{output}, loads with transformers alone")
     terminal.fact("numbers", output / SHRINK_FILE)
-    terminal.command(f"drllm show {shlex.quote(str(output))}")
-    terminal.command(
-        f"drllm generate --model {shlex.quote(str(output))} --prompt 'What is a cloud?'"
-    )
+    folder = str(output)
+    terminal.command(shlex.join(["drllm", "show", folder]))
+    terminal.command(shlex.join(["drllm", "generate", "--model", folder, "What is a cloud?"]))

@@ -306,7 +306,7 @@ class ShrinkRun:
             num_judged=NUM_JUDGED,
             seed=config.seed,
         )
-        tasks = [*questions.tasks, *questions.text_tasks]
+        tasks = [*questions.tasks, *questions.make_text_tasks(config.num_fit)]
         self.listener.note("step 1 of 4: which layers can go")
         return tune(
             self.base,

@@ -54,13 +54,11 @@ class ShrinkQuestions:
         sources: What paths are repaired and healed on: the questions of the tasks that aren't held
             out, and texts.
         held_out_texts: Name of a source of texts → its held-out texts.
-        num_fit: Maximum questions per task that paths are compared on.
     """
 
     tasks: Sequence[TaskSplits]
     sources: Sequence[TextSource]
     held_out_texts: Mapping[str, Sequence[str]]
-    num_fit: int
 
     @property
     def graded_tasks(self) -> list[TaskSplits]:
@@ -83,10 +81,13 @@ class ShrinkQuestions:
             sources.append(TextSource(name=name, texts=texts))
         return sources
 
-    @property
-    def text_tasks(self) -> list[TaskSplits]:
-        """The texts of each source as a task that paths are compared on."""
-        return [_make_text_task(source, self.num_fit) for source in self.sources if source.texts]
+    def make_text_tasks(self, num_fit: int) -> list[TaskSplits]:
+        """Make a task from the texts of each source, so that paths are compared on them.
+
+        Args:
+            num_fit: Maximum texts of a source that paths are fitted on.
+        """
+        return [_make_text_task(source, num_fit) for source in self.sources if source.texts]
 
     def count_to_find(self) -> dict[str, int]:
         """Return how many questions and texts find and heal paths, by task or source."""
@@ -138,7 +139,7 @@ def read_questions(
         sources.append(kept)
         held_out_texts[source.name] = held_out
     _refuse_same_name([source.name for source in sources])
-    return ShrinkQuestions(all_splits, sources, held_out_texts, config.num_fit)
+    return ShrinkQuestions(all_splits, sources, held_out_texts)
 
 
 def _refuse_divided(splits: TaskSplits) -> None:

@@ -138,7 +138,7 @@ class ShrinkRecord(Header, frozen=True, kw_only=True, forbid_unknown_fields=True
     def _describe_given_number(self) -> str:
         """Say what the model loses whose number of layers was given."""
         model = self.candidates[0]
-        sentences = [f"{capitalize(self._count(model))}, as was asked for."]
+        sentences = [f"{capitalize(self._count(model))}, as requested."]
         for task, scores in model.tasks.items():
             if scores.against_full is not None:
                 sentences.append(f"On {task}: {scores.against_full.details}.")

@@ -164,7 +164,7 @@ def test_what_is_held_out_finds_no_path(prompts, tmp_path):
     held_out_texts = set(questions.held_out_texts["numbers"])
     assert held_out_texts | set(texts_source.texts) == set(texts)
     assert not held_out_texts & set(texts_source.texts)
-    [text_task] = questions.text_tasks
+    [text_task] = questions.make_text_tasks(num_fit=64)
     tuned_on = {example.question for part in text_task.examples.values() for example in part}
     assert tuned_on <= set(texts_source.texts)
 
@@ -172,7 +172,7 @@ def test_what_is_held_out_finds_no_path(prompts, tmp_path):
 def test_the_parts_of_a_text_task_are_disjoint(prompts, tmp_path):
     texts = [f"This is text number {number}." for number in range(40)]
     file = write_rows(tmp_path / "numbers.jsonl", [{"text": text} for text in texts])
-    [text_task] = read_questions(ShrinkConfig(), prompts, file).text_tasks
+    [text_task] = read_questions(ShrinkConfig(), prompts, file).make_text_tasks(num_fit=64)
     parts = [{example.question for example in part} for part in text_task.examples.values()]
     assert all(parts)
     assert len(set.union(*parts)) == sum(map(len, parts))

@@ -1,0 +1,79 @@
+"""What `drllm shrink` prints: the table, the verdict, and commands that can be pasted."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from drllm.cli.parser import parse
+from drllm.cli.show_shrink import show_models
+from drllm.cli.shrinking import _print_next_steps
+from drllm.cli.terminal import Terminal
+from drllm.records.shrink import FULL, ShrinkRecord, ShrunkModel, TaskScores
+from drllm.statistics.differences import Differences
+from drllm.statistics.exclusion import Limits, Trial, end_at_failure, judge_task
+from drllm.statistics.verdicts import judge_counts, judge_means
+
+LIMITS = Limits(max_drop=3.0, max_loss_increase=0.05)
+LOSSES = {FULL: [3.0] * 60, "skip1": [3.01] * 60, "skip2": [3.4] * 60}
+
+
+def make_model(name, layers):
+    """A model that answers like the full one, and whose text loses as `LOSSES` says."""
+    differences = None
+    if name != FULL:
+        text_loss = judge_means("text_loss", LOSSES[name], LOSSES[FULL], seed=0)
+        differences = Differences(accuracy=judge_counts(5, 5, 1000), text_loss=text_loss)
+    scores = TaskScores(accuracy=0.5, text_loss=LOSSES[name][0], against_full=differences)
+    return ShrunkModel(
+        name=name, layers=tuple(range(layers)), num_bytes=10**6 * layers, tasks={"sums": scores}
+    )
+
+
+@pytest.fixture
+def record():
+    models = (make_model(FULL, 6), make_model("skip1", 5), make_model("skip2", 4))
+    trials = []
+    for model in models[1:]:
+        test = judge_task("sums", model.tasks["sums"].against_full, LIMITS)
+        trials.append(Trial(name=model.name, tasks=(test,)))
+    result = end_at_failure(trials, LIMITS)
+    return ShrinkRecord(
+        schema="drllm.shrink",
+        schema_version=1,
+        drllm_version="0",
+        created="",
+        model={},
+        config={},
+        inputs={},
+        libraries={},
+        tasks=("sums",),
+        num_questions={"sums": 3000},
+        num_held_out={"sums": 1000},
+        runtime={},
+        limits=LIMITS,
+        models=models,
+        trials=result.trials,
+        chosen=result.chosen,
+    )
+
+
+def test_the_table_has_a_row_for_each_model_and_says_what_became_of_it(record, capsys):
+    show_models(record, Terminal())
+    out = capsys.readouterr().out.replace("\u00a0", " ")
+    rows = [line.split() for line in out.splitlines() if line.split()[:1] in (["6"], ["5"], ["4"])]
+    assert [row[0] for row in rows] == ["6", "5", "4"]
+    assert rows[1][-2:] == ["←", "written"]
+    assert rows[2][-2:] == ["not", "shown"]
+    assert "3.400 (+0.400)" in out
+    assert record.verdict in " ".join(out.split())
+
+
+def test_the_commands_at_the_end_can_be_pasted(capsys):
+    _print_next_steps(Path("a folder"), Terminal())
+    out = capsys.readouterr().out
+    commands = [line.strip() for line in out.splitlines() if line.startswith("  drllm")]
+    assert len(commands) == 2
+    for command in commands:
+        _, *words = shlex.split(command)
+        assert parse(words).verb == words[0]
