@@ -156,10 +156,10 @@ def show_findings(evaluation: results.Evaluation, terminal: Terminal) -> None:
 
 def _write_caption(evaluation: results.Evaluation) -> str:
     """Explain what the intervals exclude and whether several comparisons are corrected for."""
-    correction = "rows are not corrected for their number"
+    correction = "not corrected for the number of rows"
     if evaluation.routed is None and len(evaluation.paths) > 1:
-        correction = "paths are corrected together"
-    return f"a loss beyond the interval's lower end is excluded; {correction}"
+        correction = "corrected for the number of paths"
+    return f"losses below the interval are excluded; {correction}"
 
 
 def _make_system_row(system: results.System, evaluation: results.Evaluation) -> list[Text]:

@@ -90,9 +90,9 @@ def _describe_work(questions: ShrinkQuestions, config: ShrinkConfig) -> str:
     for name, num_held_out in questions.count_held_out().items():
         parts.append(f"{name}: {to_find[name]:,} to find and heal paths, {num_held_out:,} held out")
     if config.layers is not None:
-        goal = f"{config.layers} layers stay, whatever that loses"
+        goal = f"{config.layers} layers stay, however much is lost"
     elif config.save is not None:
-        goal = f"{config.save} of the layers go, whatever that loses"
+        goal = f"{config.save} of the layers go, however much is lost"
     else:
         goal = (
             f"at most {config.max_drop:g} points of accuracy and {config.max_loss_increase:g} nats "

@@ -44,12 +44,12 @@ class ShrinkConfig(Settings):
     save: str | None = basic(
         None,
         placeholder="PERCENT",
-        help="share of the layers to leave out, such as 15%, whatever that loses",
+        help="share of the layers to leave out, such as 15%, however much is lost",
     )
     layers: int | None = basic(
         None,
         minimum=1,
-        help="number of layers to keep, whatever that loses",
+        help="number of layers to keep, however much is lost",
     )
     text: str | None = incidental(
         None,

@@ -194,11 +194,11 @@ class NewNotes(Listener):
             self.listener.note(text)
 
     def busy(self, what: str) -> AbstractContextManager[Any]:
-        """Pass it on."""
+        """Show that work goes on, as the other listener does."""
         return self.listener.busy(what)
 
     def progress(self, title: str, unit: str) -> AbstractContextManager[OnProgress]:
-        """Pass it on."""
+        """Show the progress, as the other listener does."""
         return self.listener.progress(title, unit)
 
 

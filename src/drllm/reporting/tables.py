@@ -108,7 +108,7 @@ def _results_caption(evaluation: Evaluation) -> str:
     if evaluation.routed:
         sentences.append("Rows are not corrected for their number.")
     elif len(evaluation.paths) > 1:
-        sentences.append("Paths are corrected together.")
+        sentences.append("Tests are corrected for the number of paths.")
     if any(system.draws > 1 for system in evaluation.systems):
         sentences.append("×N: the mean over N draws.")
     return " ".join(sentences)
