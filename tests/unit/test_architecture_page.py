@@ -23,6 +23,7 @@ MAX_STEPS = 24
 ALSO_EARLIER = {
     "models.routing.injection.Injection",  # looks for an earlier routing
     "records.codec.write_json",
+    "reporting.run.read_run",  # `evaluate` reads the run to name the next steps
     "work.store.ResultStore.put",
 }
 """What is called for something else before the step that names it."""
