@@ -15,6 +15,8 @@ from drllm.statistics.power import round_up
 ROUTING = "routing"
 """The name of the routed model in a headline."""
 
+_TEXT = "Text like these questions"  # the loss is that of questions with their right answers
+
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
@@ -204,16 +206,16 @@ def _describe_text(candidate: Candidate) -> str:
     if text_loss is None:
         return ""
     if text_loss.is_better is False:
-        return f"Its text gets worse, by {text_loss.size}."
+        return f"{_TEXT} gets worse, by {text_loss.size}."
     if text_loss.is_better:
-        return f"Its text gets better, by {text_loss.size}."
+        return f"{_TEXT} gets better, by {text_loss.size}."
     if text_loss.shown == "too few":
         needed = round_up(text_loss.needed or 0)
         return (
-            f"Whether its text gets worse isn't shown by {text_loss.n} texts; about {needed} would "
-            f"do."
+            f"Whether {_TEXT.lower()} gets worse isn't shown by {text_loss.n} texts; about "
+            f"{needed} would do."
         )
-    return f"Its text gets no worse, as far as {text_loss.n} texts can tell."
+    return f"{_TEXT} gets no worse, as far as {text_loss.n} texts can tell."
 
 
 def _compare_with_routing(routing_minus_path: Differences) -> str:

@@ -181,9 +181,10 @@ def _divide_again(
     parts[FIT] = choose(all_to_fit, num_fit, seed)
     for part, examples in parts.items():
         if not examples:
+            num_questions = sum(map(len, splits.values()))
             raise TaskError(
-                f"task {task.name!r} has no questions for the part {part!r} of a tuning; give more "
-                f"questions"
+                f"task {task.name!r} has {num_questions} questions, and none of them falls into "
+                f"the part {part!r} of a tuning; give a few hundred, since fewer show little"
             )
     return TaskSplits(task, parts, is_divided=True, all_to_fit=all_to_fit)
 

@@ -54,8 +54,8 @@ def count_sentences(text):
         (
             BETTER,
             0.0,
-            "Use path skip2 (28 of 30 layers): it answers better than all 30, by 16.7 points. Its "
-            "text gets no worse, as far as 60 texts can tell.",
+            "Use path skip2 (28 of 30 layers): it answers better than all 30, by 16.7 points. "
+            "Text like these questions gets no worse, as far as 60 texts can tell.",
         ),
         (
             SAME,
@@ -68,10 +68,15 @@ def count_sentences(text):
             WORSE,
             0.5,
             "Don't use path skip2 (28 of 30 layers): it answers worse than all 30, by 16.7 points. "
-            "Its text gets worse, by 0.5 nats a token.",
+            "Text like these questions gets worse, by 0.5 nats a token.",
         ),
         (SAME, None, "Use path skip2 (28 of 30 layers): it answers as well as all 30, as far as "),
-        (SAME, -0.5, "far as 120 questions can tell. Its text gets better, by 0.5 nats a token."),
+        (
+            SAME,
+            -0.5,
+            "far as 120 questions can tell. Text like these questions gets better, by 0.5 nats a "
+            "token.",
+        ),
     ],
 )
 def test_a_headline_says_what_to_do_and_what_becomes_of_the_text(counts, increase, sentences):
@@ -96,7 +101,11 @@ def test_too_few_texts_come_with_the_number_that_would_do():
     text = write_headline(found)
     needed = round_up(noisy.needed)
     assert text.startswith("Use it (2.5 of 3 layers):")
-    assert f"Whether its text gets worse isn't shown by 4 texts; about {needed} would do." in text
+    sentence = (
+        f"Whether text like these questions gets worse isn't shown by 4 texts; about {needed} "
+        f"would do."
+    )
+    assert sentence in text
 
 
 def test_what_saves_no_layers_and_is_not_better_is_not_to_be_used():
@@ -196,4 +205,4 @@ def test_a_loss_of_text_that_is_within_its_limit_is_no_reason_against_writing():
     text = write_headline_after_test(
         DropTest(limits=limits, trials=(trial("skip2"),)), candidate(SAME, 0.5)
     )
-    assert text.endswith("Its text gets worse, by 0.5 nats a token.")
+    assert text.endswith("Text like these questions gets worse, by 0.5 nats a token.")
