@@ -14,39 +14,29 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import msgspec
 from msgspec.structs import replace
 
-from drllm.config import EvaluateConfig, HealConfig, ShrinkConfig, TuneConfig
+from drllm.config import HealConfig, ShrinkConfig, TuneConfig
 from drllm.config.fields import make_settings, replace_settings
 from drllm.config.shrink import SHARE_OF_LAYERS
 from drllm.errors import ConfigError
-from drllm.evaluation.stage import evaluate
 from drllm.extras import need
-from drllm.models.base.layers import find_layers
 from drllm.models.base.load import BaseModel
 from drllm.models.export import check_output, export_path
 from drllm.models.routed_model import RoutedModel, unrouted
-from drllm.models.routing.healed import install_path
-from drllm.paths import StaticPath
 from drllm.pipeline.shrink_candidates import choose_candidates
+from drllm.pipeline.shrink_measurement import MAX_TOKENS, ModelMeasurement
 from drllm.pipeline.shrink_questions import ShrinkQuestions, read_questions
-from drllm.pipeline.shrink_speed import measure_speeds
 from drllm.records.codec import write_json
-from drllm.records.healed import HealedPath
 from drllm.records.manifest import new_manifest
 from drllm.records.places import only_writer
-from drllm.records.results import Evaluation
 from drllm.records.shrink import (
-    FULL,
     SHRINK_FILE,
     ShrinkRecord,
     ShrunkModel,
-    TaskScores,
-    TextScores,
     read_shrink,
 )
 from drllm.records.static_paths import PATHS_FILE, NamedPath, StaticPaths, load_path
@@ -58,10 +48,8 @@ from drllm.statistics.exclusion import (
     judge_task,
     judge_texts,
 )
-from drllm.statistics.verdicts import judge_means
 from drllm.tuning.data_splits import TasksArgument
 from drllm.tuning.heal import heal
-from drllm.tuning.heal_checks import measure_text_losses
 from drllm.tuning.heal_texts import TextArgument, TextSource, Tokens
 from drllm.tuning.heal_tokens import TextTokenizer
 from drllm.tuning.objectives import LOSS
@@ -70,8 +58,6 @@ from drllm.work.listener import Listener, OnProgress
 from drllm.work.store import ResultStore, refuse_other_run
 
 SHARE_TO_TUNE = 1 / 3  # of `minutes`; the rest heals
-MAX_TOKENS = 512  # of a held-out text, and of an answer to a prompt
-NUM_TEXTS = 400  # maximum held-out questions whose text's loss is measured
 NUM_JUDGED = 100  # maximum questions per task that choose among paths
 WORK_ENDING = ".work"  # the folder of the work is named like the output, with this ending
 
@@ -367,90 +353,10 @@ class ShrinkRun:
     ) -> ShrinkRecord:
         """Measure the full model and the candidates on what is held out."""
         self.listener.note("step 3 of 4: measuring on held-out questions")
-        evaluations = self.evaluate_tasks(folders)
-        routed = RoutedModel(self.base.model, tokenizer=self.base.tokenizer)
-        try:
-            paths = {FULL: StaticPath(range(self.base.num_layers))}
-            records = {}
-            for name, folder in folders.items():
-                path_file = load_path(folder)
-                assert isinstance(path_file.record, HealedPath)
-                records[name] = path_file.record
-                paths[name] = install_path(routed.injection, path_file)
-            losses = self.measure_losses(routed, paths, held_out)
-            plain_paths = {name: path.with_adapter("") for name, path in paths.items()}
-            with self.listener.busy("measuring time"):
-                speeds = measure_speeds(routed, plain_paths)
-        finally:
-            routed.detach()
-        models = []
-        for name, path in paths.items():
-            model = ShrunkModel(
-                name=name,
-                layers=path.layers,
-                num_bytes=self.count_bytes(path),
-                tasks=_read_task_scores(evaluations, name),
-                texts=self.compare_losses(losses, name),
-                speed=speeds[name],
-                repair="" if name == FULL else records[name].describe_repair(),
-            )
-            models.append(model)
-        return ShrinkRecord(**header, models=tuple(models))
-
-    def evaluate_tasks(self, folders: Mapping[str, Path]) -> list[Evaluation]:
-        """Evaluate the candidates on the held-out questions of tasks with right answers."""
         tasks = [splits.task for splits in self.questions.graded_tasks]
-        if not tasks:
-            return []
-        config = EvaluateConfig(
-            data_dir=self.config.data_dir,
-            baselines="none",
-            num_texts=NUM_TEXTS,
-            seed=self.config.seed,
-        )
-        paths = [str(folder) for folder in folders.values()]
-        results = evaluate(
-            self.base, tasks, config, self.work / "eval", paths=paths, listener=self.listener
-        )
-        return list(results)
-
-    def measure_losses(
-        self,
-        routed: RoutedModel,
-        paths: Mapping[str, StaticPath],
-        held_out: Mapping[str, Sequence[Tokens]],
-    ) -> dict[str, dict[str, list[float]]]:
-        """Return the loss of each held-out text of each source, along each path."""
-        losses = {}
-        for name, texts in held_out.items():
-            sequences = [text[:MAX_TOKENS] for text in texts]
-            with self.listener.busy(f"measuring the loss of {name}"):
-                measured = measure_text_losses(routed, paths, {name: sequences})
-            losses[name] = measured[name].by_path
-        return losses
-
-    def compare_losses(
-        self, losses: Mapping[str, Mapping[str, list[float]]], name: str
-    ) -> dict[str, TextScores]:
-        """Return the losses of one model, by source, compared with the full model's."""
-        scores = {}
-        for source, by_path in losses.items():
-            against_full = None
-            if name != FULL:
-                against_full = judge_means(
-                    "text_loss", by_path[name], by_path[FULL], self.config.seed
-                )
-            scores[source] = TextScores(loss=fmean(by_path[name]), against_full=against_full)
-        return scores
-
-    def count_bytes(self, path: StaticPath) -> int:
-        """Return the size of the weights of a model with the layers of a path."""
-        base = self.base
-        layers = find_layers(base.model)[1]
-        total: int = sum(weight.nbytes for weight in base.model.parameters())
-        for layer in set(range(base.num_layers)) - set(path.layers):
-            total -= sum(weight.nbytes for weight in layers[layer].parameters())
-        return total
+        measurement = ModelMeasurement(self.base, tasks, held_out, self.config, self.listener)
+        models = measurement.measure(folders, self.work / "eval")
+        return ShrinkRecord(**header, models=models)
 
     def judge(self, record: ShrinkRecord) -> ShrinkRecord:
         """Test the candidates in their order, and choose the last that passed."""
@@ -485,20 +391,6 @@ def _make_identity(values: Mapping[str, Any]) -> dict[str, Any]:
         "runtime": values["runtime"],
         "questions_sha256": values["questions_sha256"],
     }
-
-
-def _read_task_scores(evaluations: Sequence[Evaluation], name: str) -> dict[str, TaskScores]:
-    """Return the scores of one model by task."""
-    scores = {}
-    for evaluation in evaluations:
-        system = evaluation.base if name == FULL else evaluation.system(name)
-        assert system is not None
-        scores[evaluation.task] = TaskScores(
-            accuracy=system.accuracy,
-            text_loss=system.text_loss,
-            against_full=system.against_base,
-        )
-    return scores
 
 
 def _try(model: ShrunkModel, limits: Limits) -> Trial:

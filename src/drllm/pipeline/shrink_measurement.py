@@ -1,0 +1,154 @@
+"""Measures the full model and shorter paths on what `shrink` has held out.
+
+Accuracy is that of the held-out questions, by `evaluate`. Text loss is measured on the same
+questions and on the held-out texts. Size and speed are those of the checkpoint that a path becomes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from drllm.config import EvaluateConfig, ShrinkConfig
+from drllm.evaluation.stage import evaluate
+from drllm.models.base.layers import find_layers
+from drllm.models.base.load import BaseModel
+from drllm.models.routed_model import RoutedModel
+from drllm.models.routing.healed import install_path
+from drllm.paths import StaticPath
+from drllm.pipeline.shrink_speed import measure_speeds
+from drllm.records.healed import HealedPath
+from drllm.records.results import Evaluation
+from drllm.records.shrink import FULL, ShrunkModel, TaskScores, TextScores
+from drllm.records.static_paths import load_path
+from drllm.statistics.verdicts import judge_means
+from drllm.tasks.base import Task
+from drllm.tuning.heal_checks import measure_text_losses
+from drllm.tuning.heal_texts import Tokens
+from drllm.work.listener import Listener
+
+MAX_TOKENS = 512  # of a held-out text, and of an answer to a prompt
+NUM_TEXTS = 400  # maximum held-out questions whose text's loss is measured
+
+
+@dataclass(frozen=True)
+class ModelMeasurement:
+    """Measures models on held-out questions and texts.
+
+    Attributes:
+        base: The full model.
+        tasks: The tasks whose held-out questions have right answers.
+        held_out: Name of a source → its held-out texts, as tokens.
+        config: The settings.
+        listener: Receives progress and notes.
+    """
+
+    base: BaseModel
+    tasks: Sequence[Task]
+    held_out: Mapping[str, Sequence[Tokens]]
+    config: ShrinkConfig
+    listener: Listener
+
+    def measure(self, folders: Mapping[str, Path], eval_folder: Path) -> tuple[ShrunkModel, ...]:
+        """Measure the full model, then each healed path.
+
+        Args:
+            folders: Name of a path → the folder of the healed path.
+            eval_folder: The folder for the records of the evaluation.
+        """
+        evaluations = self.evaluate_tasks(folders, eval_folder)
+        routed = RoutedModel(self.base.model, tokenizer=self.base.tokenizer)
+        try:
+            paths = {FULL: StaticPath(range(self.base.num_layers))}
+            records = {}
+            for name, folder in folders.items():
+                path_file = load_path(folder)
+                assert isinstance(path_file.record, HealedPath)
+                records[name] = path_file.record
+                paths[name] = install_path(routed.injection, path_file)
+            losses = self.measure_losses(routed, paths)
+            plain_paths = {name: path.with_adapter("") for name, path in paths.items()}
+            with self.listener.busy("measuring time"):
+                speeds = measure_speeds(routed, plain_paths)
+        finally:
+            routed.detach()
+        models = []
+        for name, path in paths.items():
+            model = ShrunkModel(
+                name=name,
+                layers=path.layers,
+                num_bytes=self.count_bytes(path),
+                tasks=_read_task_scores(evaluations, name),
+                texts=self.compare_losses(losses, name),
+                speed=speeds[name],
+                repair="" if name == FULL else records[name].describe_repair(),
+            )
+            models.append(model)
+        return tuple(models)
+
+    def evaluate_tasks(self, folders: Mapping[str, Path], eval_folder: Path) -> list[Evaluation]:
+        """Evaluate the healed paths on the held-out questions of the tasks."""
+        if not self.tasks:
+            return []
+        config = EvaluateConfig(
+            data_dir=self.config.data_dir,
+            baselines="none",
+            num_texts=NUM_TEXTS,
+            seed=self.config.seed,
+        )
+        paths = [str(folder) for folder in folders.values()]
+        results = evaluate(
+            self.base, self.tasks, config, eval_folder, paths=paths, listener=self.listener
+        )
+        return list(results)
+
+    def measure_losses(
+        self, routed: RoutedModel, paths: Mapping[str, StaticPath]
+    ) -> dict[str, dict[str, list[float]]]:
+        """Return the loss of each held-out text of each source, along each path."""
+        losses = {}
+        for name, texts in self.held_out.items():
+            sequences = [text[:MAX_TOKENS] for text in texts]
+            with self.listener.busy(f"measuring the loss of {name}"):
+                measured = measure_text_losses(routed, paths, {name: sequences})
+            losses[name] = measured[name].by_path
+        return losses
+
+    def compare_losses(
+        self, losses: Mapping[str, Mapping[str, list[float]]], name: str
+    ) -> dict[str, TextScores]:
+        """Return the losses of one model, by source, compared with the full model's."""
+        scores = {}
+        for source, by_path in losses.items():
+            against_full = None
+            if name != FULL:
+                against_full = judge_means(
+                    "text_loss", by_path[name], by_path[FULL], self.config.seed
+                )
+            scores[source] = TextScores(loss=fmean(by_path[name]), against_full=against_full)
+        return scores
+
+    def count_bytes(self, path: StaticPath) -> int:
+        """Return the size of the weights of a model with the layers of a path."""
+        base = self.base
+        layers = find_layers(base.model)[1]
+        total: int = sum(weight.nbytes for weight in base.model.parameters())
+        for layer in set(range(base.num_layers)) - set(path.layers):
+            total -= sum(weight.nbytes for weight in layers[layer].parameters())
+        return total
+
+
+def _read_task_scores(evaluations: Sequence[Evaluation], name: str) -> dict[str, TaskScores]:
+    """Return the scores of one model by task."""
+    scores = {}
+    for evaluation in evaluations:
+        system = evaluation.base if name == FULL else evaluation.system(name)
+        assert system is not None
+        scores[evaluation.task] = TaskScores(
+            accuracy=system.accuracy,
+            text_loss=system.text_loss,
+            against_full=system.against_base,
+        )
+    return scores
