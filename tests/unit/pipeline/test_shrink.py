@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from drllm.config import ShrinkConfig
 from drllm.errors import ConfigError, TaskError
 from drllm.pipeline import shrink as stage
-from drllm.pipeline import shrink_questions, shrink_speed
+from drllm.pipeline import shrink_measurement, shrink_questions, shrink_speed
 from drllm.pipeline.shrink import shrink
 from drllm.pipeline.shrink_power import find_power, smallest_excluded_drop
 from drllm.pipeline.shrink_questions import read_questions
@@ -44,6 +44,7 @@ def questions(tmp_path):
 def little_work(monkeypatch):
     """Keep answers few and short, and measure time briefly."""
     monkeypatch.setattr(stage, "MAX_TOKENS", 16)
+    monkeypatch.setattr(shrink_measurement, "MAX_TOKENS", 16)
     monkeypatch.setattr(shrink_questions, "MAX_ANSWERS", 32)
     monkeypatch.setattr(shrink_speed, "MAX_ROUNDS", 1)
 
@@ -98,7 +99,7 @@ def test_force_writes_the_candidate_that_failed_without_computing_again(
     failed = shrink(base, questions, output_dir=output, **SMALL).trials[-1].name
     monkeypatch.setattr(stage, "tune", None)
     monkeypatch.setattr(stage, "heal", None)
-    monkeypatch.setattr(stage, "evaluate", None)
+    monkeypatch.setattr(shrink_measurement, "evaluate", None)
     record = shrink(base, questions, output_dir=output, force=True, **SMALL)
     assert record.is_forced
     assert record.chosen == failed
@@ -114,7 +115,7 @@ def test_a_killed_shrink_resumes_with_what_it_has_done(base, prompts, tmp_path, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "measure_speeds", stop)
+        patch.setattr(shrink_measurement, "measure_speeds", stop)
         with pytest.raises(KeyboardInterrupt):
             shrink(base, prompts, output_dir=output, **SMALL)
     assert not output.exists()
