@@ -6,7 +6,8 @@ Calibration tokens are drawn evenly from the kinds of `--text`; the kinds of `--
 measured. The texts to measure on are held out of `--text`, or come from files of their own
 (`--held-out`), so that `drllm heal` can train on all of `--text`. A table has the increase of the
 mean next-token loss over the full path's by kind, and its mean over the kinds with the 95 %
-interval over texts. The full path is the bound: an increase of 0.
+interval over texts. The full path is the bound: an increase of 0. `--png` draws the means by the
+number of layers left out.
 
 What is measured is kept in `--output-dir`, so the same command goes on after a kill, and more paths
 or numbers of tokens can be added.
@@ -14,7 +15,7 @@ or numbers of tokens can be added.
     python benchmarks/repair.py --text FILE,... [--held-out FILE,...] [--unseen FILE,...]
         [--without LAYERS/LAYERS...] [--tokens N,...] [--first-token-weight W]
         [--healed FOLDER,...] [--num-texts N] [--output-dir DIR] [--json FILE] [--quick]
-        [--model MODEL] [--device DEVICE] [--dtype DTYPE]
+        [--png FILE] [--model MODEL] [--device DEVICE] [--dtype DTYPE]
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from drllm.models.scoring.score import Request
 from drllm.paths import StaticPath
 from drllm.records.codec import hash_values
 from drllm.records.static_paths import load_path
+from drllm.reporting import drawing
 from drllm.statistics.intervals import mean_interval
 from drllm.tuning.heal_texts import Tokens, choose_calibration_texts, read_sources
 from drllm.tuning.objectives import LOSS
@@ -61,6 +63,13 @@ MAX_TOKENS = 512
 """Tokens of a text; longer ones are cut."""
 CACHE_GB = 1.0
 ADAPTER = "measured"
+PLAIN, REFIT, HEALED = "plain", "refit", "healed"
+LINES = {
+    PLAIN: ("left out", "faint"),
+    REFIT: ("repaired in closed form", "s1"),
+    HEALED: ("repaired, then trained", "s2"),
+}
+"""Way → the label and the colour of its line in the drawing."""
 
 Kinds = dict[str, list[Tokens]]
 """The texts of each kind, by the name of its file."""
@@ -238,8 +247,9 @@ def measure_all(
     print("full path:", ", ".join(f"{kind} {loss:.3f}" for kind, loss in means.items()))
     rows: list[dict[str, Any]] = []
 
-    def add(label: str, measured: Measurement) -> None:
-        row = {"row": label, "seen": summarise(full, measured, list(seen)), "unseen": {}}
+    def add(label: str, way: str, path: StaticPath, measured: Measurement) -> None:
+        row = {"row": label, "way": way, "layers_out": base.num_layers - len(path.layers)}
+        row |= {"seen": summarise(full, measured, list(seen)), "unseen": {}}
         if unseen:
             row["unseen"] = summarise(full, measured, list(unseen))
         print_row(label, row["seen"], row["unseen"])
@@ -250,15 +260,48 @@ def measure_all(
     for without in options.without.split("/"):
         left_out = set(map(int, without.split(",")))
         path = StaticPath(layer for layer in range(base.num_layers) if layer not in left_out)
-        add(f"without {without}", measurer.measure(path))
+        add(f"without {without}", PLAIN, path, measurer.measure(path))
         for num_tokens in map(int, filter(None, options.tokens.split(","))):
             measured = measurer.measure_refit(path, num_tokens, options.first_token_weight)
             label = f"without {without}, refit on {measured.num_tokens} tokens"
-            add(f"{label} in {measured.seconds:.0f} s", measured)
+            add(f"{label} in {measured.seconds:.0f} s", REFIT, path, measured)
     for name in filter(None, (options.healed or "").split(",")):
         healed = install_path(measurer.routed.injection, load_path(name))
-        add(name, measurer.measure(healed, healed.adapter))
+        add(name, HEALED, healed, measurer.measure(healed, healed.adapter))
     return {"full": means, "rows": rows, "texts_of_a_kind": num_texts}
+
+
+def draw_increases(
+    rows: Sequence[Mapping[str, Any]], num_layers: int, colours: drawing.Colours, width: float
+) -> Any:
+    """Draw the increase of the loss by the number of layers left out, a line for each way.
+
+    Each line begins at the full path, whose increase is 0. Of several refits or healed folders with as many layers out, the one that loses least is drawn.
+    """
+    figure, (axes,) = drawing.make_panels(1, 1, width, 2.6)
+    for way, (label, colour) in LINES.items():
+        best: dict[int, Mapping[str, Any]] = {}
+        for row in rows:
+            if row["way"] != way:
+                continue
+            num_out = row["layers_out"]
+            if num_out not in best or row["seen"]["mean"] < best[num_out]["mean"]:
+                best[num_out] = row["seen"]
+        if not best:
+            continue
+        counts = sorted(best)
+        means = [best[count]["mean"] for count in counts]
+        lows = [best[count]["interval"][0] for count in counts]
+        highs = [best[count]["interval"][1] for count in counts]
+        axes.plot(
+            [0, *counts], [0.0, *means], "o-", color=colours[colour], label=label, markersize=4
+        )
+        axes.vlines(counts, lows, highs, color=colours[colour], linewidth=1.2)
+    axes.axhline(0, color=colours["ink"], linewidth=1, linestyle=":", label="all layers")
+    axes.set(xlabel=f"layers left out, of {num_layers}", ylabel="loss of text, nats a token more")
+    drawing.use_whole_numbers(axes)
+    drawing.add_legend(axes, columns=2)
+    return figure
 
 
 def main() -> None:
@@ -274,6 +317,7 @@ def main() -> None:
     parser.add_argument("--healed", help="folders of drllm heal to measure too")
     parser.add_argument("--num-texts", type=int, help="texts of a kind to measure on")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/repair"))
+    parser.add_argument("--png", type=Path, help="also draw the increases to this file")
     options = parser.parse_args()
     options.clock = "wall"
     if options.tokens is None:
@@ -285,6 +329,9 @@ def main() -> None:
             figures = measure_all(base, options, sizes["num_texts"], Path(folder))
     else:
         figures = measure_all(base, options, sizes["num_texts"], options.output_dir)
+    if options.png:
+        draw = partial(draw_increases, figures["rows"], base.num_layers)
+        options.png.write_bytes(drawing.draw_png(draw, drawing.WIDE))
     common.write_figures(options, {**common.describe_run(base, options), **figures})
 
 

@@ -400,7 +400,11 @@ def test_the_loss_that_a_repair_takes_back_is_measured_by_kind_of_text(
         file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         files.append(str(file))
     words = ["--text", ",".join(files[:2]), "--unseen", files[2], "--without", "3,4/7"]
-    figures = figures_of("repair", *words, "--tokens", "400,800")
+    picture = tmp_path / "increases.png"
+    figures = figures_of("repair", *words, "--tokens", "400,800", "--png", str(picture))
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    ways = [(row["way"], row["layers_out"]) for row in figures["rows"]]
+    assert ways == [("plain", 2), *[("refit", 2)] * 2, ("plain", 1), *[("refit", 1)] * 2]
     labels = [row["row"].partition(" tokens")[0] for row in figures["rows"]]
     assert [label.partition(", refit")[0] for label in labels] == ["without 3,4"] * 3 + [
         "without 7"
