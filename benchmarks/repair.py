@@ -276,7 +276,8 @@ def draw_increases(
 ) -> Any:
     """Draw the increase of the loss by the number of layers left out, a line for each way.
 
-    Each line begins at the full path, whose increase is 0. Of several refits or healed folders with as many layers out, the one that loses least is drawn.
+    Each line begins at the full path, whose increase is 0. Of several refits or healed folders with
+    as many layers out, the one that loses least is drawn.
     """
     figure, (axes,) = drawing.make_panels(1, 1, width, 2.6)
     for way, (label, colour) in LINES.items():
