@@ -24,10 +24,13 @@ from drllm.models.routing.driver import PathPass
 from drllm.models.routing.injection import Driver, LayerCall
 from drllm.paths import StaticPath
 from drllm.tuning.heal_texts import Tokens
+from drllm.tuning.teacher_states import MAX_BYTES, SequenceStates, TeacherStates
 
 LOGITS_AT_ONCE = 2**25
 """How many logits are computed at once. They take 128 MB in float32, and several times that with
 their gradients."""
+LOGITS_IN_CACHE = 2**18
+"""How many logits' KL is computed at once on a CPU: 1 MB in float32, which a core's cache holds."""
 
 
 class LastStates(NamedTuple):
@@ -62,6 +65,7 @@ class Distillation:
         self.parameters = parameters
         self.low_precision = low_precision
         self._num_shared = num_shared_layers(self.full, path, first_layer)
+        self.teacher = TeacherStates(self._run_teacher, self._count_kept_tokens())
 
     def compute_gradients(self, batch: Sequence[Tokens]) -> Tensor:
         """Compute the gradients of the mean KL, and return the mean KL, a scalar.
@@ -77,11 +81,11 @@ class Distillation:
         for start in range(0, len(states), size):
             part = slice(start, start + size)
             with torch.no_grad():
-                target = self._logits(teacher[part]).log_softmax(dim=-1)  # [n, V]
+                target = self._logits(teacher[part])  # [n, V]
             logits = self._logits(states[part])  # [n, V]
-            kl, gradient = compute_kl(target, logits.detach())
-            logits.backward(gradient / len(states), inputs=[states])  # type: ignore[no-untyped-call]
-            kls.append(kl / len(states))
+            kl, gradient = compute_kl(target, logits.detach(), weight=1 / len(states))
+            logits.backward(gradient, inputs=[states])  # type: ignore[no-untyped-call]
+            kls.append(kl)
         for parameter in self.parameters:
             parameter.grad = None
         student.backward(states.grad, inputs=list(self.parameters))  # type: ignore[no-untyped-call]
@@ -92,25 +96,48 @@ class Distillation:
 
         The layers that both paths begin with run once, without gradients.
         """
-        # Padding is on the right, where causal attention hides it from real tokens without a mask.
-        rows = [torch.tensor(tokens) for tokens in batch]
-        ids = on_device(pad_sequence(rows, batch_first=True), self.routed.device)  # [B, T]
-        lengths = torch.tensor([len(row) for row in rows])
-        is_real = torch.arange(int(max(lengths))) < lengths[:, None]  # [B, T]
-        places = is_real.flatten().nonzero()[:, 0]  # [N]
-        decoder = self.routed.injection.decoder
-        teacher = StatesPass(self.full)
-        with torch.no_grad():
-            self._run(decoder, teacher, ids)
+        kept = self.teacher.get(batch)
         start = None
         if self._num_shared > 0:
-            start = teacher.states[self._num_shared - 1]
+            starts = [states.start for states in kept if states.start is not None]
+            start = on_device(pad_sequence(starts, batch_first=True), self.routed.device)
         student = StatesPass(self.path, start, self._num_shared)
-        self._run(decoder, student, ids)
-        return LastStates(
-            teacher=_select_tokens(teacher.states[-1], places),
-            student=_select_tokens(student.states[-1], places),
-        )
+        self._run(self.routed.injection.decoder, student, self._pad(batch))
+        lengths = torch.tensor([len(tokens) for tokens in batch])
+        is_real = torch.arange(int(max(lengths))) < lengths[:, None]  # [B, T]
+        places = is_real.flatten().nonzero()[:, 0]  # [N]
+        student_states = _select_tokens(student.states[-1], places)
+        teacher_states = torch.cat([states.last for states in kept])
+        return LastStates(on_device(teacher_states, student_states.device), student_states)
+
+    @torch.no_grad()
+    def _run_teacher(self, batch: Sequence[Tokens]) -> list[SequenceStates]:
+        """Run the full path on a batch, and return the states of each sequence, on the CPU."""
+        teacher = StatesPass(self.full)
+        self._run(self.routed.injection.decoder, teacher, self._pad(batch))
+        found = []
+        for row, tokens in enumerate(batch):
+            start = None
+            if self._num_shared > 0:
+                start = _copy_row(teacher.states[self._num_shared - 1], row, len(tokens))
+            last = _copy_row(teacher.states[-1], row, len(tokens))
+            found.append(SequenceStates(start, last))
+        return found
+
+    def _pad(self, batch: Sequence[Tokens]) -> Tensor:
+        """Return a batch as token ids `[B, T]`, with padding on the right.
+
+        There causal attention hides it from real tokens without a mask.
+        """
+        rows = [torch.tensor(tokens) for tokens in batch]
+        return on_device(pad_sequence(rows, batch_first=True), self.routed.device)
+
+    def _count_kept_tokens(self) -> int:
+        """Return how many tokens the teacher's states may be kept of."""
+        size: int = self.routed.config.get_text_config().hidden_size
+        num_states = 2 if self._num_shared > 0 else 1
+        num_bytes: int = torch.promote_types(self.routed.dtype, torch.float32).itemsize
+        return MAX_BYTES // (num_states * size * num_bytes)
 
     def precision(self) -> AbstractContextManager[Any]:
         """Return a context manager in which the model computes in `low_precision`, if it is set."""
@@ -134,7 +161,7 @@ class Distillation:
         ids = torch.zeros(1, len(states), dtype=torch.long, device=self.routed.device)
         ending = StatesPass(self.full, states[None], len(self.full.layers))
         logits: Tensor = self._run(self.routed.model, ending, ids).logits[0]
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits
 
     def _run(self, module: Any, driver: Driver, ids: Tensor) -> Any:
         """Run the model or its decoder on token ids, with layers as the driver decides."""
@@ -143,24 +170,36 @@ class Distillation:
 
 
 @torch.no_grad()
-def compute_kl(target: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the KL of some tokens, summed, and its gradient by the logits.
+def compute_kl(target: Tensor, logits: Tensor, weight: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Return the weighted KL of some tokens, summed, and its gradient by the logits.
 
     The gradient is the difference of the two distributions. To write it down takes fewer passes
-    over the vocabulary than to let autograd find it.
+    over the vocabulary than to let autograd find it. On a CPU a few tokens at a time are computed,
+    whose numbers stay in the processor's cache.
 
     Args:
-        target: The teacher's log-probabilities, `[n, V]`.
+        target: The teacher's logits, `[n, V]`.
         logits: The student's logits, `[n, V]`.
+        weight: The factor on the KL.
 
     Returns:
-        The KL, a scalar, and its gradient, `[n, V]`.
+        The KL, a scalar, and its gradient, `[n, V]` in the dtype of the logits.
     """
-    logprobs = logits.log_softmax(dim=-1)
-    target_probabilities = target.exp()
-    kl = torch.dot(target_probabilities.flatten(), (target - logprobs).flatten())
-    gradient = logprobs.exp_().sub_(target_probabilities)
-    return kl, gradient
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    gradient = torch.empty_like(logits)
+    kl = torch.zeros((), dtype=dtype, device=logits.device)
+    size = len(logits)
+    if logits.device.type == "cpu":
+        size = max(1, LOGITS_IN_CACHE // logits.shape[1])
+    for start in range(0, len(logits), size):
+        part = slice(start, start + size)
+        target_logprobs = target[part].log_softmax(dim=-1, dtype=dtype)
+        logprobs = logits[part].log_softmax(dim=-1, dtype=dtype)
+        target_probabilities = target_logprobs.exp()
+        differences = target_logprobs.sub_(logprobs)
+        kl += torch.dot(target_probabilities.flatten(), differences.flatten())
+        gradient[part] = logprobs.exp_().sub_(target_probabilities).mul_(weight)
+    return weight * kl, gradient
 
 
 class StatesPass(PathPass):
@@ -210,6 +249,11 @@ def choose_low_precision(model: Any) -> torch.dtype | None:
     else:
         is_faster = resolve_dtype("auto", model.device) == torch.bfloat16
     return torch.bfloat16 if is_faster else None
+
+
+def _copy_row(states: Tensor, row: int, num_tokens: int) -> Tensor:
+    """Copy the states of one row's real tokens to the CPU, `[T, D]`."""
+    return states[row, :num_tokens].to("cpu", copy=True)
 
 
 def _select_tokens(states: Tensor, places: Tensor) -> Tensor:

@@ -380,8 +380,9 @@ class HealRun:
         first_block = FirstBlock(self.listener, self.base.model.device)
         last_save = 0.0  # so the state is saved before the first step
         batches = make_batches(texts.to_train, self.config)
-        # A resumed training skips the batches of the steps that are done.
-        for batch in itertools.islice(batches, training.state.step, None):
+        for batch in itertools.islice(batches, training.state.step):  # done before an interruption
+            training.distillation.teacher.register(batch)
+        for batch in batches:
             if time.monotonic() - last_save > SAVE_SECONDS:
                 training.save(store)
                 last_save = time.monotonic()
