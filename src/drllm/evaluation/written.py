@@ -10,12 +10,14 @@ from typing import Any
 
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routers.stack import RouterStack
-from drllm.models.routing.batch_generation import generate_many
+from drllm.models.routing.batch_generation import GeneratedAnswer, generate_many
+from drllm.models.routing.generate import end_tokens
 from drllm.models.routing.policies import FullPolicy, RouterPolicy
 from drllm.paths import StaticPath
 from drllm.records.results import BASE, ROUTED, Sample, WrittenAnswers
 
 MAX_NEW_TOKENS = 48
+CUT = " …"  # the end of an answer that has more tokens
 
 
 def write_answers(
@@ -53,4 +55,14 @@ def _answer(
     """Answer questions as one system; inside the context `plan` the model decides as it does."""
     with plan:
         answers = generate_many(routed, questions, max_new_tokens=MAX_NEW_TOKENS)
-    return [answer.text.strip() for answer in answers]
+    texts = []
+    for answer in answers:
+        is_cut = len(answer.tokens) == MAX_NEW_TOKENS and not _has_ended(routed, answer)
+        texts.append(answer.text.strip() + (CUT if is_cut else ""))
+    return texts
+
+
+def _has_ended(routed: RoutedModel, answer: GeneratedAnswer) -> bool:
+    """Tell whether an answer has an end-of-sequence token."""
+    ends = end_tokens(routed.model.generation_config.eos_token_id)
+    return answer.tokens[-1] in ends

@@ -88,6 +88,7 @@ def write_table(
     """Write a table without empty columns, below its caption.
 
     If several rows all have the same value in a column, the caption says so instead of the column.
+    If they have the same values in all columns, the caption is all there is.
 
     Args:
         caption: What the table shows.
@@ -110,6 +111,8 @@ def write_table(
             shown_columns.append(column)
     if same:
         caption = f"{caption} The same in every row: {'; '.join(same)}."
+    if same and len(shown_columns) == 1:
+        return write_caption(caption)
     word_names = {names[0], *word_columns.split("|")}
     header_cells = [escape(names[column]) for column in shown_columns]
     alignment = ["---" if names[column] in word_names else "---:" for column in shown_columns]

@@ -241,8 +241,10 @@ def _suggest_healing(run: Run, evaluation: Result, path: System) -> Iterator[Ste
 
 
 def _drop_step(run: Run, evaluation: Result, system: System) -> Step:
-    """Suggest a test of whether a loss is excluded."""
-    paths = _name_paths(evaluation.config.get("paths"), system)
+    """Suggest a test of whether a system loses more than is allowed."""
+    paths = _find_path_file(run, evaluation, system)
+    if paths is None:
+        paths = _name_paths(evaluation.config.get("paths"), system)
     command = _evaluate_command(run, evaluation, "drop", max_drop=ALLOWED_DROP, paths=paths)
     return "Ask whether a loss that you don't allow is excluded:", command
 

@@ -67,3 +67,5 @@ def test_a_column_that_repeats_itself_goes_into_the_caption_and_an_empty_one_now
         "| x | 1 |",
         "| **y** | **2** |",
     ]
+    same = write_table("About.", "name|word", [["x", "same"], ["y", "same"]], "word")
+    assert same == "*About. The same in every row: word same.*"

@@ -120,6 +120,7 @@ def test_a_path_is_offered_as_it_was_given(run, evaluation, even, name, place):
     result = add_paths(evaluation, 1, routed=False)
     base, path = result.systems
     step = StepRecord(layer=0, adapter="healed" if ":" in name else "")
+    even = replace(even, accuracy=replace(even.accuracy, needed=None))
     changes = {
         "systems": (base, replace(path, name=name, against_base=even)),
         "paths": {name: (step,)},
@@ -127,6 +128,9 @@ def test_a_path_is_offered_as_it_was_given(run, evaluation, even, name, place):
     }
     [export] = commands(run, "export", **changes, curve=())
     assert export.values["path"] == place
+    [drop_test] = commands(run, "evaluate", **changes, curve=(), drop_test=None)
+    # No path comes before it, whose failure would end the test.
+    assert drop_test.get_settings(EvaluateConfig).paths == place
 
 
 def test_after_a_path_on_built_in_questions_shrink_is_offered_for_other_questions(
