@@ -125,6 +125,7 @@ def show_evaluation(evaluation: results.Evaluation, terminal: Terminal) -> None:
         title=_write_caption(evaluation),
         numbers_from=1,
     )
+    _show_labels(evaluation, terminal)
     if evaluation.paths and evaluation.routed is None:
         _show_descriptions(evaluation, terminal)
     if any(point.setting for point in evaluation.curve):
@@ -136,6 +137,24 @@ def show_evaluation(evaluation: results.Evaluation, terminal: Terminal) -> None:
         )
     for note in evaluation.all_notes:
         terminal.say(note)
+
+
+LABELS = {
+    "not shown": "no difference of accuracy is shown",
+    "too few": "too few questions to tell; with more of them a difference may be shown",
+    "no verdict": "base may be guessing, so nothing can be told",
+}
+"""Label of a difference that isn't shown → what it means."""
+
+
+def _show_labels(evaluation: results.Evaluation, terminal: Terminal) -> None:
+    """Print what the labels in the table mean, where it isn't plain."""
+    verdicts = [system.against_base for system in evaluation.systems if system.against_base]
+    labels = dict.fromkeys(differences.accuracy.label for differences in verdicts)
+    for name in labels:
+        if name in LABELS:
+            terminal.beside(f" {name}", LABELS[name], 11)
+    terminal.say()
 
 
 def _show_descriptions(evaluation: results.Evaluation, terminal: Terminal) -> None:
@@ -159,7 +178,7 @@ def _write_caption(evaluation: results.Evaluation) -> str:
     correction = "not corrected for the number of rows"
     if evaluation.routed is None and len(evaluation.paths) > 1:
         correction = "corrected for the number of paths"
-    return f"losses below the interval are excluded; {correction}"
+    return f"larger losses than the interval holds are excluded (95 %); {correction}"
 
 
 def _make_system_row(system: results.System, evaluation: results.Evaluation) -> list[Text]:

@@ -81,4 +81,4 @@ def _mark(record: ShrinkRecord, model: ShrunkModel) -> str:
     results: Mapping[str, bool] = {trial.name: trial.passed for trial in record.trials}
     if model.name not in results:
         return "not tested"
-    return "passed" if results[model.name] else "not shown"
+    return "passed" if results[model.name] else "not passed"

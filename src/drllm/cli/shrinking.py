@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from drllm.cli.base_model import check_model
@@ -12,7 +13,7 @@ from drllm.cli.show_shrink import show_models
 from drllm.cli.terminal import LOADING, Terminal
 from drllm.cli.verbs import Flag, verb
 from drllm.config import ModelConfig, ShrinkConfig
-from drllm.pipeline.shrink_power import find_power
+from drllm.pipeline.shrink_power import Power, find_power
 from drllm.pipeline.shrink_questions import ShrinkQuestions, read_questions
 from drllm.records.places import check_folder
 from drllm.records.shrink import SHRINK_FILE
@@ -67,9 +68,14 @@ def shrink_verb(command: CommandLine, terminal: Terminal) -> int | None:
     check_folder(output, "OUT")
     with terminal.busy("reading the questions"):
         questions = read_questions(config, config.tasks)
-    terminal.say(_describe_work(questions, config))
-    if _lacks_power(questions, config, terminal) and not force:
+    powers = _find_powers(questions, config)
+    if not (force or all(power.is_enough for power in powers)):
+        terminal.say(_describe_division(questions))
+        _refuse(powers, terminal)
         return NOT_SHOWN
+    terminal.say(f"{_describe_division(questions)} · {_describe_plan(config)}")
+    for power in powers:
+        terminal.note(power.sentence)
     with terminal.busy(LOADING):
         from drllm.pipeline.shrink import shrink_questions
 
@@ -83,12 +89,17 @@ def shrink_verb(command: CommandLine, terminal: Terminal) -> int | None:
     return None
 
 
-def _describe_work(questions: ShrinkQuestions, config: ShrinkConfig) -> str:
-    """Say how the questions are divided, what may be lost, and how long it takes."""
+def _describe_division(questions: ShrinkQuestions) -> str:
+    """Say how the questions are divided."""
     to_find = questions.count_to_find()
     parts = []
     for name, num_held_out in questions.count_held_out().items():
         parts.append(f"{name}: {to_find[name]:,} to find and heal paths, {num_held_out:,} held out")
+    return " · ".join(parts)
+
+
+def _describe_plan(config: ShrinkConfig) -> str:
+    """Say what may be lost, and how long it takes."""
     if config.layers is not None:
         goal = f"{config.layers} layers stay, however much is lost"
     elif config.save is not None:
@@ -98,27 +109,24 @@ def _describe_work(questions: ShrinkQuestions, config: ShrinkConfig) -> str:
             f"at most {config.max_drop:g} points of accuracy and {config.max_loss_increase:g} nats "
             f"a token may be lost"
         )
-    parts.append(goal)
-    parts.append(f"about {config.minutes:g} min, then measuring; Ctrl-C keeps all work")
-    return " · ".join(parts)
+    return f"{goal} · about {config.minutes:g} min, then measuring; Ctrl-C keeps all work"
 
 
-def _lacks_power(questions: ShrinkQuestions, config: ShrinkConfig, terminal: Terminal) -> bool:
-    """Print what the held-out questions can show; return whether it can't be enough."""
+def _find_powers(questions: ShrinkQuestions, config: ShrinkConfig) -> list[Power]:
+    """Return what the held-out questions can show; empty if nothing has to be shown."""
     if config.layers is not None or config.save is not None:
-        return False
-    is_enough = True
-    for power in find_power(questions, config):
+        return []
+    return find_power(questions, config)
+
+
+def _refuse(powers: Sequence[Power], terminal: Terminal) -> None:
+    """Print which questions can't show what is asked for, and what to do."""
+    for power in powers:
         if not power.is_enough:
-            is_enough = False
             terminal.say(f"NOT SHOWN: {power.sentence}.")
-        else:
-            terminal.note(power.sentence)
-    if not is_enough:
-        terminal.say(
-            "Nothing was done. Give more questions, allow a larger loss, or give --force to go on."
-        )
-    return not is_enough
+    terminal.say(
+        "Nothing was done. Give more questions, allow a larger loss, or give --force to go on."
+    )
 
 
 def _print_next_steps(output: Path, terminal: Terminal) -> None:

@@ -75,9 +75,7 @@ def describe_healed_losses(record: HealedPath) -> list[str]:
     sentences = []
     if record.held_out:
         sentences.append(describe_held_out_losses(record))
-    sentences.append(
-        "healing is for text: its accuracy isn't known until drllm evaluate measures it"
-    )
+    sentences.append("healing is for text; what it does to accuracy, drllm evaluate measures")
     return sentences
 
 
@@ -87,11 +85,11 @@ def describe_held_out_losses(record: HealedPath) -> str:
     for source, losses in record.held_out.items():
         increase = signed(losses.healed - losses.full, 3)
         before = signed(losses.path - losses.full, 3)
-        parts.append(f"{increase} on {source} ({before} before)")
+        parts.append(f"{source} {increase} ({before} before the repair)")
     return (
-        f"next-token loss beside the full path's, in nats a token, on held-out texts of the "
-        f"sources that {record.name} was healed on: {', '.join(parts)}; text of other sources "
-        f"may lose more"
+        f"next-token loss of {record.name} minus the full path's, in nats a token, on texts held "
+        f"out of the repair: {', '.join(parts)}; less is better, and text of other sources may "
+        f"lose more"
     )
 
 

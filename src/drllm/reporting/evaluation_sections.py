@@ -125,7 +125,7 @@ def build_details(evaluation: results.Evaluation) -> list[Section]:
     if findings:
         parts.append(Section("Findings in sentences", [write_list(findings)], folded=True))
     parts.append(Section("What the systems are", [systems_table(evaluation)], folded=True))
-    if evaluation.curve:
+    if any(point.setting for point in evaluation.curve):
         parts.append(Section("All depths in numbers", [depths_table(evaluation)], folded=True))
     return parts
 

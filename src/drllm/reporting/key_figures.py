@@ -76,7 +76,7 @@ def _build_system_tiles(evaluation: results.Evaluation, system: results.System) 
 
 def _build_layers_tile(name: str, evaluation: results.Evaluation, system: results.System) -> Tile:
     saved = share_saved(system.executions, evaluation.num_layers)
-    note = f"{percent(saved)} saved" if saved >= 0 else f"{percent(-saved)} more"
+    note = f"{percent(saved)} fewer" if saved >= 0 else f"{percent(-saved)} more"
     executions = plain(system.executions, 2).removesuffix(".00")
     return Tile(f"{name}: layers run", f"{executions} of {evaluation.num_layers}", note)
 

@@ -127,7 +127,7 @@ def _suggest_for_path(run: Run, evaluation: Result, path: System) -> Iterator[St
         return
     if not _is_worse(differences.accuracy) and not is_text_worse:
         yield _use_path_step(run, evaluation, path)
-    if evaluation.drop_test is None and differences.accuracy.needed is None:
+    if evaluation.drop_test is None and _may_pass(differences.accuracy):
         yield _drop_step(run, evaluation, path)
     file = _find_path_file(run, evaluation, path)
     if file is not None:
@@ -151,7 +151,7 @@ def _suggest_for_routing(run: Run, evaluation: Result, routed: System) -> Iterat
     if not has_depths:
         what = "See what is kept if fewer or more layers are saved:"
         yield what, _evaluate_command(run, evaluation, "depths", curve=DEPTHS)
-    elif evaluation.drop_test is None and saves_layers:
+    elif evaluation.drop_test is None and saves_layers and _may_pass(differences.accuracy):
         yield _drop_step(run, evaluation, routed)
     if saves_layers and not is_worse:
         routers = run.folder / "routers" if run.router_config else evaluation.routers
@@ -240,13 +240,20 @@ def _suggest_healing(run: Run, evaluation: Result, path: System) -> Iterator[Ste
     yield f"Recover the text of {path.name}, in minutes:", write_command("heal", values)
 
 
+def _may_pass(accuracy: Verdict) -> bool:
+    """Tell whether the test of a loss of `ALLOWED_DROP` points would pass on the same questions."""
+    excluded = accuracy.excluded_loss
+    return accuracy.needed is None and excluded is not None and 100 * excluded < ALLOWED_DROP
+
+
 def _drop_step(run: Run, evaluation: Result, system: System) -> Step:
     """Suggest a test of whether a system loses more than is allowed."""
     paths = _find_path_file(run, evaluation, system)
     if paths is None:
         paths = _name_paths(evaluation.config.get("paths"), system)
     command = _evaluate_command(run, evaluation, "drop", max_drop=ALLOWED_DROP, paths=paths)
-    return "Ask whether a loss that you don't allow is excluded:", command
+    what = f"Check in a script that it loses less than {ALLOWED_DROP} points (else exit status 1):"
+    return what, command
 
 
 def _compare_step(run: Run, evaluation: Evaluation) -> Step:

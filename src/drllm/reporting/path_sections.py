@@ -19,10 +19,10 @@ COLUMNS = (
     "path|layers|accuracy on test|minus full's (95 %)|loss excluded above|next-token loss on test|"
     "objective on test|on select|on fit"
 )
-LOSS_COLUMNS = "source|texts|full path|path alone|healed|recovered"
+LOSS_COLUMNS = "source|texts|full path|path alone"
 LOSS_CAPTION = (
-    "Next-token loss in nats a token, on held-out texts of the sources that the path was repaired "
-    "on; on texts of other sources less is recovered."
+    "Next-token loss in nats a token, on texts held out of the repair; on texts of other sources "
+    "less is recovered."
 )
 
 
@@ -184,23 +184,25 @@ def _change_figures(record: StaticPaths) -> list[Block]:
 
 def loss_columns(record: HealedPath) -> str:
     """Return the columns of `loss_rows`."""
+    columns = LOSS_COLUMNS
     if _has_refit_losses(record):
-        return LOSS_COLUMNS.replace("path alone|", "path alone|refit|")
-    return LOSS_COLUMNS
+        columns += "|refit"
+    if record.rank > 0:
+        columns += "|refit, then trained" if record.refit else "|trained"
+    return columns
 
 
 def loss_rows(record: HealedPath) -> Iterator[list[str]]:
-    """Yield a row for each source: its losses, and the share of the loss that was recovered."""
+    """Yield a row for each source: its losses along the full path and along the path."""
     has_refit_losses = _has_refit_losses(record)
     for name, loss in record.held_out.items():
-        lost = loss.path - loss.full
-        recovered = (loss.path - loss.healed) / lost if lost > 0 else None
         num_texts = NONE if loss.num_texts is None else count(loss.num_texts)
         losses = [plain(loss.full, 3), plain(loss.path, 3)]
         if has_refit_losses:
             losses.append(plain(loss.refit, 3))
-        losses.append(plain(loss.healed, 3))
-        yield [name, num_texts, *losses, percent(recovered, 0)]
+        if record.rank > 0:
+            losses.append(plain(loss.healed, 3))
+        yield [name, num_texts, *losses]
 
 
 def _has_refit_losses(record: HealedPath) -> bool:
@@ -218,8 +220,7 @@ def describe_healing(record: HealedPath) -> str:
     cost = plain(record.executions, 2).removesuffix(".00")
     sentences = [
         HEALED_USE,
-        f"The path runs {cost} of {record.num_layers} executions; it was "
-        f"{record.describe_repair()}.",
+        f"The path runs {cost} of {record.num_layers} layers; it was {record.describe_repair()}.",
     ]
     if record.curve:
         sentences.append(_describe_training(record))

@@ -205,7 +205,7 @@ def _build_sections_by_task(run: Run) -> list[Section]:
 
 def _build_next_section(run: Run) -> Section:
     blocks = [write_steps(suggest_steps(run))]
-    if run.absent:
+    if run.absent and (run.search or run.supervision or run.router_config):
         blocks.append(write_paragraph(f"Not in this folder: {'; '.join(run.absent)}."))
     return Section("What to do next", blocks)
 

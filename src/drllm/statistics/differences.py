@@ -149,7 +149,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         if self.is_better is not None:
             return f"it is shown to be {self.label}"
         if self.shown == "none shown":
-            return f"no difference is shown, and one of {target} would probably have been"
+            return "no difference is shown"
         if self.shown == "guessing":
             return "no verdict"
         needed = power.round_up(self.needed or 0)

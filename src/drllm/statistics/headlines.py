@@ -8,7 +8,7 @@ numbers are in tables.
 from dataclasses import dataclass
 
 from drllm.config.constants import MAX_DROP
-from drllm.statistics.differences import Differences
+from drllm.statistics.differences import Differences, Verdict
 from drllm.statistics.exclusion import DropTest
 from drllm.statistics.power import round_up
 
@@ -171,9 +171,17 @@ def advise(candidate: Candidate) -> str:
         )
     if accuracy.is_better:
         return f"Use {candidate.name_with_use}: it answers better than {base}, by {accuracy.size}."
+    return f"Use {candidate.name_with_use}{_describe_excluded_loss(accuracy)}."
+
+
+def _describe_excluded_loss(accuracy: Verdict) -> str:
+    """Say up to which loss a candidate may be used, where no loss of accuracy is shown."""
+    if not accuracy.excluded_loss:
+        return f": no loss of accuracy is shown by {accuracy.n} questions"
+    excluded = accuracy.write_excluded()
     return (
-        f"Use {candidate.name_with_use}: it answers as well as {base}, as far as {accuracy.n} "
-        f"questions can tell."
+        f" if a loss of up to {excluded} points is acceptable: {accuracy.n} questions show no loss "
+        f"of accuracy, and exclude a larger one"
     )
 
 
@@ -215,7 +223,12 @@ def _describe_text(candidate: Candidate) -> str:
             f"Whether {_TEXT.lower()} gets worse isn't shown by {text_loss.n} texts; about "
             f"{needed} would do."
         )
-    return f"{_TEXT} gets no worse, as far as {text_loss.n} texts can tell."
+    if not text_loss.excluded_loss:
+        return f"{_TEXT} isn't shown to get worse by {text_loss.n} texts; other text may."
+    return (
+        f"{_TEXT} gets worse by at most {text_loss.write_excluded()} nats a token; other text may "
+        f"lose more."
+    )
 
 
 def _compare_with_routing(routing_minus_path: Differences) -> str:

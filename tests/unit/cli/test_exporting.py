@@ -202,8 +202,8 @@ def test_a_healed_path_is_exported_with_its_losses_by_source(base, drllm, tmp_pa
     output = drllm("export --device cpu", "--model", base.name, *words).out
     card = (tmp_path / "out" / "README.md").read_text()
     for text in (output, card):
-        assert "+0.200 on arc_easy (+1.000 before)" in text
-        assert "its accuracy isn't known" in text
+        assert "arc_easy +0.200 (+1.000 before the repair)" in text
+        assert "what it does to accuracy" in text
 
 
 @pytest.mark.thorough  # the tiny model's checkpoint is loaded again and compared bit by bit

@@ -140,7 +140,7 @@ def test_the_best_path_is_not_shown_to_answer_or_write_worse(evaluation, cheap, 
     assert replace(result, systems=tuple(systems)).best_path.name == best
 
 
-@pytest.mark.parametrize(("factor", "note"), [(1.1, "10.0 % more"), (0.9, "10.0 % saved")])
+@pytest.mark.parametrize(("factor", "note"), [(1.1, "10.0 % more"), (0.9, "10.0 % fewer")])
 def test_routes_that_run_more_layers_save_none(evaluation, factor, note):
     routed = replace(evaluation.routed, executions=evaluation.num_layers * factor)
     systems = (evaluation.base, routed, *evaluation.systems[2:])

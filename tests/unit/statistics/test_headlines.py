@@ -55,14 +55,14 @@ def count_sentences(text):
             BETTER,
             0.0,
             "Use path skip2 (28 of 30 layers): it answers better than all 30, by 16.7 points. "
-            "Text like these questions gets no worse, as far as 60 texts can tell.",
+            "Text like these questions isn't shown to get worse by 60 texts; other text may.",
         ),
         (
             SAME,
             0.5,
-            "Use path skip2 (28 of 30 layers) for short answers: it answers as well as all 30, as "
-            "far as 120 questions can tell. Don't use it to write text, which gets worse by 0.5 "
-            "nats a token.",
+            "Use path skip2 (28 of 30 layers) for short answers if a loss of up to 3.1 points is "
+            "acceptable: 120 questions show no loss of accuracy, and exclude a larger one. Don't "
+            "use it to write text, which gets worse by 0.5 nats a token.",
         ),
         (
             WORSE,
@@ -70,12 +70,11 @@ def count_sentences(text):
             "Don't use path skip2 (28 of 30 layers): it answers worse than all 30, by 16.7 points. "
             "Text like these questions gets worse, by 0.5 nats a token.",
         ),
-        (SAME, None, "Use path skip2 (28 of 30 layers): it answers as well as all 30, as far as "),
+        (SAME, None, "Use path skip2 (28 of 30 layers) if a loss of up to 3.1 points is "),
         (
             SAME,
             -0.5,
-            "far as 120 questions can tell. Text like these questions gets better, by 0.5 nats a "
-            "token.",
+            "exclude a larger one. Text like these questions gets better, by 0.5 nats a token.",
         ),
     ],
 )
@@ -100,7 +99,7 @@ def test_too_few_texts_come_with_the_number_that_would_do():
     found = Candidate(name="it", executions=2.5, num_layers=3, against_base=against)
     text = write_headline(found)
     needed = round_up(noisy.needed)
-    assert text.startswith("Use it (2.5 of 3 layers):")
+    assert text.startswith("Use it (2.5 of 3 layers) if a loss of up to ")
     sentence = (
         f"Whether text like these questions gets worse isn't shown by 4 texts; about {needed} "
         f"would do."
