@@ -41,7 +41,8 @@ def comparisons_table(evaluation: Evaluation) -> Markdown:
         f"next-token loss, nats|increase excluded above|verdict on text"
     )
     caption = (
-        "Differences with 95 % intervals. Larger losses than the excluded one are ruled out (95 %)."
+        "Differences with 95 % intervals. Larger losses than the excluded one are ruled out "
+        "(95 %). Not shown: no difference is shown. Too few: too few questions or texts to tell."
     )
     if len(evaluation.paths) > 1:
         caption += f" {_explain_choice(evaluation)}"
