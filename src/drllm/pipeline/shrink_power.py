@@ -46,14 +46,19 @@ def _find_task_power(name: str, num_questions: int, config: ShrinkConfig) -> Pow
     """Return what held-out questions can exclude if as many answers are won as lost."""
     limit = config.max_drop / 100
     smallest = smallest_excluded_drop(num_questions)
-    # From many questions, since the interval of a few is wider than its width at many implies.
-    needed = questions_to_exclude(MANY, 0.0, smallest_excluded_drop(MANY), limit)
     sentence = (
         f"{num_questions} held-out questions of {name} can't exclude a loss of less than "
-        f"{100 * smallest:.1f} points, even if nothing is lost; --max-drop {config.max_drop:g} "
-        f"needs about {round_up(needed or 0):,} held-out questions, a quarter of a file"
+        f"{100 * smallest:.1f} points, even if nothing is lost"
     )
-    return Power(sentence, is_enough=smallest < limit)
+    if smallest < limit:
+        return Power(sentence, is_enough=True)
+    # From many questions, since the interval of a few is wider than its width at many implies.
+    needed = questions_to_exclude(MANY, 0.0, smallest_excluded_drop(MANY), limit)
+    sentence += (
+        f"; --max-drop {config.max_drop:g} needs about {round_up(needed or 0):,} held-out "
+        f"questions, a quarter of a file"
+    )
+    return Power(sentence, is_enough=False)
 
 
 def smallest_excluded_drop(num_questions: int) -> float:
