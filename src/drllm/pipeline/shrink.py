@@ -10,6 +10,7 @@ Source: ours; the order of the tests is explained in `statistics.exclusion`.
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from drllm.models.routed_model import RoutedModel, unrouted
 from drllm.pipeline.shrink_candidates import choose_candidates
 from drllm.pipeline.shrink_measurement import MAX_TOKENS, ModelMeasurement
 from drllm.pipeline.shrink_questions import ShrinkQuestions, read_questions
-from drllm.records.codec import write_json
+from drllm.records.codec import read_json, write_json
 from drllm.records.manifest import new_manifest
 from drllm.records.places import only_writer
 from drllm.records.shrink import (
@@ -57,7 +58,9 @@ from drllm.tuning.run import tune
 from drllm.work.listener import Listener, OnProgress
 from drllm.work.store import ResultStore, refuse_other_run
 
-SHARE_TO_TUNE = 1 / 3  # of `minutes`; the rest heals
+SHARE_TO_TUNE = 1 / 3  # of `minutes`, after which no further number of layers is tried
+LEAST_SHARE_TO_HEAL = 1 / 3  # of `minutes`, also where finding paths took longer than planned
+TIMES_FILE = "times.json"
 NUM_JUDGED = 100  # maximum questions per task that choose among paths
 WORK_ENDING = ".work"  # the folder of the work is named like the output, with this ending
 
@@ -162,6 +165,16 @@ def _find_work_folder(output: Path | None, stack: ExitStack) -> Path:
     return place.with_name(place.name + WORK_ENDING)
 
 
+class ShrinkTimes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the time is divided, as it is kept for a resumed run.
+
+    Attributes:
+        minutes_to_heal: The minutes of healing of each candidate.
+    """
+
+    minutes_to_heal: float
+
+
 class NewNotes(Listener):
     """Passes each note on once, since healing each candidate warns of the same texts.
 
@@ -214,9 +227,11 @@ class ShrinkRun:
         if finished is not None:
             return finished
         sources, held_out = self.prepare_texts()
+        started = time.monotonic()
         tuned = self.tune_paths(sources)
         candidates = self.choose_candidates(tuned)
-        folders = self.heal_candidates(candidates, sources)
+        minutes = self.divide_time(time.monotonic() - started, len(candidates))
+        folders = self.heal_candidates(candidates, sources, minutes)
         record = self.measure(header, folders, held_out)
         record = self.judge(record)
         write_json(file, record)
@@ -317,12 +332,30 @@ class ShrinkRun:
             f"{tuned.paths[-1].name}, since longer paths lose too much"
         )
 
+    def divide_time(self, tuning_seconds: float, num_candidates: int) -> float:
+        """Return the minutes to heal each candidate: what the search for paths has left.
+
+        They are kept, so that a resumed run heals for as long.
+
+        Args:
+            tuning_seconds: How long the search took. It is too little where an interrupted run did
+                a part of it, so at most two thirds of the time are used.
+            num_candidates: How many candidates share the time.
+        """
+        file = self.work / TIMES_FILE
+        if file.exists():
+            return read_json(file, ShrinkTimes).minutes_to_heal
+        minutes = self.config.minutes
+        left = min(minutes - tuning_seconds / 60, (1 - SHARE_TO_TUNE) * minutes)
+        each = max(left, LEAST_SHARE_TO_HEAL * minutes) / num_candidates
+        write_json(file, ShrinkTimes(minutes_to_heal=each))
+        return each
+
     def heal_candidates(
-        self, candidates: Sequence[NamedPath], sources: Sequence[TextSource]
+        self, candidates: Sequence[NamedPath], sources: Sequence[TextSource], minutes: float
     ) -> dict[str, Path]:
-        """Heal each candidate, and return the folder of each by the name of the path."""
+        """Heal each candidate for some minutes, and return the folder of each by its name."""
         config = self.config
-        minutes = (1 - SHARE_TO_TUNE) * config.minutes / len(candidates)
         heal_config = HealConfig(
             data_dir=config.data_dir, minutes=minutes, rank=config.rank, seed=config.seed
         )

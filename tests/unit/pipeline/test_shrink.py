@@ -9,7 +9,7 @@ from drllm.config import ShrinkConfig
 from drllm.errors import ConfigError, TaskError
 from drllm.pipeline import shrink as stage
 from drllm.pipeline import shrink_measurement, shrink_questions, shrink_speed
-from drllm.pipeline.shrink import shrink
+from drllm.pipeline.shrink import ShrinkRun, shrink
 from drllm.pipeline.shrink_power import find_power, smallest_excluded_drop
 from drllm.pipeline.shrink_questions import read_questions
 from drllm.records.shrink import SHRINK_FILE, read_shrink
@@ -211,3 +211,15 @@ def test_a_share_that_is_none_is_refused(save):
 def test_two_numbers_of_layers_are_refused():
     with pytest.raises(ConfigError, match="give one of them"):
         ShrinkConfig(save="10%", layers=5).check()
+
+
+@pytest.mark.parametrize(
+    ("tuning_minutes", "expected"),
+    [(0, 20), (9, 20), (14, 16), (25, 10), (100, 10)],
+)
+def test_healing_gets_the_time_that_finding_paths_has_left(tmp_path, tuning_minutes, expected):
+    config = ShrinkConfig(minutes=30.0)
+    run = ShrinkRun(None, None, config, tmp_path, Listener())
+    minutes = run.divide_time(60.0 * tuning_minutes, num_candidates=2)
+    assert minutes == pytest.approx(expected / 2)
+    assert run.divide_time(0.0, num_candidates=2) == minutes  # a resumed run
