@@ -29,7 +29,7 @@ from drllm.models.routing.kv_cache import RoutedCacheLayer
 from drllm.models.routing.lora import LoraWeights, read_map_sizes
 from drllm.models.routing.policies import Policy
 from drllm.models.scoring.score import Request
-from drllm.paths import to_path
+from drllm.paths import Gap, get_layers, to_path
 
 LOGIT_TOLERANCE = 2e-5
 """Greatest difference of fp32 logits (standard deviation about 1.4) that batched arithmetic made
@@ -168,6 +168,43 @@ class ListedModel:
                 logits[never] = -torch.inf
             row.append(int(logits.argmax()))
         return row[len(tokens) :]
+
+
+class MappedModel(ListedModel):
+    """A plain model whose layer list is the path, with a hook in front of each gap.
+
+    Args:
+        model: As for `ListedModel`.
+        plan: Decisions, or a static path.
+        maps: Has `cross_alone(gap, states)`, which maps the states `[T, D]` of one whole text.
+    """
+
+    def __init__(self, model: Any, plan: Any, maps: Any) -> None:
+        path = get_layers(plan)
+        super().__init__(model, path=path, cached=True)
+        stack, name = largest_list(self.model)
+        listed = getattr(stack, name)
+        num_layers = len(getattr(*largest_list(model)))
+        if path[0] > 0:
+            first = Gap(-1, path[0])
+
+            def before(_module: Any, args: Any) -> Any:
+                return (maps.cross_alone(first, args[0][0])[None], *args[1:])
+
+            listed[0].register_forward_pre_hook(before)
+        for module, layer, next_layer in zip(listed, path, (*path[1:], num_layers), strict=True):
+            if next_layer > layer + 1:
+                module.register_forward_hook(self._make_hook(maps, Gap(layer, next_layer)))
+
+    @staticmethod
+    def _make_hook(maps: Any, gap: Gap) -> Any:
+        def hook(_module: Any, _args: Any, output: Any) -> Any:
+            is_tuple = isinstance(output, tuple)
+            states = output[0] if is_tuple else output
+            mapped = maps.cross_alone(gap, states[0])[None]
+            return (mapped, *output[1:]) if is_tuple else mapped
+
+        return hook
 
 
 class LayerWalk:

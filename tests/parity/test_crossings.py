@@ -10,7 +10,15 @@ from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.policies import FixedPolicy
 from drllm.models.scoring.score import Request, Scorer, score
 from drllm.paths import Gap, StaticPath, get_layers
-from slow_way import FULL, QUESTIONS, SUM_TOLERANCE, ListedModel, said_to_slide, tiny_refit
+from slow_way import (
+    FULL,
+    QUESTIONS,
+    SUM_TOLERANCE,
+    ListedModel,
+    MappedModel,
+    said_to_slide,
+    tiny_refit,
+)
 
 TELLING_ONLY = True
 
@@ -23,7 +31,7 @@ PLANS = [
     (1, 1, 0, 0, 1, 1),
     (1, 0, 2, 1, 0, 1),
     (1, 1, 1, 1, 0, 0),  # the last layers are left out
-    (0, 1, 1, 0, 1, 1),  # no layer is before the first gap
+    (0, 1, 1, 0, 1, 1),  # the first layer is left out
     (1, 0, 0, 0, 0, 0),
     StaticPath([0, 3, 2, 5]),  # goes back
 ]
@@ -45,7 +53,7 @@ class RandomMaps:
     def __init__(self, width):
         generator = torch.Generator().manual_seed(0)
         self.maps = {}
-        for layer, next_layer in itertools.combinations(range(NUM_LAYERS + 1), 2):
+        for layer, next_layer in itertools.combinations(range(-1, NUM_LAYERS + 1), 2):
             if next_layer > layer + 1:
                 weight = 0.1 * torch.randn(width, width, generator=generator)
                 bias = 0.3 * torch.randn(width, generator=generator)
@@ -67,27 +75,6 @@ class RandomMaps:
             change = weight @ (state / rms) + bias
             outputs.append(state + (first if position == 0 else change))
         return torch.stack(outputs)
-
-
-class MappedModel(ListedModel):
-    """A plain model whose layer list is the path, with a hook in front of each gap."""
-
-    def __init__(self, model, plan, maps):
-        path = get_layers(plan)
-        super().__init__(model, path=path, cached=True)
-        listed = self.model.model.layers
-        for module, layer, next_layer in zip(listed, path, (*path[1:], NUM_LAYERS), strict=True):
-            if next_layer > layer + 1:
-                module.register_forward_hook(self.make_hook(maps, Gap(layer, next_layer)))
-
-    def make_hook(self, maps, gap):
-        def hook(_module, _args, output):
-            is_tuple = isinstance(output, tuple)
-            states = output[0] if is_tuple else output
-            mapped = maps.cross_alone(gap, states[0])[None]
-            return (mapped, *output[1:]) if is_tuple else mapped
-
-        return hook
 
 
 @pytest.fixture

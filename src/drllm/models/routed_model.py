@@ -28,6 +28,7 @@ from drllm.models.routers.files import find_routers
 from drllm.models.routers.hub import push_routers
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.batch_generation import BATCH_SIZE, GeneratedAnswer, generate_many
+from drllm.models.routing.bypass import Bypass
 from drllm.models.routing.core import Routing, take_off_routing
 from drllm.models.routing.depth_control import TOLERANCE, Calibration, find_depth_bias
 from drllm.models.routing.policies import Policy
@@ -44,6 +45,7 @@ def attach(
     tokenizer: Any = None,
     *,
     policy: Policy | None = None,
+    bypass: Bypass | None = None,
 ) -> RoutedModel:
     """Put routing on a model, in place of the routing that it may have already.
 
@@ -52,6 +54,7 @@ def attach(
         routers: Trained routers, their folder, or OWNER/NAME on the hub; None for no routers.
         tokenizer: As for `RoutedModel`.
         policy: As for `RoutedModel`.
+        bypass: As for `RoutedModel`.
 
     Raises:
         DrllmError: `RoutedModel` or `load_routers` raises it. The model is then as it was before.
@@ -66,7 +69,7 @@ def attach(
         undo.callback(
             take_off_routing(model)
         )  # puts the earlier routing back if the next line fails
-        routed = RoutedModel(model, routers, policy=policy, tokenizer=tokenizer)
+        routed = RoutedModel(model, routers, policy=policy, tokenizer=tokenizer, bypass=bypass)
         undo.pop_all()
     return routed
 
@@ -169,6 +172,8 @@ class RoutedModel(Routing):
         policy: A policy that decides in place of routers. Give routers or a policy, not both.
         tokenizer: The model's tokenizer, for functions that start from texts (`search_paths`).
             None loads the tokenizer of the model's name when it is first needed.
+        bypass: What runs in place of a skipped layer, fitted for exactly this model; None leaves
+            the state as it is. Along a healed path it is off, since that path has a repair.
 
     All other attributes (`config`, `device`, `parameters()`, ...) are the attributes of the model.
 

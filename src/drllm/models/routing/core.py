@@ -19,9 +19,10 @@ from torch import Tensor
 
 from drllm.errors import RoutingError
 from drllm.models.base import load as loading
-from drllm.models.base.layers import unwrap_peft
+from drllm.models.base.layers import find_layers, unwrap_peft
 from drllm.models.routers.checkpoint import check_routers
 from drllm.models.routers.stack import RouterStack
+from drllm.models.routing.bypass import Bypass
 from drllm.models.routing.driver import RoutingDriver
 from drllm.models.routing.generate import GenerateHandle, take_off_overrides
 from drllm.models.routing.healed import install_path
@@ -93,6 +94,7 @@ class Routing:
         *,
         policy: Policy | None = None,
         tokenizer: Any = None,
+        bypass: Bypass | None = None,
     ) -> None:
         if routers is not None and policy is not None:
             raise RoutingError("give routers or a policy, not both: only one of them can decide")
@@ -101,11 +103,14 @@ class Routing:
             if model.device.type != "meta":  # else accelerate keeps the weights elsewhere
                 routers = routers.to(model.device)
             policy = RouterPolicy(routers)
+        if bypass is not None:
+            num_layers = len(find_layers(model)[1])
+            bypass.check(num_layers, model.config.get_text_config().hidden_size)
         self.model: Any = model
         self.routers = routers
         if tokenizer is not None:
             self.tokenizer = tokenizer
-        self.driver = RoutingDriver(policy)
+        self.driver = RoutingDriver(policy, bypass)
         self.injection = Injection(model, self.driver)
         GenerateHandle(unwrap_peft(model), self.driver).put_on()
 
@@ -159,6 +164,11 @@ class Routing:
             raise RoutingError("no prompt has passed through this routed model yet")
         by_layer = torch.tensor(self.driver.last_route)  # [L, B]
         return by_layer.T.contiguous()
+
+    @property
+    def bypass(self) -> Bypass | None:
+        """What runs in place of a skipped layer; None if nothing does."""
+        return self.driver.bypass
 
     @property
     def policy(self) -> Policy:

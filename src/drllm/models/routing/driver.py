@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache
 from drllm.errors import RoutingError
 from drllm.models.base.devices import on_device
 from drllm.models.routers.stack import Spans
+from drllm.models.routing.bypass import Bypass
 from drllm.models.routing.context import Override
 from drllm.models.routing.injection import Driver, Forward, LayerCall
 from drllm.models.routing.kv_cache import RoutedCacheLayer, routed_entry
@@ -52,10 +53,15 @@ class RoutingDriver(Driver):
     The policy decides once, when a row's prompt passes through the model. The decisions are then
     pinned in the cache, or in the `generate` call if there is no cache, and all later tokens follow
     them. A layer isn't computed for the rows that skip it.
+
+    Args:
+        policy: The policy; None runs every layer once.
+        bypass: What runs in place of a skipped layer; None leaves the state as it is.
     """
 
-    def __init__(self, policy: Policy | None = None) -> None:
+    def __init__(self, policy: Policy | None = None, bypass: Bypass | None = None) -> None:
         self.policy: Policy = policy or FullPolicy()
+        self.bypass = bypass
         # The last routes `[L]`: of any thread, of each thread, and of a compiled graph.
         self._last_of_all: list[RowDecisions] = []
         self._last_by_thread: dict[int, list[RowDecisions]] = {}
@@ -140,12 +146,14 @@ class RoutedPass(Driver):
         # The decisions by layer of a policy that doesn't read the prompt, made all at once.
         self._by_layer: dict[int, RowDecisions] = {}
         self._has_begun = False
+        self._first_tokens = FirstTokens(forward.attention_mask)
         self._static_pass: PathPass | None = None  # runs the layers instead if there is a path
 
     def layer(self, call: LayerCall, hidden: Tensor) -> Tensor:
         """Run each row as often as its decision says, `[B, T, D]` to `[B, T, D]`."""
         if not self._has_begun:
             self._has_begun = True
+            self._first_tokens.begin(call)
             self._begin(call, hidden)
         if self._static_pass is not None:
             return self._static_pass.layer(call, hidden)
@@ -192,7 +200,7 @@ class RoutedPass(Driver):
         if not (call.forward.requested_outputs or is_compiling):
             call.forward.pinned_cache = call.cache
         if entry.path is not None:
-            self._static_pass = PathPass(entry.path)
+            self._static_pass = self._make_path_pass(entry.path)
 
     def _begin_path(self, call: LayerCall, hidden: Tensor) -> PathPass | None:
         """Return a pass along the policy's static path, and record its route.
@@ -206,7 +214,12 @@ class RoutedPass(Driver):
         num_rows = hidden.shape[0]
         route = [(counts[layer],) * num_rows for layer in range(call.num_layers)]
         self.driver.set_last_route(route)
-        return PathPass(path)
+        return self._make_path_pass(path)
+
+    def _make_path_pass(self, path: StaticPath) -> PathPass:
+        """Return a pass along a path. A healed path runs without the bypass: it has a repair."""
+        bypass = None if path.adapter else self.driver.bypass
+        return PathPass(path, bypass=bypass, first_tokens=self._first_tokens)
 
     def _find_decisions(self, entry: RoutedCacheLayer | None, layer: int) -> RowDecisions | None:
         """Return the decisions that were made for a layer; None if the policy has to decide now."""
@@ -311,7 +324,10 @@ class RoutedPass(Driver):
         decisions: RowDecisions,
         entry: RoutedCacheLayer | None,
     ) -> Tensor:
-        """Run a layer on each row as often as its decision says. A skipped row keeps its state."""
+        """Run a layer on each row as often as its decision says.
+
+        A row that skips it keeps its state, or gets what the bypass gives.
+        """
         if entry is not None and entry.shadow is not None:
             entry.lengthen_shadow(hidden.shape[1], hidden)
         for count in range(max(decisions)):
@@ -324,7 +340,79 @@ class RoutedPass(Driver):
             finally:
                 if entry is not None:
                     entry.end_pass()
+        if self.driver.bypass is not None and not all(decisions):
+            rows = tuple([row for row, value in enumerate(decisions) if not value])
+            is_first = self._first_tokens.find(hidden)
+            hidden = _bypass_rows(self.driver.bypass, call, hidden, is_first, rows)
         return hidden
+
+
+def _bypass_rows(
+    bypass: Bypass,
+    call: LayerCall,
+    hidden: Tensor,
+    is_first: Tensor | None,
+    rows: tuple[int, ...],
+) -> Tensor:
+    """Let the bypass of a layer stand in for it on some rows of `[B, T, D]`."""
+    if len(rows) == hidden.shape[0]:
+        return bypass.skip(call.index, hidden, is_first)
+    index = call.forward.index(rows, hidden.device)
+    if is_first is not None:
+        is_first = is_first.index_select(0, index)
+    output = bypass.skip(call.index, hidden.index_select(0, index), is_first)
+    return hidden.index_copy(0, index, output)
+
+
+class FirstTokens:
+    """Finds the first real token of each row, where it is among the tokens of a pass.
+
+    Args:
+        mask: The caller's attention mask, as in `Forward.attention_mask`.
+    """
+
+    def __init__(self, mask: Any) -> None:
+        self._mask = mask
+        self._num_past = 0  # tokens before this pass
+        self._is_first: Tensor | None = None  # [B, T]
+        self._is_found = False
+
+    def begin(self, call: LayerCall) -> None:
+        """Count the tokens before this pass, before the first layer runs."""
+        if call.cache is not None:
+            self._num_past = int(routed_entry(call.cache, call.index).get_seq_length())
+
+    def find(self, hidden: Tensor) -> Tensor | None:
+        """Return which tokens are first ones, bool `[B, T]`; None if none is."""
+        if not self._is_found:
+            self._is_found = True
+            self._is_first = self._find(hidden)
+        if self._is_first is None:
+            return None
+        return self._is_first.to(hidden.device)
+
+    def _find(self, hidden: Tensor) -> Tensor | None:
+        B, T = hidden.shape[:2]
+        mask = self._mask
+        if mask is None:
+            if self._num_past > 0:
+                return None
+            is_first = torch.zeros(B, T, dtype=torch.bool, device=hidden.device)
+            is_first[:, 0] = True
+            return is_first
+        if not isinstance(mask, Tensor):
+            raise RoutingError(
+                "an attention mask of this kind doesn't say which tokens are padding, which a "
+                "bypass has to know; give a mask of ones and zeros"
+            )
+        if mask.dim() == 2:
+            is_real = mask.bool()
+            is_first = is_real & (is_real.cumsum(dim=1) == 1)
+            return is_first[:, -T:].expand(B, T)
+        # A first real token sees itself and nothing else.
+        sees = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0  # [B, T, K]
+        sees_itself = sees.diagonal(offset=self._num_past, dim1=1, dim2=2)
+        return (sees_itself & (sees.sum(dim=2) == 1)).expand(B, T)
 
 
 def _find_pinned_entry(cache: Cache) -> RoutedCacheLayer | None:
@@ -399,10 +487,21 @@ class PathPass(Driver):
     Args:
         path: The path.
         num_run: How many layers of the path have run already, in another pass.
+        bypass: What runs in place of a layer that the path leaves out; None for nothing.
+        first_tokens: Finds the first real tokens, for the bypass.
     """
 
-    def __init__(self, path: StaticPath, num_run: int = 0) -> None:
+    def __init__(
+        self,
+        path: StaticPath,
+        num_run: int = 0,
+        bypass: Bypass | None = None,
+        first_tokens: FirstTokens | None = None,
+    ) -> None:
         self.path = path
+        self._bypass = bypass
+        self._first_tokens = first_tokens
+        self._last_layer = path.layers[num_run - 1] if num_run else -1
         # Layers still to run, the next one last.
         self._remaining = list(reversed(path.layers[num_run:]))
         self._calls: list[LayerCall] = []  # the calls of the loop so far, by layer
@@ -423,8 +522,21 @@ class PathPass(Driver):
         self._calls.append(call)
         self._entries.append(self._entry(call, hidden))
         while self._remaining and self._remaining[-1] <= call.index:
-            hidden = self._run(self._remaining.pop(), hidden)
+            layer = self._remaining.pop()
+            hidden = self._cross(layer, hidden)
+            hidden = self._run(layer, hidden)
+            self._last_layer = layer
+        if call.is_last:
+            hidden = self._cross(call.num_layers, hidden)
         return hidden
+
+    def _cross(self, next_layer: int, hidden: Tensor) -> Tensor:
+        """Let the bypass stand in for the layers between the last one that ran and the next."""
+        if self._bypass is None or next_layer <= self._last_layer + 1:
+            return hidden
+        assert self._first_tokens is not None
+        is_first = self._first_tokens.find(hidden)
+        return self._bypass.cross(self._last_layer, next_layer, hidden, is_first)
 
     def end(self) -> None:
         """Drop the calls, which hold the pass and the cache in memory."""

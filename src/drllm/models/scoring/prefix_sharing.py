@@ -64,7 +64,8 @@ class PackedRows:
     keep_kv: bool = False  # whether K/V is kept, so that other rows can continue these rows
     past: PackedRows | None = None  # the rows that hold the past, with `keep_kv`
     past_rows: Sequence[int] = ()  # for each row, the row of `past` that it continues
-    crossings: Crossings | None = None  # what runs in the gaps of paths; None for nothing
+    # What runs in the gaps of paths; None for the model's bypass, or nothing without one.
+    crossings: Crossings | None = None
     # The number that identifies these rows in the cache.
     number: int = field(default_factory=itertools.count().__next__, init=False)
 
@@ -226,6 +227,9 @@ class PrefixSharingDriver(Driver):
         ]
         self._paths = {plan: get_layers(plan) for _, plan in self.pairs}
         self._adapter = find_common_adapter([plan for _, plan in self.pairs])
+        self._crossings = self.rows.crossings
+        if self._crossings is None and not self._adapter:  # a healed path has a repair of its own
+            self._crossings = self.rows.routed.bypass
         self._held: dict[RowPath, PrefixState] = {}  # the states that the pass holds
         self._calls: list[LayerCall] = []  # the calls of layers so far
         self._empty_entries: list[object] = []  # for each call, a copy of the layer's cache entry
@@ -268,8 +272,8 @@ class PrefixSharingDriver(Driver):
                 state = state[len(state) - num :]
             final.append(state)
             gaps.append(Gap(path[-1], num_layers))
-        if self.rows.crossings is not None:
-            final = self._cross(self.rows.crossings, final, gaps, [row for row, _ in self.pairs])
+        if self._crossings is not None:
+            final = self._cross(self._crossings, final, gaps, [row for row, _ in self.pairs])
         final = [state.to(embeddings.device) for state in final]
         if not self.drops_tokens:
             return stack_left_padded(final, embeddings.shape[1])
@@ -456,16 +460,16 @@ class PrefixSharingDriver(Driver):
         A path's first execution reads the row's embeddings, and every other the state before it.
         """
         inputs = []
-        gaps: list[Gap | None] = []
+        gaps: list[Gap] = []
         for row, path in states:
             if len(path) > 1:
                 inputs.append(self._held[row, path[:-1]].hidden)
                 gaps.append(Gap(path[-2], path[-1]))
             else:
                 inputs.append(embeddings[row, -self.lengths[row] :])
-                gaps.append(None)
-        if self.rows.crossings is not None:
-            inputs = self._cross(self.rows.crossings, inputs, gaps, [row for row, _ in states])
+                gaps.append(Gap(-1, path[0]))
+        if self._crossings is not None:
+            inputs = self._cross(self._crossings, inputs, gaps, [row for row, _ in states])
         device = inputs[0].device  # states lie on two devices where the model changes its device
         return stack_left_padded([part.to(device) for part in inputs])
 
@@ -473,7 +477,7 @@ class PrefixSharingDriver(Driver):
         self,
         crossings: Crossings,
         parts: Sequence[Tensor],
-        gaps: Sequence[Gap | None],
+        gaps: Sequence[Gap],
         rows: Sequence[int],
     ) -> list[Tensor]:
         """Apply crossings to the states that cross a gap; return all states, `[T, D]` each.
@@ -481,14 +485,14 @@ class PrefixSharingDriver(Driver):
         Args:
             crossings: What runs in gaps.
             parts: The last tokens of the states, or all their tokens.
-            gaps: For each state, the layer that returned it and the layer that it enters; None
-                before the first layer of a path. Neighbouring layers have no gap between them.
+            gaps: For each state, the layer that returned it and the layer that it enters; the
+                embeddings come from layer -1. Neighbouring layers have no gap between them.
             rows: The row of each state.
         """
         crossed = list(parts)
         places_by_gap: dict[Gap, list[int]] = {}
         for place, gap in enumerate(gaps):
-            if gap is not None and gap.next_layer > gap.layer + 1:
+            if gap.next_layer > gap.layer + 1:
                 places_by_gap.setdefault(gap, []).append(place)
         for gap, places in places_by_gap.items():
             lengths = [len(parts[place]) for place in places]

@@ -1,0 +1,125 @@
+"""Bypass: what runs in place of a skipped layer, a linear map fitted in closed form.
+
+Without a bypass a skipped layer leaves the state as it is. With one, the state h becomes
+
+    h + Q P n(h) + b,    n(h) = h / rms(h)
+
+with P `[r, D]`, Q `[D, r]` and b `[D]` of the layer. The first real token of a text becomes h + c
+instead, since its state may be 100 times as large as others. `tuning.fit_bypass` fits the maps.
+
+Axes: L layers, D hidden, r rank.
+
+Source: ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from drllm.errors import RoutingError
+
+
+def normalise(states: Tensor) -> Tensor:
+    """Return n(h): states divided by the root mean squares of their entries, `[..., D]`."""
+    return states * (states.square().mean(dim=-1, keepdim=True) + 1e-12).rsqrt()
+
+
+class LayerMap(NamedTuple):
+    """The map of one layer: P `[r, D]`, Q `[D, r]`, b `[D]` and c `[D]`."""
+
+    down: Tensor
+    up: Tensor
+    bias: Tensor
+    first: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Bypass:
+    """The maps of all layers of one model, in float32. It is a `Crossings`.
+
+    Attributes:
+        down: P of each layer, `[L, r, D]`.
+        up: Q of each layer, `[L, D, r]`.
+        bias: b of each layer, `[L, D]`.
+        first: c of each layer, `[L, D]`.
+    """
+
+    down: Tensor
+    up: Tensor
+    bias: Tensor
+    first: Tensor
+
+    def __post_init__(self) -> None:
+        L, r, D = self.down.shape
+        shapes = {"up": (L, D, r), "bias": (L, D), "first": (L, D)}
+        for name, shape in shapes.items():
+            found = tuple(getattr(self, name).shape)
+            if found != shape:
+                raise RoutingError(
+                    f"{name!r} of this bypass has the shape {list(found)}; expected {list(shape)}"
+                )
+
+    @property
+    def num_layers(self) -> int:
+        """The number of layers, L."""
+        return self.down.shape[0]
+
+    @property
+    def rank(self) -> int:
+        """The rank of the maps, r."""
+        return self.down.shape[1]
+
+    @property
+    def hidden_size(self) -> int:
+        """The size of a state, D."""
+        return self.down.shape[2]
+
+    def check(self, num_layers: int, hidden_size: int) -> None:
+        """Raise a RoutingError if the bypass is for a model of another shape."""
+        if (self.num_layers, self.hidden_size) != (num_layers, hidden_size):
+            raise RoutingError(
+                f"this bypass is for a model of {self.num_layers} layers and a hidden size of "
+                f"{self.hidden_size}; the model has {num_layers} and {hidden_size}"
+            )
+
+    def to(self, device: torch.device | str) -> Bypass:
+        """Return the bypass on a device."""
+        return Bypass(*(tensor.to(device) for tensor in self.tensors().values()))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors by name, in the order of the arguments."""
+        return {"down": self.down, "up": self.up, "bias": self.bias, "first": self.first}
+
+    def skip(self, layer: int, states: Tensor, is_first: Tensor | None = None) -> Tensor:
+        """Return what a skipped layer gives in place of its output, `[..., D]`.
+
+        Args:
+            layer: The layer.
+            states: What enters the layer, `[..., D]`. The result has its dtype and device.
+            is_first: Whether a token is the first real token of its text, bool `[...]`; None if no
+                token is.
+        """
+        layer_map = self._find_map(layer, states)
+        values = states.to(layer_map.down.dtype)
+        inner = nn.functional.linear(normalise(values), layer_map.down)
+        changes = nn.functional.linear(inner, layer_map.up, layer_map.bias)
+        if is_first is not None:
+            changes = torch.where(is_first[..., None], layer_map.first, changes)
+        return (values + changes).to(states.dtype)
+
+    def cross(self, layer: int, next_layer: int, states: Tensor, is_first: Tensor | None) -> Tensor:
+        """See `Crossings.cross`: each layer of the gap is skipped, one after the other."""
+        for skipped in range(layer + 1, next_layer):
+            states = self.skip(skipped, states, is_first)
+        return states
+
+    def _find_map(self, layer: int, states: Tensor) -> LayerMap:
+        """Return a layer's map on the device of some states, in float32 or their wider dtype."""
+        dtype = torch.promote_types(states.dtype, torch.float32)
+        return LayerMap(
+            *(tensor[layer].to(states.device, dtype) for tensor in self.tensors().values())
+        )

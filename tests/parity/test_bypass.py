@@ -1,0 +1,233 @@
+"""A model with a bypass against the slow way: one plain text at a time, token by token."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from drllm.errors import RoutingError
+from drllm.models.base.prompts import pad_left
+from drllm.models.routed_model import RoutedModel, attach, detach
+from drllm.models.routing.bypass import Bypass
+from drllm.models.scoring.score import Request, score
+from drllm.paths import StaticPath
+from slow_way import (
+    FULL,
+    LOGIT_TOLERANCE,
+    QUESTIONS,
+    SUM_TOLERANCE,
+    MappedModel,
+    answers,
+    routers_for,
+    tiny_refit,
+)
+
+NUM_LAYERS = 6
+RANK = 3
+PROMPTS = [[5, 6, 7, 8, 9], [20, 21], [40, 41, 42, 43, 44, 45, 46]]
+MIXED = [(1, 1, 0, 0, 1, 1), (1, 0, 2, 1, 0, 1), (0, 1, 1, 1, 1, 0)]
+"""A row of decisions for each prompt: gaps inside, with a repeat, and at both ends."""
+PLANS = [
+    FULL,
+    *MIXED,
+    (1, 0, 0, 0, 0, 0),
+    StaticPath([0, 1, 4, 4, 2, 3, 5]),  # goes back
+]
+GREEDY = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": [2]}
+FAMILIES = ("llama", "gpt2", "gpt_neox", "gemma3_text", "qwen3")
+
+
+def random_bypass(width, num_layers=NUM_LAYERS):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(size, *shape):
+        return size * torch.randn(*shape, generator=generator)
+
+    return Bypass(
+        draw(0.3, num_layers, RANK, width),
+        draw(0.3, num_layers, width, RANK),
+        draw(0.2, num_layers, width),
+        draw(1.0, num_layers, width),
+    )
+
+
+class BypassAlone:
+    """The same maps, for one whole text at a time, written out."""
+
+    def __init__(self, bypass):
+        self.bypass = bypass
+
+    def cross_alone(self, gap, states):
+        for layer in range(gap.layer + 1, gap.next_layer):
+            states = torch.stack(list(self.skip_alone(layer, states)))
+        return states
+
+    def skip_alone(self, layer, states):
+        for position, state in enumerate(states):
+            if position == 0:
+                yield state + self.bypass.first[layer]
+                continue
+            normal = state / float(state.square().mean()) ** 0.5
+            inner = self.bypass.down[layer] @ normal
+            yield state + self.bypass.up[layer] @ inner + self.bypass.bias[layer]
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request, tiny_model):
+    return tiny_model(request.param)
+
+
+@pytest.fixture
+def llama(tiny_llama):
+    return tiny_llama()
+
+
+def mapped(model, plan, bypass):
+    """Return the slow way for one plan; `model` isn't routed."""
+    return MappedModel(model, plan, BypassAlone(bypass))
+
+
+def width_of(model):
+    return model.config.get_text_config().hidden_size
+
+
+def test_each_row_of_a_padded_batch_says_what_it_says_alone(model):
+    bypass = random_bypass(width_of(model))
+    expected = [
+        mapped(model, plan, bypass).logits(prompt)[-1]
+        for plan, prompt in zip(MIXED, PROMPTS, strict=True)
+    ]
+    routed = RoutedModel(model, bypass=bypass)
+    ids, mask = pad_left(PROMPTS, "cpu")
+    positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    with routed.fixed(MIXED), torch.no_grad():
+        found = routed(**inputs, use_cache=False).logits[:, -1]
+    assert torch.allclose(found, torch.stack(expected), atol=LOGIT_TOLERANCE)
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_a_plan_says_what_the_slow_way_says(llama, plan):
+    bypass = random_bypass(width_of(llama))
+    expected = mapped(llama, plan, bypass).logits(PROMPTS[0])
+    routed = RoutedModel(llama, bypass=bypass)
+    with routed.fixed(plan), torch.no_grad():
+        found = routed(torch.tensor(PROMPTS[:1])).logits[0]
+    assert torch.allclose(found, expected, atol=LOGIT_TOLERANCE)
+
+
+WAYS = {
+    "a cache": {},
+    "no cache": {"use_cache": False},
+    "a static cache": {"cache_implementation": "static"},
+    "the prompt in chunks": {"prefill_chunk_size": 2},
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_a_batch_generates_what_each_row_generates_alone(model, way):
+    bypass = random_bypass(width_of(model))
+    expected = [
+        mapped(model, plan, bypass).greedy(prompt, 6, never=2)
+        for plan, prompt in zip(MIXED, PROMPTS, strict=True)
+    ]
+    routed = RoutedModel(model, bypass=bypass)
+    with routed.fixed(MIXED):
+        assert answers(routed.model, PROMPTS, **GREEDY, **way) == expected
+
+
+def test_a_path_that_goes_back_generates_what_the_slow_way_generates(llama):
+    bypass = random_bypass(width_of(llama))
+    path = PLANS[-1]
+    expected = [mapped(llama, path, bypass).greedy(prompt, 6, never=2) for prompt in PROMPTS]
+    routed = RoutedModel(llama, bypass=bypass)
+    with routed.fixed(path):
+        assert answers(routed.model, PROMPTS, **GREEDY) == expected
+
+
+def test_a_text_that_is_read_in_parts_has_one_first_token(llama):
+    bypass = random_bypass(width_of(llama))
+    plan = MIXED[0]
+    text = PROMPTS[2]
+    expected = mapped(llama, plan, bypass).logits(text)
+    routed = RoutedModel(llama, bypass=bypass)
+    cache = DynamicCache(config=llama.config)
+    found = []
+    with routed.fixed(plan), torch.no_grad():
+        for start in range(0, len(text), 3):
+            part = torch.tensor([text[start : start + 3]])
+            found.append(routed(part, past_key_values=cache).logits[0])
+    assert torch.allclose(torch.cat(found), expected, atol=LOGIT_TOLERANCE)
+
+
+def test_scores_are_those_of_each_path_alone(llama):
+    bypass = random_bypass(width_of(llama))
+    stem = [60, 61, 62, 63, 64, 65, 66, 67]
+    requests = [Request([*stem, *item.context], item.continuations) for item in QUESTIONS]
+    expected = []
+    for plan in PLANS:
+        alone = mapped(llama, plan, bypass)
+        expected.append([alone.sums(item.context, item.continuations) for item in requests])
+    outcomes = score(RoutedModel(llama, bypass=bypass), requests, PLANS)
+    for row, row_sums in zip(outcomes, expected, strict=True):
+        for outcome, sums in zip(row, row_sums, strict=True):
+            assert list(outcome.logprobs) == pytest.approx(sums, abs=SUM_TOLERANCE)
+
+
+def test_generated_answers_are_those_of_each_path_alone(llama, tiny_tokenizer):
+    bypass = random_bypass(width_of(llama))
+    requests = [Request(prompt, max_new_tokens=5) for prompt in PROMPTS]
+    expected = []
+    for plan in MIXED:
+        alone = mapped(llama, plan, bypass)
+        expected.append([alone.greedy(prompt, 5) for prompt in PROMPTS])
+    routed = RoutedModel(llama, tokenizer=tiny_tokenizer, bypass=bypass)
+    outcomes = score(routed, requests, MIXED)
+    assert any(outcome.tokens for row in outcomes for outcome in row)
+    for row, row_tokens in zip(outcomes, expected, strict=True):
+        for outcome, tokens in zip(row, row_tokens, strict=True):
+            assert list(outcome.tokens) == tokens[: len(outcome.tokens)]
+
+
+def test_routers_decide_on_the_states_that_the_bypass_leaves(llama):
+    bypass = random_bypass(width_of(llama))
+    routers = routers_for(llama)
+    routed = attach(llama, routers, bypass=bypass)
+    with torch.no_grad():
+        found = routed(torch.tensor(PROMPTS[:1])).logits[0]
+    route = tuple(routed.last_route[0].tolist())
+    assert 0 in route
+    detach(routed)
+    assert torch.allclose(found, mapped(llama, route, bypass).logits(PROMPTS[0]), atol=1e-4)
+
+
+def test_a_healed_path_runs_without_the_bypass(llama):
+    path = StaticPath([0, 1, 3, 4], "a")
+    inputs = torch.tensor(PROMPTS[:1])
+    found = []
+    for bypass in (None, random_bypass(width_of(llama))):
+        routed = RoutedModel(llama, bypass=bypass)
+        routed.injection.add_adapter("a", refit=tiny_refit(routed, [1, 4], seed=0))
+        with routed.fixed(path), torch.no_grad():
+            found.append(routed(inputs).logits)
+        requests = [Request.from_text(prompt) for prompt in PROMPTS]
+        found.append(score(routed, requests, [path]))
+        routed.detach()
+    assert torch.equal(found[0], found[2])
+    assert found[1] == found[3]
+
+
+def test_the_full_path_and_a_disabled_model_are_the_base_model_bit_for_bit(llama):
+    inputs = torch.tensor(PROMPTS[:1])
+    with torch.no_grad():
+        expected = llama(inputs).logits
+        routed = RoutedModel(llama, bypass=random_bypass(width_of(llama)))
+        assert torch.equal(routed(inputs).logits, expected)
+        with routed.fixed(MIXED[0]), routed.disabled():
+            assert torch.equal(routed(inputs).logits, expected)
+
+
+def test_a_bypass_of_another_shape_is_refused_and_the_model_stays_as_it_was(llama):
+    for wrong in (random_bypass(width_of(llama), 5), random_bypass(8)):
+        with pytest.raises(RoutingError, match="this bypass is for a model of"):
+            RoutedModel(llama, bypass=wrong)
+    RoutedModel(llama)
