@@ -409,10 +409,10 @@ class FirstTokens:
             is_real = mask.bool()
             is_first = is_real & (is_real.cumsum(dim=1) == 1)
             return is_first[:, -T:].expand(B, T)
-        # A first real token sees itself and nothing else.
+        # A first real token sees itself and nothing else. Padding may look the same, which does no
+        # harm.
         sees = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0  # [B, T, K]
-        sees_itself = sees.diagonal(offset=self._num_past, dim1=1, dim2=2)
-        return (sees_itself & (sees.sum(dim=2) == 1)).expand(B, T)
+        return (sees.sum(dim=2) == 1).expand(B, T)
 
 
 def _find_pinned_entry(cache: Cache) -> RoutedCacheLayer | None:
