@@ -29,6 +29,7 @@ from drllm.models.routers.hub import push_routers
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.batch_generation import BATCH_SIZE, GeneratedAnswer, generate_many
 from drllm.models.routing.bypass import Bypass
+from drllm.models.routing.bypass_file import load_bypass
 from drllm.models.routing.core import Routing, take_off_routing
 from drllm.models.routing.depth_control import TOLERANCE, Calibration, find_depth_bias
 from drllm.models.routing.policies import Policy
@@ -45,7 +46,7 @@ def attach(
     tokenizer: Any = None,
     *,
     policy: Policy | None = None,
-    bypass: Bypass | None = None,
+    bypass: Bypass | Path | str | None = None,
 ) -> RoutedModel:
     """Put routing on a model, in place of the routing that it may have already.
 
@@ -54,13 +55,15 @@ def attach(
         routers: Trained routers, their folder, or OWNER/NAME on the hub; None for no routers.
         tokenizer: As for `RoutedModel`.
         policy: As for `RoutedModel`.
-        bypass: As for `RoutedModel`.
+        bypass: As for `RoutedModel`, or its file.
 
     Raises:
         DrllmError: `RoutedModel` or `load_routers` raises it. The model is then as it was before.
     """
     if isinstance(routers, (str, Path)):
         routers = load_routers(find_routers(routers))
+    if isinstance(bypass, (str, Path)):
+        bypass = load_bypass(bypass)
     if isinstance(model, (RoutedModel, BaseModel)):
         if tokenizer is None:
             tokenizer = vars(model).get("tokenizer")  # None if it isn't loaded yet

@@ -14,8 +14,11 @@ Source: ours.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,12 +49,14 @@ class Bypass:
         up: Q of each layer, `[L, D, r]`.
         bias: b of each layer, `[L, D]`.
         first: c of each layer, `[L, D]`.
+        model: The identity of the model that it was fitted for; empty if that isn't known.
     """
 
     down: Tensor
     up: Tensor
     bias: Tensor
     first: Tensor
+    model: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         L, r, D = self.down.shape
@@ -86,9 +91,13 @@ class Bypass:
                 f"{self.hidden_size}; the model has {num_layers} and {hidden_size}"
             )
 
-    def to(self, device: torch.device | str) -> Bypass:
-        """Return the bypass on a device."""
-        return Bypass(*(tensor.to(device) for tensor in self.tensors().values()))
+    @cached_property
+    def sha256(self) -> str:
+        """The hash of the tensors, by which records and routers recognise the bypass."""
+        digest = hashlib.sha256()
+        for tensor in self.tensors().values():
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by name, in the order of the arguments."""

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from drllm.errors import RoutingError
 from drllm.models.base import load as loading
-from drllm.models.base.layers import find_layers, unwrap_peft
+from drllm.models.base.layers import unwrap_peft
 from drllm.models.routers.checkpoint import check_routers
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.bypass import Bypass
+from drllm.models.routing.bypass_file import check_bypass
 from drllm.models.routing.driver import RoutingDriver
 from drllm.models.routing.generate import GenerateHandle, take_off_overrides
 from drllm.models.routing.healed import install_path
@@ -104,8 +105,7 @@ class Routing:
                 routers = routers.to(model.device)
             policy = RouterPolicy(routers)
         if bypass is not None:
-            num_layers = len(find_layers(model)[1])
-            bypass.check(num_layers, model.config.get_text_config().hidden_size)
+            check_bypass(model, bypass)
         self.model: Any = model
         self.routers = routers
         if tokenizer is not None:
