@@ -75,7 +75,9 @@ def generate(command: CommandLine, terminal: Terminal) -> None:
     with open_model(choose_model(command, inputs.routers, inputs.path), terminal) as base:
         from drllm.models.routed_model import RoutedModel
 
-        routed = RoutedModel(base.model, inputs.routers, tokenizer=base.tokenizer)
+        routed = RoutedModel(
+            base.model, inputs.routers, tokenizer=base.tokenizer, bypass=base.bypass
+        )
         path_summary = None
         if inputs.path is not None:
             policy, path_summary = _follow_path(routed, inputs.path)

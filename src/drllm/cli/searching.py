@@ -100,7 +100,7 @@ def _forecast(
         from drllm.models.routed_model import RoutedModel
         from drllm.search.forecast import forecast_search
 
-        routed = RoutedModel(base.model, tokenizer=base.tokenizer)
+        routed = RoutedModel(base.model, tokenizer=base.tokenizer, bypass=base.bypass)
         forecasts = forecast_search(routed, questions, config)
     show_forecasts(forecasts, base, config, terminal)
     terminal.say("nothing was written; to search, leave --dry-run out")

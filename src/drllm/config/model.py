@@ -31,6 +31,11 @@ class ModelConfig(Settings):
         help="attention implementation of transformers, e.g. sdpa",
     )
     trust_remote_code: bool = setting(False, help="run modelling code that comes with a hub model")
+    bypass: str | None = setting(
+        None,
+        placeholder="FILE",
+        help="file of 'drllm bypass', whose linear maps run in place of skipped layers",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -21,6 +21,7 @@ from drllm.models.routing.healed import HealedAdapter, read_adapter
 from drllm.paths import StaticPath
 from drllm.records.codec import sha256
 from drllm.records.healed import HealedPath
+from drllm.records.identity import BYPASS
 from drllm.records.static_paths import PathFile
 from drllm.tasks.examples import KL_REWARD, OPTIONS_REWARD
 from drllm.work.listener import Listener
@@ -185,7 +186,8 @@ def save_seeds(routers: Sequence[LoadedRouters], output: Path) -> SeedRouters:
 def check_seeds(routers: SeedRouters, workers: Workers) -> None:
     """Refuse routers of another model."""
     for stack in routers.stacks.values():
-        check_routers(workers.base.model, stack, workers.base.identity)
+        identity = workers.base.identity
+        check_routers(workers.base.model, stack, identity, identity.get(BYPASS, ""))
 
 
 def read_adapters(

@@ -9,6 +9,7 @@ Axes: B rows, L layers.
 from __future__ import annotations
 
 import builtins
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -29,7 +30,7 @@ from drllm.models.routers.hub import push_routers
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.batch_generation import BATCH_SIZE, GeneratedAnswer, generate_many
 from drllm.models.routing.bypass import Bypass
-from drllm.models.routing.bypass_file import load_bypass
+from drllm.models.routing.bypass_file import check_bypass, load_bypass
 from drllm.models.routing.core import Routing, take_off_routing
 from drllm.models.routing.depth_control import TOLERANCE, Calibration, find_depth_bias
 from drllm.models.routing.policies import Policy
@@ -90,6 +91,23 @@ def detach(model: Any) -> Any:
     return model
 
 
+def load_with_bypass(config: ModelConfig | str) -> BaseModel:
+    """Load a base model, and its bypass if the settings name one.
+
+    Args:
+        config: The settings, or the name of the model.
+
+    Raises:
+        DrllmError: `load`, `load_bypass` or `check_bypass` raises it.
+    """
+    base = loading.load(config)
+    if isinstance(config, str) or config.bypass is None:
+        return base
+    bypass = load_bypass(config.bypass)
+    check_bypass(base.model, bypass)
+    return dataclasses.replace(base, bypass=bypass)
+
+
 @contextmanager
 def unrouted(
     model: Any, tokenizer: Any = None, listener: Listener | None = None
@@ -109,10 +127,12 @@ def unrouted(
             stack.enter_context(base_hub.quiet())
             name = model if isinstance(model, str) else model.model
             with (listener or Listener()).busy(f"loading {name}"):
-                model = loading.load(model)
+                model = load_with_bypass(model)
+        bypass = None
         if isinstance(model, RoutedModel):
             if tokenizer is None:
                 tokenizer = model.tokenizer
+            bypass = model.bypass
             model = model.model
         if not isinstance(model, BaseModel):
             if tokenizer is None:
@@ -122,7 +142,7 @@ def unrouted(
                     "the model comes without a tokenizer or a name; give it as tokenizer="
                 )
             name = str(getattr(model, "name_or_path", "") or "in memory")
-            model = BaseModel(model.eval(), tokenizer, name)
+            model = BaseModel(model.eval(), tokenizer, name, bypass=bypass)
         stack.callback(take_off_routing(model.model))
         yield model
 

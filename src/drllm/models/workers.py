@@ -14,8 +14,8 @@ from drllm.config import ExecutorConfig, ModelConfig
 from drllm.errors import ConfigError
 from drllm.models.base.batching import share_memory
 from drllm.models.base.hub import quiet
-from drllm.models.base.load import BaseModel, load, load_without_weights
-from drllm.models.routed_model import RoutedModel, unrouted
+from drllm.models.base.load import BaseModel, load_without_weights
+from drllm.models.routed_model import RoutedModel, load_with_bypass, unrouted
 from drllm.work.listener import Listener
 from drllm.work.local import LocalExecutor
 from drllm.work.ray import RayExecutor, WorkerPlan
@@ -35,8 +35,8 @@ class LoadRouted:
         torch.set_num_threads(plan.num_threads)
         share_memory(plan.num_sharing)
         with quiet():
-            base = load(dataclasses.replace(self.config, device=plan.device))
-        routed = RoutedModel(base.model, tokenizer=base.tokenizer)
+            base = load_with_bypass(dataclasses.replace(self.config, device=plan.device))
+        routed = RoutedModel(base.model, tokenizer=base.tokenizer, bypass=base.bypass)
         return routed, base.identity, base.runtime
 
 
@@ -80,7 +80,7 @@ def open_workers(
             yield workers
         return
     with unrouted(model, tokenizer, listener) as base:
-        routed = RoutedModel(base.model, tokenizer=base.tokenizer)
+        routed = RoutedModel(base.model, tokenizer=base.tokenizer, bypass=base.bypass)
         try:
             yield Workers(base, routed, LocalExecutor(routed, base.identity, base.runtime))
         finally:

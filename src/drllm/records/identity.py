@@ -1,6 +1,8 @@
-"""Compares the base models of two files by their fingerprints."""
+"""Compares the base models of two files by their fingerprints and their bypasses."""
 
 import logging
+from collections.abc import Mapping
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,23 @@ def _split_fingerprint(fingerprint: str) -> tuple[str, str]:
     parts = fingerprint.split("-")
     embedding = parts[1] if len(parts) > 1 else ""
     return parts[0], embedding
+
+
+BYPASS = "bypass"
+"""The key of the hash of a bypass in an identity. Without a bypass the key is missing."""
+
+
+def compare_bypass(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
+    """Say how the bypasses of two identities differ; return an empty text if they are the same."""
+    first_hash = first.get(BYPASS)
+    second_hash = second.get(BYPASS)
+    if first_hash == second_hash:
+        return ""
+    return f"{_name_bypass(first_hash)}, and not {_name_bypass(second_hash)}"
+
+
+def _name_bypass(sha256: str | None) -> str:
+    return f"the bypass {sha256[:8]}" if sha256 else "no bypass"
 
 
 def differ(key: str, first: object, second: object, where: str) -> bool:

@@ -16,7 +16,7 @@ import msgspec
 
 from drllm.errors import PathError, RecordError
 from drllm.paths import Decisions, check_decisions, num_executions
-from drllm.records.identity import differ
+from drllm.records.identity import compare_bypass, differ
 from drllm.records.manifest import read_manifest, read_records
 from drllm.records.search import Question
 from drllm.records.splits import question_key
@@ -209,13 +209,30 @@ def check_targets(files: Sequence[Path], identity: Mapping[str, Any]) -> list[st
     for file in files:
         manifest = read_manifest(file, "supervision") or {}
         rewards += manifest.get("rewards") or []
-        model = manifest.get("model", {})
-        for name in ("num_layers", "fingerprint"):
-            if name in model and differ(name, model[name], identity[name], str(file)):
-                raise RecordError(
-                    f"{file} holds targets of {model.get('id', 'another model')!r} ({name} "
-                    f"{model[name]}), but the base model {identity['id']!r} has {name} "
-                    f"{identity[name]}; give the model that the targets were searched with, or "
-                    f"search with this model"
-                )
+        check_targets_model(manifest.get("model", {}), identity, str(file))
     return list(dict.fromkeys(rewards))
+
+
+def check_targets_model(model: Mapping[str, Any], identity: Mapping[str, Any], name: str) -> None:
+    """Refuse targets of another base model, or of another bypass.
+
+    Args:
+        model: The identity of the model that the targets were searched with; empty if unknown.
+        identity: The identity of the base model.
+        name: The name of the targets in the message, such as their file.
+    """
+    if not model:
+        return
+    difference = compare_bypass(model, identity)
+    if difference:
+        raise RecordError(
+            f"{name} holds targets that were searched with {difference}; give the bypass that they "
+            f"were searched with, or search anew"
+        )
+    for key in ("num_layers", "fingerprint"):
+        if key in model and differ(key, model[key], identity[key], name):
+            raise RecordError(
+                f"{name} holds targets of {model.get('id', 'another model')!r} ({key} "
+                f"{model[key]}), but the base model {identity['id']!r} has {key} {identity[key]}; "
+                f"give the model that the targets were searched with, or search with this model"
+            )

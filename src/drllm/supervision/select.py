@@ -11,12 +11,13 @@ import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from drllm.config import SearchConfig, SuperviseConfig
 from drllm.config.fields import replace_settings
 from drllm.errors import ConfigError, RecordError, unknown_name
-from drllm.records.identity import differ
+from drllm.records.identity import compare_bypass, differ
 from drllm.records.manifest import new_manifest, write_or_remove, write_records
 from drllm.records.search import SearchRecord, SearchRecords, TriedPath, read_search
 from drllm.records.splits import question_key
@@ -43,11 +44,13 @@ class Supervision(tuple[SupervisionRecord, ...]):
         reasons: For each search record, why it has no target; None if it has a target.
         summary: Counts of questions, paths and targets; see `summarise`.
         rewards: Names of the rewards of the searches that the targets come from.
+        model: The identity of the model that was searched; empty if it isn't known.
     """
 
     reasons: tuple[str | None, ...]
     summary: dict[str, Any]
     rewards: tuple[str, ...]
+    model: Mapping[str, Any] = MappingProxyType({})
 
 
 def supervise(
@@ -104,6 +107,7 @@ def supervise_to_file(
     supervision = pick_targets(records, config)
     if not supervision:
         raise RecordError(_describe_no_targets(supervision.summary))
+    supervision.model = next((source.model for source in all_records if source.model), {})
     if file is not None:
         write_supervision(supervision, all_records, file, config)
     return supervision
@@ -398,6 +402,12 @@ def _check_same_model(first: SearchRecords, second: SearchRecords) -> None:
     Models are compared by the fingerprint of their weights, since the same weights may have two
     ids. Without fingerprints they are compared by id and revision.
     """
+    difference = compare_bypass(first.model, second.model)
+    if difference:
+        raise RecordError(
+            f"{first.file} and {second.file} were searched with {difference}; make one supervision "
+            f"file for each"
+        )
     common_names = first.model.keys() & second.model.keys()
     names = ["fingerprint", "num_layers", "hidden_size", "class"]
     if "fingerprint" not in common_names:

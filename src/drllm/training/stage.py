@@ -33,7 +33,12 @@ from drllm.records.codec import encode, write_atomically
 from drllm.records.layers import LAYERS_FILE, Layers
 from drllm.records.manifest import write_or_remove
 from drllm.records.places import check_folder, stage_folder
-from drllm.records.supervision import RejectedQuestion, TargetSet, check_targets
+from drllm.records.supervision import (
+    RejectedQuestion,
+    TargetSet,
+    check_targets,
+    check_targets_model,
+)
 from drllm.training import CHECKPOINT_FILE
 from drllm.training.checkpoint import (
     is_done,
@@ -183,6 +188,8 @@ def _compute_inputs(
         rewards = getattr(targets.records, "rewards", ())  # an attribute of `Supervision`
         if targets.files:
             rewards = check_targets(targets.files, identity)
+        else:
+            check_targets_model(getattr(targets.records, "model", {}), identity, "this supervision")
         features = collect_features(
             workers,
             targets.records,

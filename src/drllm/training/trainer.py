@@ -27,6 +27,7 @@ from drllm.models.base.devices import on_device
 from drllm.models.routers.checkpoint import build_stack
 from drllm.models.routers.config import RouterConfig
 from drllm.models.routers.stack import NUM_DECISIONS, RouterStack
+from drllm.records.identity import BYPASS
 from drllm.records.splits import hash_text, question_key
 from drllm.supervision.summary import class_counts
 from drllm.training.features import Features, split_rows
@@ -197,6 +198,7 @@ class Trainer:
             base_revision=base_identity["revision"],
             base_class=base_identity["class"],
             base_fingerprint=base_identity["fingerprint"],
+            bypass=base_identity.get(BYPASS, ""),
             label_counts=self.label_counts,
         )
         stack = RouterStack(router_config, make_generator("weights", self.config.seed))

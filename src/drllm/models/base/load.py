@@ -25,6 +25,7 @@ from drllm.models.base.aliases import ALIASES
 from drllm.models.base.identity import describe
 from drllm.models.base.layers import unwrap_peft
 from drllm.models.base.places import check_alias_settings, locate
+from drllm.records.identity import BYPASS
 from drllm.work.listener import logger
 
 MAX_NAMES = 3  # maximum number of weights that an error names
@@ -53,12 +54,14 @@ class BaseModel:
         name: Alias, hub id or folder, as the user wrote it. It is the hub id for an alias whose
             package isn't installed.
         revision: Commit of a hub model; None for an alias or a folder.
+        bypass: What runs in place of a skipped layer (`models.routing.bypass`); None for nothing.
     """
 
     model: Any
     tokenizer: Any
     name: str
     revision: str | None = None
+    bypass: Any = None
 
     @property
     def num_layers(self) -> int:
@@ -67,8 +70,14 @@ class BaseModel:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """The entries by which manifests and router checkpoints identify the model."""
-        return {"id": self.name, "revision": self.revision, **describe(self.model)}
+        """The entries by which manifests and router checkpoints identify the model.
+
+        A bypass is one of them, since states and labels found with it aren't those without it.
+        """
+        identity = {"id": self.name, "revision": self.revision, **describe(self.model)}
+        if self.bypass is not None:
+            identity[BYPASS] = self.bypass.sha256
+        return identity
 
     @property
     def runtime(self) -> dict[str, Any]:

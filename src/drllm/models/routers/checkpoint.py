@@ -27,7 +27,7 @@ from drllm.models.routers.config import FORMAT_VERSION, RouterConfig, read_confi
 from drllm.models.routers.files import AUTO_FILE
 from drllm.models.routers.places import CONFIG_FILE, WEIGHTS_FILE
 from drllm.models.routers.stack import NUM_DECISIONS, RouterStack
-from drllm.records.identity import differ
+from drllm.records.identity import BYPASS, compare_bypass, differ
 
 AUTO_CONTENT = {
     "library_name": "drllm",
@@ -256,9 +256,14 @@ def _find_problem(name: str, tensor: Tensor, shape: list[int]) -> str | None:
 
 
 def check_routers(
-    model: Any, routers: RouterStack, identity: Mapping[str, Any] | None = None
+    model: Any,
+    routers: RouterStack,
+    identity: Mapping[str, Any] | None = None,
+    bypass: str = "",
 ) -> None:
     """Refuse routers that were made for another model; the message lists every difference.
+
+    Routers that were trained with a bypass need it, since it changes the states that they read.
 
     PEFT adapters and devices don't matter. If only the base model's id differs, a warning says so.
 
@@ -266,8 +271,15 @@ def check_routers(
         model: The model.
         routers: The routers.
         identity: What `describe` returns for the model, if its weights are in other processes.
+        bypass: The hash of the model's bypass; empty for none.
     """
     config = routers.config
+    difference = compare_bypass({BYPASS: config.bypass}, {BYPASS: bypass})
+    if difference:
+        raise CheckpointError(
+            f"these routers were trained with {difference}; give the model the same bypass "
+            f"(--bypass), or train routers with this one"
+        )
     differences = _compare_base(config, identity or describe(model))
     if differences:
         expected = config.base_model or "another model"

@@ -38,6 +38,7 @@ class RouterConfig:
         base_revision: Revision of the base model, if known.
         base_class: Class name of the base model.
         base_fingerprint: The `fingerprint` of the base model's weights; empty if unknown.
+        bypass: The hash of the bypass that the routers were trained with; empty for none.
         label_counts: `[L][3]`: how often each decision was the target at each layer in training;
             empty if the routers weren't trained on targets.
         training: Settings and final metrics, for the model card. Only two keys are used otherwise:
@@ -55,6 +56,7 @@ class RouterConfig:
     base_revision: str | None = None
     base_class: str = ""
     base_fingerprint: str = ""
+    bypass: str = ""
     label_counts: tuple[tuple[Count, Count, Count], ...] = ()
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
 

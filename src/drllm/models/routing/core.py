@@ -100,7 +100,7 @@ class Routing:
         if routers is not None and policy is not None:
             raise RoutingError("give routers or a policy, not both: only one of them can decide")
         if routers is not None:
-            check_routers(model, routers)
+            check_routers(model, routers, bypass="" if bypass is None else bypass.sha256)
             if model.device.type != "meta":  # else accelerate keeps the weights elsewhere
                 routers = routers.to(model.device)
             policy = RouterPolicy(routers)

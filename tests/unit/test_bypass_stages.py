@@ -1,0 +1,112 @@
+"""A bypass goes with all stages, and what was made with it isn't used without it."""
+
+import pytest
+import torch
+
+import drllm
+from drllm.errors import CheckpointError, RecordError
+from drllm.models.base.identity import describe
+from drllm.models.routed_model import RoutedModel, attach
+from drllm.models.routing.bypass import Bypass
+
+ROWS = [
+    {"question": f"Is {number} even?", "choices": ["yes", "no"], "answer": number % 2}
+    for number in range(24)
+]
+SEARCH = {"num_simulations": 12, "limit": 6, "block_size": 3}
+TRAIN = {"num_epochs": 1, "warmup_steps": 0, "validation_fraction": 0.0}
+
+
+def draw_bypass(model, seed=0):
+    D = model.config.hidden_size
+    L = model.config.num_hidden_layers
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(L, 2, D), (L, D, 2), (L, D), (L, D)]
+    tensors = [0.3 * torch.randn(shape, generator=generator) for shape in shapes]
+    return Bypass(*tensors, model=describe(model))
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base):
+    return tiny_base()
+
+
+@pytest.fixture(scope="module")
+def bypass(base):
+    return draw_bypass(base.model)
+
+
+def route(base, bypass, routers=None):
+    """Return the routed model, in place of an earlier one."""
+    return attach(base.model, routers, base.tokenizer, bypass=bypass)
+
+
+@pytest.fixture(scope="module")
+def records(base, bypass):
+    return drllm.search_paths(route(base, bypass), ROWS, **SEARCH)
+
+
+@pytest.fixture(scope="module")
+def routers(base, bypass, records):
+    targets = drllm.supervise(records)
+    return drllm.train(route(base, bypass), targets, **TRAIN)
+
+
+def test_records_and_routers_name_the_bypass(bypass, records, routers):
+    assert records.model["bypass"] == bypass.sha256
+    assert routers.config.bypass == bypass.sha256
+
+
+def test_a_search_with_a_bypass_finds_other_values(base, bypass, records):
+    plain = drllm.search_paths(route(base, None), ROWS, **SEARCH)
+    assert "bypass" not in plain.model
+    kls = [
+        {path.decisions: path.kl for record in found for path in record.paths}
+        for found in (records, plain)
+    ]
+    common = [plan for plan in kls[0].keys() & kls[1].keys() if 0 in plan]
+    assert common
+    assert any(kls[0][plan] != pytest.approx(kls[1][plan], abs=1e-4) for plan in common)
+
+
+@pytest.mark.parametrize("seed", [None, 1])
+def test_labels_of_another_bypass_are_not_trained_on(base, records, seed):
+    other = None if seed is None else draw_bypass(base.model, seed)
+    targets = drllm.supervise(records)
+    with pytest.raises(RecordError, match=r"with the bypass [0-9a-f]{8}, and not "):
+        drllm.train(route(base, other), targets, **TRAIN)
+
+
+@pytest.mark.parametrize("seed", [None, 1])
+def test_routers_of_another_bypass_are_refused(base, routers, seed):
+    other = None if seed is None else draw_bypass(base.model, seed)
+    with pytest.raises(CheckpointError, match="trained with the bypass"):
+        route(base, other, routers)
+
+
+def test_routers_without_a_bypass_are_refused_with_one(base, bypass, routers):
+    plain = drllm.search_paths(route(base, None), ROWS, **SEARCH)
+    trained = drllm.train(route(base, None), drllm.supervise(plain), **TRAIN)
+    with pytest.raises(CheckpointError, match="trained with no bypass, and not the bypass"):
+        route(base, bypass, trained)
+
+
+def test_an_evaluation_runs_with_the_bypass(base, bypass, routers):
+    routed = route(base, bypass, routers)
+    [result] = drllm.evaluate(routed, "builtin_facts", baselines="none", num_texts=4, limit=4)
+    assert result.model["bypass"] == bypass.sha256
+    assert result.routed is not None
+
+
+def test_a_loaded_model_takes_its_bypass_from_the_settings(model_folder, tmp_path):
+    from drllm.models.routing.bypass_file import BypassRecord, save_bypass
+
+    folder = str(model_folder())
+    base = drllm.load(folder, device="cpu")
+    bypass = draw_bypass(base.model)
+    file = tmp_path / "bypass.safetensors"
+    save_bypass(file, bypass, BypassRecord(model=dict(bypass.model)))
+    config = drllm.ModelConfig(model=folder, device="cpu", bypass=str(file))
+    records = drllm.search_paths(config, ROWS, **SEARCH)
+    assert records.model["bypass"] == bypass.sha256
+    RoutedModel(base.model)
