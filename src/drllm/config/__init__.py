@@ -4,6 +4,7 @@ Each field of these classes is a setting. It becomes a flag and a key of YAML fi
 is checked. `config.fields` says how a field is declared. This package doesn't import torch.
 """
 
+from drllm.config.bypass import BypassConfig
 from drllm.config.constants import SPLITS
 from drllm.config.evaluate import TIMING, EvaluateConfig
 from drllm.config.executor import ExecutorConfig
@@ -22,6 +23,7 @@ __all__ = [
     "SPLITS",
     "STOP_RULES",
     "TIMING",
+    "BypassConfig",
     "DepthConfig",
     "EvaluateConfig",
     "ExecutorConfig",

@@ -118,6 +118,7 @@ def export_path(
 
     Source: ours.
     """
+    base.refuse_bypass("export writes an ordinary checkpoint")
     output = Path(output_dir)
     file: PathFile | None = None
     if isinstance(path, PathFile):

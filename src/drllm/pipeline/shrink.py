@@ -152,6 +152,7 @@ def shrink_questions(
             check_output(output)
         stack.enter_context(only_writer(work, "shrink", "OUT"))
         base = stack.enter_context(unrouted(model, tokenizer, listener))
+        base.refuse_bypass("shrink repairs paths")
         run = ShrinkRun(base, questions, config, work, listener)
         record = run.find_models()
         return run.write(record, output, force=force)

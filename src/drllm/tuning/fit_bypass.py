@@ -1,263 +1,213 @@
-"""Fit a bypass: for each layer a linear map that stands in for it, solved in closed form.
-
-The map of layer l is a ridge regression with an intercept, fitted on the full path's own states:
-from n(h_l), where h_l enters the layer, to h_{l+1} − h_l, what the layer adds. λ is chosen on
-held-out texts. The map is then cut to a rank by the principal axes of the fitted values. First
-tokens are apart: there the mean of what the layer adds is used.
-
-One pass over the texts sums up what the regressions need, for as many layers as fit into memory.
-
-Axes: n tokens, L layers, D hidden, r rank.
-
-Source: ours.
-"""
+"""The stage `bypass`: fit linear maps that run in place of skipped layers, and write them."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
-from typing import NamedTuple
+from contextlib import ExitStack
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor
+import msgspec
+from safetensors.torch import load as from_safetensors
+from safetensors.torch import save as to_safetensors
 
-from drllm.errors import TaskError
-from drllm.models.base.batching import free_bytes
-from drllm.models.base.devices import on_device
-from drllm.models.routed_model import RoutedModel
-from drllm.models.routing.bypass import Bypass, normalise
-from drllm.models.routing.injection import Driver, LayerCall
-from drllm.tuning.heal_texts import MIN_TEXTS, Tokens
-from drllm.tuning.layer_states import StatesBatch, make_batches
-from drllm.tuning.refit import high_precision, split_for_ridge
-from drllm.work.listener import OnProgress
+from drllm.config import BypassConfig, HealConfig
+from drllm.config.fields import replace_settings
+from drllm.errors import ConfigError
+from drllm.models.base.load import BaseModel
+from drllm.models.routed_model import RoutedModel, unrouted
+from drllm.models.routing.bypass import Bypass
+from drllm.models.routing.bypass_file import (
+    BYPASS_FILE,
+    BypassRecord,
+    load_bypass,
+    load_bypass_with_record,
+    save_bypass,
+)
+from drllm.records.places import only_writer
+from drllm.tasks.base import Task
+from drllm.tuning.bypass_solver import BypassSolver, LayerSolution, join_solutions
+from drllm.tuning.heal_texts import (
+    TextArgument,
+    TextSource,
+    Tokens,
+    choose_calibration_texts,
+    cut_texts,
+    digest_sources,
+    read_sources,
+    warn_of_texts,
+)
+from drllm.tuning.heal_tokens import TextTokenizer
+from drllm.work.listener import Listener
+from drllm.work.store import ResultStore, refuse_other_run
 
-RANK = 64
-RIDGES = tuple(10.0**exponent for exponent in range(-5, 2))
-"""The values of λ to choose from, for inputs of variance 1."""
-SMALLEST_DEVIATION = 1e-6
-"""The least standard deviation of an input; an input that is always the same would divide by 0."""
-SHARE_OF_MEMORY = 0.25  # of the free memory of the host that the sums may take
-MATRICES_PER_LAYER = 4  # [D, D] in float64: inner and cross, of both parts of the texts
-
-
-class LayerSums:
-    """The sums over tokens from which the map of one layer is solved, in float64 on the host.
-
-    Attributes:
-        inner: Σ x xᵀ, `[D, D]`, with x = n(h).
-        cross: Σ x dᵀ, `[D, D]`, with d what the layer adds.
-        inputs: Σ x, `[D]`.
-        changes: Σ d, `[D]`.
-        squares: Σ ‖d‖².
-        num_tokens: How many tokens these are; first tokens aren't among them.
-        first: Σ d over first tokens, `[D]`.
-        num_first: How many first tokens there are.
-    """
-
-    def __init__(self, hidden_size: int) -> None:
-        size = (hidden_size, hidden_size)
-        self.inner = torch.zeros(size, dtype=torch.float64)
-        self.cross = torch.zeros(size, dtype=torch.float64)
-        self.inputs = torch.zeros(hidden_size, dtype=torch.float64)
-        self.changes = torch.zeros(hidden_size, dtype=torch.float64)
-        self.squares = 0.0
-        self.num_tokens = 0
-        self.first = torch.zeros(hidden_size, dtype=torch.float64)
-        self.num_first = 0
-
-    def add(self, states: Tensor, changes: Tensor, is_first: Tensor) -> None:
-        """Add tokens: their states and what the layer adds `[n, D]`, and which are first `[n]`."""
-        changes = changes.to("cpu", torch.float64)
-        inputs = normalise(states.to("cpu", torch.float64))
-        is_first = is_first.cpu()
-        self.first += changes[is_first].sum(dim=0)
-        self.num_first += int(is_first.sum())
-        inputs = inputs[~is_first]
-        changes = changes[~is_first]
-        self.inner += inputs.T @ inputs
-        self.cross += inputs.T @ changes
-        self.inputs += inputs.sum(dim=0)
-        self.changes += changes.sum(dim=0)
-        self.squares += float(changes.square().sum())
-        self.num_tokens += len(inputs)
-
-    def merge(self, other: LayerSums) -> None:
-        """Add the tokens of other sums."""
-        for name in ("inner", "cross", "inputs", "changes", "first"):
-            getattr(self, name).add_(getattr(other, name))
-        self.squares += other.squares
-        self.num_tokens += other.num_tokens
-        self.num_first += other.num_first
-
-    def error(self, weight: Tensor, bias: Tensor) -> float:
-        """Return Σ ‖d − W x − b‖² over the tokens, with W `[D, D]` and b `[D]`."""
-        explained = 2 * float((weight.T * self.cross).sum() + bias @ self.changes)
-        size = float(((weight @ self.inner) * weight).sum())
-        size += float(2 * bias @ (weight @ self.inputs) + self.num_tokens * bias @ bias)
-        return self.squares - explained + size
+PARTIAL_FOLDER = "bypass.partial"
 
 
-class LayerSolution(NamedTuple):
-    """The map of one layer as it is solved, in float64.
+class SolvedLayers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The maps of some layers, as they are kept for a resumed run.
 
     Attributes:
-        down: P, `[r, D]`.
-        up: Q, `[D, r]`.
-        bias: b, `[D]`.
-        first: c, `[D]`.
-        unexplained: The squared error on held-out texts as a share of that of doing nothing.
+        unexplained: As in `LayerSolution`, by layer.
+        weights: The tensors, as a file of safetensors.
     """
 
-    down: Tensor
-    up: Tensor
-    bias: Tensor
-    first: Tensor
-    unexplained: float
+    unexplained: tuple[float, ...]
+    weights: bytes
 
 
-class _CenteredSums:
-    """Sums about the means, with inputs of variance 1."""
+def fit_bypass(
+    model: Any,
+    texts: TextArgument = None,
+    tasks: Task | str | Sequence[Task | str] | None = None,
+    config: BypassConfig | None = None,
+    output_dir: Path | str | None = None,
+    *,
+    tokenizer: Any = None,
+    listener: Listener | None = None,
+    **settings: Any,
+) -> Bypass:
+    """Fit a bypass: for each layer a linear map that runs in its place where it is skipped.
 
-    def __init__(self, sums: LayerSums) -> None:
-        n = sums.num_tokens
-        self.num_tokens = n
-        self.input_mean = sums.inputs / n
-        self.change_mean = sums.changes / n
-        covariance = sums.inner / n - torch.outer(self.input_mean, self.input_mean)
-        self.deviation = covariance.diagonal().clamp_min(SMALLEST_DEVIATION**2).sqrt()
-        self.inner = covariance / torch.outer(self.deviation, self.deviation)  # [D, D]
-        cross = sums.cross / n - torch.outer(self.input_mean, self.change_mean)
-        self.cross = cross / self.deviation[:, None]  # [D, D]
-
-    def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
-        """Return W `[D, D]` and b `[D]` for one λ."""
-        matrix = self.inner.clone()
-        matrix.diagonal().add_(ridge)
-        factor = torch.linalg.cholesky(matrix)
-        solution = torch.cholesky_solve(self.cross, factor)  # [D, D], input by output
-        weight = (solution / self.deviation[:, None]).T
-        return weight, self.change_mean - weight @ self.input_mean
-
-    def cut(self, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        """Return P `[r, D]` and Q `[D, r]` of the best fit of a rank to the values of W x.
-
-        Its values are those of W x, projected on their first principal axes.
-        """
-        scaled = weight * self.deviation
-        covariance = scaled @ self.inner @ scaled.T  # of the fitted values, [D, D]
-        _, axes = torch.linalg.eigh(covariance)  # the largest last
-        up = axes[:, -rank:]
-        return up.T @ weight, up
-
-
-def solve_layer(fit: LayerSums, held_out: LayerSums, rank: int) -> LayerSolution:
-    """Solve the map of a layer.
-
-    λ is the one whose map of full rank has the lowest error on `held_out`. The map is then solved
-    once more from all texts, and cut to the rank. `held_out` is added to `fit`.
+    The maps are solved in closed form, from the states of the full path on texts. After an
+    interruption the same call resumes.
 
     Args:
-        fit: The sums of the texts to fit on.
-        held_out: The sums of the texts that λ is chosen on.
-        rank: The rank, at most D.
-    """
-    centered = _CenteredSums(fit)
-    errors: dict[float, float] = {}
-    for ridge in RIDGES:
-        errors[ridge] = held_out.error(*centered.solve(ridge))
-    best = min(errors, key=errors.__getitem__)
-    weight, bias = centered.solve(best)
-    down, up = centered.cut(weight, rank)
-    bias = centered.change_mean - up @ (down @ centered.input_mean)
-    unexplained = held_out.error(up @ down, bias) / held_out.squares
-    fit.merge(held_out)
-    centered = _CenteredSums(fit)
-    weight, _ = centered.solve(best)
-    down, up = centered.cut(weight, rank)
-    bias = centered.change_mean - up @ (down @ centered.input_mean)
-    return LayerSolution(down, up, bias, fit.first / max(1, fit.num_first), unexplained)
-
-
-class _SumChanges(Driver):
-    """Runs all layers, and adds what some of them change to their sums."""
-
-    def __init__(self, batch: StatesBatch, sums: dict[int, LayerSums]) -> None:
-        self.batch = batch
-        self.sums = sums
-
-    def layer(self, call: LayerCall, hidden: Tensor) -> Tensor:
-        """Run the layer once."""
-        output = call.run(hidden)
-        if call.index in self.sums:
-            states = self.batch.select(hidden)
-            changes = self.batch.select(output).to(states.device) - states
-            is_first = on_device(self.batch.is_first, states.device)
-            self.sums[call.index].add(states, changes, is_first)
-        return output
-
-
-def solve_bypass(
-    routed: RoutedModel,
-    texts: Sequence[Tokens],
-    rank: int = RANK,
-    on_progress: OnProgress | None = None,
-) -> tuple[Bypass, list[float]]:
-    """Fit the bypass of a model.
-
-    Args:
-        routed: The model; it has no bypass yet.
-        texts: Texts as tokens, 50 thousand tokens or more. Every tenth text, by its hash, chooses
-            λ.
-        rank: The rank of the maps, at most the hidden size.
-        on_progress: Receives the progress after each batch of texts.
+        model: As for `tune`, without Ray.
+        texts: As for `heal`.
+        tasks: As for `heal`; tasks need right answers.
+        config: The settings; None takes the defaults.
+        output_dir: The folder for `bypass.safetensors`; None writes nothing.
+        tokenizer: As for `tune`.
+        listener: Receives progress and notes.
+        settings: Settings of `BypassConfig` by name, which replace the config's settings.
 
     Returns:
-        The bypass, and for each layer the squared error on held-out texts as a share of that of
-        doing nothing.
+        The bypass; give it to `attach`.
 
     Raises:
-        TaskError: There are fewer than two texts.
+        ConfigError: The folder belongs to another run, or there is nothing to fit on.
+        TaskError: A task is unknown, there are too few texts, or a file can't be read.
 
     Source: ours.
+
+    Example:
+        >>> bypass = drllm.fit_bypass(model, texts)  # doctest: +SKIP
+        >>> routed = drllm.attach(model, bypass=bypass)  # doctest: +SKIP
     """
-    if len(texts) < MIN_TEXTS:
-        raise TaskError(
-            f"a bypass needs at least {MIN_TEXTS} texts, one of them to choose λ on, and there are "
-            f"{len(texts)}; give more texts"
-        )
-    width = routed.config.get_text_config().hidden_size
-    groups = _group_layers(routed.num_layers, width)
-    fit_texts, held_out_texts = split_for_ridge(texts)
-    batches = [(batch, False) for batch in make_batches(fit_texts, routed.device)]
-    batches += [(batch, True) for batch in make_batches(held_out_texts, routed.device)]
-    solutions: list[LayerSolution] = []
-    num_done = 0
-    for group in groups:
-        parts = {part: {layer: LayerSums(width) for layer in group} for part in (False, True)}
-        with torch.no_grad(), high_precision(routed):
-            for batch, is_held_out in batches:
-                driver = _SumChanges(batch, parts[is_held_out])
-                with routed.injection.driven_by(driver):
-                    routed.injection.decoder(input_ids=batch.ids, use_cache=False)
-                num_done += 1
-                if on_progress is not None:
-                    on_progress(num_done, len(groups) * len(batches))
-        solutions += [
-            solve_layer(parts[False][layer], parts[True][layer], min(rank, width))
-            for layer in group
-        ]
-    bypass = Bypass(
-        down=torch.stack([solution.down for solution in solutions]).float(),
-        up=torch.stack([solution.up for solution in solutions]).float(),
-        bias=torch.stack([solution.bias for solution in solutions]).float(),
-        first=torch.stack([solution.first for solution in solutions]).float(),
+    config = replace_settings(BypassConfig, config, settings)
+    listener = listener or Listener()
+    heal_config = HealConfig(
+        data_dir=config.data_dir, limit=config.limit, seed=config.seed, text=config.text
     )
-    return bypass, [solution.unexplained for solution in solutions]
+    sources = read_sources(heal_config, config.tasks if tasks is None else tasks, texts)
+    with ExitStack() as stack:
+        folder = Path(output_dir or stack.enter_context(tempfile.TemporaryDirectory()))
+        base = stack.enter_context(unrouted(model, tokenizer, listener))
+        if base.bypass is not None:
+            raise ConfigError("the model has a bypass already; fit another one without --bypass")
+        routed = RoutedModel(base.model, tokenizer=base.tokenizer)
+        stack.callback(routed.detach)
+        stack.enter_context(only_writer(folder, "fitting the bypass", "--output-dir"))
+        return _fit(base, routed, sources, config, folder, listener)
 
 
-def _group_layers(num_layers: int, hidden_size: int) -> list[range]:
-    """Divide the layers into groups whose sums fit into memory together."""
-    layer_bytes = MATRICES_PER_LAYER * hidden_size**2 * torch.float64.itemsize
-    room = SHARE_OF_MEMORY * free_bytes(torch.device("cpu"))
-    size = max(1, int(room // layer_bytes))
-    return [range(start, min(start + size, num_layers)) for start in range(0, num_layers, size)]
+def _fit(
+    base: BaseModel,
+    routed: RoutedModel,
+    sources: Sequence[TextSource],
+    config: BypassConfig,
+    folder: Path,
+    listener: Listener,
+) -> Bypass:
+    """Fit a bypass and write it, or return the one that an earlier run has written."""
+    identity = {
+        "settings": config.decisive(),
+        "model": base.identity,
+        "runtime": base.runtime,
+        "texts_sha256": digest_sources(sources),
+    }
+    file = folder / BYPASS_FILE
+    if file.exists():
+        bypass, record = load_bypass_with_record(file)
+        remedy = "choose another --output-dir, or delete the old one"
+        refuse_other_run(f"the bypass in {file}", record.made_from, identity, remedy)
+        return bypass
+    store = ResultStore(folder / PARTIAL_FOLDER, identity, stage="bypass")
+    store.open()
+    tokenizer = TextTokenizer(routed, config.max_tokens, store, listener)
+    by_source = tokenizer.tokenize_sources(sources)
+    chosen = choose_calibration_texts(
+        {name: cut_texts(texts, config.max_tokens) for name, texts in by_source.items()},
+        config.tokens,
+        config.seed,
+    )
+    texts = [text for source_texts in chosen.values() for text in source_texts]
+    num_tokens = sum(map(len, texts))
+    for warning in warn_of_texts(list(chosen), num_tokens):
+        listener.note(warning)
+    solutions = _solve(routed, texts, config.rank, store, listener)
+    bypass = join_solutions(solutions, base.identity)
+    record = BypassRecord(
+        model=dict(base.identity),
+        texts=tuple(chosen),
+        num_tokens=num_tokens,
+        unexplained=tuple(solution.unexplained for solution in solutions),
+        made_from=identity,
+        drllm_version=version("drllm"),
+    )
+    save_bypass(file, bypass, record)
+    store.remove()
+    return load_bypass(file)
+
+
+def _solve(
+    routed: RoutedModel,
+    texts: Sequence[Tokens],
+    rank: int,
+    store: ResultStore,
+    listener: Listener,
+) -> list[LayerSolution]:
+    """Solve the maps of all layers; those that are kept aren't solved again."""
+    solutions: list[LayerSolution] = []
+    with listener.progress("fitting the bypass", "") as on_progress:
+        solver = BypassSolver(routed, texts, rank, on_progress)
+        for group in solver.groups:
+            key = f"layers {group.start} to {group.stop}"
+            if store.has(key):
+                solver.skip()
+            kept = store.get_or_make(key, SolvedLayers, partial(_solve_group, solver, group))
+            solutions += _decode(kept)
+    return solutions
+
+
+def _solve_group(solver: BypassSolver, group: range) -> SolvedLayers:
+    """Solve the maps of some layers, as they are kept."""
+    solutions = solver.solve(group)
+    tensors = {}
+    for number, solution in enumerate(solutions):
+        for name in ("down", "up", "bias", "first"):
+            tensors[f"{number} {name}"] = getattr(solution, name).contiguous()
+    return SolvedLayers(
+        unexplained=tuple(solution.unexplained for solution in solutions),
+        weights=to_safetensors(tensors),
+    )
+
+
+def _decode(kept: SolvedLayers) -> list[LayerSolution]:
+    """Return maps that are kept."""
+    tensors = from_safetensors(kept.weights)
+    solutions = []
+    for number, unexplained in enumerate(kept.unexplained):
+        solution = LayerSolution(
+            down=tensors[f"{number} down"],
+            up=tensors[f"{number} up"],
+            bias=tensors[f"{number} bias"],
+            first=tensors[f"{number} first"],
+            unexplained=unexplained,
+        )
+        solutions.append(solution)
+    return solutions

@@ -126,6 +126,7 @@ def heal(
     with ExitStack() as stack:
         folder = Path(output_dir or stack.enter_context(tempfile.TemporaryDirectory()))
         base = stack.enter_context(unrouted(model, tokenizer, listener))
+        base.refuse_bypass("heal repairs a path")
         routed = RoutedModel(base.model, tokenizer=base.tokenizer)
         stack.callback(routed.detach)
         name = "path"

@@ -109,6 +109,7 @@ def tune(
     with ExitStack() as stack:
         folder = stage_folder(output_dir, stack)
         workers = stack.enter_context(open_workers(model, tokenizer, config, listener))
+        workers.base.refuse_bypass("tune repairs paths")
         stack.enter_context(only_writer(folder, "tuning", "--output-dir"))
         repair = choose_tuning_repair(config, workers.executor, listener)
         identity = _make_identity(config, workers, splits, repair, sources)

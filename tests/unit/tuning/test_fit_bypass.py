@@ -1,105 +1,135 @@
-"""The fit of a bypass against a regression on all tokens at once."""
+"""The stage that fits a bypass: what it writes, how it resumes, and what it is refused for."""
 
 import pytest
 import torch
 
-from drllm.errors import TaskError
-from drllm.models.routed_model import RoutedModel
-from drllm.models.routing.bypass import normalise
-from drllm.tuning import fit_bypass
-from drllm.tuning.fit_bypass import LayerSums, solve_bypass, solve_layer
+import drllm
+from drllm.config import BypassConfig
+from drllm.errors import ConfigError
+from drllm.models.routed_model import attach
+from drllm.models.routing.bypass_file import BYPASS_FILE, load_bypass_with_record
+from drllm.tuning import bypass_solver
+from drllm.tuning import fit_bypass as stage
+from drllm.tuning.fit_bypass import fit_bypass
 
-WIDTH = 8
-
-
-def draw_tokens(num_tokens, seed=0):
-    """Return states, what a layer adds (a map of rank 2, and noise), and which are first tokens."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    low_rank = torch.Generator().manual_seed(7)
-    up = torch.randn(WIDTH, 2, generator=low_rank, dtype=torch.float64)
-    down = torch.randn(2, WIDTH, generator=low_rank, dtype=torch.float64)
-    states = 3 * draw(num_tokens, WIDTH)
-    changes = normalise(states) @ (up @ down).T + 0.5 + 0.01 * draw(num_tokens, WIDTH)
-    is_first = torch.zeros(num_tokens, dtype=torch.bool)
-    is_first[:5] = True
-    changes[:5] = 100.0
-    return states, changes, is_first
+TEXTS = [f"text number {number} of a hundred, with some more words" for number in range(100)]
+SMALL = {"tokens": 1500, "rank": 4}
 
 
-def sum_tokens(num_tokens, seed):
-    sums = LayerSums(WIDTH)
-    states, changes, is_first = draw_tokens(num_tokens, seed)
-    for part in range(0, num_tokens, 50):  # batch by batch
-        batch = slice(part, part + 50)
-        sums.add(states[batch], changes[batch], is_first[batch])
-    return sums
+@pytest.fixture
+def base(tiny_base):
+    return tiny_base()
 
 
-def test_a_map_of_low_rank_is_found_and_first_tokens_are_apart():
-    solution = solve_layer(sum_tokens(400, 0), sum_tokens(100, 1), rank=2)
-    states, changes, is_first = draw_tokens(200, 2)
-    found = normalise(states) @ (solution.up @ solution.down).T + solution.bias
-    assert torch.allclose(found[~is_first], changes[~is_first], atol=0.1)
-    assert torch.allclose(solution.first, torch.full((WIDTH,), 100.0, dtype=torch.float64))
-    assert solution.unexplained < 1e-3
+def test_the_bypass_is_written_and_runs_on_its_model(base, tmp_path):
+    bypass = fit_bypass(base, TEXTS, output_dir=tmp_path, **SMALL)
+    found, record = load_bypass_with_record(tmp_path)
+    assert found.sha256 == bypass.sha256
+    assert (record.texts, record.num_tokens) == (("texts",), 1500)
+    assert len(record.unexplained) == base.num_layers
+    assert [file.name for file in tmp_path.iterdir() if file.name[0] != "."] == [BYPASS_FILE]
+    routed = attach(base.model, tokenizer=base.tokenizer, bypass=tmp_path)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        full = routed(ids).logits
+        with routed.fixed([1, 0, 1, 1, 1, 1]):
+            assert not torch.allclose(routed(ids).logits, full)
+        routed.detach()
 
 
-def test_full_rank_is_the_least_squares_solution_of_all_tokens(monkeypatch):
-    monkeypatch.setattr(fit_bypass, "RIDGES", (1e-12,))
-    solution = solve_layer(sum_tokens(400, 0), sum_tokens(100, 1), rank=WIDTH)
-    rows = []
-    values = []
-    for num_tokens, seed in ((400, 0), (100, 1)):
-        states, changes, is_first = draw_tokens(num_tokens, seed)
-        inputs = normalise(states)[~is_first]
-        rows.append(torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=1))
-        values.append(changes[~is_first])
-    expected = torch.linalg.lstsq(torch.cat(rows), torch.cat(values)).solution.T
-    assert torch.allclose(solution.up @ solution.down, expected[:, :-1], atol=1e-6)
-    assert torch.allclose(solution.bias, expected[:, -1], atol=1e-6)
+def test_a_map_is_nearer_to_its_layer_than_nothing_is(base):
+    bypass = fit_bypass(base, TEXTS, **SMALL)
+    ids = torch.tensor([base.tokenizer(TEXTS[0])["input_ids"]])
+    distances = []
+    for own in (bypass, None):
+        routed = attach(base.model, tokenizer=base.tokenizer, bypass=own)
+        with torch.no_grad():
+            full = routed(ids).logits.log_softmax(dim=-1)
+            with routed.fixed([1, 1, 0, 1, 1, 1]):
+                found = routed(ids).logits.log_softmax(dim=-1)
+        distances.append(float((full.exp() * (full - found)).sum(dim=-1).mean()))
+    assert distances[0] < distances[1]
 
 
-def test_the_error_from_sums_is_that_of_the_tokens():
-    sums = sum_tokens(100, 0)
-    weight = torch.randn(WIDTH, WIDTH, dtype=torch.float64)
-    bias = torch.randn(WIDTH, dtype=torch.float64)
-    states, changes, is_first = draw_tokens(100, 0)
-    errors = changes - normalise(states) @ weight.T - bias
-    assert sums.error(weight, bias) == pytest.approx(float(errors[~is_first].square().sum()))
+def test_the_same_call_returns_what_is_there_and_others_are_refused(base, tmp_path, monkeypatch):
+    bypass = fit_bypass(base, TEXTS, output_dir=tmp_path, **SMALL)
+    monkeypatch.setattr(stage, "BypassSolver", None)
+    assert fit_bypass(base, TEXTS, output_dir=tmp_path, **SMALL).sha256 == bypass.sha256
+    with pytest.raises(ConfigError, match="rank"):
+        fit_bypass(base, TEXTS, output_dir=tmp_path, tokens=1500, rank=5)
 
 
-def make_texts(num_texts, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(3, 20, (num_texts,), generator=generator).tolist()
-    return [
-        tuple(torch.randint(3, 90, (length,), generator=generator).tolist()) for length in lengths
-    ]
+class KilledError(Exception):
+    """Stands for a kill."""
 
 
-def test_a_bypass_explains_a_part_of_what_layers_add(tiny_llama):
-    routed = RoutedModel(tiny_llama())
-    bypass, unexplained = solve_bypass(routed, make_texts(200), rank=16)
-    assert (bypass.num_layers, bypass.rank) == (routed.num_layers, 16)
-    assert len(unexplained) == routed.num_layers
-    assert all(0 < share < 1 for share in unexplained)
+def test_a_killed_fit_resumes_with_the_layers_that_are_solved(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(bypass_solver, "group_layers", lambda *_: [range(3), range(3, 6)])
+    expected = fit_bypass(base, TEXTS, **SMALL)
+    solve = bypass_solver.BypassSolver.solve
+    solved = []
+
+    def solve_some(self, group):
+        if len(solved) == 1 and self.fails:
+            raise KilledError
+        solved.append(group)
+        return solve(self, group)
+
+    monkeypatch.setattr(bypass_solver.BypassSolver, "solve", solve_some)
+    monkeypatch.setattr(bypass_solver.BypassSolver, "fails", True, raising=False)
+    with pytest.raises(KilledError):
+        fit_bypass(base, TEXTS, output_dir=tmp_path, **SMALL)
+    monkeypatch.setattr(bypass_solver.BypassSolver, "fails", False)
+    found = fit_bypass(base, TEXTS, output_dir=tmp_path, **SMALL)
+    assert solved == [range(3), range(3, 6)]
+    assert found.sha256 == expected.sha256
 
 
-def test_groups_of_layers_that_fit_into_memory_give_the_same_bypass(tiny_llama, monkeypatch):
-    routed = RoutedModel(tiny_llama())
-    texts = make_texts(60)
-    expected, _ = solve_bypass(routed, texts, rank=4)
-    monkeypatch.setattr(
-        fit_bypass, "_group_layers", lambda *_: [range(2), range(2, 3), range(3, 6)]
-    )
-    found, _ = solve_bypass(routed, texts, rank=4)
-    for name, tensor in expected.tensors().items():
-        assert torch.equal(found.tensors()[name], tensor)
+def test_a_rank_above_the_hidden_size_is_the_full_rank(base):
+    bypass = fit_bypass(base, TEXTS, tokens=1500, rank=10_000)
+    assert bypass.rank == base.model.config.hidden_size
 
 
-def test_one_text_is_too_few(tiny_llama):
-    with pytest.raises(TaskError, match="a bypass needs at least 2 texts"):
-        solve_bypass(RoutedModel(tiny_llama()), make_texts(1))
+@pytest.mark.parametrize("verb", ["tune", "heal", "shrink"])
+def test_a_model_with_a_bypass_is_not_tuned_healed_or_shrunk(base, verb):
+    bypass = fit_bypass(base, TEXTS, **SMALL)
+    routed = attach(base.model, tokenizer=base.tokenizer, bypass=bypass)
+    calls = {
+        "tune": lambda: drllm.tune(routed, "builtin_facts", repair="none"),
+        "heal": lambda: drllm.heal(routed, drllm.StaticPath([0, 1, 3, 4, 5]), texts=TEXTS, steps=1),
+        "shrink": lambda: drllm.shrink(routed, "builtin_facts", max_drop=90),
+    }
+    with pytest.raises(ConfigError, match="without a bypass"):
+        calls[verb]()
+
+
+def test_a_model_with_a_bypass_is_not_exported_and_gets_no_other(base, tmp_path):
+    bypass = fit_bypass(base, TEXTS, **SMALL)
+    routed = attach(base.model, tokenizer=base.tokenizer, bypass=bypass)
+    with pytest.raises(ConfigError, match="export writes an ordinary checkpoint without a bypass"):
+        routed.export([0, 1, 2], tmp_path / "out")
+    with pytest.raises(ConfigError, match="has a bypass already"):
+        fit_bypass(routed, TEXTS, config=BypassConfig(tokens=1500))
+
+
+def test_the_verb_writes_a_bypass_that_searches_use(drllm, model_folder, tmp_path):
+    folder = model_folder()
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n\n".join(TEXTS))
+    output = tmp_path / "bypass"
+    out = drllm(
+        f"bypass --model {folder} --device cpu --text {texts} --tokens 1500 --rank 4 --output-dir",
+        output,
+    ).out
+    assert str(output / BYPASS_FILE) in out
+    assert "rank 4" in out
+    search = f"search --model {folder} --device cpu --bypass {output} --tasks builtin_facts"
+    drllm(f"{search} --limit 2 --num-simulations 4 --output-dir", tmp_path / "run")
+    manifest = drllm_manifest(tmp_path / "run")
+    assert manifest["model"]["bypass"] == load_bypass_with_record(output)[0].sha256
+
+
+def drllm_manifest(folder):
+    import json
+
+    return json.loads((folder / "search.manifest.json").read_text())

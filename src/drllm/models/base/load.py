@@ -79,6 +79,21 @@ class BaseModel:
             identity[BYPASS] = self.bypass.sha256
         return identity
 
+    def refuse_bypass(self, what: str) -> None:
+        """Refuse a bypass where paths are repaired or written.
+
+        Args:
+            what: What is to be done, with its subject: "tune repairs paths".
+
+        Raises:
+            ConfigError: The model has a bypass.
+        """
+        if self.bypass is not None:
+            raise ConfigError(
+                f"{what} without a bypass, which stands in for layers that routes skip; leave "
+                f"--bypass out"
+            )
+
     @property
     def runtime(self) -> dict[str, Any]:
         """How the model runs: settings that may change the results, but not the identity."""

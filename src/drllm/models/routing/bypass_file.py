@@ -18,6 +18,7 @@ from drllm.models.routing.bypass import Bypass
 from drllm.records.codec import refuse_special_file, write_atomically
 from drllm.records.identity import differ
 
+BYPASS_FILE = "bypass.safetensors"
 FORMAT = "drllm.bypass"
 VERSION = 1
 KEY = "drllm"  # of the metadata, which holds texts alone
@@ -36,6 +37,7 @@ class BypassRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         num_tokens: How many tokens these are.
         unexplained: For each layer, the squared error on held-out texts as a share of that of doing
             nothing.
+        made_from: What it was made from: the settings, the model and the texts.
         drllm_version: The version that wrote the file.
     """
 
@@ -45,6 +47,7 @@ class BypassRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     texts: tuple[str, ...] = ()
     num_tokens: int = 0
     unexplained: tuple[float, ...] = ()
+    made_from: dict[str, Any] = {}
     drllm_version: str = ""
 
 
@@ -59,12 +62,20 @@ def load_bypass(file: Path | str) -> Bypass:
     """Read a bypass from a file.
 
     Args:
-        file: A file that `drllm bypass` has written.
+        file: A file that `drllm bypass` has written, or its folder.
 
     Raises:
         CheckpointError: The file is missing, is damaged, or isn't a bypass.
     """
+    bypass, _ = load_bypass_with_record(file)
+    return bypass
+
+
+def load_bypass_with_record(file: Path | str) -> tuple[Bypass, BypassRecord]:
+    """Read a bypass, and what its file says about it; as `load_bypass`."""
     file = Path(file).expanduser()
+    if file.is_dir():
+        file /= BYPASS_FILE
     if not file.is_file():
         raise CheckpointError(f"{file} isn't a file; give a file that 'drllm bypass' has written")
     refuse_special_file(file, "read")
@@ -84,7 +95,7 @@ def load_bypass(file: Path | str) -> Bypass:
         if tensor.dtype != torch.float32 or not bool(tensor.isfinite().all()):
             raise CheckpointError(f"{file}: {name!r} isn't made of finite float32 numbers")
     try:
-        return Bypass(**tensors, model=record.model)
+        return Bypass(**tensors, model=record.model), record
     except (RoutingError, ValueError) as error:
         raise CheckpointError(f"{file}: {error}") from error
 

@@ -1,0 +1,70 @@
+"""The verb `drllm bypass`: fit linear maps that run in place of skipped layers."""
+
+from __future__ import annotations
+
+from statistics import fmean
+
+from drllm.cli.base_model import check_model
+from drllm.cli.command_line import CommandLine
+from drllm.cli.questions import COLUMNS
+from drllm.cli.terminal import LOADING, Terminal
+from drllm.cli.verbs import Flag, verb
+from drllm.config import BypassConfig, HealConfig, ModelConfig
+from drllm.records.places import check_folder
+from drllm.tuning.heal_texts import read_sources
+
+
+@verb(
+    "bypass",
+    example="drllm bypass --tasks builtin_facts --text texts.jsonl --output-dir bypass/",
+    settings=(ModelConfig, BypassConfig),
+    flags=(
+        COLUMNS,
+        Flag(
+            "output_dir",
+            "folder for bypass.safetensors",
+            default="bypass/",
+            placeholder="DIR",
+            alias="output",
+        ),
+    ),
+    resumes=True,
+)
+def bypass_verb(command: CommandLine, terminal: Terminal) -> None:
+    """Fit linear maps that run in place of skipped layers."""
+    config = command.get_settings(BypassConfig)
+    output = command.path("output_dir")
+
+    check_model(command)
+    check_folder(output, "--output-dir")
+    with terminal.busy("reading the questions and texts"):
+        reading = HealConfig(
+            tasks=config.tasks,
+            text=config.text,
+            data_dir=config.data_dir,
+            limit=config.limit,
+            seed=config.seed,
+        )
+        texts = read_sources(reading)
+    with terminal.busy(LOADING):
+        from drllm.models.routing.bypass_file import BYPASS_FILE, load_bypass_with_record
+        from drllm.tuning.fit_bypass import fit_bypass
+
+    model = command.get_settings(ModelConfig)
+    fit_bypass(model, texts, config=config, output_dir=output, listener=terminal)
+
+    bypass, record = load_bypass_with_record(output / BYPASS_FILE)
+    explained = 1 - fmean(record.unexplained)
+    terminal.fact("bypass", output / BYPASS_FILE)
+    terminal.fact("maps", f"{bypass.num_layers} layers, rank {bypass.rank}")
+    terminal.fact(
+        "texts", f"{record.num_tokens:,} tokens of {', '.join(record.texts)}, a tenth held out"
+    )
+    terminal.fact(
+        "explained",
+        f"{explained:.0%} of what a layer adds to the state, on held-out texts, on the mean of "
+        f"layers; what that does to text and answers, an evaluation measures",
+    )
+    terminal.say()
+    terminal.say("Give it to the stages of routing as --bypass:")
+    terminal.command(f"drllm search --bypass {output} --tasks TASKS --output-dir runs/mine")

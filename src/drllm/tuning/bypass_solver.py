@@ -1,0 +1,281 @@
+"""Solve a bypass: for each layer a linear map that stands in for it, in closed form.
+
+The map of layer l is a ridge regression with an intercept, fitted on the full path's own states:
+from n(h_l), where h_l enters the layer, to h_{l+1} − h_l, what the layer adds. λ is chosen on
+held-out texts. The map is then cut to a rank by the principal axes of the fitted values. First
+tokens are apart: there the mean of what the layer adds is used.
+
+One pass over the texts sums up what the regressions need, for as many layers as fit into memory.
+
+Axes: n tokens, L layers, D hidden, r rank.
+
+Source: ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from drllm.errors import TaskError
+from drllm.models.base.batching import free_bytes
+from drllm.models.base.devices import on_device
+from drllm.models.routed_model import RoutedModel
+from drllm.models.routing.bypass import Bypass, normalise
+from drllm.models.routing.injection import Driver, LayerCall
+from drllm.tuning.heal_texts import MIN_TEXTS, Tokens
+from drllm.tuning.layer_states import StatesBatch, make_batches
+from drllm.tuning.refit import high_precision, split_for_ridge
+from drllm.work.listener import OnProgress
+
+RIDGES = tuple(10.0**exponent for exponent in range(-5, 2))
+"""The values of λ to choose from, for inputs of variance 1."""
+SMALLEST_DEVIATION = 1e-6
+"""The least standard deviation of an input; an input that is always the same would divide by 0."""
+SHARE_OF_MEMORY = 0.25  # of the free memory of the host that the sums may take
+MATRICES_PER_LAYER = 4  # [D, D] in float64: inner and cross, of both parts of the texts
+
+
+class LayerSums:
+    """The sums over tokens from which the map of one layer is solved, in float64 on the host.
+
+    Attributes:
+        inner: Σ x xᵀ, `[D, D]`, with x = n(h).
+        cross: Σ x dᵀ, `[D, D]`, with d what the layer adds.
+        inputs: Σ x, `[D]`.
+        changes: Σ d, `[D]`.
+        squares: Σ ‖d‖².
+        num_tokens: How many tokens these are; first tokens aren't among them.
+        first: Σ d over first tokens, `[D]`.
+        num_first: How many first tokens there are.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        size = (hidden_size, hidden_size)
+        self.inner = torch.zeros(size, dtype=torch.float64)
+        self.cross = torch.zeros(size, dtype=torch.float64)
+        self.inputs = torch.zeros(hidden_size, dtype=torch.float64)
+        self.changes = torch.zeros(hidden_size, dtype=torch.float64)
+        self.squares = 0.0
+        self.num_tokens = 0
+        self.first = torch.zeros(hidden_size, dtype=torch.float64)
+        self.num_first = 0
+
+    def add(self, states: Tensor, changes: Tensor, is_first: Tensor) -> None:
+        """Add tokens: their states and what the layer adds `[n, D]`, and which are first `[n]`."""
+        changes = changes.to("cpu", torch.float64)
+        inputs = normalise(states.to("cpu", torch.float64))
+        is_first = is_first.cpu()
+        self.first += changes[is_first].sum(dim=0)
+        self.num_first += int(is_first.sum())
+        inputs = inputs[~is_first]
+        changes = changes[~is_first]
+        self.inner += inputs.T @ inputs
+        self.cross += inputs.T @ changes
+        self.inputs += inputs.sum(dim=0)
+        self.changes += changes.sum(dim=0)
+        self.squares += float(changes.square().sum())
+        self.num_tokens += len(inputs)
+
+    def merge(self, other: LayerSums) -> None:
+        """Add the tokens of other sums."""
+        for name in ("inner", "cross", "inputs", "changes", "first"):
+            getattr(self, name).add_(getattr(other, name))
+        self.squares += other.squares
+        self.num_tokens += other.num_tokens
+        self.num_first += other.num_first
+
+    def error(self, weight: Tensor, bias: Tensor) -> float:
+        """Return Σ ‖d − W x − b‖² over the tokens, with W `[D, D]` and b `[D]`."""
+        explained = 2 * float((weight.T * self.cross).sum() + bias @ self.changes)
+        size = float(((weight @ self.inner) * weight).sum())
+        size += float(2 * bias @ (weight @ self.inputs) + self.num_tokens * bias @ bias)
+        return self.squares - explained + size
+
+
+class LayerSolution(NamedTuple):
+    """The map of one layer as it is solved, in float64.
+
+    Attributes:
+        down: P, `[r, D]`.
+        up: Q, `[D, r]`.
+        bias: b, `[D]`.
+        first: c, `[D]`.
+        unexplained: The squared error on held-out texts as a share of that of doing nothing.
+    """
+
+    down: Tensor
+    up: Tensor
+    bias: Tensor
+    first: Tensor
+    unexplained: float
+
+
+class _CenteredSums:
+    """Sums about the means, with inputs of variance 1."""
+
+    def __init__(self, sums: LayerSums) -> None:
+        n = sums.num_tokens
+        self.num_tokens = n
+        self.input_mean = sums.inputs / n
+        self.change_mean = sums.changes / n
+        covariance = sums.inner / n - torch.outer(self.input_mean, self.input_mean)
+        self.deviation = covariance.diagonal().clamp_min(SMALLEST_DEVIATION**2).sqrt()
+        self.inner = covariance / torch.outer(self.deviation, self.deviation)  # [D, D]
+        cross = sums.cross / n - torch.outer(self.input_mean, self.change_mean)
+        self.cross = cross / self.deviation[:, None]  # [D, D]
+
+    def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
+        """Return W `[D, D]` and b `[D]` for one λ."""
+        matrix = self.inner.clone()
+        matrix.diagonal().add_(ridge)
+        factor = torch.linalg.cholesky(matrix)
+        solution = torch.cholesky_solve(self.cross, factor)  # [D, D], input by output
+        weight = (solution / self.deviation[:, None]).T
+        return weight, self.change_mean - weight @ self.input_mean
+
+    def cut(self, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """Return P `[r, D]` and Q `[D, r]` of the best fit of a rank to the values of W x.
+
+        Its values are those of W x, projected on their first principal axes.
+        """
+        scaled = weight * self.deviation
+        covariance = scaled @ self.inner @ scaled.T  # of the fitted values, [D, D]
+        _, axes = torch.linalg.eigh(covariance)  # the largest last
+        up = axes[:, -rank:]
+        return up.T @ weight, up
+
+
+def solve_layer(fit: LayerSums, held_out: LayerSums, rank: int) -> LayerSolution:
+    """Solve the map of a layer.
+
+    λ is the one whose map of full rank has the lowest error on `held_out`. The map is then solved
+    once more from all texts, and cut to the rank. `held_out` is added to `fit`.
+
+    Args:
+        fit: The sums of the texts to fit on.
+        held_out: The sums of the texts that λ is chosen on.
+        rank: The rank, at most D.
+    """
+    centered = _CenteredSums(fit)
+    errors: dict[float, float] = {}
+    for ridge in RIDGES:
+        errors[ridge] = held_out.error(*centered.solve(ridge))
+    best = min(errors, key=errors.__getitem__)
+    weight, bias = centered.solve(best)
+    down, up = centered.cut(weight, rank)
+    bias = centered.change_mean - up @ (down @ centered.input_mean)
+    unexplained = held_out.error(up @ down, bias) / held_out.squares
+    fit.merge(held_out)
+    centered = _CenteredSums(fit)
+    weight, _ = centered.solve(best)
+    down, up = centered.cut(weight, rank)
+    bias = centered.change_mean - up @ (down @ centered.input_mean)
+    return LayerSolution(down, up, bias, fit.first / max(1, fit.num_first), unexplained)
+
+
+class _SumChanges(Driver):
+    """Runs all layers, and adds what some of them change to their sums."""
+
+    def __init__(self, batch: StatesBatch, sums: dict[int, LayerSums]) -> None:
+        self.batch = batch
+        self.sums = sums
+
+    def layer(self, call: LayerCall, hidden: Tensor) -> Tensor:
+        """Run the layer once."""
+        output = call.run(hidden)
+        if call.index in self.sums:
+            states = self.batch.select(hidden)
+            changes = self.batch.select(output).to(states.device) - states
+            is_first = on_device(self.batch.is_first, states.device)
+            self.sums[call.index].add(states, changes, is_first)
+        return output
+
+
+class BypassSolver:
+    """Solves the maps of a model's layers, some layers at a time.
+
+    Args:
+        routed: The model; it has no bypass yet.
+        texts: Texts as tokens, 50 thousand tokens or more. Every tenth text, by its hash, chooses
+            λ.
+        rank: The rank of the maps, at most the hidden size.
+        on_progress: Receives the progress after each batch of texts.
+
+    Attributes:
+        groups: The layers that are solved together, since their sums fit into memory.
+
+    Raises:
+        TaskError: There are fewer than two texts.
+    """
+
+    def __init__(
+        self,
+        routed: RoutedModel,
+        texts: Sequence[Tokens],
+        rank: int,
+        on_progress: OnProgress | None = None,
+    ) -> None:
+        if len(texts) < MIN_TEXTS:
+            raise TaskError(
+                f"a bypass needs at least {MIN_TEXTS} texts, one of them to choose λ on, and there "
+                f"are {len(texts)}; give more texts"
+            )
+        self.routed = routed
+        self.hidden_size = int(routed.config.get_text_config().hidden_size)
+        self.rank = min(rank, self.hidden_size)
+        self.groups = group_layers(routed.num_layers, self.hidden_size)
+        fit_texts, held_out_texts = split_for_ridge(texts)
+        self._batches = [(batch, False) for batch in make_batches(fit_texts, routed.device)]
+        self._batches += [(batch, True) for batch in make_batches(held_out_texts, routed.device)]
+        self._on_progress = on_progress
+        self._num_done = 0
+
+    def solve(self, group: Sequence[int]) -> list[LayerSolution]:
+        """Solve the maps of some layers, with one pass over the texts."""
+        fit = {layer: LayerSums(self.hidden_size) for layer in group}
+        held_out = {layer: LayerSums(self.hidden_size) for layer in group}
+        with torch.no_grad(), high_precision(self.routed):
+            for batch, is_held_out in self._batches:
+                driver = _SumChanges(batch, held_out if is_held_out else fit)
+                with self.routed.injection.driven_by(driver):
+                    self.routed.injection.decoder(input_ids=batch.ids, use_cache=False)
+                self._num_done += 1
+                self._report()
+        return [solve_layer(fit[layer], held_out[layer], self.rank) for layer in group]
+
+    def skip(self) -> None:
+        """Count a group that an interrupted run has solved as done."""
+        self._num_done += len(self._batches)
+        self._report()
+
+    def _report(self) -> None:
+        if self._on_progress is not None:
+            self._on_progress(self._num_done, len(self.groups) * len(self._batches))
+
+
+def join_solutions(solutions: Sequence[LayerSolution], model: Mapping[str, Any]) -> Bypass:
+    """Return the bypass of the maps of all layers, in order.
+
+    Args:
+        solutions: The maps, `[L]`.
+        model: The identity of the model.
+    """
+    return Bypass(
+        down=torch.stack([solution.down for solution in solutions]).float(),
+        up=torch.stack([solution.up for solution in solutions]).float(),
+        bias=torch.stack([solution.bias for solution in solutions]).float(),
+        first=torch.stack([solution.first for solution in solutions]).float(),
+        model=model,
+    )
+
+
+def group_layers(num_layers: int, hidden_size: int) -> list[range]:
+    """Divide the layers into groups whose sums fit into memory together."""
+    layer_bytes = MATRICES_PER_LAYER * hidden_size**2 * torch.float64.itemsize
+    room = SHARE_OF_MEMORY * free_bytes(torch.device("cpu"))
+    size = max(1, int(room // layer_bytes))
+    return [range(start, min(start + size, num_layers)) for start in range(0, num_layers, size)]
