@@ -1,5 +1,6 @@
 """The public names, for type checkers and editors; `__init__.py` has the same list."""
 
+from drllm.config import BypassConfig as BypassConfig
 from drllm.config import DepthConfig as DepthConfig
 from drllm.config import EvaluateConfig as EvaluateConfig
 from drllm.config import HealConfig as HealConfig
@@ -29,6 +30,8 @@ from drllm.models.routed_model import detach as detach
 from drllm.models.routers.config import RouterConfig as RouterConfig
 from drllm.models.routers.stack import RouterStack as RouterStack
 from drllm.models.routing.batch_generation import GeneratedAnswer as GeneratedAnswer
+from drllm.models.routing.bypass import Bypass as Bypass
+from drllm.models.routing.bypass_file import load_bypass as load_bypass
 from drllm.models.routing.depth_control import Calibration as Calibration
 from drllm.models.routing.policies import POLICIES as POLICIES
 from drllm.models.routing.policies import FixedPolicy as FixedPolicy
@@ -55,6 +58,7 @@ from drllm.supervision.select import supervise as supervise
 from drllm.tasks.base import Task as Task
 from drllm.tasks.registry import get_task as get_task
 from drllm.training.stage import train as train
+from drllm.tuning.fit_bypass import fit_bypass as fit_bypass
 from drllm.tuning.heal import heal as heal
 from drllm.tuning.run import tune as tune
 from drllm.work.listener import Listener as Listener

@@ -46,6 +46,16 @@ def mean_executions(rows: Sequence[Sequence[int]]) -> float:
     return sum(map(num_executions, rows)) / len(rows)
 
 
+def mean_skips(rows: Sequence[Sequence[int]]) -> float:
+    """Return the mean number of layers that several decision vectors skip."""
+    return sum(decisions.count(0) for decisions in map(list, rows)) / len(rows)
+
+
+def path_skips(path: StaticPath, num_layers: int) -> int:
+    """Return the number of layers that a static path leaves out."""
+    return num_layers - len(set(path.layers))
+
+
 def path_executions(path: StaticPath) -> float:
     """Return the cost of a static path in layer equivalents."""
     return float(len(path.layers))

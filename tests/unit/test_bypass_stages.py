@@ -4,10 +4,14 @@ import pytest
 import torch
 
 import drllm
+from drllm.cost import mean_skips, path_skips
 from drllm.errors import CheckpointError, RecordError
+from drllm.evaluation.flops import ModelShape, count_bypass_cost, prompt_flops
 from drllm.models.base.identity import describe
 from drllm.models.routed_model import RoutedModel, attach
 from drllm.models.routing.bypass import Bypass
+from drllm.models.routing.bypass_file import BypassRecord, save_bypass
+from drllm.paths import StaticPath
 
 ROWS = [
     {"question": f"Is {number} even?", "choices": ["yes", "no"], "answer": number % 2}
@@ -99,8 +103,6 @@ def test_an_evaluation_runs_with_the_bypass(base, bypass, routers):
 
 
 def test_a_loaded_model_takes_its_bypass_from_the_settings(model_folder, tmp_path):
-    from drllm.models.routing.bypass_file import BypassRecord, save_bypass
-
     folder = str(model_folder())
     base = drllm.load(folder, device="cpu")
     bypass = draw_bypass(base.model)
@@ -110,3 +112,30 @@ def test_a_loaded_model_takes_its_bypass_from_the_settings(model_folder, tmp_pat
     records = drllm.search_paths(config, ROWS, **SEARCH)
     assert records.model["bypass"] == bypass.sha256
     RoutedModel(base.model)
+
+
+def test_executions_and_flops_count_what_the_bypass_costs(base, bypass):
+    routed = route(base, bypass)
+    shape = ModelShape.from_model(base.model, bypass=bypass)
+    entries = 2 * bypass.rank * bypass.hidden_size
+    assert count_bypass_cost(routed) == pytest.approx(entries / shape.layer_entries[0])
+    assert count_bypass_cost(route(base, None)) == 0
+    plan = (1, 0, 2, 0, 1, 1)
+    plain = prompt_flops(ModelShape.from_model(base.model), plan, 7)
+    assert prompt_flops(shape, plan, 7).weights == plain.weights + 2 * 7 * 2 * entries
+    assert prompt_flops(shape, (1,) * 6, 7) == prompt_flops(
+        ModelShape.from_model(base.model), (1,) * 6, 7
+    )
+    assert mean_skips([plan, (1,) * 6]) == 1
+    assert path_skips(StaticPath([0, 1, 1, 5]), 6) == 3
+
+
+def test_the_layers_run_of_a_system_hold_the_bypass(base, bypass):
+    routed = route(base, bypass)
+    [result] = drllm.evaluate(
+        routed, "builtin_facts", paths="without:2,3", baselines="none", num_texts=4, limit=4
+    )
+    [path] = [system for system in result.systems if system.name != "base"]
+    entries = 2 * bypass.rank * bypass.hidden_size
+    share = entries / ModelShape.from_model(base.model).layer_entries[0]
+    assert path.executions == pytest.approx(4 + 2 * share)

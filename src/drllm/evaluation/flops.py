@@ -11,6 +11,7 @@ Axes: L layers, T tokens.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 from torch import nn
@@ -18,6 +19,8 @@ from torch import nn
 from drllm.errors import ArchitectureError
 from drllm.models.base.layers import find_layers, unwrap_peft
 from drllm.models.routing.adapters import AdapterWeights
+from drllm.models.routing.bypass import Bypass
+from drllm.models.routing.core import Routing
 from drllm.paths import Plan, get_adapter, get_layers
 from drllm.records.results import Flops
 
@@ -43,6 +46,7 @@ class ModelShape:
         query_size: The size of a token's queries, over all heads of a layer.
         kv_bytes_per_layer: The bytes of the keys and values that a layer keeps for a token.
         adapter_entries: Name of an adapter → the entries that it adds to each layer, `[L]`.
+        bypass_entries: The entries of the bypass of a skipped layer; 0 without a bypass.
     """
 
     layer_entries: tuple[int, ...]
@@ -50,10 +54,14 @@ class ModelShape:
     query_size: int
     kv_bytes_per_layer: int
     adapter_entries: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    bypass_entries: int = 0
 
     @classmethod
     def from_model(
-        cls, model: Any, adapters: Mapping[str, AdapterWeights] | None = None
+        cls,
+        model: Any,
+        adapters: Mapping[str, AdapterWeights] | None = None,
+        bypass: Bypass | None = None,
     ) -> "ModelShape":
         """Read the shape of a model of transformers, routed or not, without running it.
 
@@ -63,6 +71,7 @@ class ModelShape:
         Args:
             model: The model.
             adapters: The adapters that paths may name, by name. None if there are no adapters.
+            bypass: What runs in place of a skipped layer; None for nothing.
 
         Raises:
             ArchitectureError: The cost doesn't follow from these sizes (experts, latent K/V, a
@@ -85,7 +94,21 @@ class ModelShape:
             query_size=heads * head_size,
             kv_bytes_per_layer=2 * kv_heads * head_size * model.dtype.itemsize,
             adapter_entries=adapter_entries,
+            bypass_entries=0 if bypass is None else 2 * bypass.rank * bypass.hidden_size,
         )
+
+
+def count_bypass_cost(routed: Routing) -> float:
+    """Return what a skipped layer costs under the model's bypass, in layer equivalents.
+
+    It is the mean over the layers of the multiply-adds of a token in the bypass, as a share of
+    those in the matrices of the layer. Without a bypass it is 0.
+    """
+    if routed.bypass is None:
+        return 0.0
+    entries = 2 * routed.bypass.rank * routed.bypass.hidden_size
+    _, layers = find_layers(routed.model)
+    return fmean(entries / _count_entries(layer) for layer in layers)
 
 
 def prompt_flops(shape: ModelShape, plan: Plan, num_tokens: int) -> Flops:
@@ -105,6 +128,9 @@ def prompt_flops(shape: ModelShape, plan: Plan, num_tokens: int) -> Flops:
     adapter = get_adapter(plan)
     if adapter:
         entries += sum(shape.adapter_entries[adapter][layer] for layer in layers)
+    else:
+        num_skipped = len(shape.layer_entries) - len(set(layers))
+        entries += num_skipped * shape.bypass_entries
     num_pairs = len(layers) * num_tokens * num_tokens
     return Flops(
         # The output matrix reads the last token only.

@@ -12,7 +12,7 @@ import numpy as np
 from msgspec import field
 
 from drllm.config import EvaluateConfig
-from drllm.cost import decode_executions, mean_executions, path_executions
+from drllm.cost import decode_executions, mean_executions, mean_skips, path_executions, path_skips
 from drllm.evaluation.answers import Answers, BatchResult
 from drllm.evaluation.flops import ModelShape
 from drllm.evaluation.lm_eval.grading import choose_answer, compute_gold_logprob, grade_answers
@@ -84,12 +84,23 @@ def add_grades(run: SystemRun, rendered: RenderedTask, answers: Sequence[Answers
         run.gold_logprob = mean_over_draws(logprobs_by_draw)
 
 
-def add_executions(run: SystemRun) -> None:
-    """Set the mean executions over questions and draws."""
+def add_executions(run: SystemRun, num_layers: int, bypass_cost: float = 0.0) -> None:
+    """Set the mean executions over questions and draws, with what the bypass costs.
+
+    Args:
+        run: The system, whose executions are set.
+        num_layers: The number of layers of the model.
+        bypass_cost: What a skipped layer costs, in layer equivalents. Along a path with an adapter
+            the bypass is off.
+    """
     if run.path is not None:
+        skip_cost = 0.0 if run.path.adapter else bypass_cost
         run.executions = path_executions(run.path)
+        run.executions += skip_cost * path_skips(run.path, num_layers)
         return
-    by_draw = [[mean_executions(routes)] for routes in run.routes]
+    by_draw = [
+        [mean_executions(routes) + bypass_cost * mean_skips(routes)] for routes in run.routes
+    ]
     [run.executions] = mean_over_draws(by_draw)
 
 

@@ -367,7 +367,7 @@ def _read_shape(inputs: EvaluationInputs, workers: Workers) -> ModelShape | str:
     for adapter in inputs.adapters:
         adapters[adapter.record.adapter] = adapter.weights
     try:
-        return ModelShape.from_model(workers.base.model, adapters)
+        return ModelShape.from_model(workers.base.model, adapters, workers.base.bypass)
     except ArchitectureError as error:
         return str(error)
 

@@ -25,6 +25,7 @@ from drllm.evaluation.answers import (
     ScoreTexts,
     TextBlock,
 )
+from drllm.evaluation.flops import count_bypass_cost
 from drllm.evaluation.lm_eval.model import RoutedLM
 from drllm.evaluation.lm_eval.scoring import HarnessRequest
 from drllm.evaluation.lm_eval.task import RenderedTask
@@ -260,7 +261,7 @@ def grade_system(
     if system.note:
         system_run.notes.append(system.note)
     add_grades(system_run, questions.rendered, result.answers)
-    add_executions(system_run)
+    add_executions(system_run, lm.routed.num_layers, count_bypass_cost(lm.routed))
     if not questions.rendered.has_options:
         num_tokens = []
         for [answer] in result.answers[0]:

@@ -9,7 +9,7 @@ instead, since its state may be 100 times as large as others. `tuning.fit_bypass
 
 Axes: L layers, D hidden, r rank.
 
-Source: ours.
+Source: ours (D-36).
 """
 
 from __future__ import annotations
