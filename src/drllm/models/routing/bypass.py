@@ -57,6 +57,9 @@ class Bypass:
     bias: Tensor
     first: Tensor
     model: Mapping[str, Any] = field(default_factory=dict)
+    _copies: dict[tuple[int, torch.device, torch.dtype], LayerMap] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         L, r, D = self.down.shape
@@ -127,8 +130,15 @@ class Bypass:
         return states
 
     def _find_map(self, layer: int, states: Tensor) -> LayerMap:
-        """Return a layer's map on the device of some states, in float32 or their wider dtype."""
+        """Return a layer's map on the device of some states, in float32 or their wider dtype.
+
+        It is copied there once.
+        """
         dtype = torch.promote_types(states.dtype, torch.float32)
-        return LayerMap(
-            *(tensor[layer].to(states.device, dtype) for tensor in self.tensors().values())
-        )
+        key = (layer, states.device, dtype)
+        layer_map = self._copies.get(key)
+        if layer_map is None:
+            tensors = self.tensors().values()
+            layer_map = LayerMap(*(tensor[layer].to(states.device, dtype) for tensor in tensors))
+            self._copies[key] = layer_map
+        return layer_map

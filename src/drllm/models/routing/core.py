@@ -131,6 +131,8 @@ class Routing:
         parts = [model, f"{self.num_layers} layers", f"{dtype} on {self.model.device}"]
         if self.injection.is_installed:
             parts.append(describe_policy(self.policy, self.num_layers))
+            if self.bypass is not None:
+                parts.append(f"bypass of rank {self.bypass.rank}")
         else:
             parts.append("routing taken off")
         return f"RoutedModel({', '.join(parts)})"

@@ -50,7 +50,9 @@ def test_a_bypass_is_read_as_it_was_written(bypass, file, model):
     found = load_bypass(file)
     assert found.sha256 == bypass.sha256
     assert found.model == bypass.model
-    assert attach(model, bypass=file).bypass.sha256 == bypass.sha256
+    routed = attach(model, bypass=file)
+    assert routed.bypass.sha256 == bypass.sha256
+    assert repr(routed).endswith("bypass of rank 2)")
 
 
 def test_another_bypass_has_another_hash(bypass):
