@@ -190,7 +190,7 @@ def test_generated_answers_are_those_of_each_path_alone(llama, tiny_tokenizer):
 
 def test_routers_decide_on_the_states_that_the_bypass_leaves(llama):
     bypass = random_bypass(width_of(llama))
-    routers = routers_for(llama)
+    routers = routers_for(llama, bypass=bypass.sha256)
     routed = attach(llama, routers, bypass=bypass)
     with torch.no_grad():
         found = routed(torch.tensor(PROMPTS[:1])).logits[0]
