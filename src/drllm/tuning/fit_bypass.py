@@ -147,7 +147,7 @@ def _fit(
     )
     texts = [text for source_texts in chosen.values() for text in source_texts]
     num_tokens = sum(map(len, texts))
-    for warning in warn_of_texts(list(chosen), num_tokens):
+    for warning in warn_of_texts(list(chosen), num_tokens, "bypass"):
         listener.note(warning)
     solutions = _solve(routed, texts, config.rank, store, listener)
     bypass = join_solutions(solutions, base.identity)

@@ -295,23 +295,25 @@ def choose_calibration_texts(
     return {name: sequences for name, sequences in chosen.items() if sequences}
 
 
-def warn_of_texts(names: Sequence[str], num_tokens: int) -> list[str]:
+def warn_of_texts(names: Sequence[str], num_tokens: int, what: str = "refit") -> list[str]:
     """Return what is to be said if the texts of a refit are all of one kind, or few.
 
     Args:
         names: The names of the sources.
         num_tokens: How many tokens they have.
+        what: What they are for: a refit, or a bypass.
     """
     warnings = []
     if len(names) == 1:
         warnings.append(
-            f"all texts of the refit are of one kind ({names[0]}), so text of other kinds may lose "
-            f"by it (a refit of SmolLM2-135M on GSM8K alone lost 0.11 nats a token on the mean of "
-            f"four kinds); add other texts with --text"
+            f"all texts of the {what} are of one kind ({names[0]}), so text of other kinds may "
+            f"lose by it (a refit of SmolLM2-135M on GSM8K alone lost 0.11 nats a token on the "
+            f"mean of four kinds); add other texts with --text"
         )
     if num_tokens < FEW_TOKENS:
         warnings.append(
-            f"{num_tokens:,} tokens are few for a refit (SmolLM2-135M lost 0.07 nats a token more "
-            f"with 5,000 than with 45,000); give more texts, {FEW_TOKENS:,} tokens or more"
+            f"{num_tokens:,} tokens are few for a {what} (a refit of SmolLM2-135M lost 0.07 nats "
+            f"a token more with 5,000 than with 45,000); give more texts, {FEW_TOKENS:,} tokens or "
+            f"more"
         )
     return warnings
