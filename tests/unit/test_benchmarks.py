@@ -22,7 +22,7 @@ NOT_OF_TWO_WAYS = {
     *("healed", "learning_curve", "serving"),  # what paths answer
     *("all", "two_commits"),  # made of others
     "growth",  # one way at several sizes
-    *("repair", "repair_ranks"),  # losses, not times
+    *("repair", "repair_ranks", "bypass"),  # losses, not times
     "house",  # counts source
     "make_builtin_texts",  # makes a file
 }
@@ -423,6 +423,27 @@ def test_the_loss_that_a_repair_takes_back_is_measured_by_kind_of_text(
     full = script.Measurement(losses={"a": [1.0, 1.0, 1.0], "b": [2.0]})
     path = script.Measurement(losses={"a": [2.0, 2.0, 2.0], "b": [5.0]})
     assert script.summarise(full, path, ["a", "b"])["mean"] == 2.0  # each kind counts the same
+
+
+def test_what_a_bypass_takes_back_is_measured_by_rank_and_number_of_skips(figures_of, tmp_path):
+    files = []
+    for name, word in (("fit", "apple"), ("measured", "plum")):
+        (tmp_path / name).mkdir()
+        file = tmp_path / name / "kind.jsonl"
+        texts = [f"{word} number {number} of many" for number in range(60)]
+        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        files.append(str(file))
+    words = ["--text", files[0], "--held-out", files[1], "--skips", "2,3", "--ranks", "2,1000"]
+    figures = figures_of("bypass", *words)
+    assert [row["skips"] for row in figures["rows"]] == [2, 2, 3, 3]
+    for row in figures["rows"]:
+        low, high = row["interval"]
+        assert low <= row["recovered"] <= high
+        assert 0 <= row["better_on"] <= 1
+    small, full = figures["fits"].values()
+    assert 0 < small["counted"] < full["counted"]
+    assert small["seconds"] > 0
+    assert small["measured"] > 0
 
 
 def test_a_cheap_choice_is_compared_with_the_best_path_after_its_refit(figures_of, benchmark):
