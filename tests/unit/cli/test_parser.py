@@ -199,7 +199,7 @@ run demo --out o => '--out'; did you mean '--output-dir'?
 heal --paths p => '--paths'; did you mean '--path'?
 evaluate --path p => '--path'; did you mean '--paths'?
 train --lr 1 => '--lr'; did you mean '--learning-rate'?
-train --tasks q => '--tasks' of train; it is a flag of search, tune, heal, evaluate
+train --tasks q => '--tasks' of train; it is a flag of search, bypass, tune, heal, evaluate
 """
 
 

@@ -108,6 +108,8 @@ def _check_foreign_files(folder: Path) -> None:
 def _encode_config(config: RouterConfig) -> bytes:
     """Return the content of `router_config.json`."""
     values = {"format_version": FORMAT_VERSION, **dataclasses.asdict(config)}
+    if not config.bypass:
+        del values["bypass"]  # so that older versions read the file
     try:
         text = json.dumps(values, indent=2, allow_nan=False)
     except (TypeError, ValueError) as error:
