@@ -277,6 +277,7 @@ def test_whatever_is_saved_is_loaded_bit_for_bit_and_saved_again_byte_for_byte(c
 
 def test_loaded_routers_can_be_trained_and_outlive_their_files(folder):
     names = {field.name for field in dataclasses.fields(RouterConfig)}
+    names -= {"bypass"}  # routers without one don't name it, so that older versions read them
     assert names | {"format_version"} == set(json.loads((folder / CONFIG_FILE).read_text()))
     before = torch.get_rng_state()
     loaded = load_routers(folder)
@@ -350,7 +351,7 @@ def test_a_value_of_another_type_than_its_fields_is_refused_by_name(folder, name
     refused(folder, rf"router_config\.json: '{name}': expected ")
 
 
-@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("name", sorted(TYPES.keys() - {"bypass"}))
 def test_a_config_without_one_of_its_fields_is_refused(folder, name):
     rewrite_config(folder, {name: ...})
     refused(folder, f"lacks the key '{name}'; train the routers again")
