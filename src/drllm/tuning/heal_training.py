@@ -30,7 +30,8 @@ from drllm.work.store import ResultStore
 
 STATE_KEY = "training"  # the key under which the state is kept
 STEPS = 250  # training steps, unless a number or a time is given
-PATIENCE = 3  # the training ends after this many checks in a row without a lower KL
+PATIENCE = 3  # the training ends after this many checks in a row without a lower KL,
+PATIENT_SHARE = 0.5  # but not in this share of it, while the learning rate is high
 CHECKS = 10  # the number of checks in a training, besides the check before the first step
 WARM_UP = 0.05  # share of the training in which the learning rate rises
 MAX_GRAD_NORM = 1.0
@@ -151,8 +152,10 @@ class AdapterTraining:
         kls = [point.held_out_kl for point in self.state.curve]
         best_check = kls.index(min(kls))
         num_checks_since = len(kls) - 1 - best_check
-        is_complete = self.progress >= 1 or not self.has_time
-        return is_complete or num_checks_since >= PATIENCE
+        if self.progress >= 1 or not self.has_time:
+            return True
+        # After a good repair, the KL may rise until the learning rate falls.
+        return self.progress >= PATIENT_SHARE and num_checks_since >= PATIENCE
 
     @property
     def is_checked(self) -> bool:

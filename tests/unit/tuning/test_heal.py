@@ -742,7 +742,7 @@ def test_another_healing_in_the_same_folder_is_refused(unbroken, routed, tmp_pat
 def test_it_ends_where_the_held_out_kl_has_not_fallen_for_long(routed, monkeypatch):
     monkeypatch.setattr("drllm.tuning.heal_training.PATIENCE", 2)
     found = healed(routed, path=StaticPath(range(6)))  # there is nothing to learn
-    assert len(found.curve) < 11
+    assert 6 <= len(found.curve) < 11  # while the learning rate is high, it goes on
 
 
 def test_minutes_end_it_and_count_what_was_done_before(routed, tmp_path, monkeypatch):
