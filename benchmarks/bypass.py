@@ -30,11 +30,10 @@ import common
 import msgspec
 import torch
 from common.compare import SEED
+from common.texts import read_kinds
 
-from drllm.config import HealConfig
 from drllm.evaluation.flops import count_bypass_cost
 from drllm.models.base.load import BaseModel
-from drllm.models.base.prompts import encode
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.bypass import Bypass
 from drllm.models.scoring.score import Request
@@ -42,7 +41,7 @@ from drllm.paths import Decisions, StaticPath, to_path
 from drllm.records.codec import hash_values
 from drllm.statistics.intervals import mean_interval
 from drllm.tuning.bypass_solver import BypassSolver, join_solutions
-from drllm.tuning.heal_texts import Tokens, choose_calibration_texts, read_sources
+from drllm.tuning.heal_texts import Tokens, choose_calibration_texts
 from drllm.tuning.objectives import LOSS
 from drllm.tuning.path_scorer import Item, score_paths
 from drllm.work.store import ResultStore
@@ -55,6 +54,7 @@ RANKS = "16,64,100000"
 MAX_TOKENS = 256  # of a text
 CACHE_GB = 1.0
 TIMED_TOKENS = 128
+TIMED_REPEATS = 20
 NOTHING = "nothing"
 
 
@@ -62,17 +62,6 @@ class Losses(msgspec.Struct, frozen=True, kw_only=True):
     """The mean next-token loss of the texts along each of some routes, in nats a token."""
 
     values: list[float]
-
-
-def read_texts(files: str, base: BaseModel) -> dict[str, list[Tokens]]:
-    """Return the texts of files as tokens, by the name of the file, shuffled with a fixed seed."""
-    kinds = {}
-    for source in read_sources(HealConfig(text=files)):
-        texts = [tuple(encode(base.tokenizer, text))[:MAX_TOKENS] for text in source.texts]
-        unique = [text for text in dict.fromkeys(texts) if len(text) > 1]
-        random.Random(SEED).shuffle(unique)
-        kinds[source.name] = unique
-    return kinds
 
 
 def draw_routes(num_layers: int, num_skips: int, number: int) -> list[Decisions]:
@@ -138,7 +127,7 @@ def fit(base: BaseModel, texts: Sequence[Tokens], rank: int, clock: Any) -> tupl
     return join_solutions(solutions, base.identity), seconds
 
 
-def time_share(base: BaseModel, bypass: Bypass, repeats: int, clock: Any) -> float:
+def time_share(base: BaseModel, bypass: Bypass, clock: Any) -> float:
     """Return the time of a layer's bypass as a share of the layer's own, the median of several.
 
     The layers' own time is that of a pass over all layers, divided by their number.
@@ -160,7 +149,7 @@ def time_share(base: BaseModel, bypass: Bypass, repeats: int, clock: Any) -> flo
         return clock() - started
 
     with torch.no_grad():
-        runs = common.run_in_turns({"layers": run_layers, "bypass": run_bypass}, repeats)
+        runs = common.run_in_turns({"layers": run_layers, "bypass": run_bypass}, TIMED_REPEATS)
     return statistics.median(run["bypass"] / run["layers"] for run in runs)
 
 
@@ -200,8 +189,8 @@ def measure_all(
 ) -> dict[str, Any]:
     """Measure what isn't kept in the folder, print each row, and return the figures."""
     clock = common.clock_of(options)
-    to_fit = read_texts(options.text, base)
-    held_out = read_texts(options.held_out, base)
+    to_fit = read_kinds(options.text, base, MAX_TOKENS)
+    held_out = read_kinds(options.held_out, base, MAX_TOKENS)
     chosen = choose_calibration_texts(to_fit, sizes["tokens"], SEED)
     fit_texts = [text for texts in chosen.values() for text in texts]
     measured = [text for texts in held_out.values() for text in texts[: sizes["num_texts"]]]
@@ -224,7 +213,7 @@ def measure_all(
         routed = RoutedModel(base.model, tokenizer=base.tokenizer, bypass=bypass)
         counted = count_bypass_cost(routed)
         routed.detach()
-        timed = time_share(base, bypass, sizes["routes"] if options.quick else 20, clock)
+        timed = time_share(base, bypass, clock)
         figures["fits"][name] = {"seconds": seconds, "counted": counted, "measured": timed}
         print(
             f"{name}: fitted in {seconds:.0f} s; {counted:.1%} of a layer's multiply-adds, "

@@ -21,7 +21,6 @@ or numbers of tokens can be added.
 from __future__ import annotations
 
 import argparse
-import random
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,11 +33,10 @@ from typing import Any
 import common
 import msgspec
 from common.compare import SEED
+from common.texts import Kinds, read_kinds
 from torch import Tensor
 
-from drllm.config import HealConfig
 from drllm.models.base.load import BaseModel
-from drllm.models.base.prompts import encode
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.healed import install_path
 from drllm.models.scoring.score import Request
@@ -47,7 +45,7 @@ from drllm.records.codec import hash_values
 from drllm.records.static_paths import load_path
 from drllm.reporting import drawing
 from drllm.statistics.intervals import mean_interval
-from drllm.tuning.heal_texts import Tokens, choose_calibration_texts, read_sources
+from drllm.tuning.heal_texts import choose_calibration_texts
 from drllm.tuning.objectives import LOSS
 from drllm.tuning.path_scorer import Item, score_paths
 from drllm.tuning.refit import join_weights, refit
@@ -71,9 +69,6 @@ LINES = {
 }
 """Way → the label and the colour of its line in the drawing."""
 
-Kinds = dict[str, list[Tokens]]
-"""The texts of each kind, by the name of its file."""
-
 
 class Measurement(msgspec.Struct, frozen=True, kw_only=True):
     """The next-token loss of each text of each kind, in nats a token, along one path."""
@@ -83,19 +78,6 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float = 0.0  # to solve the refit
     ridges: list[float] = []
     unexplained: list[float] = []
-
-
-def read_kinds(files: str | None, base: BaseModel) -> Kinds:
-    """Return the texts of files as tokens, shuffled with a fixed seed."""
-    if not files:
-        return {}
-    kinds: Kinds = {}
-    for source in read_sources(HealConfig(text=files)):
-        texts = [tuple(encode(base.tokenizer, text))[:MAX_TOKENS] for text in source.texts]
-        unique = [text for text in dict.fromkeys(texts) if len(text) > 1]
-        random.Random(SEED).shuffle(unique)
-        kinds[source.name] = unique
-    return kinds
 
 
 def hold_out(kinds: Kinds, num_texts: int) -> tuple[Kinds, Kinds]:
@@ -113,10 +95,10 @@ def read_seen_kinds(
     options: argparse.Namespace, base: BaseModel, num_texts: int
 ) -> tuple[Kinds, Kinds]:
     """Return the texts to fit on, and other texts of the same kinds to measure on."""
-    kinds = read_kinds(options.text, base)
+    kinds = read_kinds(options.text, base, MAX_TOKENS)
     if options.held_out is None:
         return hold_out(kinds, num_texts)
-    to_measure = read_kinds(options.held_out, base)
+    to_measure = read_kinds(options.held_out, base, MAX_TOKENS)
     if list(to_measure) != list(kinds):
         raise SystemExit(
             f"--held-out has the kinds {', '.join(to_measure)}, and --text {', '.join(kinds)}; "
@@ -240,7 +222,9 @@ def measure_all(
 ) -> dict[str, Any]:
     """Measure what isn't kept in the folder, print each row, and return the figures."""
     to_fit, seen = read_seen_kinds(options, base, num_texts)
-    unseen = {name: texts[:num_texts] for name, texts in read_kinds(options.unseen, base).items()}
+    unseen = {}
+    for name, texts in read_kinds(options.unseen, base, MAX_TOKENS).items():
+        unseen[name] = texts[:num_texts]
     measurer = Measurer(base, to_fit, seen | unseen, folder)
     full = measurer.measure(StaticPath(range(base.num_layers)))
     means = {kind: fmean(losses) for kind, losses in full.losses.items()}

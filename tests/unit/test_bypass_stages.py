@@ -1,17 +1,23 @@
 """A bypass goes with all stages, and what was made with it isn't used without it."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
 import drllm
 from drllm.cost import mean_skips, path_skips
-from drllm.errors import CheckpointError, RecordError
+from drllm.errors import CheckpointError, ConfigError, RecordError
 from drllm.evaluation.flops import ModelShape, count_bypass_cost, prompt_flops
+from drllm.evaluation.latency import measure
+from drllm.models import workers
 from drllm.models.base.identity import describe
 from drllm.models.routed_model import RoutedModel, attach
 from drllm.models.routing.bypass import Bypass
 from drllm.models.routing.bypass_file import BypassRecord, save_bypass
+from drllm.models.routing.policies import FixedPolicy
 from drllm.paths import StaticPath
+from drllm.work.listener import Listener
 
 ROWS = [
     {"question": f"Is {number} even?", "choices": ["yes", "no"], "answer": number % 2}
@@ -139,3 +145,44 @@ def test_the_layers_run_of_a_system_hold_the_bypass(base, bypass):
     entries = 2 * bypass.rank * bypass.hidden_size
     share = entries / ModelShape.from_model(base.model).layer_entries[0]
     assert path.executions == pytest.approx(4 + 2 * share)
+
+
+def test_a_model_whose_weights_are_in_workers_has_its_bypass_too(
+    model_folder, tmp_path, monkeypatch
+):
+    folder = str(model_folder())
+    base = drllm.load(folder, device="cpu")
+    bypass = draw_bypass(base.model)
+    file = tmp_path / "bypass.safetensors"
+    save_bypass(file, bypass, BypassRecord(model=dict(bypass.model)))
+
+    @contextmanager
+    def start(*_args, **_options):
+        yield
+
+    executor = start()
+    executor.identity = {**base.identity, "bypass": bypass.sha256}
+    executor.runtime = base.runtime
+    monkeypatch.setattr(workers, "RayExecutor", lambda *_args, **_options: executor)
+    model = drllm.ModelConfig(model=folder, device="cpu", bypass=str(file))
+    config = drllm.SearchConfig(executor="ray")
+    with workers.open_workers(model, None, config, Listener()) as opened:
+        assert opened.routed.bypass.sha256 == bypass.sha256
+        assert count_bypass_cost(opened.routed) > 0
+        with pytest.raises(ConfigError, match="tune repairs paths without a bypass"):
+            opened.base.refuse_bypass("tune repairs paths")
+
+
+def test_time_is_measured_with_the_bypass(base, bypass, monkeypatch):
+    drllm.detach(base.model)
+    skipped = []
+    skip = Bypass.skip
+
+    def record(self, layer, *args):
+        skipped.append(layer)
+        return skip(self, layer, *args)
+
+    monkeypatch.setattr(Bypass, "skip", record)
+    systems = {"base": None, "routed": FixedPolicy((1, 0, 1, 1, 1, 1), 6)}
+    measure(base.model, systems, [[5, 6, 7]] * 2, 1, 3, 1, bypass=bypass)
+    assert set(skipped) == {1}

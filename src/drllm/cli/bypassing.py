@@ -9,9 +9,9 @@ from drllm.cli.command_line import CommandLine
 from drllm.cli.questions import COLUMNS
 from drllm.cli.terminal import LOADING, Terminal
 from drllm.cli.verbs import Flag, verb
-from drllm.config import BypassConfig, HealConfig, ModelConfig
+from drllm.config import BypassConfig, ModelConfig
 from drllm.records.places import check_folder
-from drllm.tuning.heal_texts import read_sources
+from drllm.tuning.heal_texts import read_bypass_sources
 
 
 @verb(
@@ -38,14 +38,7 @@ def bypass_verb(command: CommandLine, terminal: Terminal) -> None:
     check_model(command)
     check_folder(output, "--output-dir")
     with terminal.busy("reading the questions and texts"):
-        reading = HealConfig(
-            tasks=config.tasks,
-            text=config.text,
-            data_dir=config.data_dir,
-            limit=config.limit,
-            seed=config.seed,
-        )
-        texts = read_sources(reading)
+        texts = read_bypass_sources(config)
     with terminal.busy(LOADING):
         from drllm.models.routing.bypass_file import BYPASS_FILE, load_bypass_with_record
         from drllm.tuning.fit_bypass import fit_bypass

@@ -17,6 +17,7 @@ from drllm.reporting.key_figures import describe_times
 from drllm.reporting.next_steps import suggest_steps
 from drllm.reporting.numbers import NONE, difference, label, plain, signed
 from drllm.reporting.run import Run
+from drllm.statistics.differences import LABEL_MEANINGS
 
 SUMMARY_QUESTIONS = 2  # maximum questions whose answers in words are in the summary of a run
 
@@ -139,21 +140,13 @@ def show_evaluation(evaluation: results.Evaluation, terminal: Terminal) -> None:
         terminal.say(note)
 
 
-LABELS = {
-    "not shown": "no difference of accuracy is shown",
-    "too few": "too few questions to tell; with more of them a difference may be shown",
-    "no verdict": "base may be guessing, so nothing can be told",
-}
-"""Label of a difference that isn't shown → what it means."""
-
-
 def _show_labels(evaluation: results.Evaluation, terminal: Terminal) -> None:
     """Print what the labels in the table mean, where it isn't plain."""
     verdicts = [system.against_base for system in evaluation.systems if system.against_base]
     labels = dict.fromkeys(differences.accuracy.label for differences in verdicts)
     for name in labels:
-        if name in LABELS:
-            terminal.beside(f" {name}", LABELS[name], 11)
+        if name in LABEL_MEANINGS:
+            terminal.beside(f" {name}", LABEL_MEANINGS[name], 11)
     terminal.say()
 
 

@@ -33,6 +33,7 @@ from drllm.models.base.load import BaseModel
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routers.places import WEIGHTS_FILE
 from drllm.models.routers.stack import RouterStack
+from drllm.models.routing.bypass import Bypass
 from drllm.models.routing.kv_cache import cache_argument
 from drllm.models.routing.policies import Policy, RouterPolicy
 from drllm.paths import Decisions, full_decisions
@@ -82,6 +83,8 @@ def measure(
     num_read: int,
     num_written: int,
     max_seconds: float = math.inf,
+    *,
+    bypass: Bypass | None = None,
 ) -> Timings:
     """Time systems while they read prompts and while they decode, for each batch size.
 
@@ -99,6 +102,7 @@ def measure(
         max_seconds: Maximum time of the whole measurement. The smallest batch comes first. A phase
             with a batch that doesn't fit into the time is left out. If even the first doesn't fit,
             it has fewer rounds, but at least one.
+        bypass: What runs in place of a skipped layer; None for nothing.
 
     Raises:
         RoutingError: The model is routed already.
@@ -108,7 +112,7 @@ def measure(
     routed: dict[str, RoutedModel] = {}
     for name, policy in systems.items():
         if policy is not None:
-            routed[name] = RoutedModel(models[name], policy=policy)
+            routed[name] = RoutedModel(models[name], policy=policy, bypass=bypass)
     full = full_decisions(len(find_layers(model)[1]))
     clock = device_clock(model.device)
     T = min(num_read, *map(len, prompts))
@@ -305,6 +309,7 @@ def write_latency(
             config.latency_read,
             config.latency_written,
             config.latency_seconds,
+            bypass=base.bypass,
         )
     _note_missing(measured, config, listener)
     weights = folder / WEIGHTS_FILE

@@ -30,7 +30,7 @@ from drllm.models.routers.hub import push_routers
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.batch_generation import BATCH_SIZE, GeneratedAnswer, generate_many
 from drllm.models.routing.bypass import Bypass
-from drllm.models.routing.bypass_file import check_bypass, load_bypass
+from drllm.models.routing.bypass_file import load_bypass
 from drllm.models.routing.core import Routing, take_off_routing
 from drllm.models.routing.depth_control import TOLERANCE, Calibration, find_depth_bias
 from drllm.models.routing.policies import Policy
@@ -94,18 +94,18 @@ def detach(model: Any) -> Any:
 def load_with_bypass(config: ModelConfig | str) -> BaseModel:
     """Load a base model, and its bypass if the settings name one.
 
+    Whether they belong together is checked when the model is routed.
+
     Args:
         config: The settings, or the name of the model.
 
     Raises:
-        DrllmError: `load`, `load_bypass` or `check_bypass` raises it.
+        DrllmError: `load` or `load_bypass` raises it.
     """
     base = loading.load(config)
     if isinstance(config, str) or config.bypass is None:
         return base
-    bypass = load_bypass(config.bypass)
-    check_bypass(base.model, bypass)
-    return dataclasses.replace(base, bypass=bypass)
+    return dataclasses.replace(base, bypass=load_bypass(config.bypass))
 
 
 @contextmanager

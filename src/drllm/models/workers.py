@@ -16,6 +16,7 @@ from drllm.models.base.batching import share_memory
 from drllm.models.base.hub import quiet
 from drllm.models.base.load import BaseModel, load_without_weights
 from drllm.models.routed_model import RoutedModel, load_with_bypass, unrouted
+from drllm.models.routing.bypass_file import load_bypass
 from drllm.work.listener import Listener
 from drllm.work.local import LocalExecutor
 from drllm.work.ray import RayExecutor, WorkerPlan
@@ -105,5 +106,10 @@ def _open_ray(model: Any, config: ExecutorConfig, listener: Listener) -> Iterato
         )
     with executor:
         base = load_without_weights(model, executor.identity, executor.runtime)
-        routed = RoutedModel(base.model, tokenizer=base.tokenizer)
+        if model.bypass is not None:
+            # Without the identity of its model, which the workers have compared: there are no
+            # weights here.
+            bypass = dataclasses.replace(load_bypass(model.bypass), model={})
+            base = dataclasses.replace(base, bypass=bypass)
+        routed = RoutedModel(base.model, tokenizer=base.tokenizer, bypass=base.bypass)
         yield Workers(base, routed, executor)

@@ -16,7 +16,7 @@ from drllm.reporting.numbers import (
     plain,
     verdict_on_routed,
 )
-from drllm.statistics.differences import Differences, Verdict
+from drllm.statistics.differences import LABEL_MEANINGS, Differences, Verdict
 
 NamedSystem: TypeAlias = tuple[str, Evaluation, System | Point]
 """The name of a run or a task, its evaluation, and one system of the evaluation."""
@@ -42,7 +42,7 @@ def comparisons_table(evaluation: Evaluation) -> Markdown:
     )
     caption = (
         "Differences with 95 % intervals. Larger losses than the excluded one are ruled out "
-        "(95 %). Not shown: no difference is shown. Too few: too few questions or texts to tell."
+        f"(95 %). Not shown: {LABEL_MEANINGS['not shown']}. Too few: {LABEL_MEANINGS['too few']}."
     )
     if len(evaluation.paths) > 1:
         caption += f" {_explain_choice(evaluation)}"

@@ -10,6 +10,13 @@ import msgspec
 from drllm.statistics import power
 from drllm.statistics.words import WORDS, Quantity, QuantityWords, signed
 
+LABEL_MEANINGS = {
+    "not shown": "no difference is shown",
+    "too few": "too few questions or texts to tell",
+    "no verdict": "base may be guessing",
+}
+"""Label of a difference that isn't shown → what it means."""
+
 Shown: TypeAlias = Literal["higher", "lower", "none shown", "too few", "guessing"]
 
 

@@ -24,17 +24,14 @@ from drllm.errors import TaskError
 from drllm.models.base.batching import free_bytes
 from drllm.models.base.devices import on_device
 from drllm.models.routed_model import RoutedModel
-from drllm.models.routing.bypass import Bypass, normalise
+from drllm.models.routing.bypass import TENSORS, Bypass, LayerMap, normalise
 from drllm.models.routing.injection import Driver, LayerCall
 from drllm.tuning.heal_texts import MIN_TEXTS, Tokens
 from drllm.tuning.layer_states import StatesBatch, make_batches
 from drllm.tuning.refit import high_precision, split_for_ridge
+from drllm.tuning.stand_in import RIDGES, SMALLEST_DEVIATION
 from drllm.work.listener import OnProgress
 
-RIDGES = tuple(10.0**exponent for exponent in range(-5, 2))
-"""The values of λ to choose from, for inputs of variance 1."""
-SMALLEST_DEVIATION = 1e-6
-"""The least standard deviation of an input; an input that is always the same would divide by 0."""
 SHARE_OF_MEMORY = 0.25  # of the free memory of the host that the sums may take
 MATRICES_PER_LAYER = 4  # [D, D] in float64: inner and cross, of both parts of the texts
 
@@ -82,8 +79,11 @@ class LayerSums:
 
     def merge(self, other: LayerSums) -> None:
         """Add the tokens of other sums."""
-        for name in ("inner", "cross", "inputs", "changes", "first"):
-            getattr(self, name).add_(getattr(other, name))
+        self.inner += other.inner
+        self.cross += other.cross
+        self.inputs += other.inputs
+        self.changes += other.changes
+        self.first += other.first
         self.squares += other.squares
         self.num_tokens += other.num_tokens
         self.num_first += other.num_first
@@ -97,20 +97,14 @@ class LayerSums:
 
 
 class LayerSolution(NamedTuple):
-    """The map of one layer as it is solved, in float64.
+    """The map of one layer as it is solved.
 
     Attributes:
-        down: P, `[r, D]`.
-        up: Q, `[D, r]`.
-        bias: b, `[D]`.
-        first: c, `[D]`.
+        layer_map: The map, in float64.
         unexplained: The squared error on held-out texts as a share of that of doing nothing.
     """
 
-    down: Tensor
-    up: Tensor
-    bias: Tensor
-    first: Tensor
+    layer_map: LayerMap
     unexplained: float
 
 
@@ -119,7 +113,6 @@ class _CenteredSums:
 
     def __init__(self, sums: LayerSums) -> None:
         n = sums.num_tokens
-        self.num_tokens = n
         self.input_mean = sums.inputs / n
         self.change_mean = sums.changes / n
         covariance = sums.inner / n - torch.outer(self.input_mean, self.input_mean)
@@ -137,16 +130,18 @@ class _CenteredSums:
         weight = (solution / self.deviation[:, None]).T
         return weight, self.change_mean - weight @ self.input_mean
 
-    def cut(self, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        """Return P `[r, D]` and Q `[D, r]` of the best fit of a rank to the values of W x.
+    def solve_with_rank(self, ridge: float, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return P `[r, D]`, Q `[D, r]` and b `[D]` for one λ.
 
-        Its values are those of W x, projected on their first principal axes.
+        Q P x are the values W x, projected on their first principal axes.
         """
+        weight, _ = self.solve(ridge)
         scaled = weight * self.deviation
-        covariance = scaled @ self.inner @ scaled.T  # of the fitted values, [D, D]
+        covariance = scaled @ self.inner @ scaled.T  # of the values W x, [D, D]
         _, axes = torch.linalg.eigh(covariance)  # the largest last
         up = axes[:, -rank:]
-        return up.T @ weight, up
+        down = up.T @ weight
+        return down, up, self.change_mean - up @ (down @ self.input_mean)
 
 
 def solve_layer(fit: LayerSums, held_out: LayerSums, rank: int) -> LayerSolution:
@@ -165,16 +160,12 @@ def solve_layer(fit: LayerSums, held_out: LayerSums, rank: int) -> LayerSolution
     for ridge in RIDGES:
         errors[ridge] = held_out.error(*centered.solve(ridge))
     best = min(errors, key=errors.__getitem__)
-    weight, bias = centered.solve(best)
-    down, up = centered.cut(weight, rank)
-    bias = centered.change_mean - up @ (down @ centered.input_mean)
+    down, up, bias = centered.solve_with_rank(best, rank)
     unexplained = held_out.error(up @ down, bias) / held_out.squares
     fit.merge(held_out)
-    centered = _CenteredSums(fit)
-    weight, _ = centered.solve(best)
-    down, up = centered.cut(weight, rank)
-    bias = centered.change_mean - up @ (down @ centered.input_mean)
-    return LayerSolution(down, up, bias, fit.first / max(1, fit.num_first), unexplained)
+    down, up, bias = _CenteredSums(fit).solve_with_rank(best, rank)
+    first = fit.first / max(1, fit.num_first)
+    return LayerSolution(LayerMap(down, up, bias, first), unexplained)
 
 
 class _SumChanges(Driver):
@@ -264,13 +255,11 @@ def join_solutions(solutions: Sequence[LayerSolution], model: Mapping[str, Any])
         solutions: The maps, `[L]`.
         model: The identity of the model.
     """
-    return Bypass(
-        down=torch.stack([solution.down for solution in solutions]).float(),
-        up=torch.stack([solution.up for solution in solutions]).float(),
-        bias=torch.stack([solution.bias for solution in solutions]).float(),
-        first=torch.stack([solution.first for solution in solutions]).float(),
-        model=model,
-    )
+    tensors = {}
+    for name in TENSORS:
+        by_layer = [getattr(solution.layer_map, name) for solution in solutions]
+        tensors[name] = torch.stack(by_layer).float()
+    return Bypass(**tensors, model=model)
 
 
 def group_layers(num_layers: int, hidden_size: int) -> list[range]:

@@ -96,10 +96,10 @@ class Distillation:
 
         The layers that both paths begin with run once, without gradients.
         """
-        kept = self.teacher.get(batch)
+        teacher = self.teacher.get(batch)
         start = None
         if self._num_shared > 0:
-            starts = [states.start for states in kept if states.start is not None]
+            starts = [states.start for states in teacher if states.start is not None]
             start = on_device(pad_sequence(starts, batch_first=True), self.routed.device)
         student = StatesPass(self.path, start, self._num_shared)
         self._run(self.routed.injection.decoder, student, self._pad(batch))
@@ -107,7 +107,7 @@ class Distillation:
         is_real = torch.arange(int(max(lengths))) < lengths[:, None]  # [B, T]
         places = is_real.flatten().nonzero()[:, 0]  # [N]
         student_states = _select_tokens(student.states[-1], places)
-        teacher_states = torch.cat([states.last for states in kept])
+        teacher_states = torch.cat([states.last for states in teacher])
         return LastStates(on_device(teacher_states, student_states.device), student_states)
 
     @torch.no_grad()
@@ -115,14 +115,14 @@ class Distillation:
         """Run the full path on a batch, and return the states of each sequence, on the CPU."""
         teacher = StatesPass(self.full)
         self._run(self.routed.injection.decoder, teacher, self._pad(batch))
-        found = []
+        sequences = []
         for row, tokens in enumerate(batch):
             start = None
             if self._num_shared > 0:
                 start = _copy_row(teacher.states[self._num_shared - 1], row, len(tokens))
             last = _copy_row(teacher.states[-1], row, len(tokens))
-            found.append(SequenceStates(start, last))
-        return found
+            sequences.append(SequenceStates(start, last))
+        return sequences
 
     def _pad(self, batch: Sequence[Tokens]) -> Tensor:
         """Return a batch as token ids `[B, T]`, with padding on the right.

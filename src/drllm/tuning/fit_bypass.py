@@ -14,12 +14,12 @@ import msgspec
 from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
 
-from drllm.config import BypassConfig, HealConfig
+from drllm.config import BypassConfig
 from drllm.config.fields import replace_settings
 from drllm.errors import ConfigError
 from drllm.models.base.load import BaseModel
 from drllm.models.routed_model import RoutedModel, unrouted
-from drllm.models.routing.bypass import Bypass
+from drllm.models.routing.bypass import TENSORS, Bypass, LayerMap
 from drllm.models.routing.bypass_file import (
     BYPASS_FILE,
     BypassRecord,
@@ -37,7 +37,7 @@ from drllm.tuning.heal_texts import (
     choose_calibration_texts,
     cut_texts,
     digest_sources,
-    read_sources,
+    read_bypass_sources,
     warn_of_texts,
 )
 from drllm.tuning.heal_tokens import TextTokenizer
@@ -100,10 +100,7 @@ def fit_bypass(
     """
     config = replace_settings(BypassConfig, config, settings)
     listener = listener or Listener()
-    heal_config = HealConfig(
-        data_dir=config.data_dir, limit=config.limit, seed=config.seed, text=config.text
-    )
-    sources = read_sources(heal_config, config.tasks if tasks is None else tasks, texts)
+    sources = read_bypass_sources(config, tasks, texts)
     with ExitStack() as stack:
         folder = Path(output_dir or stack.enter_context(tempfile.TemporaryDirectory()))
         base = stack.enter_context(unrouted(model, tokenizer, listener))
@@ -189,8 +186,8 @@ def _solve_group(solver: BypassSolver, group: range) -> SolvedLayers:
     solutions = solver.solve(group)
     tensors = {}
     for number, solution in enumerate(solutions):
-        for name in ("down", "up", "bias", "first"):
-            tensors[f"{number} {name}"] = getattr(solution, name).contiguous()
+        for name, tensor in zip(TENSORS, solution.layer_map, strict=True):
+            tensors[f"{number} {name}"] = tensor.contiguous()
     return SolvedLayers(
         unexplained=tuple(solution.unexplained for solution in solutions),
         weights=to_safetensors(tensors),
@@ -202,12 +199,6 @@ def _decode(kept: SolvedLayers) -> list[LayerSolution]:
     tensors = from_safetensors(kept.weights)
     solutions = []
     for number, unexplained in enumerate(kept.unexplained):
-        solution = LayerSolution(
-            down=tensors[f"{number} down"],
-            up=tensors[f"{number} up"],
-            bias=tensors[f"{number} bias"],
-            first=tensors[f"{number} first"],
-            unexplained=unexplained,
-        )
-        solutions.append(solution)
+        layer_map = LayerMap(*(tensors[f"{number} {name}"] for name in TENSORS))
+        solutions.append(LayerSolution(layer_map, unexplained))
     return solutions

@@ -15,7 +15,7 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple, TypeAlias
 
-from drllm.config import HealConfig, TuneConfig
+from drllm.config import BypassConfig, HealConfig, TuneConfig
 from drllm.config.fields import LARGEST_INT
 from drllm.errors import ConfigError, TaskError
 from drllm.records.codec import hash_values, read_text
@@ -110,6 +110,20 @@ def read_sources(
         )
     _refuse_same_name([source.name for source in sources])
     return sources
+
+
+def read_bypass_sources(
+    config: BypassConfig, tasks: TasksArgument = None, texts: TextArgument = None
+) -> list[TextSource]:
+    """Read the tasks and texts to fit a bypass on; otherwise as `read_sources`."""
+    heal_config = HealConfig(
+        tasks=config.tasks,
+        text=config.text,
+        data_dir=config.data_dir,
+        limit=config.limit,
+        seed=config.seed,
+    )
+    return read_sources(heal_config, tasks, texts)
 
 
 def find_sources(texts: TextArgument) -> list[TextSource]:

@@ -29,6 +29,7 @@ from torch import Tensor
 from drllm.errors import ConfigError
 from drllm.models.base.batching import free_bytes
 from drllm.models.routed_model import RoutedModel
+from drllm.models.routing.bypass import normalise
 from drllm.models.routing.injection import Driver, LayerCall
 from drllm.paths import Gap
 from drllm.tuning.heal_texts import Tokens
@@ -41,11 +42,6 @@ SMALLEST_DEVIATION = 1e-6
 """The least standard deviation of an input; an input that is always the same would divide by 0."""
 SHARE_ON_DEVICE = 0.25  # of the free memory of the model's device that the states may take
 SHARE_OF_MEMORY = 0.5  # of the free memory of the host that the states may take
-
-
-def normalise(states: Tensor) -> Tensor:
-    """Return n(h): states divided by the root mean squares of their entries, `[..., D]`."""
-    return states * (states.square().mean(dim=-1, keepdim=True) + 1e-12).rsqrt()
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -470,9 +470,9 @@ def test_time_is_measured_once_and_tests_are_corrected_for_all_tasks(
 ):
     given, calls = [], []
 
-    def note(model, systems, prompts, *numbers):
+    def note(model, systems, prompts, *numbers, **options):
         given.append(prompts)
-        return measure(model, systems, prompts, *numbers)
+        return measure(model, systems, prompts, *numbers, **options)
 
     monkeypatch.setattr(latency, "measure", note)
     few = {"limit": 6, "latency": True, "latency_rounds": 2}

@@ -42,9 +42,10 @@ def sum_tokens(num_tokens, seed):
 def test_a_map_of_low_rank_is_found_and_first_tokens_are_apart():
     solution = solve_layer(sum_tokens(400, 0), sum_tokens(100, 1), rank=2)
     states, changes, is_first = draw_tokens(200, 2)
-    found = normalise(states) @ (solution.up @ solution.down).T + solution.bias
+    layer_map = solution.layer_map
+    found = normalise(states) @ (layer_map.up @ layer_map.down).T + layer_map.bias
     assert torch.allclose(found[~is_first], changes[~is_first], atol=0.1)
-    assert torch.allclose(solution.first, torch.full((WIDTH,), 100.0, dtype=torch.float64))
+    assert torch.allclose(layer_map.first, torch.full((WIDTH,), 100.0, dtype=torch.float64))
     assert solution.unexplained < 1e-3
 
 
@@ -59,8 +60,9 @@ def test_full_rank_is_the_least_squares_solution_of_all_tokens(monkeypatch):
         rows.append(torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=1))
         values.append(changes[~is_first])
     expected = torch.linalg.lstsq(torch.cat(rows), torch.cat(values)).solution.T
-    assert torch.allclose(solution.up @ solution.down, expected[:, :-1], atol=1e-6)
-    assert torch.allclose(solution.bias, expected[:, -1], atol=1e-6)
+    layer_map = solution.layer_map
+    assert torch.allclose(layer_map.up @ layer_map.down, expected[:, :-1], atol=1e-6)
+    assert torch.allclose(layer_map.bias, expected[:, -1], atol=1e-6)
 
 
 def test_the_error_from_sums_is_that_of_the_tokens():

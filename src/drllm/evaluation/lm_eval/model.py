@@ -144,7 +144,12 @@ class RoutedLM(HFLM):  # type: ignore[misc]
             **select_arguments(arguments, HFLM_ARGUMENTS),
         )
         if routed is None:
-            routed = RoutedModel(self.base.model, source.routers, tokenizer=self.base.tokenizer)
+            routed = RoutedModel(
+                self.base.model,
+                source.routers,
+                tokenizer=self.base.tokenizer,
+                bypass=self.base.bypass,
+            )
         self.routed = routed
         self.routers_source: str | None = None
         if source.routers is not None:

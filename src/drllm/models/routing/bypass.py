@@ -40,6 +40,10 @@ class LayerMap(NamedTuple):
     first: Tensor
 
 
+TENSORS = LayerMap._fields
+"""The names of the tensors of a bypass, in the order of its arguments."""
+
+
 @dataclass(frozen=True, eq=False)
 class Bypass:
     """The maps of all layers of one model, in float32. It is a `Crossings`.
@@ -64,11 +68,12 @@ class Bypass:
     def __post_init__(self) -> None:
         L, r, D = self.down.shape
         shapes = {"up": (L, D, r), "bias": (L, D), "first": (L, D)}
-        for name, shape in shapes.items():
-            found = tuple(getattr(self, name).shape)
-            if found != shape:
+        for name, expected in shapes.items():
+            shape = tuple(getattr(self, name).shape)
+            if shape != expected:
                 raise RoutingError(
-                    f"{name!r} of this bypass has the shape {list(found)}; expected {list(shape)}"
+                    f"{name!r} of this bypass has the shape {list(shape)}; expected "
+                    f"{list(expected)}"
                 )
 
     @property
@@ -103,8 +108,8 @@ class Bypass:
         return digest.hexdigest()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors by name, in the order of the arguments."""
-        return {"down": self.down, "up": self.up, "bias": self.bias, "first": self.first}
+        """Return the tensors by name."""
+        return {name: getattr(self, name) for name in TENSORS}
 
     def skip(self, layer: int, states: Tensor, is_first: Tensor | None = None) -> Tensor:
         """Return what a skipped layer gives in place of its output, `[..., D]`.
@@ -120,6 +125,7 @@ class Bypass:
         inner = nn.functional.linear(normalise(values), layer_map.down)
         changes = nn.functional.linear(inner, layer_map.up, layer_map.bias)
         if is_first is not None:
+            is_first = is_first.to(states.device)
             changes = torch.where(is_first[..., None], layer_map.first, changes)
         return (values + changes).to(states.dtype)
 

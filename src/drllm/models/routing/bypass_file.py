@@ -14,7 +14,7 @@ from safetensors.torch import save
 
 from drllm.errors import CheckpointError, RoutingError
 from drllm.models.base.identity import describe
-from drllm.models.routing.bypass import Bypass
+from drllm.models.routing.bypass import TENSORS, Bypass
 from drllm.records.codec import refuse_special_file, write_atomically
 from drllm.records.identity import differ
 
@@ -22,7 +22,6 @@ BYPASS_FILE = "bypass.safetensors"
 FORMAT = "drllm.bypass"
 VERSION = 1
 KEY = "drllm"  # of the metadata, which holds texts alone
-TENSORS = ("down", "up", "bias", "first")
 IDENTITY = ("class", "num_layers", "hidden_size", "fingerprint")
 
 
@@ -121,24 +120,23 @@ def _read_record(file: Path, metadata: Mapping[str, str]) -> BypassRecord:
         raise CheckpointError(f"{file}: {error}; fit the bypass anew") from error
 
 
-def check_bypass(model: Any, bypass: Bypass, identity: Mapping[str, Any] | None = None) -> None:
+def check_bypass(model: Any, bypass: Bypass) -> None:
     """Refuse a bypass that was fitted for another model; the message lists every difference.
 
     Args:
         model: The model.
         bypass: The bypass.
-        identity: What `describe` returns for the model, if its weights are in other processes.
     """
     if not bypass.model:  # made by hand: only its shape is known
         text = model.config.get_text_config()
         bypass.check(int(text.num_hidden_layers), int(text.hidden_size))
         return
-    found = identity or describe(model)
+    identity = describe(model)
     differences = []
     for key in IDENTITY:
         expected = bypass.model.get(key)
-        if expected and differ(key, expected, found[key], "bypass"):
-            differences.append(f"{key} {expected} (this model has {found[key]})")
+        if expected and differ(key, expected, identity[key], "bypass"):
+            differences.append(f"{key} {expected} (this model has {identity[key]})")
     if differences:
         raise CheckpointError(
             f"this bypass was fitted for {bypass.model.get('id') or 'another model'} with "

@@ -146,14 +146,16 @@ class RoutedPass(Driver):
         # The decisions by layer of a policy that doesn't read the prompt, made all at once.
         self._by_layer: dict[int, RowDecisions] = {}
         self._has_begun = False
-        self._first_tokens = FirstTokens(forward.attention_mask)
+        # Which tokens are first ones, for the bypass, [B, T]; None if none is.
+        self._is_first: Tensor | None = None
         self._static_pass: PathPass | None = None  # runs the layers instead if there is a path
 
     def layer(self, call: LayerCall, hidden: Tensor) -> Tensor:
         """Run each row as often as its decision says, `[B, T, D]` to `[B, T, D]`."""
         if not self._has_begun:
             self._has_begun = True
-            self._first_tokens.begin(call)
+            if self.driver.bypass is not None:
+                self._is_first = _find_first_tokens(self.attention_mask, call, hidden)
             self._begin(call, hidden)
         if self._static_pass is not None:
             return self._static_pass.layer(call, hidden)
@@ -219,7 +221,7 @@ class RoutedPass(Driver):
     def _make_path_pass(self, path: StaticPath) -> PathPass:
         """Return a pass along a path. A healed path runs without the bypass: it has a repair."""
         bypass = None if path.adapter else self.driver.bypass
-        return PathPass(path, bypass=bypass, first_tokens=self._first_tokens)
+        return PathPass(path, bypass=bypass, is_first=self._is_first)
 
     def _find_decisions(self, entry: RoutedCacheLayer | None, layer: int) -> RowDecisions | None:
         """Return the decisions that were made for a layer; None if the policy has to decide now."""
@@ -342,8 +344,7 @@ class RoutedPass(Driver):
                     entry.end_pass()
         if self.driver.bypass is not None and not all(decisions):
             rows = tuple([row for row, value in enumerate(decisions) if not value])
-            is_first = self._first_tokens.find(hidden)
-            hidden = _bypass_rows(self.driver.bypass, call, hidden, is_first, rows)
+            hidden = _bypass_rows(self.driver.bypass, call, hidden, self._is_first, rows)
         return hidden
 
 
@@ -359,60 +360,41 @@ def _bypass_rows(
         return bypass.skip(call.index, hidden, is_first)
     index = call.forward.index(rows, hidden.device)
     if is_first is not None:
-        is_first = is_first.index_select(0, index)
+        is_first = is_first.to(hidden.device).index_select(0, index)
     output = bypass.skip(call.index, hidden.index_select(0, index), is_first)
     return hidden.index_copy(0, index, output)
 
 
-class FirstTokens:
-    """Finds the first real token of each row, where it is among the tokens of a pass.
+def _find_first_tokens(mask: Any, call: LayerCall, hidden: Tensor) -> Tensor | None:
+    """Return which tokens of a pass are the first real ones of their rows, bool `[B, T]`.
+
+    Return None if no token can be.
 
     Args:
         mask: The caller's attention mask, as in `Forward.attention_mask`.
+        call: The call of the first layer, before the layer runs.
+        hidden: The embeddings, `[B, T, D]`.
     """
-
-    def __init__(self, mask: Any) -> None:
-        self._mask = mask
-        self._num_past = 0  # tokens before this pass
-        self._is_first: Tensor | None = None  # [B, T]
-        self._is_found = False
-
-    def begin(self, call: LayerCall) -> None:
-        """Count the tokens before this pass, before the first layer runs."""
-        if call.cache is not None:
-            self._num_past = int(routed_entry(call.cache, call.index).get_seq_length())
-
-    def find(self, hidden: Tensor) -> Tensor | None:
-        """Return which tokens are first ones, bool `[B, T]`; None if none is."""
-        if not self._is_found:
-            self._is_found = True
-            self._is_first = self._find(hidden)
-        if self._is_first is None:
+    B, T = hidden.shape[:2]
+    if mask is None:
+        if call.cache is not None and routed_entry(call.cache, call.index).get_seq_length() > 0:
             return None
-        return self._is_first.to(hidden.device)
-
-    def _find(self, hidden: Tensor) -> Tensor | None:
-        B, T = hidden.shape[:2]
-        mask = self._mask
-        if mask is None:
-            if self._num_past > 0:
-                return None
-            is_first = torch.zeros(B, T, dtype=torch.bool, device=hidden.device)
-            is_first[:, 0] = True
-            return is_first
-        if not isinstance(mask, Tensor):
-            raise RoutingError(
-                "an attention mask of this kind doesn't say which tokens are padding, which a "
-                "bypass has to know; give a mask of ones and zeros"
-            )
-        if mask.dim() == 2:
-            is_real = mask.bool()
-            is_first = is_real & (is_real.cumsum(dim=1) == 1)
-            return is_first[:, -T:].expand(B, T)
-        # A first real token sees itself and nothing else. Padding may look the same, which does no
-        # harm.
-        sees = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0  # [B, T, K]
-        return (sees.sum(dim=2) == 1).expand(B, T)
+        is_first = torch.zeros(B, T, dtype=torch.bool, device=hidden.device)
+        is_first[:, 0] = True
+        return is_first
+    if not isinstance(mask, Tensor):
+        raise RoutingError(
+            "an attention mask of this kind doesn't say which tokens are padding, which a bypass "
+            "has to know; give a mask of ones and zeros"
+        )
+    if mask.dim() == 2:
+        is_real = mask.bool()
+        is_first = is_real & (is_real.cumsum(dim=1) == 1)
+        return is_first[:, -T:].expand(B, T)
+    # A first real token sees itself and nothing else. Padding may look the same, which does no
+    # harm.
+    sees = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0  # [B, T, K]
+    return (sees.sum(dim=2) == 1).expand(B, T)
 
 
 def _find_pinned_entry(cache: Cache) -> RoutedCacheLayer | None:
@@ -488,7 +470,7 @@ class PathPass(Driver):
         path: The path.
         num_run: How many layers of the path have run already, in another pass.
         bypass: What runs in place of a layer that the path leaves out; None for nothing.
-        first_tokens: Finds the first real tokens, for the bypass.
+        is_first: Which tokens are the first real ones, for the bypass, `[B, T]`; None if none is.
     """
 
     def __init__(
@@ -496,11 +478,11 @@ class PathPass(Driver):
         path: StaticPath,
         num_run: int = 0,
         bypass: Bypass | None = None,
-        first_tokens: FirstTokens | None = None,
+        is_first: Tensor | None = None,
     ) -> None:
         self.path = path
         self._bypass = bypass
-        self._first_tokens = first_tokens
+        self._is_first = is_first
         self._last_layer = path.layers[num_run - 1] if num_run else -1
         # Layers still to run, the next one last.
         self._remaining = list(reversed(path.layers[num_run:]))
@@ -534,9 +516,7 @@ class PathPass(Driver):
         """Let the bypass stand in for the layers between the last one that ran and the next."""
         if self._bypass is None or next_layer <= self._last_layer + 1:
             return hidden
-        assert self._first_tokens is not None
-        is_first = self._first_tokens.find(hidden)
-        return self._bypass.cross(self._last_layer, next_layer, hidden, is_first)
+        return self._bypass.cross(self._last_layer, next_layer, hidden, self._is_first)
 
     def end(self) -> None:
         """Drop the calls, which hold the pass and the cache in memory."""

@@ -1,0 +1,33 @@
+"""Reads texts to fit on and to measure on, one kind of text a file."""
+
+from __future__ import annotations
+
+import random
+
+from common.compare import SEED
+from drllm.config import HealConfig
+from drllm.models.base.load import BaseModel
+from drllm.models.base.prompts import encode
+from drllm.tuning.heal_texts import Tokens, read_sources
+
+Kinds = dict[str, list[Tokens]]
+"""The texts of each kind, by the name of its file."""
+
+
+def read_kinds(files: str | None, base: BaseModel, max_tokens: int) -> Kinds:
+    """Return the texts of files as tokens, shuffled with a fixed seed.
+
+    Args:
+        files: The names of the files, separated by commas; None for none.
+        base: The model, whose tokenizer is used.
+        max_tokens: Maximum tokens of a text; longer ones are cut.
+    """
+    if not files:
+        return {}
+    kinds: Kinds = {}
+    for source in read_sources(HealConfig(text=files)):
+        texts = [tuple(encode(base.tokenizer, text))[:max_tokens] for text in source.texts]
+        unique = [text for text in dict.fromkeys(texts) if len(text) > 1]
+        random.Random(SEED).shuffle(unique)
+        kinds[source.name] = unique
+    return kinds
