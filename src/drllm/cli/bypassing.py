@@ -56,7 +56,7 @@ def bypass_verb(command: CommandLine, terminal: Terminal) -> None:
     terminal.fact(
         "explained",
         f"{explained:.0%} of what a layer adds to the state, on held-out texts, on the mean of "
-        f"layers; what that does to text and answers, an evaluation measures",
+        f"layers; drllm evaluate measures what that does to text and answers",
     )
     terminal.say()
     terminal.say("Give it to the stages of routing as --bypass:")

@@ -171,7 +171,7 @@ def _write_caption(evaluation: results.Evaluation) -> str:
     correction = "not corrected for the number of rows"
     if evaluation.routed is None and len(evaluation.paths) > 1:
         correction = "corrected for the number of paths"
-    return f"larger losses than the interval holds are excluded (95 %); {correction}"
+    return f"losses beyond the interval are excluded (95 %); {correction}"
 
 
 def _make_system_row(system: results.System, evaluation: results.Evaluation) -> list[Text]:

@@ -75,7 +75,7 @@ def describe_healed_losses(record: HealedPath) -> list[str]:
     sentences = []
     if record.held_out:
         sentences.append(describe_held_out_losses(record))
-    sentences.append("healing is for text; what it does to accuracy, drllm evaluate measures")
+    sentences.append("healing is for text; drllm evaluate measures what it does to accuracy")
     return sentences
 
 

@@ -99,7 +99,7 @@ def shown(capsys: pytest.CaptureFixture[str], evaluation: Evaluation, width: int
 
 def test_the_table_has_every_number_and_the_findings_follow(capsys: pytest.CaptureFixture[str]):
     out = " ".join(shown(capsys, EVALUATION, 80).split())
-    caption = "larger losses than the interval holds are excluded"
+    caption = "losses beyond the interval are excluded"
     assert out.startswith(f"facts, test: 40 questions {caption}")
     assert "base 30.00 50.0 – 3.750 –" in out
     assert "random decisions ×5 27.55 25.0 " in out
