@@ -82,7 +82,8 @@ class TuneConfig(ExecutorConfig):
         above=0.0,
         decisive=False,
         placeholder="MINUTES",
-        help="skip no further layer after this many minutes; a later run with more time continues",
+        help="time to find and test paths, about: no further layer is skipped where the rest of it "
+        "is too short; a later run with more time continues",
     )
     state_cache_gb: float | None = incidental(
         None,

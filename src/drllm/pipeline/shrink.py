@@ -58,7 +58,8 @@ from drllm.tuning.run import tune
 from drllm.work.listener import Listener, OnProgress
 from drllm.work.store import ResultStore, refuse_other_run
 
-SHARE_TO_TUNE = 1 / 3  # of `minutes`, after which no further number of layers is tried
+SHARE_TO_TUNE = 1 / 3  # of `minutes`, to find paths and to refit the best ones
+SHARE_TO_REFIT = 1 / 6  # of `minutes`, to refit the candidates before they are trained
 LEAST_SHARE_TO_HEAL = 1 / 3  # of `minutes`, also where finding paths took longer than planned
 TIMES_FILE = "times.json"
 NUM_JUDGED = 100  # maximum questions per task that choose among paths
@@ -334,20 +335,21 @@ class ShrinkRun:
         )
 
     def divide_time(self, tuning_seconds: float, num_candidates: int) -> float:
-        """Return the minutes to heal each candidate: what the search for paths has left.
+        """Return the minutes to train each candidate: what other steps leave.
 
         They are kept, so that a resumed run heals for as long.
 
         Args:
             tuning_seconds: How long the search took. It is too little where an interrupted run did
-                a part of it, so at most two thirds of the time are used.
+                a part of it, so the search counts as no shorter than planned.
             num_candidates: How many candidates share the time.
         """
         file = self.work / TIMES_FILE
         if file.exists():
             return read_json(file, ShrinkTimes).minutes_to_heal
         minutes = self.config.minutes
-        left = min(minutes - tuning_seconds / 60, (1 - SHARE_TO_TUNE) * minutes)
+        tuning_minutes = max(tuning_seconds / 60, SHARE_TO_TUNE * minutes)
+        left = (1 - SHARE_TO_REFIT) * minutes - tuning_minutes
         each = max(left, LEAST_SHARE_TO_HEAL * minutes) / num_candidates
         write_json(file, ShrinkTimes(minutes_to_heal=each))
         return each

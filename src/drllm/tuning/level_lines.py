@@ -14,8 +14,8 @@ AXIS = f"−0.4{'0':>17}{'+0.2':>10}"
 """The numbers above the axis: −0.4 at its first column, 0 and +0.2 above their columns."""
 HEAD = f"{'layers saved, change on select (95 %)':<46}  {AXIS}"
 """The heading of the lines."""
-REPAIRED_HEAD = f"{'layers saved, estimate on select (95 %)':<46}  {AXIS}"
-"""The heading of the lines of a tuning that repairs paths, whose refit is only estimated here."""
+REPAIRED_HEAD = f"{'layers saved, refitted, change on select':<46}  {AXIS}"
+"""The heading of the lines of a tuning that repairs paths."""
 
 
 def format_level(saved: float, change: tuple[float, float, float]) -> str:

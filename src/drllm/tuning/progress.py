@@ -63,29 +63,28 @@ def estimate_pairs(
     """
     num_fit = sum(len(task.items[FIT]) for task in tasks)
     num_select = sum(len(task.items[SELECT]) for task in tasks)
+    num_closing = _count_closing_pairs(tasks)
     all_tasks = num_fit / beam.num_questions  # a beam counts the questions of the largest task
     total = 0.0
     for saved in range(num_saved + 1, beam.max_saved + 1):
         total += all_tasks * num_pairs(beam.most_candidates(saved), beam.rungs)
         total += beam.width * num_select
-    if num_saved == 0:
-        total += num_select  # of the full path
-    total += _estimate_test_pairs(tasks, num_paths=1 + beam.max_saved)
-    if is_repaired:
-        # The search scores the paths with the stand-in. So the best ones are scored plain on the
-        # parts of the search too, and on all parts with their refits.
-        total += 2 * beam.max_saved * (num_fit + num_select)
-        total += _estimate_test_pairs(tasks, num_paths=beam.max_saved)
+        total += num_closing
+        if is_repaired:
+            # The search scores paths with the stand-in. So the best one is scored plain on the
+            # parts of the search too, and on all parts with its refit.
+            total += 2 * (num_fit + num_select) + num_closing
+    if num_saved == 0:  # of the full path
+        total += num_fit + num_select + num_closing
     return total
 
 
-def _estimate_test_pairs(tasks: Sequence[TaskQuestions], num_paths: int) -> int:
-    """Return how many pairs are scored after the search: `num_paths` paths on what is left."""
+def _count_closing_pairs(tasks: Sequence[TaskQuestions]) -> int:
+    """Return on how many questions a path is scored that the search doesn't score it on."""
     total = 0
     for task in tasks:
-        num_questions = len(task.items[TEST])
+        total += len(task.items[TEST])
         for part in (SELECT, TEST):
-            num_questions += len(task.items[TEXTS_OF + part])
-            num_questions += len(task.prompts.get(part, []))
-        total += num_paths * num_questions + len(task.items[FIT])  # on `fit` the full path
+            total += len(task.items[TEXTS_OF + part])
+            total += len(task.prompts.get(part, []))
     return total

@@ -244,17 +244,23 @@ class _TuningRun:
             )
             gains = Gains(table, tasks, full, config.max_loss, config.seed)
             search = self.search(gains, progress)
-            paths = [full, *search.paths]
-            gains = self.test(paths, gains, progress)
-            named_paths = make_named_paths(paths, gains)
+            named_paths = make_named_paths([full, *search.paths], self.as_used(gains))
             progress.finish()
         return self.make_record(tasks, named_paths, repair, is_cut=search.is_cut)
 
+    def as_used(self, gains: Gains) -> Gains:
+        """Return the gains of paths as they will be used: with their refits, if repaired."""
+        if self.is_repaired:
+            return gains.with_repair(REFIT)
+        return gains
+
     def search(self, gains: Gains, progress: TuningProgress) -> _SearchResult:
-        """Search for paths level by level, and choose the best path of each level."""
+        """Search for paths level by level; choose and test the best path of each level."""
         beam = self.beam
         listener = self.listener
         is_repaired = self.is_repaired
+        table = gains.table
+        used_gains = self.as_used(gains)
         head = HEAD
         if is_repaired:
             gains = gains.with_repair(STAND_IN)
@@ -265,22 +271,26 @@ class _TuningRun:
 
         progress.expect(estimate_pairs(beam, gains.tasks, is_repaired=is_repaired))
         best_paths: list[StaticPath] = []
+        seconds_before = 0.0
         for level in beam.levels(measure, gains.may_extend):
             _fill_select(gains, level.paths)
             best = gains.choose_best(level.paths)
+            self.test(best, gains)
             if not best_paths:
                 listener.note(head)
             best_paths.append(best)
-            change = gains.gain_with_interval(best)
+            change = used_gains.gain_with_interval(best)
             num_left = estimate_pairs(beam, gains.tasks, level.saved, is_repaired=is_repaired)
             progress.expect(num_left, f"layers saved: {level.saved:.3g}")
             listener.note(f"{format_level(level.saved, change)}\n  {best.edits(beam.num_layers)}")
 
             is_last = level.saved == beam.max_saved
             minutes = self.config.minutes
-            if _is_time_over(minutes, gains.table.seconds):
-                listener.note(f"the time of --minutes {minutes:g} is over; no further level begins")
-                return _SearchResult(best_paths, is_cut=not is_last)
+            level_seconds = table.seconds - seconds_before
+            seconds_before = table.seconds
+            if not (is_last or _has_time(minutes, table.seconds, level_seconds)):
+                listener.note(f"--minutes {minutes:g} has no time for another level")
+                return _SearchResult(best_paths, is_cut=True)
             if not is_last and not gains.may_extend(best):  # so no path of the level may
                 listener.note(
                     f"all paths of this level lose more than --max-loss {gains.max_loss:g}, "
@@ -288,33 +298,24 @@ class _TuningRun:
                 )
         return _SearchResult(best_paths, is_cut=False)
 
-    def test(self, paths: Sequence[StaticPath], gains: Gains, progress: TuningProgress) -> Gains:
-        """Score paths on all parts and their texts, and grade generated answers.
+    def test(self, path: StaticPath, gains: Gains) -> None:
+        """Score a path and the full path on all parts and their texts, and grade their answers.
 
-        With repair, the paths are scored both plain and with their refits.
-
-        Returns:
-            The gains of the paths as they will be used: with their refits, if they are repaired.
+        With repair, the path is scored both plain and with its refit.
         """
         table = gains.table
         tasks = gains.tasks
-        shorter_paths = paths[1:]
+        paths = [gains.full, path]
         scores: list[PathsOnPart] = []
         answers: list[PathsOnPart] = []
         for task in tasks:
             scores += [PathsOnPart(task, part, paths) for part in task.items]
             if task.is_generated:
                 answers += [PathsOnPart(task, part, paths) for part in (SELECT, TEST)]
-        num_left = table.count_missing(scores) + table.count_missing_grades(answers)
-        if self.is_repaired:
-            num_left += table.count_repaired(shorter_paths, tasks)
-        progress.expect(num_left)
         table.fill(scores)
         table.fill_grades(answers)
-        if not self.is_repaired:
-            return gains
-        table.fill_repaired(shorter_paths, tasks)
-        return gains.with_repair(REFIT)
+        if self.is_repaired:
+            table.fill_repaired(path, tasks)
 
     def make_record(
         self,
@@ -346,9 +347,9 @@ class _TuningRun:
         )
 
 
-def _is_time_over(minutes: float | None, seconds: float) -> bool:
-    """Tell whether the time of `--minutes` is over."""
-    return minutes is not None and seconds > 60 * minutes
+def _has_time(minutes: float | None, seconds: float, level_seconds: float) -> bool:
+    """Tell whether `--minutes` has time for another level as long as the last one."""
+    return minutes is None or seconds + level_seconds <= 60 * minutes
 
 
 def _fill_select(gains: Gains, paths: Sequence[StaticPath]) -> None:

@@ -100,15 +100,29 @@ class PromptsToAnswer:
     prompts: Sequence[Prompt]
 
 
+class AnswerGrades(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The grades of generated answers.
+
+    Attributes:
+        grades: The grade of each answer, from 0 (wrong) to 1 (right).
+        seconds: How long generating and grading took.
+    """
+
+    grades: list[float]
+    seconds: float
+
+
 @dataclass(frozen=True)
-class GradeAnswers(BlockFunction[PromptsToAnswer, list[float]]):
+class GradeAnswers(BlockFunction[PromptsToAnswer, AnswerGrades]):
     """Generates the answers of a block, and grades them."""
 
     def __call__(
         self, prepared: RoutedModel, data: PromptsToAnswer, steps: BlockSteps
-    ) -> list[float]:
+    ) -> AnswerGrades:
         """Return the grade of each answer."""
-        return grade_answers(prepared, data.path, data.prompts)
+        started = time.perf_counter()
+        grades = grade_answers(prepared, data.path, data.prompts)
+        return AnswerGrades(grades=grades, seconds=time.perf_counter() - started)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +174,7 @@ class RepairedScores(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     Attributes:
         parts: The scores by the part's key.
-        seconds: How long the repair took, without the scores.
+        seconds: How long the repair and the scores took.
     """
 
     parts: dict[str, PartScores]
@@ -188,13 +202,12 @@ class RepairPaths(BlockFunction[PathToRepair, RepairedScores]):
         if steps.report is not None:
             on_progress = partial(_report_refit, steps.report)
         gaps = refit(prepared, data.path, self.texts, on_progress=on_progress)
-        seconds = time.perf_counter() - started
         prepared.injection.add_adapter(REFIT, refit=join_weights(gaps))
         try:
             parts = {part.key: self._score_part(prepared, data, part, steps) for part in data.parts}
         finally:
             prepared.injection.adapters.drop(REFIT)
-        return RepairedScores(parts=parts, seconds=seconds)
+        return RepairedScores(parts=parts, seconds=time.perf_counter() - started)
 
     def _score_part(
         self, routed: RoutedModel, data: PathToRepair, part: PartToScore, steps: BlockSteps
@@ -217,7 +230,7 @@ class RepairPaths(BlockFunction[PathToRepair, RepairedScores]):
 
 def _report_refit(report: OnStep, done: float, total: float, note: str = "") -> None:
     """Report the progress of a refit as a step of its block; see `OnProgress`."""
-    report(done / total, 0, f"refitting the best paths, {note}")
+    report(done / total, 0, f"refitting the best path, {note}")
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from drllm.tuning.objectives import GOLD
 from drllm.tuning.path_scorer import Scores
 from drllm.tuning.repair import Repair
 from drllm.tuning.score_blocks import (
+    AnswerGrades,
     GradeAnswers,
     PartScores,
     PartToScore,
@@ -97,8 +98,9 @@ class ScoreTable:
         repair: What paths are repaired with; None if they aren't.
 
     Attributes:
-        seconds: How long scoring took, including kept scores, as a mean over the workers. The time
-            to generate answers isn't counted, and the time to refit paths isn't either.
+        seconds: How long scoring, answering and refitting took, as it would have without an
+            interruption: the time of kept work counts. What workers do together counts as a mean
+            over them.
     """
 
     def __init__(
@@ -150,14 +152,6 @@ class ScoreTable:
             return _list_known(self._grades[task, part, path])
         return []
 
-    def count_missing(self, requests: Iterable[PathsOnPart]) -> int:
-        """Return how many pairs of a path and a question `fill` would score."""
-        return sum(block.num_pairs for block in self._make_score_blocks(requests))
-
-    def count_missing_grades(self, requests: Iterable[PathsOnPart]) -> int:
-        """Return how many answers `fill_grades` would generate."""
-        return sum(len(block.places) for block in self._make_answer_blocks(requests))
-
     def fill(self, requests: Iterable[PathsOnPart]) -> None:
         """Score paths on questions where the scores are missing."""
         blocks = {block.key: block for block in self._make_score_blocks(requests)}
@@ -177,52 +171,37 @@ class ScoreTable:
         """Generate and grade answers to all questions of parts where the grades are missing."""
         blocks = {block.key: block for block in self._make_answer_blocks(requests)}
 
-        def on_result(block: Block[PromptsToAnswer], grades: list[float], **_: bool) -> None:
+        def on_result(block: Block[PromptsToAnswer], grades: AnswerGrades, **_: bool) -> None:
             self._insert_grades(blocks[block.key], grades)
 
         run(
             [block.to_run() for block in blocks.values()],
             self._grade_answers,
             self._executor,
-            keep=self._store.of(list[float]),
+            keep=self._store.of(AnswerGrades),
             on_result=on_result,
         )
 
-    def count_repaired(self, paths: Sequence[StaticPath], tasks: Sequence[TaskQuestions]) -> int:
-        """Return how many scores `fill_repaired` makes."""
-        places = _list_places(tasks)
-        return sum(_RepairBlock(path, places).num_scores for path in paths)
-
-    def fill_repaired(self, paths: Sequence[StaticPath], tasks: Sequence[TaskQuestions]) -> None:
-        """Refit plain paths, and score them on all parts of tasks under the adapter `REFIT`."""
+    def fill_repaired(self, path: StaticPath, tasks: Sequence[TaskQuestions]) -> None:
+        """Refit a plain path, and score it on all parts of tasks under the adapter `REFIT`."""
         assert self._repair_paths is not None
-        places = _list_places(tasks)
-        blocks: dict[str, _RepairBlock] = {}
-        for path in paths:
-            block = _RepairBlock(path, places)
-            blocks[block.key] = block
-
-        def on_result(block: Block[PathToRepair], scores: RepairedScores, **_: bool) -> None:
-            self._insert_repaired(blocks[block.key], scores)
+        block = _RepairBlock(path, _list_places(tasks))
 
         def on_step(_block: Block[PathToRepair], _share: float, _num: int, note: str) -> None:
             self._on_scored(0, self.seconds, note)
 
-        run(
-            [block.to_run() for block in blocks.values()],
+        [scores] = run(
+            [block.to_run()],
             self._repair_paths,
             self._executor,
             keep=self._store.of(RepairedScores),
-            on_result=on_result,
             on_step=on_step,
         )
-
-    def _insert_repaired(self, block: _RepairBlock, scores: RepairedScores) -> None:
-        """Insert the scores of a refitted path, and report the progress."""
         for key, part_scores in scores.parts.items():
             task, part = block.places[key]
-            self._insert_part(task, part, block.path.with_adapter(REFIT), part_scores)
-        self._on_scored(block.num_scores, self.seconds, "refitting the best paths")
+            self._insert_part(task, part, path.with_adapter(REFIT), part_scores)
+        self.seconds += scores.seconds
+        self._on_scored(block.num_scores, self.seconds, "refitting the best path")
 
     def _insert_part(
         self, task: TaskQuestions, part: str, path: StaticPath, scores: PartScores
@@ -279,12 +258,13 @@ class ScoreTable:
                     blocks += _divide_prompts(request.task, request.part, path)
         return blocks
 
-    def _insert_grades(self, block: _AnswerBlock, grades: Sequence[float]) -> None:
+    def _insert_grades(self, block: _AnswerBlock, grades: AnswerGrades) -> None:
         """Insert the grades of a block, and report the progress."""
         row = _get_row(self._grades, block.task, block.part, block.path)
-        row[block.places] = grades
+        row[block.places] = grades.grades
+        self.seconds += grades.seconds / self._executor.num_workers
         note = f"answering along one path, question {_count_known(row)} of {len(row)}"
-        self._on_scored(len(grades), self.seconds, note)
+        self._on_scored(len(grades.grades), self.seconds, note)
 
 
 def _get_row(rows: dict[Place, Floats], task: TaskQuestions, part: str, path: StaticPath) -> Floats:

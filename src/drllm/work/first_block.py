@@ -19,8 +19,7 @@ class FirstBlock:
         listener: Gets one line with the time and the memory.
         device: The model's device; `meta` if the model is in other processes, whose memory isn't
             named.
-        max_seconds: The stage begins no further part after so many seconds; None if it ends with
-            its work.
+        max_seconds: The stage ends after about so many seconds; None if it ends with its work.
     """
 
     def __init__(
@@ -58,7 +57,7 @@ class FirstBlock:
         """Say how long the stage takes at most."""
         if self.max_seconds is None or seconds <= self.max_seconds:
             return f"at most {rough_duration(seconds)}"
-        return f"no further part begins after {rough_duration(self.max_seconds)}"
+        return f"about {rough_duration(self.max_seconds)}"
 
 
 def used_memory(device: torch.device) -> int:

@@ -215,7 +215,7 @@ def test_two_numbers_of_layers_are_refused():
 
 @pytest.mark.parametrize(
     ("tuning_minutes", "expected"),
-    [(0, 20), (9, 20), (14, 16), (25, 10), (100, 10)],
+    [(0, 15), (9, 15), (14, 11), (25, 10), (100, 10)],
 )
 def test_healing_gets_the_time_that_finding_paths_has_left(tmp_path, tuning_minutes, expected):
     config = ShrinkConfig(minutes=30.0)

@@ -173,7 +173,7 @@ def test_the_texts_are_counted_and_a_single_kind_is_warned_of(repaired, listener
 
 def test_the_progress_never_goes_back_and_tells_of_each_gap(repaired, listener):
     assert listener.num_done == sorted(listener.num_done)
-    for note in ("comparing 5 paths", "refitting the best paths, gap 1"):
+    for note in ("comparing 5 paths", "refitting the best path, gap 1"):
         assert any(note in progress_note for progress_note in listener.progress_notes)
 
 

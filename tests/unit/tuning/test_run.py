@@ -14,7 +14,7 @@ from drllm.records.static_paths import load_path, read_paths
 from drllm.statistics.words import signed
 from drllm.tuning.level_lines import draw_interval
 from drllm.tuning.path_scorer import score_paths
-from drllm.tuning.run import PARTIAL_FOLDER, tune
+from drllm.tuning.run import PARTIAL_FOLDER, _has_time, tune
 from drllm.tuning.score_table import MOST_PAIRS
 from drllm.work.listener import Listener
 from drllm.work.ray import RayExecutor
@@ -197,6 +197,15 @@ def test_an_interrupted_run_is_resumed_and_ends_as_an_unbroken_one(
         found = tuned(routed, tmp_path, max_loss=10.0)
     assert found.paths == unbroken[0].paths
     assert sum(counts) == sum(scored), "nothing was scored twice"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "level_seconds", "expected"),
+    [(20.0, 20.0, True), (40.0, 20.0, True), (41.0, 20.0, False), (61.0, 1.0, False)],
+)
+def test_a_level_as_long_as_the_last_one_must_fit_into_the_time(seconds, level_seconds, expected):
+    assert _has_time(1.0, seconds, level_seconds) is expected
+    assert _has_time(None, seconds, level_seconds)
 
 
 def test_when_time_is_over_no_further_level_is_begun_until_there_is_more(

@@ -10,7 +10,7 @@ from drllm.tasks.examples import Prompt
 from drllm.tuning import score_table
 from drllm.tuning.objectives import GOLD, LOSS
 from drllm.tuning.path_scorer import Item, Scores
-from drllm.tuning.score_blocks import GradeAnswers
+from drllm.tuning.score_blocks import AnswerGrades, GradeAnswers
 from drllm.tuning.score_table import PathsOnPart, ScoreTable
 from drllm.tuning.task_questions import TEXTS_OF, TaskQuestions
 from drllm.work.store import ResultStore
@@ -37,7 +37,8 @@ class PretendedExecutor:
         for block in reversed(blocks):
             self.blocks.append(block)
             if isinstance(function, GradeAnswers):
-                yield block, [float(len(prompt.text)) for prompt in block.data.prompts]
+                grades = [float(len(prompt.text)) for prompt in block.data.prompts]
+                yield block, AnswerGrades(grades=grades, seconds=5.0)
                 continue
             self.state_cache_gb = function.state_cache_gb
             rows = [[value(path, item) for item in block.data.items] for path in block.data.paths]
@@ -98,10 +99,11 @@ def test_further_questions_are_scored_beside_those_that_are_there(table, executo
     table.fill([PathsOnPart(task, "fit", [SHORT], limit=2)])
     assert table.objective(task, "fit", SHORT) == expected(task, SHORT, 2)
     requests = [PathsOnPart(task, "fit", [FULL, SHORT, SHORT])]
-    assert table.count_missing(requests) == 5 + 3
+    executor.blocks.clear()
     table.fill(requests)
     assert table.objective(task, "fit", SHORT) == expected(task, SHORT)
-    assert sum(block.size for block in executor.blocks) == 2 * 5 == sum(r[0] for r in reports)
+    assert sum(block.size for block in executor.blocks) == 5 + 3
+    assert sum(report[0] for report in reports) == 2 * 5
     executor.blocks.clear()
     table.fill(requests)
     assert not executor.blocks
@@ -135,12 +137,14 @@ def test_workers_of_one_machine_share_the_cache_of_states(table, executor):
 def test_answers_are_graded_along_each_path_once(table, executor, reports):
     task = make_task(LOSS)
     requests = [PathsOnPart(task, "test", [FULL, SHORT])]
-    assert table.count_missing_grades(requests) == 10
     table.fill_grades(requests)
     assert table.grades(task, "test", SHORT) == [7.0, 3.0, 9.0, 1.0, 5.0]
     assert [len(block.data.prompts) for block in executor.blocks] == [1, 2, 2] * 2
-    assert reports[-1] == (2, 0.0, "answering along one path, question 5 of 5")
-    assert table.count_missing_grades(requests) == 0
+    assert reports[-1] == (2, table.seconds, "answering along one path, question 5 of 5")
+    assert table.seconds == len(executor.blocks) * 5.0 / executor.num_workers
+    executor.blocks.clear()
+    table.fill_grades(requests)
+    assert not executor.blocks
 
 
 def test_without_options_or_answers_there_are_no_grades(table):
