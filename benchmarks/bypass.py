@@ -1,18 +1,22 @@
 """What a bypass takes back of the loss of random routes, and what it costs.
 
-Routes skip layers drawn at random, always the same for all ways. Each route is measured on texts
+Routes skip layers drawn at random, never the first one, and each is measured on a text of its own
 that nothing was fitted on: with nothing in place of a skipped layer, and with bypasses of several
-ranks. A row has the mean increase of the next-token loss over the full path's, the share that the
-bypass takes back with its 95 % interval over routes, and on how many routes it is better. The full
-path is the bound: an increase of 0. Then come the seconds to fit, and what the bypass of a layer
-costs as a share of the layer: counted in multiply-adds, and measured in turns.
+ranks. Two other fits are measured beside them: maps fitted along random routes, so that they also
+correct what earlier maps did (`--on-routes RANK`), and one map of full rank for each run of skipped
+layers instead of one a layer (`--runs`). A row has the mean increase of the next-token loss over
+the full path's, the share that the bypass takes back with its 95 % interval over routes, and on
+how many routes it is better. The full path is the bound: an increase of 0. Then come the seconds to
+fit, and what the bypass of a layer costs as a share of the layer: counted in multiply-adds, and
+measured in turns.
 
+`--draw N` draws other routes and other texts: choose with one draw, report another.
 What is measured is kept in `--output-dir`, so the same command goes on after a kill, and more
 routes or ranks can be added.
 
     python benchmarks/bypass.py --text FILE,... --held-out FILE,... [--routes N] [--skips N,...]
-        [--ranks N,...] [--tokens N] [--num-texts N] [--output-dir DIR] [--json FILE] [--quick]
-        [--clock cpu] [--model MODEL] [--device DEVICE] [--dtype DTYPE]
+        [--ranks N,...] [--on-routes RANK] [--runs] [--draw N] [--tokens N] [--output-dir DIR]
+        [--json FILE] [--quick] [--clock cpu] [--model MODEL] [--device DEVICE] [--dtype DTYPE]
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +35,14 @@ import common
 import msgspec
 import torch
 from common.compare import SEED
-from common.texts import read_kinds
+from common.route_fit import draw_route, fit_on_routes
+from common.texts import Kinds, read_kinds
 
 from drllm.evaluation.flops import count_bypass_cost
 from drllm.models.base.load import BaseModel
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.bypass import Bypass
+from drllm.models.routing.crossings import Crossings
 from drllm.models.scoring.score import Request
 from drllm.paths import Decisions, StaticPath, to_path
 from drllm.records.codec import hash_values
@@ -44,10 +51,11 @@ from drllm.tuning.bypass_solver import BypassSolver, join_solutions
 from drllm.tuning.heal_texts import Tokens, choose_calibration_texts
 from drllm.tuning.objectives import LOSS
 from drllm.tuning.path_scorer import Item, score_paths
+from drllm.tuning.stand_in import fit_stand_in
 from drllm.work.store import ResultStore
 
-QUICK = {"routes": 4, "num_texts": 2, "tokens": 1500}
-WHOLE = {"routes": 200, "num_texts": 5, "tokens": 50_000}
+QUICK = {"routes": 6, "tokens": 1500}
+WHOLE = {"routes": 200, "tokens": 50_000}
 SKIPS = "2,3,5"
 RANKS = "16,64,100000"
 """The last one is above every hidden size: the full rank."""
@@ -56,30 +64,23 @@ CACHE_GB = 1.0
 TIMED_TOKENS = 128
 TIMED_REPEATS = 20
 NOTHING = "nothing"
+ONE_MAP_A_RUN = "one map a run"
+MIN_ROUTES = 5  # of a row
+ROUTES_AT_ONCE = 20  # are measured, then kept
 
 
 class Losses(msgspec.Struct, frozen=True, kw_only=True):
-    """The mean next-token loss of the texts along each of some routes, in nats a token."""
+    """The next-token loss along each of some routes on the route's own text, in nats a token."""
 
     values: list[float]
 
 
-def draw_routes(num_layers: int, num_skips: int, number: int) -> list[Decisions]:
-    """Draw routes that skip some layers, never the first one."""
-    draw = random.Random(num_skips)
-    routes = []
-    for _ in range(number):
-        skipped = set(draw.sample(range(1, num_layers), num_skips))
-        routes.append(tuple(0 if layer in skipped else 1 for layer in range(num_layers)))
-    return routes
-
-
 class Measurer:
-    """Measures routes on the same texts, and keeps what is measured.
+    """Measures routes, each on a text of its own, and keeps what is measured.
 
     Args:
         base: The model.
-        texts: The texts.
+        texts: The texts; route number i is measured on text number i.
         folder: Where measurements are kept.
         identity: What else they depend on.
     """
@@ -89,29 +90,35 @@ class Measurer:
     ) -> None:
         self.base = base
         self.items = [Item(Request.from_text(text)) for text in texts]
-        self.num_tokens = [len(text) - 1 for text in texts]
         self.store = ResultStore(folder, identity, stage="benchmark")
         self.store.open()
 
-    def measure(self, name: str, bypass: Bypass | None, routes: Sequence[Decisions]) -> list[float]:
-        """Return the mean loss along each route."""
-        key = f"{name} {hash_values(routes)[:16]}"
-        make = partial(self._score, bypass, routes)
-        return self.store.get_or_make(key, Losses, make).values
+    def measure(
+        self, name: str, crossings: Crossings | None, routes: Sequence[Decisions]
+    ) -> list[float]:
+        """Return the loss along each route on its text."""
+        losses: list[float] = []
+        for start in range(0, len(routes), ROUTES_AT_ONCE):
+            some = routes[start : start + ROUTES_AT_ONCE]
+            items = self.items[start : start + ROUTES_AT_ONCE]
+            key = f"{name} from {start} {hash_values(some)[:16]}"
+            make = partial(self._score, crossings, some, items)
+            losses += self.store.get_or_make(key, Losses, make).values
+        return losses
 
-    def _score(self, bypass: Bypass | None, routes: Sequence[Decisions]) -> Losses:
-        routed = RoutedModel(self.base.model, tokenizer=self.base.tokenizer, bypass=bypass)
+    def _score(
+        self, crossings: Crossings | None, routes: Sequence[Decisions], items: Sequence[Item]
+    ) -> Losses:
+        routed = RoutedModel(self.base.model, tokenizer=self.base.tokenizer)
+        losses = []
         try:
-            paths = [StaticPath(to_path(route)) for route in routes]
-            scores = score_paths(routed, self.items, paths, LOSS, CACHE_GB).objective
+            for route, item in zip(routes, items, strict=True):
+                path = StaticPath(to_path(route))
+                scores = score_paths(routed, [item], [path], LOSS, CACHE_GB, crossings)
+                losses.append(-scores.objective[0][0])
         finally:
             routed.detach()
-        total = sum(self.num_tokens)
-        means = []
-        for row in scores:
-            losses = [-value * num for value, num in zip(row, self.num_tokens, strict=True)]
-            means.append(sum(losses) / total)
-        return Losses(values=means)
+        return Losses(values=losses)
 
 
 def fit(base: BaseModel, texts: Sequence[Tokens], rank: int, clock: Any) -> tuple[Bypass, float]:
@@ -153,17 +160,14 @@ def time_share(base: BaseModel, bypass: Bypass, clock: Any) -> float:
     return statistics.median(run["bypass"] / run["layers"] for run in runs)
 
 
-def compare(increases: Mapping[str, Sequence[float]], name: str, num_skips: int) -> dict[str, Any]:
-    """Compare one bypass with nothing, on the same routes."""
-    plain = increases[NOTHING]
-    ours = increases[name]
+def compare(plain: Sequence[float], ours: Sequence[float]) -> dict[str, Any]:
+    """Compare the increases along routes with one bypass and with nothing."""
     mean = statistics.fmean(plain)
     # The share of the mean, so that routes that lose nothing don't divide by 0.
     gains = [(before - after) / mean for before, after in zip(plain, ours, strict=True)]
     low, high = mean_interval(gains, SEED)
     return {
-        "skips": num_skips,
-        "way": name,
+        "routes": len(plain),
         "increase": statistics.fmean(ours),
         "increase_with_nothing": mean,
         "recovered": statistics.fmean(gains),
@@ -172,44 +176,53 @@ def compare(increases: Mapping[str, Sequence[float]], name: str, num_skips: int)
     }
 
 
-def print_row(row: Mapping[str, Any], routes: int) -> None:
+def print_row(row: Mapping[str, Any]) -> None:
     """Print what one bypass does on routes with so many skips."""
     low, high = row["interval"]
     print(
-        f"{row['skips']} layers skipped, {routes} routes: +{row['increase_with_nothing']:.3f} nats "
-        f"a token with nothing, +{row['increase']:.3f} with {row['way']}; recovered "
-        f"{row['recovered']:.0%} ({low:.0%} to {high:.0%}), better on {row['better_on']:.0%} of "
-        f"the routes",
+        f"{row['skips']} layers skipped, {row['routes']} {row['which']}: "
+        f"+{row['increase_with_nothing']:.3f} nats a token with nothing, +{row['increase']:.3f} "
+        f"with {row['way']}; recovered {row['recovered']:.0%} ({low:.0%} to {high:.0%}), better on "
+        f"{row['better_on']:.0%}",
         flush=True,
     )
 
 
-def measure_all(
-    base: BaseModel, options: argparse.Namespace, sizes: Mapping[str, int], folder: Path
-) -> dict[str, Any]:
-    """Measure what isn't kept in the folder, print each row, and return the figures."""
+def has_run(route: Decisions) -> bool:
+    """Tell whether a route skips two layers in a row."""
+    return any(pair == (0, 0) for pair in pairwise(route))
+
+
+def make_rows(
+    increases: Mapping[str, Sequence[float]], routes: Sequence[Decisions], num_skips: int
+) -> list[dict[str, Any]]:
+    """Compare each bypass with nothing, on all routes and on those that skip layers in a row."""
+    rows = []
+    runs = [place for place, route in enumerate(routes) if has_run(route)]
+    groups = {"routes": list(range(len(routes))), "routes that skip layers in a row": runs}
+    for which, places in groups.items():
+        if len(places) < MIN_ROUTES:
+            continue
+        plain = [increases[NOTHING][place] for place in places]
+        for way in increases:
+            if way != NOTHING:
+                ours = [increases[way][place] for place in places]
+                rows.append(
+                    {"skips": num_skips, "which": which, "way": way, **compare(plain, ours)}
+                )
+    return rows
+
+
+def fit_all(
+    base: BaseModel, texts: Sequence[Tokens], options: argparse.Namespace, figures: dict[str, Any]
+) -> dict[str, Crossings]:
+    """Fit all bypasses, print what each costs, and return them by name."""
     clock = common.clock_of(options)
-    to_fit = read_kinds(options.text, base, MAX_TOKENS)
-    held_out = read_kinds(options.held_out, base, MAX_TOKENS)
-    chosen = choose_calibration_texts(to_fit, sizes["tokens"], SEED)
-    fit_texts = [text for texts in chosen.values() for text in texts]
-    measured = [text for texts in held_out.values() for text in texts[: sizes["num_texts"]]]
-    if set(fit_texts) & set(measured):
-        raise SystemExit("a text is in --text and in --held-out")
-    identity = {
-        "model": base.identity,
-        "runtime": base.runtime,
-        "texts_sha256": hash_values([*fit_texts, *measured]),
-    }
-    measurer = Measurer(base, measured, folder, identity)
-    [full] = measurer.measure("full", None, [(1,) * base.num_layers])
-    print(f"full path: {full:.3f} nats a token on {len(measured)} texts")
-    figures: dict[str, Any] = {"full": full, "rows": [], "fits": {}}
-    bypasses: dict[str, Bypass] = {}
+    ways: dict[str, Crossings] = {}
     for rank in map(int, options.ranks.split(",")):
-        bypass, seconds = fit(base, fit_texts, rank, clock)
+        bypass, seconds = fit(base, texts, rank, clock)
         name = f"rank {bypass.rank}"
-        bypasses[name] = bypass
+        ways[name] = bypass
         routed = RoutedModel(base.model, tokenizer=base.tokenizer, bypass=bypass)
         counted = count_bypass_cost(routed)
         routed.detach()
@@ -220,15 +233,64 @@ def measure_all(
             f"{timed:.1%} of its time",
             flush=True,
         )
+    if options.on_routes is not None:
+        started = clock()
+        start, _ = fit(base, texts, options.on_routes, clock)
+        bypass = fit_on_routes(base, texts, start, options.on_routes, SEED)
+        seconds = clock() - started
+        name = f"rank {bypass.rank} fitted on routes"
+        ways[name] = bypass
+        figures["fits"][name] = {"seconds": seconds}
+        print(f"{name}: fitted in {seconds:.0f} s", flush=True)
+    if options.runs:
+        routed = RoutedModel(base.model, tokenizer=base.tokenizer)
+        ways[ONE_MAP_A_RUN] = fit_stand_in(routed, texts)
+        routed.detach()
+    return ways
+
+
+def choose_texts(held_out: Kinds, number: int, draw: int) -> list[Tokens]:
+    """Choose texts to measure on, from each kind in turn; another draw has other texts."""
+    kinds = list(held_out.values())
+    each = -(-number // len(kinds))
+    texts = []
+    for place in range(draw * each, (draw + 1) * each):
+        texts += [kind[place % len(kind)] for kind in kinds]
+    return texts[:number]
+
+
+def measure_all(
+    base: BaseModel, options: argparse.Namespace, sizes: Mapping[str, int], folder: Path
+) -> dict[str, Any]:
+    """Measure what isn't kept in the folder, print each row, and return the figures."""
+    to_fit = read_kinds(options.text, base, MAX_TOKENS)
+    held_out = read_kinds(options.held_out, base, MAX_TOKENS)
+    chosen = choose_calibration_texts(to_fit, sizes["tokens"], SEED)
+    fit_texts = [text for texts in chosen.values() for text in texts]
+    measured = choose_texts(held_out, sizes["routes"], options.draw)
+    if set(fit_texts) & set(measured):
+        raise SystemExit("a text is in --text and in --held-out")
+    identity = {
+        "model": base.identity,
+        "runtime": base.runtime,
+        "texts_sha256": hash_values([*fit_texts, *measured]),
+    }
+    measurer = Measurer(base, measured, folder, identity)
+    full = measurer.measure("full", None, [(1,) * base.num_layers] * len(measured))
+    mean = statistics.fmean(full)
+    print(f"full path: {mean:.3f} nats a token on {len(set(measured))} texts", flush=True)
+    figures: dict[str, Any] = {"full": mean, "rows": [], "fits": {}}
+    ways: dict[str, Crossings | None] = {NOTHING: None}
+    ways.update(fit_all(base, fit_texts, options, figures))
     for num_skips in map(int, options.skips.split(",")):
-        routes = draw_routes(base.num_layers, num_skips, sizes["routes"])
+        draw = random.Random(f"{num_skips} {options.draw}")
+        routes = [draw_route(draw, base.num_layers, num_skips) for _ in measured]
         increases = {}
-        for name, bypass in {NOTHING: None, **bypasses}.items():
-            losses = measurer.measure(name, bypass, routes)
-            increases[name] = [loss - full for loss in losses]
-        for name in bypasses:
-            row = compare(increases, name, num_skips)
-            print_row(row, len(routes))
+        for name, crossings in ways.items():
+            losses = measurer.measure(name, crossings, routes)
+            increases[name] = [loss - own for loss, own in zip(losses, full, strict=True)]
+        for row in make_rows(increases, routes, num_skips):
+            print_row(row)
             figures["rows"].append(row)
     return figures
 
@@ -243,8 +305,10 @@ def main() -> None:
     parser.add_argument("--routes", type=int, help="routes of each number of skips")
     parser.add_argument("--skips", default=SKIPS, help="numbers of layers to skip")
     parser.add_argument("--ranks", default=RANKS, help="ranks of the bypasses")
+    parser.add_argument("--on-routes", type=int, help="also a bypass of this rank fitted on routes")
+    parser.add_argument("--runs", action="store_true", help="also one map for each run of layers")
+    parser.add_argument("--draw", type=int, default=0, help="which draw of routes and texts")
     parser.add_argument("--tokens", type=int, help="tokens to fit on")
-    parser.add_argument("--num-texts", type=int, help="texts of a kind to measure on")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/bypass"))
     options = parser.parse_args()
     sizes = common.sizes_of(options, QUICK, WHOLE)

@@ -434,13 +434,16 @@ def test_what_a_bypass_takes_back_is_measured_by_rank_and_number_of_skips(figure
         file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         files.append(str(file))
     words = ["--text", files[0], "--held-out", files[1], "--skips", "2,3", "--ranks", "2,1000"]
-    figures = figures_of("bypass", *words)
-    assert [row["skips"] for row in figures["rows"]] == [2, 2, 3, 3]
+    figures = figures_of("bypass", *words, "--on-routes", "2", "--runs")
+    on_all = [row for row in figures["rows"] if row["which"] == "routes"]
+    assert [row["skips"] for row in on_all] == [2] * 4 + [3] * 4
+    assert [row["routes"] for row in on_all] == [6] * 8
+    assert "rank 2 fitted on routes" in {row["way"] for row in on_all}
     for row in figures["rows"]:
         low, high = row["interval"]
         assert low <= row["recovered"] <= high
         assert 0 <= row["better_on"] <= 1
-    small, full = figures["fits"].values()
+    small, full, _on_routes = figures["fits"].values()
     assert 0 < small["counted"] < full["counted"]
     assert small["seconds"] > 0
     assert small["measured"] > 0
