@@ -29,7 +29,7 @@ EVERY := -m "thorough or not thorough"
 .DELETE_ON_ERROR:
 .PHONY: help setup demo test test-quick test-thorough test-all test-torchao \
 	test-llama-cpp test-upstream test-here \
-	$(VERSIONS:%=test-%) check fmt lint types layers bench build
+	$(VERSIONS:%=test-%) check fmt lint types layers docs bench build
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -92,6 +92,11 @@ types: $(STAMP)  ## types (mypy, strict)
 
 layers: $(STAMP)  ## who may import whom
 	$(BIN)/lint-imports
+
+docs: $(STAMP)  ## build the documentation site into site/
+	$(BIN)/python -m pip install --quiet --group docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --config-file website/mkdocs.yml
+	@echo "the site: site/index.html"
 
 bench: $(STAMP)  ## run the benchmarks that take a model, quickly (benchmarks/all.py for an hour)
 	rm -rf runs/benchmarks/quick

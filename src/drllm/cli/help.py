@@ -52,12 +52,12 @@ def print_help(verb: Verb, terminal: Terminal, *, everything: bool = False) -> N
         is_new_group = flag.group is not None and flag.group is not last_group
         if everything and is_new_group:
             last_group = flag.group
-            terminal.say(f"\n{_format_title(flag.group)}:")
-        usage_text = f"  {_format_flag(flag, everything)}"
-        terminal.beside(usage_text, _describe_flag(flag, verb), FLAG_WIDTH)
+            terminal.say(f"\n{format_title(flag.group)}:")
+        usage_text = f"  {format_flag(flag, everything)}"
+        terminal.beside(usage_text, describe_flag(flag, verb), FLAG_WIDTH)
     terminal.say()
     if verb.settings:
-        terminal.beside(f"  {_format_flag(CONFIG, everything)}", CONFIG.help, FLAG_WIDTH)
+        terminal.beside(f"  {format_flag(CONFIG, everything)}", CONFIG.help, FLAG_WIDTH)
     num_hidden = len(flags) - len(flags_to_print)
     if num_hidden:
         terminal.beside("  --help-all", f"{num_hidden} more flags and settings", FLAG_WIDTH)
@@ -84,13 +84,13 @@ def _format_positional(flag: Flag) -> str:
     return flag.names[0] if flag.required else f"[{flag.names[0]}]"
 
 
-def _format_title(group: object) -> str:
+def format_title(group: object) -> str:
     """Return the first line of the docstring of a group of settings, as a title."""
     summary = (group.__doc__ or "").partition("\n")[0].rstrip(".")
     return summary[0].lower() + summary[1:]
 
 
-def _format_flag(flag: Flag, everything: bool) -> str:
+def format_flag(flag: Flag, everything: bool) -> str:
     """Return a flag and its placeholder as a user writes them; with `everything`, the alias too."""
     if flag.is_only_in_files:
         return f"{flag.name}: {flag.placeholder}"
@@ -105,7 +105,7 @@ def _format_flag(flag: Flag, everything: bool) -> str:
     return text
 
 
-def _describe_flag(flag: Flag, verb: Verb) -> str:
+def describe_flag(flag: Flag, verb: Verb) -> str:
     """Return the help of a flag and its default."""
     if flag.is_only_in_files:
         return f"{flag.help} (in the file of --config)"

@@ -1,0 +1,83 @@
+"""The documentation site: what it covers, and where links lead. `make docs` builds it."""
+
+import inspect
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import drllm
+from drllm.cli.verbs import FOREIGN, VERBS, list_flags
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+WEBSITE = REPOSITORY / "website"
+
+
+def test_the_python_reference_has_every_public_name_once():
+    page = (REPOSITORY / "docs" / "reference" / "python.md").read_text(encoding="utf-8")
+    names = re.findall(r"^::: drllm\.(\w+)$", page, re.MULTILINE)
+    assert sorted(names) == sorted(drllm.__all__)
+
+
+@pytest.mark.parametrize("name", sorted(drllm.__all__))
+def test_every_public_name_says_what_it_is(name):
+    value = getattr(drllm, name)
+    if not (inspect.isclass(value) or inspect.isfunction(value)):
+        value = type(value)
+    assert value.__doc__.strip()
+    for method_name, method in vars(value).items():
+        if inspect.isfunction(method) and not method_name.startswith("_"):
+            assert inspect.getdoc(method), f"{name}.{method_name}"
+
+
+@pytest.fixture
+def hooks(monkeypatch):
+    pytest.importorskip("mkdocs")
+    monkeypatch.syspath_prepend(str(WEBSITE))
+    monkeypatch.delitem(sys.modules, "hooks", raising=False)
+    import hooks
+
+    yield hooks
+    sys.modules.pop("hooks", None)
+
+
+def rewrite(hooks, text, page="shrink.md", repo_url=""):
+    page = SimpleNamespace(file=SimpleNamespace(src_uri=page))
+    return hooks.on_page_markdown(text, page, SimpleNamespace(repo_url=repo_url))
+
+
+def test_a_link_between_pages_stays(hooks):
+    assert rewrite(hooks, "see [tune](tune.md#how)") == "see [tune](tune.md#how)"
+    study = "results/studies/2026-11-28-longer-sequences.md"
+    assert rewrite(hooks, "[log](../log.md)", page=study) == "[log](../log.md)"
+
+
+def test_links_of_the_readme_lead_to_pages(hooks):
+    assert rewrite(hooks, "[x](docs/tune.md)", page="index.md") == "[x](tune.md)"
+    assert rewrite(hooks, "![](docs/results/a.png)", page="index.md") == "![](results/a.png)"
+    assert rewrite(hooks, "[x](CONTRIBUTING.md)", page="index.md") == "[x](contributing.md)"
+
+
+def test_a_link_out_of_the_site_is_text_unless_the_repository_has_an_address(hooks):
+    link = "[example](../examples/first_hour.py)"
+    assert rewrite(hooks, link) == "example"
+    there = rewrite(hooks, link, repo_url="https://example.org/drllm/")
+    assert there == "[example](https://example.org/drllm/blob/main/examples/first_hour.py)"
+
+
+def test_links_in_code_are_left_alone(hooks):
+    code = "```\n[a](docs/b.md)\n```\nand `[a](docs/b.md)`"
+    assert rewrite(hooks, code, page="index.md") == code
+
+
+def test_the_page_of_commands_has_every_verb_and_flag(hooks):
+    page = hooks.make_commands_page()
+    for name in [*VERBS, *FOREIGN]:
+        assert f"### drllm {name}" in page
+    for verb in VERBS.values():
+        for flag in list_flags(verb):
+            if not flag.is_only_in_files and flag.kind is not bool:
+                name = flag.names[0].replace("_", "&#95;")
+                assert f"<code>{name}" in page

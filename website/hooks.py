@@ -1,0 +1,161 @@
+"""What mkdocs does for this site beside its plugins.
+
+- README, CONTRIBUTING and CHANGELOG become pages, so that nothing is written twice.
+- The page of commands is made from the table of verbs and the settings.
+- Studies and decisions are listed in the navigation from their folders, the newest study first.
+- A link that leaves docs/ becomes plain text, or a link to the repository if `repo_url` is set.
+- Headings get the same anchors as in a repository's own view of the files.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+from drllm.cli.help import describe_flag, format_flag, format_title
+from drllm.cli.verbs import CONFIG, SECTIONS, VERBS, Flag, Verb, list_flags
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+ROOT_PAGES = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+}
+"""Files of the repository's root that are pages, and the names of these pages."""
+LISTS = {"Studies": ("results/studies", True), "Decisions": ("decisions", False)}
+"""Titles in the navigation: the folder whose pages stand there, and whether the newest is first."""
+EXAMPLES = {"docs/results/example/report.md": "docs/results/example/report.html"}
+"""Files that the site has in another form."""
+LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
+MARKUP = re.compile(r"[&<|*_`\[\]]")
+CODE = re.compile(r"(^```.*?^```$|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
+
+
+def make_anchor(heading: str, separator: str) -> str:
+    """Return what a heading is linked by, as in a repository's view of the file."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", separator)
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Set the anchors of headings, and fill the lists of pages in the navigation."""
+    config.mdx_configs["toc"]["slugify"] = make_anchor
+    for section in config.nav:
+        for entries in section.values():
+            for entry in entries:
+                if isinstance(entry, dict):
+                    _fill_list(entry, Path(config.docs_dir))
+    return config
+
+
+def _fill_list(entry: dict[str, list[str]], docs: Path) -> None:
+    """Put the pages of a folder into an entry of the navigation."""
+    for title in entry:
+        folder, newest_first = LISTS[title]
+        pages = sorted((docs / folder).glob("*.md"), reverse=newest_first)
+        entry[title] = [page.relative_to(docs).as_posix() for page in pages]
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages that aren't files of docs/."""
+    for name, page in ROOT_PAGES.items():
+        text = (REPOSITORY / name).read_text(encoding="utf-8")
+        files.append(File.generated(config, page, content=text))
+    files.append(File.generated(config, "reference/commands.md", content=make_commands_page()))
+    css = (Path(__file__).parent / "site.css").read_text(encoding="utf-8")
+    files.append(File.generated(config, "site.css", content=css))
+    return files
+
+
+def make_commands_page() -> str:
+    """Return the page of all commands with all flags."""
+    lines = [
+        "# Commands",
+        "",
+        "Every command with every flag. `drllm VERB --help` shows the common ones. "
+        "A setting may also stand in a YAML file (`--config`), with underscores.",
+        "",
+    ]
+    for title, names in SECTIONS.items():
+        lines += [f"## {title[0].upper()}{title[1:]}", ""]
+        for name in names:
+            if name in VERBS:
+                lines += describe_verb(VERBS[name])
+            else:
+                lines += [f"### drllm {name}", "", "See [its page](../lm-eval.md).", ""]
+    return "\n".join(lines)
+
+
+def describe_verb(verb: Verb) -> list[str]:
+    """Return the lines of one verb: what it does, an example, and its flags."""
+    words = ["drllm", verb.name, *(flag.names[0] for flag in list_flags(verb) if flag.positional)]
+    lines = [f"### {' '.join(words)}", "", f"{verb.help[0].upper()}{verb.help[1:]}.", ""]
+    lines += ["```", verb.example, "```", ""]
+    by_group: dict[Any, list[Flag]] = {}
+    for flag in list_flags(verb):
+        by_group.setdefault(flag.group, []).append(flag)
+    if verb.settings:
+        by_group.setdefault(None, []).append(CONFIG)
+    for group, flags in by_group.items():
+        if group is not None:
+            title = format_title(group)
+            lines += [f"**{title[0].upper()}{title[1:]}**", ""]
+        lines += ["| flag | |", "|---|---|"]
+        for flag in flags:
+            usage = _escape(format_flag(flag, everything=True))
+            lines.append(f"| <code>{usage}</code> | {_escape(describe_flag(flag, verb))} |")
+        lines.append("")
+    return lines
+
+
+def _escape(text: str) -> str:
+    """Return text of a table's cell in which nothing is markup."""
+    for character, entity in {
+        "&": "&amp;",
+        "<": "&lt;",
+        "|": "&#124;",
+        "*": "&#42;",
+        "_": "&#95;",
+    }.items():
+        text = text.replace(character, entity)
+    return text
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) -> str:
+    """Let links lead to pages of the site."""
+    parts = CODE.split(markdown)
+    for number in range(0, len(parts), 2):  # the others are code
+        parts[number] = LINK.sub(lambda match: _rewrite(match, page, config), parts[number])
+    return "".join(parts)
+
+
+def _rewrite(match: re.Match[str], page: Page, config: MkDocsConfig) -> str:
+    """Return a link as the site has it."""
+    mark, text, link = match.groups()
+    if re.match(r"[a-z]+:|#", link):
+        return match[0]
+    target, _, heading = link.partition("#")
+    place = _find_in_repository(target, page)
+    if place in ROOT_PAGES:
+        place = f"docs/{ROOT_PAGES[place]}"
+    place = EXAMPLES.get(place, place)
+    if not place.startswith("docs/"):
+        if config.repo_url:
+            return f"[{text}]({config.repo_url.rstrip('/')}/blob/main/{place})"
+        return text
+    start = posixpath.dirname(page.file.src_uri) or "."
+    target = posixpath.relpath(place.removeprefix("docs/"), start)
+    return f"{mark}[{text}]({target}{'#' + heading if heading else ''})"
+
+
+def _find_in_repository(target: str, page: Page) -> str:
+    """Return the place in the repository that a link of a page leads to."""
+    folder = posixpath.dirname(page.file.src_uri)
+    if page.file.src_uri not in ROOT_PAGES.values():
+        folder = posixpath.join("docs", folder)
+    return posixpath.normpath(posixpath.join(folder, target))
