@@ -8,8 +8,10 @@ from typing import Any
 
 _MODULES = {
     "ArchitectureError": "drllm.errors",
+    "Artefact": "drllm.pipeline.bundle",
     "attach": "drllm.models.routed_model",
     "BaseModel": "drllm.models.base.load",
+    "bundle": "drllm.pipeline.bundle",
     "Bypass": "drllm.models.routing.bypass",
     "BypassConfig": "drllm.config",
     "Calibration": "drllm.models.routing.depth_control",

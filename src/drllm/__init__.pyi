@@ -43,6 +43,8 @@ from drllm.paths import StaticPath as StaticPath
 from drllm.paths import sketch as sketch
 from drllm.paths import to_decisions as to_decisions
 from drllm.paths import to_path as to_path
+from drllm.pipeline.bundle import Artefact as Artefact
+from drllm.pipeline.bundle import bundle as bundle
 from drllm.pipeline.shrink import shrink as shrink
 from drllm.records.healed import HealedPath as HealedPath
 from drllm.records.results import Results as Results

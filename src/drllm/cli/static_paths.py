@@ -15,7 +15,7 @@ from drllm.config.heal import NO_REPAIR
 from drllm.pipeline.model import open_model
 from drllm.records.healed import HEALED_FILE
 from drllm.records.path_losses import check_losses, describe_file_losses, describe_losses
-from drllm.records.places import check_folder
+from drllm.records.places import check_folder, check_new_folder
 from drllm.records.static_paths import (
     FIT,
     PATHS_FILE,
@@ -165,11 +165,11 @@ def export(command: CommandLine, terminal: Terminal) -> None:
     path = load_path(str(command.path("path")))
     model = choose_model(command, path=path)
     check_folder(output, "--output-dir")
+    check_new_folder(output)
     if not command.values["force"]:
         check_losses(path, config.max_drop, config.max_loss_increase)
     with terminal.busy(LOADING):
-        from drllm.models.export import check_output, export_path
-    check_output(output)
+        from drllm.models.export import export_path
     if path.note:
         terminal.note(path.note)
 

@@ -166,6 +166,7 @@ VERBS = _Verbs(
         "export": "static_paths",
         "evaluate": "evaluation",
         "report": "evaluation",
+        "bundle": "bundling",
         "show": "show",
         "ls": "listing",
     }
@@ -190,6 +191,7 @@ SECTIONS = {
         "lm-eval",
         "report",
         "export",
+        "bundle",
     ),
     "results and names": ("show", "ls"),
 }

@@ -8,10 +8,7 @@ Axes: T tokens, V vocabulary.
 """
 
 import importlib.metadata
-import shutil
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from drllm.errors import ArchitectureError, ConfigError, DrllmError, ModelError
+from drllm.errors import ArchitectureError
 from drllm.models.base import hub
 from drllm.models.base.cards import CARD_FILE, render_card
 from drllm.models.base.layers import find_layers
@@ -38,6 +35,7 @@ from drllm.records.codec import write_json
 from drllm.records.healed import HealedPath
 from drllm.records.identity import QUANTISED
 from drllm.records.path_losses import describe_file_losses
+from drllm.records.places import check_new_folder, create_folder, refuse_output
 from drllm.records.shrink import SHRINK_FILE, ShrinkRecord
 from drllm.records.static_paths import PathFile, StaticPaths
 
@@ -113,7 +111,7 @@ def export_path(
         ArchitectureError: The model's config can't express the path, its class isn't one of
             transformers, or its weights are quantised.
         ConfigError: The folder isn't empty.
-        ModelError: The folder can't be written.
+        RecordError: The folder can't be written.
         RoutingError: The model is routed.
 
     Source: ours.
@@ -127,7 +125,7 @@ def export_path(
     elif not isinstance(path, StaticPath):
         path = StaticPath(path)
     path.check(base.num_layers)
-    check_output(output)
+    check_new_folder(output)
     if base.identity["fingerprint"].startswith(QUANTISED):
         raise ArchitectureError(
             f"the weights of {base.name} are quantised, and an export copies weights as they were "
@@ -148,12 +146,15 @@ def export_path(
             is_merged=along_path.is_merged,
         )
         card = model_card(base.identity, path, export.dtype, num_repeated_bytes, file, shrink)
-        with _create_folder(output) as folder:
-            _write(folder, exported, base, card)
-            if shrink is not None:
-                write_json(folder / SHRINK_FILE, shrink)
-            del exported  # frees its copies of weights before the checkpoint is loaded
-            _verify(folder, base.model, path, along_path)
+        try:
+            with create_folder(output) as folder:
+                _write(folder, exported, base, card)
+                if shrink is not None:
+                    write_json(folder / SHRINK_FILE, shrink)
+                del exported  # frees its copies of weights before the checkpoint is loaded
+                _verify(folder, base.model, path, along_path)
+        except SafetensorError as error:  # it has no class of its own for a full disk
+            raise refuse_output(output, hub.first_line(error)) from error
     return export
 
 
@@ -183,37 +184,6 @@ def _run_base(model: Any, path: StaticPath, file: PathFile | None) -> PathRun:
         return PathRun(new_weights, is_merged, logits)
     finally:
         routed.detach()
-
-
-@contextmanager
-def _create_folder(output: Path) -> Iterator[Path]:
-    """Yield a temporary folder. If the block succeeds, the folder becomes the output folder."""
-    place = output.resolve()
-    folder = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
-    try:
-        folder.mkdir(parents=True)
-        yield folder
-        if place.is_dir():
-            place.rmdir()
-        folder.rename(place)
-    except DrllmError:  # some of its subclasses are OSErrors too
-        raise
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or hub.first_line(error)
-        raise ModelError(
-            f"can't write {output}: {reason}; free some space, or give a folder that you may "
-            f"write to"
-        ) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def check_output(folder: Path) -> None:
-    """Raise ConfigError if the output is a file, or a folder that isn't empty."""
-    if folder.is_file():
-        raise ConfigError(f"{folder} is a file; give the name of a folder to make")
-    if folder.is_dir() and any(folder.iterdir()):
-        raise ConfigError(f"the folder {folder} isn't empty; give the name of a new folder")
 
 
 def _build(base: Any, path: tuple[int, ...]) -> Any:

@@ -26,14 +26,14 @@ from drllm.config.shrink import SHARE_OF_LAYERS
 from drllm.errors import ConfigError
 from drllm.extras import need
 from drllm.models.base.load import BaseModel
-from drllm.models.export import check_output, export_path
+from drllm.models.export import export_path
 from drllm.models.routed_model import RoutedModel, unrouted
 from drllm.pipeline.shrink_candidates import choose_candidates
 from drllm.pipeline.shrink_measurement import MAX_TOKENS, ModelMeasurement
 from drllm.pipeline.shrink_questions import ShrinkQuestions, read_questions
 from drllm.records.codec import read_json, write_json
 from drllm.records.manifest import new_manifest
-from drllm.records.places import only_writer
+from drllm.records.places import check_new_folder, only_writer
 from drllm.records.shrink import (
     SHRINK_FILE,
     ShrinkRecord,
@@ -150,7 +150,7 @@ def shrink_questions(
         output = None if output_dir is None else Path(output_dir)
         work = _find_work_folder(output, stack)
         if output is not None:
-            check_output(output)
+            check_new_folder(output)
         stack.enter_context(only_writer(work, "shrink", "OUT"))
         base = stack.enter_context(unrouted(model, tokenizer, listener))
         base.refuse_bypass("shrink repairs paths")

@@ -1,6 +1,8 @@
 """Checks where a stage may write before it starts, and lets only one run write to a folder."""
 
 import os
+import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from drllm.errors import ConfigError, RecordError
+from drllm.errors import ConfigError, DrllmError, RecordError
 from drllm.records.codec import file_exists, read_json
 from drllm.records.manifest import manifest_path
 
@@ -54,6 +56,43 @@ def check_file(file: Path, flag: str, schema: str = "") -> None:
         raise ConfigError(f"{flag}: {error}") from error
     if exists and _is_of_another_stage(file, schema):
         raise ConfigError(f"{flag} is {file}, which another stage has written; give another file")
+
+
+def check_new_folder(folder: Path) -> None:
+    """Raise ConfigError if the output is a file, or a folder that isn't empty."""
+    if folder.is_file():
+        raise ConfigError(f"{folder} is a file; give the name of a folder to make")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(f"the folder {folder} isn't empty; give the name of a new folder")
+
+
+@contextmanager
+def create_folder(output: Path) -> Iterator[Path]:
+    """Yield a temporary folder. If the block succeeds, the folder becomes the output folder.
+
+    Raises RecordError if a file or folder can't be written. Then nothing is left.
+    """
+    place = output.resolve()
+    folder = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
+    try:
+        folder.mkdir(parents=True)
+        yield folder
+        if place.is_dir():
+            place.rmdir()
+        folder.rename(place)
+    except DrllmError:  # some of its subclasses are OSErrors too
+        raise
+    except OSError as error:
+        raise refuse_output(output, str(error.strerror)) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def refuse_output(output: Path, reason: str) -> RecordError:
+    """Return the error of an output that can't be written."""
+    return RecordError(
+        f"can't write {output}: {reason}; free some space, or give a folder that you may write to"
+    )
 
 
 def choose_file(place: Path, name: str) -> Path:

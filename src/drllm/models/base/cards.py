@@ -1,4 +1,4 @@
-"""Model cards: metadata for the hub, then a body that is rendered from a template."""
+"""Cards of models and data sets: metadata for the hub, then a body from a template."""
 
 import re
 from functools import cache
@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import CardData, ModelCard
 
 CARD_FILE = "README.md"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 """The form of a hub id, OWNER/NAME."""
 
 
-def render_card(template: Path, metadata: ModelCardData, **values: Any) -> str:
-    """Render the text of a model card: metadata for the hub, then the body.
+def render_card(template: Path, metadata: CardData, **values: Any) -> str:
+    """Render the text of a card: metadata for the hub, then the body.
 
     Args:
         template: The body, a Jinja template of Markdown. Its filter `line` writes a value

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from drllm.errors import ArchitectureError, ConfigError, ModelError, PathError, RoutingError
+from drllm.errors import ArchitectureError, ConfigError, PathError, RecordError, RoutingError
 from drllm.models import export
 from drllm.models.base.load import BaseModel
 from drllm.models.export import export_path
@@ -278,7 +278,7 @@ def interruption(folder):
     [
         (other_rotation, ArchitectureError, "logits differ"),
         (other_weight, ArchitectureError, WEIGHT),
-        (full_disk, ModelError, "/out: No space left on device"),
+        (full_disk, RecordError, "/out: No space left on device"),
         (interruption, KeyboardInterrupt, ""),
     ],
 )

@@ -1,0 +1,53 @@
+"""The verb `drllm bundle`: what can be published, each artefact with a card."""
+
+from __future__ import annotations
+
+from drllm.cli.base_model import check_model
+from drllm.cli.command_line import CommandLine
+from drllm.cli.terminal import LOADING, Terminal
+from drllm.cli.verbs import Flag, verb
+from drllm.config import ModelConfig
+from drllm.records.places import check_folder, check_new_folder
+
+
+@verb(
+    "bundle",
+    example="drllm bundle runs/demo_full smaller/ --output-dir publish/",
+    settings=(ModelConfig,),
+    flags=(
+        Flag(
+            "sources",
+            "folders that drllm run, shrink, train or search have written",
+            required=True,
+            many=True,
+            positional=True,
+            title="FOLDER",
+        ),
+        Flag("output_dir", "folder to make", required=True, placeholder="DIR", alias="output"),
+        Flag(
+            "llama_cpp",
+            "checkout of llama.cpp, whose converter writes the checkpoint as GGUF too",
+            placeholder="DIR",
+        ),
+    ),
+    model_from="the model that a healed path names",
+)
+def bundle_verb(command: CommandLine, terminal: Terminal) -> None:
+    """Collect what can be published, each artefact in a folder with a card."""
+    output = command.path("output_dir")
+    sources = command.paths("sources")
+    llama_cpp = command.optional_path("llama_cpp")
+
+    check_model(command)
+    check_folder(output, "--output-dir")
+    check_new_folder(output)
+    with terminal.busy(LOADING):
+        from drllm.pipeline.bundle import bundle
+
+    model = command.get_settings(ModelConfig) if command.names_model else None
+    artefacts = bundle(sources, output, model=model, llama_cpp=llama_cpp, listener=terminal)
+
+    for artefact in artefacts:
+        terminal.fact(artefact.kind, f"{artefact.folder}, from {artefact.source}")
+    terminal.say("\nread each README.md before you publish; then, for example:")
+    terminal.command(f"hf upload OWNER/NAME {artefacts[0].folder}")

@@ -1,0 +1,243 @@
+"""The stage `bundle`: collect what can be published, each artefact in a folder with a card.
+
+An artefact is a checkpoint with fewer layers, the same as a GGUF file, trained routers, or the log
+of a search as a data set. Each folder can be pushed to the hub as it is.
+
+Source: ours.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from huggingface_hub import DatasetCardData, ModelCardData
+
+from drllm.config import ModelConfig
+from drllm.errors import ConfigError, ModelError
+from drllm.models.base.cards import CARD_FILE, render_card
+from drllm.models.export import export_path
+from drllm.models.routed_model import unrouted
+from drllm.models.routers.checkpoint import load_routers, save_routers
+from drllm.models.routers.places import CONFIG_FILE
+from drllm.records.codec import write_atomically
+from drllm.records.healed import HEALED_FILE
+from drllm.records.manifest import manifest_path, read_manifest
+from drllm.records.places import check_new_folder, create_folder
+from drllm.records.search import SearchRecord, read_search
+from drllm.records.shrink import SHRINK_FILE, read_shrink
+from drllm.records.static_paths import load_path
+from drllm.work.listener import Listener
+
+CHECKPOINT = "checkpoint"
+GGUF = "checkpoint-gguf"
+ROUTERS = "routers"
+SEARCH_LOG = "search-log"
+"""The artefacts, by the names of their folders."""
+
+SEARCH_FILE = "search.jsonl"
+SEARCH_CARD = Path(__file__).with_name("search_card.md.j2")
+GGUF_CARD = Path(__file__).with_name("gguf_card.md.j2")
+CONVERTER = "convert_hf_to_gguf.py"  # of a checkout of llama.cpp
+GGUF_TYPE = "bf16"
+
+
+class Artefact(NamedTuple):
+    """What can be published.
+
+    Attributes:
+        kind: `checkpoint`, `checkpoint-gguf`, `routers` or `search-log`.
+        folder: Its folder, with a card.
+        source: The folder that it was made from.
+    """
+
+    kind: str
+    folder: Path
+    source: Path
+
+
+def bundle(
+    sources: Sequence[Path | str],
+    output_dir: Path | str,
+    *,
+    model: Any = None,
+    llama_cpp: Path | str | None = None,
+    listener: Listener | None = None,
+) -> list[Artefact]:
+    """Collect what can be published from folders of earlier stages.
+
+    The output appears only when every artefact is complete.
+
+    Args:
+        sources: Folders that `drllm run`, `shrink`, `train` or `search` have written.
+        output_dir: The folder to make. An empty folder may exist.
+        model: The base model, as for `tune`, if a healed path is exported; None loads it by its
+            name.
+        llama_cpp: A checkout of llama.cpp, whose converter writes the checkpoint as GGUF too.
+        listener: Receives notes.
+
+    Returns:
+        The artefacts.
+
+    Raises:
+        ConfigError: A source has nothing to publish, two have the same kind of artefact, or there
+            is no converter.
+        ModelError: The converter failed.
+        RecordError: A file can't be read or written.
+    """
+    listener = listener or Listener()
+    output = Path(output_dir)
+    check_new_folder(output)
+    converter = None if llama_cpp is None else _find_converter(Path(llama_cpp))
+    found = find_artefacts([Path(source) for source in sources])
+    if converter is not None and CHECKPOINT not in found:
+        raise ConfigError("no source has a checkpoint to convert; leave --llama-cpp out")
+    with create_folder(output) as folder:
+        for kind, source in found.items():
+            with listener.busy(f"collecting the {kind} of {source}"):
+                if kind == CHECKPOINT:
+                    write_checkpoint(source, folder / kind, model, listener)
+                elif kind == ROUTERS:
+                    write_routers(source, folder / kind)
+                else:
+                    write_search_log(source, folder / kind)
+        if converter is not None:
+            with listener.busy("converting the checkpoint to GGUF"):
+                write_gguf(folder / CHECKPOINT, folder / GGUF, converter)
+            found[GGUF] = found[CHECKPOINT]
+    return [Artefact(kind, output / kind, source) for kind, source in found.items()]
+
+
+def find_artefacts(sources: Sequence[Path]) -> dict[str, Path]:
+    """Return where each kind of artefact is.
+
+    Raises:
+        ConfigError: A source has nothing to publish, or two have the same kind of artefact.
+    """
+    found: dict[str, Path] = {}
+    for source in sources:
+        own = _find_in_folder(source)
+        if not own:
+            raise ConfigError(
+                f"{source} has nothing to publish; give a folder that drllm run, shrink, train or "
+                f"search has written"
+            )
+        for kind, place in own.items():
+            if kind in found:
+                raise ConfigError(
+                    f"{found[kind]} and {place} both are {kind}; give one of them, and bundle the "
+                    f"other into a folder of its own"
+                )
+            found[kind] = place
+    return found
+
+
+def _find_in_folder(source: Path) -> dict[str, Path]:
+    """Return where each kind of artefact is in one folder."""
+    found = {}
+    if (source / SHRINK_FILE).is_file() and (source / "config.json").is_file():
+        found[CHECKPOINT] = source
+    elif (source / "healed" / HEALED_FILE).is_file():
+        found[CHECKPOINT] = source / "healed"
+    elif (source / HEALED_FILE).is_file():
+        found[CHECKPOINT] = source
+    for folder in (source / "routers", source):
+        if (folder / CONFIG_FILE).is_file() and ROUTERS not in found:
+            found[ROUTERS] = folder
+    if (source / SEARCH_FILE).is_file():
+        found[SEARCH_LOG] = source
+    return found
+
+
+def write_checkpoint(source: Path, folder: Path, model: Any, listener: Listener) -> None:
+    """Copy a checkpoint that `shrink` wrote, or export a healed path."""
+    if (source / SHRINK_FILE).is_file():
+        read_shrink(source / SHRINK_FILE)  # refuses a file that isn't what it says
+        shutil.copytree(source, folder)
+        return
+    path = load_path(source)
+    if model is None:
+        assert path.record is not None
+        model = ModelConfig(model=path.record.model["id"])
+    with unrouted(model, None, listener) as base:
+        export_path(base, path, folder)
+
+
+def write_routers(source: Path, folder: Path) -> None:
+    """Write routers with their card, without what else the training left in their folder."""
+    save_routers(load_routers(source), folder)
+
+
+def write_search_log(source: Path, folder: Path) -> None:
+    """Write the log of a search with a card from which `datasets` loads it."""
+    file = source / SEARCH_FILE
+    records = read_search(file)
+    manifest = read_manifest(file, "search") or {}
+    folder.mkdir()
+    shutil.copyfile(file, folder / SEARCH_FILE)
+    if manifest:
+        shutil.copyfile(manifest_path(file), manifest_path(folder / SEARCH_FILE))
+    write_atomically(folder / CARD_FILE, write_search_card(records, manifest))
+
+
+def write_search_card(records: Sequence[SearchRecord], manifest: dict[str, Any]) -> str:
+    """Return the card of the log of a search, from its records and its manifest alone."""
+    metadata = DatasetCardData(
+        tags=["layer-routing", "dynamic-depth", "drllm"],
+        configs=[{"config_name": "default", "data_files": SEARCH_FILE}],
+    )
+    by_task: dict[str, int] = {}
+    for record in records:
+        by_task[record.task] = by_task.get(record.task, 0) + 1
+    return render_card(
+        SEARCH_CARD,
+        metadata,
+        by_task=by_task,
+        num_questions=len(records),
+        num_paths=sum(len(record.paths) for record in records),
+        num_right=sum(record.full.reward == 1 for record in records),
+        num_saving=sum(_has_saving_path(record) for record in records),
+        num_layers=records[0].num_layers,
+        rewards=sorted({record.reward for record in records}),
+        base=manifest.get("model", {}),
+        settings=manifest.get("config", {}),
+        version=manifest.get("drllm_version", ""),
+        created=manifest.get("created", ""),
+    )
+
+
+def _has_saving_path(record: SearchRecord) -> bool:
+    """Tell whether a path with fewer executions than the full path is right."""
+    full = record.full.executions
+    return any(path.reward == 1 and path.executions < full for path in record.paths)
+
+
+def _find_converter(llama_cpp: Path) -> Path:
+    """Return the converter of a checkout of llama.cpp."""
+    converter = llama_cpp.expanduser() / CONVERTER
+    if not converter.is_file():
+        raise ConfigError(
+            f"--llama-cpp: {llama_cpp} has no {CONVERTER}; give a checkout of llama.cpp"
+        )
+    return converter.resolve()
+
+
+def write_gguf(checkpoint: Path, folder: Path, converter: Path) -> None:
+    """Convert a checkpoint to GGUF with llama.cpp's own converter, and write its card."""
+    folder.mkdir()
+    file = folder / f"model-{GGUF_TYPE}.gguf"
+    command = [sys.executable, str(converter), str(checkpoint), "--outtype", GGUF_TYPE]
+    done = subprocess.run(
+        [*command, "--outfile", str(file)], capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0 or not file.is_file():
+        lines = (done.stderr or done.stdout).strip().splitlines()
+        reason = lines[-1] if lines else f"exit status {done.returncode}"
+        raise ModelError(f"{converter.name} can't convert the checkpoint: {reason}")
+    metadata = ModelCardData(library_name="gguf", tags=["layer-routing", "dynamic-depth", "drllm"])
+    card = render_card(GGUF_CARD, metadata, file=file.name, weights=GGUF_TYPE)
+    write_atomically(folder / CARD_FILE, card)

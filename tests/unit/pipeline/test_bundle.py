@@ -1,0 +1,142 @@
+"""What `bundle` collects from folders, which cards it writes, and what it refuses."""
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from drllm.errors import ConfigError, ModelError
+from drllm.models.base.cards import CARD_FILE
+from drllm.models.routed_model import attach, detach
+from drllm.models.routers.checkpoint import save_routers
+from drllm.models.routers.config import RouterConfig
+from drllm.models.routers.stack import RouterStack
+from drllm.pipeline.bundle import bundle
+from drllm.records.manifest import new_manifest, write_records
+from drllm.records.search import read_search
+from healed_folder import written_refit
+from search_records import make_path, make_record
+
+NUM_LAYERS = 6
+
+
+@pytest.fixture
+def base(tiny_base):
+    return tiny_base(num_layers=NUM_LAYERS)
+
+
+@pytest.fixture
+def searched(tmp_path, base):
+    """A folder with the log of a search: of two questions, one has a shorter path that is right."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    records = [
+        make_record(make_path("111111", 1.0), make_path("110111", 1.0, kl=0.5), id="q1"),
+        make_record(make_path("111111", 1.0), make_path("101111", 0.0), id="q2"),
+    ]
+    manifest = new_manifest("search", model=base.identity, config={"num_simulations": 30})
+    write_records(folder / "search.jsonl", records, manifest)
+    return folder
+
+
+@pytest.fixture
+def routers_folder(tmp_path, base):
+    hidden_size = base.model.config.hidden_size
+    config = RouterConfig(num_layers=NUM_LAYERS, hidden_size=hidden_size)
+    save_routers(RouterStack(config), tmp_path / "routers")
+    (tmp_path / "routers" / "metrics.jsonl").write_text("{}\n")
+    return tmp_path / "routers"
+
+
+@pytest.fixture
+def healed(tmp_path, base):
+    folder = tmp_path / "healed"
+    written_refit(folder, base.model, base.identity)
+    return folder
+
+
+def test_each_kind_has_a_folder_with_a_card(searched, routers_folder, healed, base, tmp_path):
+    output = tmp_path / "publish"
+    artefacts = bundle([searched, routers_folder, healed], output, model=base)
+    assert {artefact.kind for artefact in artefacts} == {"search-log", "routers", "checkpoint"}
+    assert {folder.name for folder in output.iterdir()} == {name.kind for name in artefacts}
+    for artefact in artefacts:
+        assert (artefact.folder / CARD_FILE).read_text().startswith("---\n")
+
+
+def test_a_healed_path_becomes_an_ordinary_checkpoint(healed, base, tmp_path):
+    [artefact] = bundle([healed], tmp_path / "publish", model=base)
+    model = AutoModelForCausalLM.from_pretrained(artefact.folder)
+    assert model.config.num_hidden_layers == 4
+
+
+def test_routers_come_without_what_else_a_training_leaves(routers_folder, base, tmp_path):
+    [artefact] = bundle([routers_folder], tmp_path / "publish")
+    assert not (artefact.folder / "metrics.jsonl").exists()
+    detach(attach(base, artefact.folder))
+
+
+def test_the_log_of_a_search_is_a_data_set_and_is_read_again(searched, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    [artefact] = bundle([searched], tmp_path / "publish")
+    assert read_search(artefact.folder / "search.jsonl") == read_search(searched / "search.jsonl")
+    rows = datasets.load_dataset(
+        str(artefact.folder), split="train", cache_dir=str(tmp_path / "cache")
+    )
+    assert [row["id"] for row in rows] == ["q1", "q2"]
+    assert rows[0]["paths"][1]["decisions"] == [1, 1, 0, 1, 1, 1]
+
+
+def test_the_card_of_a_search_counts_what_is_in_it(searched, tmp_path):
+    [artefact] = bundle([searched], tmp_path / "publish")
+    card = (artefact.folder / CARD_FILE).read_text()
+    assert "- 2 questions: facts (2)." in card
+    assert "right on 2 questions. On 1 a path with fewer executions is right" in card
+    assert "`num_simulations` 30" in card
+
+
+def test_a_log_without_a_manifest_says_that_its_settings_are_unknown(searched, tmp_path):
+    (searched / "search.manifest.json").unlink()
+    [artefact] = bundle([searched], tmp_path / "publish")
+    assert "nothing is known of the settings" in (artefact.folder / CARD_FILE).read_text()
+
+
+def test_what_is_missing_or_there_twice_is_refused(searched, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="has nothing to publish"):
+        bundle([tmp_path / "empty"], tmp_path / "publish")
+    with pytest.raises(ConfigError, match="both are search-log"):
+        bundle([searched, searched], tmp_path / "publish")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(ConfigError, match="isn't empty"):
+        bundle([searched], tmp_path / "full")
+    assert not (tmp_path / "publish").exists()
+
+
+CONVERTER = """
+import pathlib, sys
+assert pathlib.Path(sys.argv[1], "config.json").is_file()
+pathlib.Path(sys.argv[sys.argv.index("--outfile") + 1]).write_bytes(b"GGUF")
+"""
+
+
+def test_the_checkpoint_is_converted_by_the_converter_of_llama_cpp(healed, base, tmp_path):
+    (tmp_path / "convert_hf_to_gguf.py").write_text(CONVERTER)
+    artefacts = bundle([healed], tmp_path / "publish", model=base, llama_cpp=tmp_path)
+    folder = {artefact.kind: artefact.folder for artefact in artefacts}["checkpoint-gguf"]
+    assert [file.name for file in folder.glob("*.gguf")] == ["model-bf16.gguf"]
+    assert "model-bf16.gguf" in (folder / CARD_FILE).read_text()
+
+
+def test_a_converter_that_fails_leaves_nothing(healed, base, tmp_path):
+    (tmp_path / "convert_hf_to_gguf.py").write_text("raise SystemExit('no such architecture')")
+    with pytest.raises(ModelError, match="no such architecture"):
+        bundle([healed], tmp_path / "publish", model=base, llama_cpp=tmp_path)
+    assert not (tmp_path / "publish").exists()
+    with pytest.raises(ConfigError, match=r"has no convert_hf_to_gguf\.py"):
+        bundle([healed], tmp_path / "publish", model=base, llama_cpp=tmp_path / "none")
+
+
+def test_the_command_says_what_it_made(drllm, searched, tmp_path):
+    output = drllm("bundle", searched, "--output-dir", tmp_path / "publish").out
+    assert "search-log" in output
+    assert f"hf upload OWNER/NAME {tmp_path / 'publish' / 'search-log'}" in output
