@@ -29,7 +29,7 @@ from drllm.tuning.objectives import GOLD, KL, LOSS
 WORST = -100.0  # nats in place of a value that isn't finite, so that means are finite
 
 
-class Scores(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class PathScores(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The scores of paths on questions.
 
     Attributes:
@@ -61,7 +61,7 @@ def score_paths(
     objective: str,
     state_cache_gb: float | None,
     crossings: Crossings | None = None,
-) -> Scores:
+) -> PathScores:
     """Score paths on questions by one objective.
 
     A log-probability that isn't finite counts as `WORST`.
@@ -97,7 +97,7 @@ def score_paths(
                 value = WORST
             values[number, place] = value
             right[number, place] = is_right
-    return Scores(
+    return PathScores(
         objective=values.tolist(),
         right=right.tolist() if objective == GOLD else [],
         seconds=time.perf_counter() - started,

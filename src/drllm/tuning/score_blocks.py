@@ -21,7 +21,7 @@ from drllm.paths import Gap, StaticPath
 from drllm.tasks.examples import Prompt
 from drllm.tuning.heal_texts import Tokens
 from drllm.tuning.heal_tokens import answer_prompts
-from drllm.tuning.path_scorer import Item, Scores, grade_answers, score_paths
+from drllm.tuning.path_scorer import Item, PathScores, grade_answers, score_paths
 from drllm.tuning.refit import find_memory_obstacle, find_projections, join_weights, refit
 from drllm.tuning.stand_in import StandIn, fit_stand_in
 from drllm.work.run import BlockFunction, BlockSteps, OnStep
@@ -66,7 +66,7 @@ class ScoringModel:
 
 
 @dataclass(frozen=True)
-class ScorePaths(BlockFunction[PathsToScore, Scores]):
+class ScorePaths(BlockFunction[PathsToScore, PathScores]):
     """Scores the paths of a block on its questions.
 
     Attributes:
@@ -81,7 +81,7 @@ class ScorePaths(BlockFunction[PathsToScore, Scores]):
         """See `BlockFunction.prepare`."""
         return ScoringModel(model, self.texts)
 
-    def __call__(self, prepared: ScoringModel, data: PathsToScore, steps: BlockSteps) -> Scores:
+    def __call__(self, prepared: ScoringModel, data: PathsToScore, steps: BlockSteps) -> PathScores:
         """Return the scores of a block."""
         crossings = None
         if data.paths[0].adapter == STAND_IN:

@@ -23,7 +23,7 @@ from drllm.records.codec import hash_values
 from drllm.records.static_paths import SELECT, TEST
 from drllm.statistics.intervals import Floats
 from drllm.tuning.objectives import GOLD
-from drllm.tuning.path_scorer import Scores
+from drllm.tuning.path_scorer import PathScores
 from drllm.tuning.repair import Repair
 from drllm.tuning.score_blocks import (
     AnswerGrades,
@@ -156,14 +156,14 @@ class ScoreTable:
         """Score paths on questions where the scores are missing."""
         blocks = {block.key: block for block in self._make_score_blocks(requests)}
 
-        def on_result(block: Block[PathsToScore], scores: Scores, **_: bool) -> None:
+        def on_result(block: Block[PathsToScore], scores: PathScores, **_: bool) -> None:
             self._insert_scores(blocks[block.key], scores)
 
         run(
             [block.to_run() for block in blocks.values()],
             self._score_paths,
             self._executor,
-            keep=self._store.of(Scores),
+            keep=self._store.of(PathScores),
             on_result=on_result,
         )
 
@@ -236,7 +236,7 @@ class ScoreTable:
             return 0
         return _count_known(objectives)
 
-    def _insert_scores(self, block: _ScoreBlock, scores: Scores) -> None:
+    def _insert_scores(self, block: _ScoreBlock, scores: PathScores) -> None:
         """Insert the scores of a block, and report the progress."""
         for number, path in enumerate(block.paths):
             row = _get_row(self._objectives, block.task, block.part, path)

@@ -9,7 +9,7 @@ from drllm.paths import StaticPath
 from drllm.tasks.examples import Prompt
 from drllm.tuning import score_table
 from drllm.tuning.objectives import GOLD, LOSS
-from drllm.tuning.path_scorer import Item, Scores
+from drllm.tuning.path_scorer import Item, PathScores
 from drllm.tuning.score_blocks import AnswerGrades, GradeAnswers
 from drllm.tuning.score_table import PathsOnPart, ScoreTable
 from drllm.tuning.task_questions import TEXTS_OF, TaskQuestions
@@ -43,7 +43,7 @@ class PretendedExecutor:
             self.state_cache_gb = function.state_cache_gb
             rows = [[value(path, item) for item in block.data.items] for path in block.data.paths]
             right = [[1.0] * len(row) for row in rows] if block.data.objective == GOLD else []
-            yield block, Scores(objective=rows, right=right, seconds=3.0)
+            yield block, PathScores(objective=rows, right=right, seconds=3.0)
 
 
 def make_task(objective=GOLD, name="toy", number=0):
