@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,97 +29,193 @@ from typing import Any
 import common
 
 HERE = Path(__file__).parent
-SPEED = ("generate", "search", "tune", "evaluation")
-"""Benchmarks that run on any device."""
-ON_CPU = ("training", "precision", "search_quality")
-"""Benchmarks that run on a CPU alone."""
-PATHS, HEALED, SEARCH, ROUTERS = "tuned", "healed", "search", "routers"
-LEAST_S = 20.0
-"""With less time left no further step is begun."""
+ON_ANY_DEVICE = ("generate", "search", "tune", "evaluation")
+ON_CPU_ALONE = ("training", "precision", "search_quality")
+"""Benchmarks of this folder, by the devices that they run on."""
+MIN_SECONDS = 20.0  # with less time left, no further step is begun
+SETTINGS = ("model", "device", "dtype", "task", "data_dir", "quick")
+"""The options that the figures of a folder depend on."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the run.
+
+    Attributes:
+        make_command: Returns the arguments of Python. It raises FileNotFoundError if an earlier
+            step has left nothing.
+        file: What the step leaves when it is done.
+    """
+
+    make_command: Callable[[], Sequence[str]]
+    file: Path
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much each step does, as arguments of its command."""
+
+    tune: Sequence[str]
+    heal: Sequence[str]
+    search: Sequence[str]
+    evaluate: Sequence[str]
+
+
+def choose_sizes(options: argparse.Namespace) -> Sizes:
+    """Return the sizes of the quick or the whole form."""
+    if options.quick:
+        return Sizes(
+            tune=("--num-fit", "8", "--num-judged", "8"),
+            heal=("--steps", "2"),
+            search=("--limit", "6", "--num-simulations", "4"),
+            evaluate=("--limit", "8"),
+        )
+    return Sizes(
+        tune=("--num-fit", "60", "--num-judged", "100"),
+        heal=("--minutes", str(options.minutes / 6)),
+        search=("--limit", "60", "--num-simulations", "50"),
+        evaluate=("--limit", "100"),
+    )
 
 
 class Steps:
-    """The steps of a run in their order, each a command, and what it leaves when it is done."""
+    """Makes the commands of all steps."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self.folder = options, options.output_dir
+        self.options = options
+        self.sizes = choose_sizes(options)
         self.model = ["--model", options.model, "--device", options.device]
         self.model += ["--dtype", options.dtype]
         self.data = ["--data-dir", options.data_dir] if options.data_dir else []
-        few = options.quick
-        self.sizes = {
-            "tune": ["--num-fit", "8" if few else "60", "--num-judged", "8" if few else "100"],
-            "heal": ["--steps", "2"] if few else ["--minutes", str(options.minutes / 6)],
-            "limit": ["--limit", "6" if few else "60"],
-            "judged": ["--limit", "8" if few else "100"],
-            "simulations": ["--num-simulations", "4" if few else "50"],
-        }
+        folder = options.output_dir
+        self.tuned_file = folder / "tuned" / "paths.json"
+        self.healed_folder = folder / "healed"
+        self.comparison_file = folder / "paths.json"
+        self.supervision_file = folder / "search" / "supervision.jsonl"
+        self.routers_folder = folder / "routers"
+        self.eval_folder = folder / "eval"
 
-    def all(self) -> dict[str, tuple[Callable[[], Sequence[str]], Path]]:
-        """Return by name what makes the command of each step, and the file that it leaves."""
-        found: dict[str, tuple[Callable[[], Sequence[str]], Path]] = {}
-        for name in (*SPEED, *(ON_CPU if self.options.device == "cpu" else ())):
-            file = self.folder / f"{name}.json"
-            found[name] = partial(self._benchmark, name, file), file
-        found["path"] = self._tune, self.folder / PATHS / "paths.json"
-        found["healing"] = self._heal, self.folder / HEALED / "path.json"
-        found["paths"] = self._compare, self.folder / "paths.json"
-        found["targets"] = self._search, self.folder / SEARCH / "supervision.manifest.json"
-        found["routers"] = self._train, self.folder / ROUTERS / "router_config.json"
-        found["routing"] = self._evaluate, self.folder / "eval" / f"{self.options.task}.json"
-        return found
+    def list_all(self) -> dict[str, Step]:
+        """Return the steps by name, in order."""
+        steps = {}
+        benchmarks = list(ON_ANY_DEVICE)
+        if self.options.device == "cpu":
+            benchmarks += ON_CPU_ALONE
+        for name in benchmarks:
+            file = self.options.output_dir / f"{name}.json"
+            steps[name] = Step(partial(self._run_benchmark, name, file), file)
+        targets = self.supervision_file.with_name("supervision.manifest.json")
+        result = self.eval_folder / f"{self.options.task}.json"
+        steps["path"] = Step(self._tune, self.tuned_file)
+        steps["healing"] = Step(self._heal, self.healed_folder / "path.json")
+        steps["paths"] = Step(self._compare_paths, self.comparison_file)
+        steps["targets"] = Step(self._search, targets)
+        steps["routers"] = Step(self._train, self.routers_folder / "router_config.json")
+        steps["routing"] = Step(self._evaluate, result)
+        return steps
 
-    def _benchmark(self, name: str, file: Path) -> Sequence[str]:
-        quick = ["--quick"] if self.options.quick or self.options.device == "cpu" else []
-        model = ["--model", self.options.model] if name in ON_CPU else self.model
-        return [str(HERE / f"{name}.py"), *quick, "--json", str(file), *model]
+    def _run_benchmark(self, name: str, file: Path) -> list[str]:
+        command = [str(HERE / f"{name}.py"), "--json", str(file)]
+        if name in ON_CPU_ALONE:
+            command += ["--model", self.options.model]
+        else:
+            command += self.model
+        if self.options.quick or self.options.device == "cpu":
+            command.append("--quick")
+        return command
 
-    def _shortest(self) -> str:
-        file = self.folder / PATHS / "paths.json"
-        *_, last = json.loads(file.read_text(encoding="utf-8"))["paths"]
-        return f"{file}:{last['name']}"
-
-    def _verb(self, name: str, *words: str) -> Sequence[str]:
+    def _run_verb(self, name: str, *words: str) -> list[str]:
         return ["-m", "drllm", name, *self.model, *self.data, *words]
 
-    def _tune(self) -> Sequence[str]:
-        wanted = ["--tasks", self.options.task, "--max-loss", "5", *self.sizes["tune"]]
-        return self._verb("tune", *wanted, "--output-dir", str(self.folder / PATHS))
+    def _tune(self) -> list[str]:
+        words = ["--tasks", self.options.task, "--max-loss", "5", *self.sizes.tune]
+        return self._run_verb("tune", *words, "--output-dir", str(self.tuned_file.parent))
 
-    def _heal(self) -> Sequence[str]:
-        wanted = ["--path", self._shortest(), "--tasks", self.options.task, *self.sizes["heal"]]
-        return self._verb("heal", *wanted, "--output-dir", str(self.folder / HEALED))
+    def _name_shortest_path(self) -> str:
+        """Return the shortest path of the tuning, as commands take it."""
+        paths = json.loads(self.tuned_file.read_text(encoding="utf-8"))["paths"]
+        return f"{self.tuned_file}:{paths[-1]['name']}"
 
-    def _compare(self) -> Sequence[str]:
-        paths = f"{self._shortest()},{self.folder / HEALED}"
-        words = ["--paths", paths, "--tasks", self.options.task, *self.model, *self.data]
-        quick = ["--quick"] if self.options.quick else []
-        return [str(HERE / "healed.py"), *words, *quick, "--json", str(self.folder / "paths.json")]
+    def _heal(self) -> list[str]:
+        words = ["--path", self._name_shortest_path(), "--tasks", self.options.task]
+        words += [*self.sizes.heal, "--output-dir", str(self.healed_folder)]
+        return self._run_verb("heal", *words)
 
-    def _search(self) -> Sequence[str]:
-        wanted = ["--dataset", self.options.task, *self.sizes["limit"], *self.sizes["simulations"]]
-        return self._verb("search", *wanted, "--output-dir", str(self.folder / SEARCH))
+    def _compare_paths(self) -> list[str]:
+        paths = f"{self._name_shortest_path()},{self.healed_folder}"
+        command = [str(HERE / "healed.py"), "--paths", paths, "--tasks", self.options.task]
+        command += [*self.model, *self.data, "--json", str(self.comparison_file)]
+        if self.options.quick:
+            command.append("--quick")
+        return command
 
-    def _train(self) -> Sequence[str]:
-        supervision = str(self.folder / SEARCH / "supervision.jsonl")
-        words = ["--supervision", supervision, "--output", str(self.folder / ROUTERS)]
+    def _search(self) -> list[str]:
+        words = ["--tasks", self.options.task, *self.sizes.search]
+        return self._run_verb("search", *words, "--output-dir", str(self.supervision_file.parent))
+
+    def _train(self) -> list[str]:
+        words = ["--supervision", str(self.supervision_file)]
+        words += ["--output-dir", str(self.routers_folder)]
         return ["-m", "drllm", "train", *self.model, *words]
 
-    def _evaluate(self) -> Sequence[str]:
-        wanted = ["--tasks", self.options.task, *self.sizes["judged"]]
-        wanted += ["--routers", str(self.folder / ROUTERS)]
-        return self._verb("evaluate", *wanted, "--output-dir", str(self.folder / "eval"))
+    def _evaluate(self) -> list[str]:
+        words = ["--tasks", self.options.task, "--routers", str(self.routers_folder)]
+        words += [*self.sizes.evaluate, "--output-dir", str(self.eval_folder)]
+        return self._run_verb("evaluate", *words)
 
 
-def carried_out(command: Sequence[str], log: Path, seconds: float) -> str:
-    """Run a step, its output into a log, and say how it ended."""
-    with log.open("w", encoding="utf-8") as said:
+def run_step(step: Step, log: Path, seconds: float) -> str:
+    """Run a step within some seconds, with its output in a log, and say how it ended."""
+    if step.file.exists():
+        return "done before"
+    if seconds < MIN_SECONDS:
+        return "not reached"
+    try:
+        command = [sys.executable, *step.make_command()]
+    except FileNotFoundError as error:
+        return f"failed, {error.filename} isn't there"
+    with log.open("w", encoding="utf-8") as output:
         try:
-            words = [sys.executable, *command]
-            status = subprocess.run(words, stdout=said, stderr=said, timeout=seconds).returncode
+            done = subprocess.run(command, stdout=output, stderr=output, timeout=seconds)
         except subprocess.TimeoutExpired:
             return "out of time"
-    return "done" if status == 0 else f"failed, see {log}"
+    return "done" if done.returncode == 0 else f"failed, see {log}"
+
+
+def check_folder(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Refuse a folder with figures of other settings, and write the settings into a new one."""
+    settings = {name: getattr(options, name) for name in SETTINGS}
+    file = options.output_dir / "settings.json"
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    if file.exists() and json.loads(file.read_text(encoding="utf-8")) != settings:
+        parser.error(f"{options.output_dir} holds figures of other settings; give another folder")
+    file.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+
+
+def run_steps(
+    steps: dict[str, Step], names: Sequence[str], options: argparse.Namespace
+) -> list[str]:
+    """Run the named steps, write the figures after each, and return how each ended."""
+    deadline = time.monotonic() + 60 * options.minutes
+    rows: dict[str, dict[str, Any]] = {}
+    figures = {
+        "drllm": importlib.metadata.version("drllm"),
+        "model": options.model,
+        "device": options.device,
+        "dtype": options.dtype,
+        "steps": rows,
+    }
+    for name in names:
+        step = steps[name]
+        started = time.monotonic()
+        ended = run_step(step, options.output_dir / f"{name}.log", deadline - started)
+        seconds = time.monotonic() - started
+        print(f"{name:12} {ended:12} {seconds:7.1f} s", flush=True)
+        rows[name] = {"ended": ended, "seconds": seconds}
+        if step.file.exists() and step.file.suffix == ".json":
+            rows[name]["figures"] = json.loads(step.file.read_text(encoding="utf-8"))
+        common.write_figures(options, figures)
+    return [row["ended"] for row in rows.values()]
 
 
 def main() -> None:
@@ -131,40 +228,14 @@ def main() -> None:
     parser.add_argument("--task", default="builtin_facts", help="with options")
     parser.add_argument("--data-dir", help="folder with SPLIT.jsonl[.gz] files by task")
     options = parser.parse_args()
-    steps = Steps(options).all()
-    wanted = [*steps] if options.only is None else options.only.split(",")
-    if unknown := [name for name in wanted if name not in steps]:
-        parser.error(f"there is no step {unknown[0]!r}; there are {', '.join(steps)}")
-    options.output_dir.mkdir(parents=True, exist_ok=True)
-    same = ("model", "device", "dtype", "task", "data_dir", "quick")
-    settings = {name: getattr(options, name) for name in same}
-    begun = options.output_dir / "settings.json"
-    if begun.exists() and json.loads(begun.read_text(encoding="utf-8")) != settings:
-        parser.error(f"{options.output_dir} holds figures of other settings; give another folder")
-    begun.write_text(json.dumps(settings) + "\n", encoding="utf-8")
-    end = time.monotonic() + 60 * options.minutes
-    figures: dict[str, Any] = {"drllm": importlib.metadata.version("drllm"), "steps": {}}
-    figures |= {"model": options.model, "device": options.device, "dtype": options.dtype}
-    for name in wanted:
-        command, file = steps[name]
-        started, ended = time.monotonic(), "done before"
-        if not file.exists():
-            ended = "not reached"
-            if end - started >= LEAST_S:
-                try:
-                    words = command()
-                except FileNotFoundError as error:
-                    ended = f"failed, {error.filename} isn't there"
-                else:
-                    ended = carried_out(words, options.output_dir / f"{name}.log", end - started)
-        seconds = time.monotonic() - started
-        print(f"{name:12} {ended:12} {seconds:7.1f} s", flush=True)
-        row: dict[str, Any] = {"ended": ended, "seconds": seconds}
-        if file.exists() and file.suffix == ".json":
-            row["figures"] = json.loads(file.read_text(encoding="utf-8"))
-        figures["steps"][name] = row
-        common.write_figures(options, figures)
-    if any(row["ended"].startswith("failed") for row in figures["steps"].values()):
+    steps = Steps(options).list_all()
+    names = list(steps) if options.only is None else options.only.split(",")
+    for name in names:
+        if name not in steps:
+            parser.error(f"there is no step {name!r}; there are {', '.join(steps)}")
+    check_folder(options, parser)
+    ended = run_steps(steps, names, options)
+    if any(text.startswith("failed") for text in ended):
         sys.exit(1)
 
 
