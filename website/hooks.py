@@ -2,7 +2,6 @@
 
 - README, CONTRIBUTING and CHANGELOG become pages, so that nothing is written twice.
 - The page of commands is made from the table of verbs and the settings.
-- Studies and decisions are listed in the navigation from their folders, the newest study first.
 - A link that leaves docs/ becomes plain text, or a link to the repository if `repo_url` is set.
 - Headings get the same anchors as in a repository's own view of the files.
 """
@@ -28,8 +27,6 @@ ROOT_PAGES = {
     "CHANGELOG.md": "changelog.md",
 }
 """Files of the repository's root that are pages, and the names of these pages."""
-LISTS = {"Studies": ("results/studies", True), "Decisions": ("decisions", False)}
-"""Titles in the navigation: the folder whose pages stand there, and whether the newest is first."""
 EXAMPLES = {"docs/results/example/report.md": "docs/results/example/report.html"}
 """Files that the site has in another form."""
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
@@ -43,22 +40,9 @@ def make_anchor(heading: str, separator: str) -> str:
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Set the anchors of headings, and fill the lists of pages in the navigation."""
+    """Set the anchors of headings."""
     config.mdx_configs["toc"]["slugify"] = make_anchor
-    for section in config.nav:
-        for entries in section.values():
-            for entry in entries:
-                if isinstance(entry, dict):
-                    _fill_list(entry, Path(config.docs_dir))
     return config
-
-
-def _fill_list(entry: dict[str, list[str]], docs: Path) -> None:
-    """Put the pages of a folder into an entry of the navigation."""
-    for title in entry:
-        folder, newest_first = LISTS[title]
-        pages = sorted((docs / folder).glob("*.md"), reverse=newest_first)
-        entry[title] = [page.relative_to(docs).as_posix() for page in pages]
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

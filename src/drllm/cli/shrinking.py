@@ -35,8 +35,8 @@ NOT_SHOWN = 1  # the exit status if no candidate is shown to lose less than the 
         ),
         Flag(
             "tasks",
-            "questions of the task that the smaller model is for: FILE.jsonl, or the name of a "
-            "task",
+            "questions of the task that the smaller model is for: a file (.jsonl, .json, .csv, "
+            ".tsv, .parquet), or the name of a task",
             required=True,
             positional=True,
             title="QUESTIONS",

@@ -125,7 +125,7 @@ class ShrinkRecord(Header, frozen=True, kw_only=True, forbid_unknown_fields=True
             )
         failed = self.trials[-1]
         sentences = [f"NOT SHOWN: {self._count(self.fallback)}: {failed.reason()}."]
-        remedy = failed.remedy()
+        remedy = failed.remedy("held-out questions")
         if remedy:
             sentences.append(f"{capitalize(remedy)}.")
         if self.is_forced:

@@ -76,13 +76,17 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             reasons.append(reason)
         return ", and ".join(reasons)
 
-    def remedy(self) -> str:
-        """Say how many questions would probably be enough; return "" if no number would."""
+    def remedy(self, what: str = "questions") -> str:
+        """Say how many questions would probably be enough; return "" if no number would.
+
+        Args:
+            what: What the questions are called, such as "held-out questions".
+        """
         failed = [test.needed for test in self.tasks if test.failures]
         needed = _find_largest(failed)
         if needed is None:
             return ""
-        questions = f"{round_up(needed):,} questions"
+        questions = f"{round_up(needed):,} {what}"
         return f"about {questions} would probably show it if the differences stay the same"
 
 
