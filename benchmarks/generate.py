@@ -438,7 +438,7 @@ def saved_shares(base: BaseModel, num_tokens: int) -> list[float]:
     return [1 - executed / whole for executed in others]
 
 
-def exported(base: BaseModel, repeats: Mapping[str, int], clock: Clock) -> list[Figure]:
+def time_exported(base: BaseModel, repeats: Mapping[str, int], clock: Clock) -> list[Figure]:
     """Measure (f)."""
     ids = token_ids(base, 1, PROMPT_TOKENS)
     models = models_without_layers(base)
@@ -500,7 +500,7 @@ def main() -> None:
         figures = passes(base, repeats, clock)
         counts = count_stored(base)
         many = many_prompts(base, repeats, clock)
-        figures += exported(base, repeats, clock)
+        figures += time_exported(base, repeats, clock)
         figures += many.figures
     print_table(figures, counts, many)
     common.refuse_differences(base, "answers of (e)", sum(many.differ.values()))

@@ -23,7 +23,7 @@ import torch
 from common.search_rounds import make_search_rounds
 from evaluation import make_option_requests
 from search import routing
-from training import CONFIG, drawn_targets, pooled
+from training import CONFIG, collect, draw_targets
 from transformers import AutoModelForCausalLM
 
 from drllm.evaluation.lm_eval.model import RoutedLM
@@ -107,17 +107,17 @@ def evaluation_by_options(base: BaseModel, sizes: Sizes, _: Path) -> Callable[[]
 
 def feature_pass(base: BaseModel, sizes: Sizes, folder: Path) -> Callable[[], None]:
     """Read what the routers learn from."""
-    records = drawn_targets(base, sizes["questions"], None)
+    records = draw_targets(base, sizes["questions"], None)
 
     def run() -> None:
-        pooled(base, records, folder / "features")
+        collect(base, records, folder / "features")
 
     return run
 
 
 def router_fit(base: BaseModel, sizes: Sizes, folder: Path) -> Callable[[], None]:
     """Train routers for the paper's 25 epochs."""
-    features = pooled(base, drawn_targets(base, sizes["questions"], None), folder / "features")
+    features = collect(base, draw_targets(base, sizes["questions"], None), folder / "features")
 
     def run() -> None:
         train_seed(features, base.identity, CONFIG, folder / "routers")

@@ -24,7 +24,7 @@ from typing import Any
 
 import common
 import torch
-from common.compare import SEED, compared, in_words, mean_change
+from common.compare import SEED, compare_paired, in_words, mean_change
 from common.path_values import (
     CALIBRATED_ON,
     QuestionSet,
@@ -75,7 +75,7 @@ def of_rows(examples: Features, rows: Sequence[int]) -> Features:
     )
 
 
-def trained(
+def train_routers(
     examples: Features, rows: Sequence[int], identity: Mapping[str, Any], seed: int
 ) -> RouterStack:
     """Train routers on some targets by the default settings, with none held out."""
@@ -87,7 +87,9 @@ def trained(
 
 
 @torch.no_grad()
-def agreement(routers: RouterStack, examples: Features, rows: Sequence[int]) -> dict[str, Any]:
+def measure_agreement(
+    routers: RouterStack, examples: Features, rows: Sequence[int]
+) -> dict[str, Any]:
     """Return how far routers agree with held-out targets; the loss is in nats a label."""
     labels = examples.labels[rows]  # [B, L]
     logits = routers(examples.rows(rows), examples.filled[rows])  # [B, L, C]
@@ -126,9 +128,10 @@ def rivals(options: argparse.Namespace, numbers: Mapping[str, int], routed: Rout
         values["permuted"] = questions.evaluate([plans[place] for place in permutation])
         figures: dict[str, Any] = {"executions": mean_executions(plans)}
         for rival in RIVALS:
-            figures[rival] = {
-                what: compared(what, values["own"][what], values[rival][what]) for what in full
-            }
+            rows = {}
+            for what in full:
+                rows[what] = compare_paired(what, values["own"][what], values[rival][what])
+            figures[rival] = rows
         return figures, values
 
     return compare
@@ -184,8 +187,8 @@ def main() -> None:
             seeds: list[dict[str, Any]] = []
             values: list[dict[str, Values]] = []
             for seed in range(numbers["seeds"]):
-                routers = trained(examples, rest[:size], base.identity, seed)
-                found = {"held_out": agreement(routers, examples, held_out)}
+                routers = train_routers(examples, rest[:size], base.identity, seed)
+                found = {"held_out": measure_agreement(routers, examples, held_out)}
                 try:
                     less, answers = compare(routers)
                     values.append(answers)

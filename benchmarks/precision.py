@@ -38,7 +38,7 @@ def precisions(name: str) -> dict[str, Any]:
     ways: dict[str, Any] = {
         "float32": lambda: load(name, device="cpu", dtype="float32").model,
         "bfloat16": lambda: load(name, device="cpu", dtype="bfloat16").model,
-        "int8 weights and activations (torch)": lambda: quantised(
+        "int8 weights and activations (torch)": lambda: quantise(
             load(name, device="cpu", dtype="float32").model
         ),
     }
@@ -53,7 +53,7 @@ def precisions(name: str) -> dict[str, Any]:
     return ways
 
 
-def quantised(model: Any) -> Any:
+def quantise(model: Any) -> Any:
     """Return a model whose layers' linear maps are torch's dynamic int8 ones."""
     from torch.ao.quantization import quantize_dynamic
 

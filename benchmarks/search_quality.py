@@ -182,7 +182,7 @@ def beginnings(decisions: Decisions) -> set[tuple[int, ...]]:
 # --- what was found ----------------------------------------------------------------------------
 
 
-def right(row: Row, *, survived: bool) -> list[Row]:
+def list_right_paths(row: Row, *, survived: bool) -> list[Row]:
     """Return the right paths of a question, or those of them that survived the re-test."""
     if survived:
         return [path for path in row["paths"] if path["retest"] and path["retest"]["survived"]]
@@ -191,12 +191,12 @@ def right(row: Row, *, survived: bool) -> list[Row]:
 
 def has_valid(row: Row, *, survived: bool) -> bool:
     """Tell whether a question has a valid path."""
-    return bool(right(row, survived=survived))
+    return bool(list_right_paths(row, survived=survived))
 
 
 def has_saving(row: Row, *, survived: bool) -> bool:
     """Tell whether a question has a valid path that is shorter than the full one."""
-    return shortest(row, survived=survived) < len(row["paths"][0]["decisions"])
+    return find_shortest(row, survived=survived) < len(row["paths"][0]["decisions"])
 
 
 def has_improving(row: Row, *, survived: bool) -> bool:
@@ -204,38 +204,44 @@ def has_improving(row: Row, *, survived: bool) -> bool:
     return row["paths"][0]["reward"] < 1 and has_valid(row, survived=survived)
 
 
-def saving_paths(row: Row, *, survived: bool) -> int:
+def list_lengths(row: Row, *, survived: bool) -> list[int]:
+    """Return the executions of each right path of a question."""
+    paths = list_right_paths(row, survived=survived)
+    return [num_executions(path["decisions"]) for path in paths]
+
+
+def count_saving_paths(row: Row, *, survived: bool) -> int:
     """Return how many valid paths of a question are shorter than the full one."""
-    lengths = [num_executions(path["decisions"]) for path in right(row, survived=survived)]
+    lengths = list_lengths(row, survived=survived)
     return sum(length < len(row["paths"][0]["decisions"]) for length in lengths)
 
 
-def saved(row: Row) -> int:
+def count_saved_layers(row: Row) -> int:
     """Return the layers that the shortest surviving path saves; 0 without a saving one."""
-    return len(row["paths"][0]["decisions"]) - shortest(row, survived=True)
+    return len(row["paths"][0]["decisions"]) - find_shortest(row, survived=True)
 
 
-def shortest(row: Row, *, survived: bool) -> int:
+def find_shortest(row: Row, *, survived: bool) -> int:
     """Return the executions of the shortest valid path; the full path's where none is shorter."""
-    lengths = [num_executions(path["decisions"]) for path in right(row, survived=survived)]
+    lengths = list_lengths(row, survived=survived)
     return min([*lengths, len(row["paths"][0]["decisions"])])
 
 
-def kl_of_shortest(row: Row) -> float | None:
+def find_kl_of_shortest(row: Row) -> float | None:
     """Return the least KL among the shortest surviving paths; None without a saving one."""
     if not has_saving(row, survived=True):
         return None
-    length = shortest(row, survived=True)
-    paths = [
-        path for path in right(row, survived=True) if num_executions(path["decisions"]) == length
-    ]
-    return min((path["kl"] for path in paths if path["kl"] is not None), default=None)
+    shortest = find_shortest(row, survived=True)
+    paths = list_right_paths(row, survived=True)
+    paths = [path for path in paths if num_executions(path["decisions"]) == shortest]
+    values = [path["kl"] for path in paths if path["kl"] is not None]
+    return min(values, default=None)
 
 
-def best_margin(row: Row, *, again: bool) -> float | None:
+def find_best_margin(row: Row, *, again: bool) -> float | None:
     """Return the largest margin of a right path, in the re-test if `again`; None without one."""
     margins = []
-    for path in right(row, survived=False):
+    for path in list_right_paths(row, survived=False):
         test = path["retest"] if again else path
         if test is not None and test["margin"] is not None:
             margins.append(test["margin"])
@@ -264,13 +270,13 @@ def figures(rows: Sequence[Row], executions_run: int) -> dict[str, float | None]
         "executions": mean([row["executions"] for row in rows]),
         "executions_run": executions_run / len(rows),
         **counted,
-        "saving paths": mean([saving_paths(row, survived=False) for row in rows]),
-        "saving paths after": mean([saving_paths(row, survived=True) for row in rows]),
-        "margin": mean([best_margin(row, again=False) for row in rows]),
-        "margin after": mean([best_margin(row, again=True) for row in rows]),
-        "shortest": mean([shortest(row, survived=False) for row in rows]),
-        "shortest after": mean([shortest(row, survived=True) for row in rows]),
-        "kl": mean([kl_of_shortest(row) for row in rows]),
+        "saving paths": mean([count_saving_paths(row, survived=False) for row in rows]),
+        "saving paths after": mean([count_saving_paths(row, survived=True) for row in rows]),
+        "margin": mean([find_best_margin(row, again=False) for row in rows]),
+        "margin after": mean([find_best_margin(row, again=True) for row in rows]),
+        "shortest": mean([find_shortest(row, survived=False) for row in rows]),
+        "shortest after": mean([find_shortest(row, survived=True) for row in rows]),
+        "kl": mean([find_kl_of_shortest(row) for row in rows]),
     }
 
 
@@ -313,13 +319,15 @@ def cell(by_seed: Sequence[SeedFigures], name: str) -> str:
     return " → ".join(means)
 
 
-def compared(ours: Sequence[Sequence[Row]], theirs: Sequence[Sequence[Row]]) -> dict[str, Any]:
+def compare_strategies(
+    ours: Sequence[Sequence[Row]], theirs: Sequence[Sequence[Row]]
+) -> dict[str, Any]:
     """Compare two strategies on the same questions, by seed and question.
 
     A question is one observation, however many seeds there are: questions are counted with the
     first seed, and the layers that a question saves are a mean over the seeds.
     """
-    by_question = [mean_saved(ours), mean_saved(theirs)]
+    by_question = [average_saved_layers(ours), average_saved_layers(theirs)]
     differences = [mine - other for mine, other in zip(*by_question, strict=True)]
     mine = statistics.fmean(by_question[0])
     other = statistics.fmean(by_question[1])
@@ -332,10 +340,10 @@ def compared(ours: Sequence[Sequence[Row]], theirs: Sequence[Sequence[Row]]) -> 
     }
 
 
-def mean_saved(by_seed: Sequence[Sequence[Row]]) -> list[float]:
+def average_saved_layers(by_seed: Sequence[Sequence[Row]]) -> list[float]:
     """Return the layers that each question saves, means over the seeds."""
     by_question = zip(*by_seed, strict=True)
-    return [statistics.fmean(saved(row) for row in rows) for rows in by_question]
+    return [statistics.fmean(count_saved_layers(row) for row in rows) for rows in by_question]
 
 
 def count_won(
@@ -417,7 +425,9 @@ def report(
         pairs = zip(by_seed, run[name], strict=True)
         by_strategy[name] = [figures(questions, executions) for questions, executions in pairs]
     ours, *others = rows
-    comparisons = {f"{ours} / {name}": compared(rows[ours], rows[name]) for name in others}
+    comparisons = {}
+    for name in others:
+        comparisons[f"{ours} / {name}"] = compare_strategies(rows[ours], rows[name])
     questions = rows[ours][0]
     num_right = sum(row["paths"][0]["reward"] >= 1 for row in questions)
     print(

@@ -40,7 +40,7 @@ SCRIPT = "convert_hf_to_gguf.py"
 OURS, THEIRS = "the exported path in each engine", "the full path in the same engine"
 
 
-def converted(folder: Path, llama_cpp: Path) -> Path:
+def convert(folder: Path, llama_cpp: Path) -> Path:
     """Convert a checkpoint to GGUF in float32."""
     file = folder / "model.gguf"
     words = [sys.executable, llama_cpp / SCRIPT, folder, "--outfile", file, "--outtype", "f32"]
@@ -78,7 +78,7 @@ def in_llama_cpp(model: Any, ids: Sequence[int], num: int) -> list[int]:
     return found
 
 
-def ended(tokens: Sequence[int], end: int) -> list[int]:
+def cut_at_end(tokens: Sequence[int], end: int) -> list[int]:
     """Return tokens up to the first end of a text."""
     return list(tokens[: tokens.index(end)] if end in tokens else tokens)
 
@@ -116,7 +116,7 @@ def main() -> None:
         for name, plan in plans.items():
             folder = export_path(base, plan, Path(place) / name).folder
             settings = {"n_ctx": 1024, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
-            llama = Llama(str(converted(folder, options.llama_cpp)), **settings)
+            llama = Llama(str(convert(folder, options.llama_cpp)), **settings)
             engines[name] = AutoModelForCausalLM.from_pretrained(folder).eval(), llama
         for number, ids in enumerate(asked):
             row: dict[str, float] = {}
@@ -129,7 +129,7 @@ def main() -> None:
                 row[f"transformers {name}"] = between - started
                 row[f"llama.cpp {name}"] = clock() - between
                 text = in_transformers(stock, ids, num, end)
-                equal[name] += ended(said, end) == ended(text, end)
+                equal[name] += cut_at_end(said, end) == cut_at_end(text, end)
             rows.append(row)
         for _, llama in engines.values():
             llama.close()

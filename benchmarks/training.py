@@ -76,7 +76,7 @@ GIB = 2**30
 # --- against ours ------------------------------------------------------------------------------
 
 
-def drawn_targets(base: BaseModel, num: int, data_dir: Path | None) -> list[SupervisionRecord]:
+def draw_targets(base: BaseModel, num: int, data_dir: Path | None) -> list[SupervisionRecord]:
     """Return targets on the prompts of real questions, their decisions drawn."""
     task = get_task("arc_easy" if data_dir else "builtin_facts")
     draws = torch.Generator().manual_seed(0)
@@ -104,7 +104,7 @@ def relative(values: Sequence[float], reference: Sequence[float]) -> list[float]
     return [abs(value / other - 1) for value, other in zip(values, reference, strict=True)]
 
 
-def pooled(
+def collect(
     base: BaseModel,
     records: Sequence[SupervisionRecord],
     folder: Path,
@@ -143,7 +143,7 @@ def rounded_otherwise(
     """
     losses = {}
     for size in OTHER_BATCHES:
-        others = pooled(base, records, folder / f"by{size}", size)
+        others = collect(base, records, folder / f"by{size}", size)
         losses[f"{size} prompts a pass"] = fitted_losses(base, others, torch.float32)
     losses["float64"] = fitted_losses(base, features, torch.float64)
     return losses
@@ -199,10 +199,10 @@ def compare(
 ) -> tuple[dict[str, Any], Features]:
     """Train both ways, and return the times and how far the losses are from one another."""
     walk_along(base, records[:2], clock)  # what is made at the first use belongs to nobody
-    pooled(base, records[:2], folder / "warm")
+    collect(base, records[:2], folder / "warm")
 
     started = clock()
-    features = pooled(base, records, folder / "features")
+    features = collect(base, records, folder / "features")
     pass_s = clock() - started
     rows = train_seed(features, base.identity, CONFIG, folder / "routers")
     ours_s = clock() - started
@@ -272,7 +272,9 @@ def sizes_of(whole: tuple[int, int, int]) -> list[tuple[int, int, int]]:
     return [(N, L, D), *halves, (N // 4, L, D)]
 
 
-def repeated(features: Features, size: tuple[int, int, int], folder: Path, base: BaseModel) -> None:
+def write_repeated(
+    features: Features, size: tuple[int, int, int], folder: Path, base: BaseModel
+) -> None:
     """Write features of a size: the first layers and components of real ones, over and over."""
     N, L, D = size
     n, _, W, _ = features.shape
@@ -357,7 +359,7 @@ def growth(
     )
     for number, size in enumerate(sizes_of((num, L, D))):
         place = folder / f"size{number}"
-        repeated(features, size, place, base)
+        write_repeated(features, size, place, base)
         words = [sys.executable, __file__, "--fit", str(place), "--clock", clock]
         child = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
         FeatureStore(place).remove()
@@ -396,7 +398,7 @@ def main() -> None:
         return
     base = common.base_of(options)
     measured = common.describe_run(base, options)  # before --double changes the model's dtype
-    records = drawn_targets(base, sizes["questions"], options.data_dir)
+    records = draw_targets(base, sizes["questions"], options.data_dir)
     with tempfile.TemporaryDirectory() as name:
         result, features = compare(base, records, Path(name), clock)
         report(result)

@@ -72,7 +72,7 @@ def one_by_one(base: BaseModel, items: Sequence[Item], path: StaticPath) -> list
     return values
 
 
-def batched(base: BaseModel, items: Sequence[Item], path: StaticPath) -> list[float]:
+def score_in_batches(base: BaseModel, items: Sequence[Item], path: StaticPath) -> list[float]:
     """Score all options of several questions of like length at once."""
     values = [0.0] * len(items)
     order = sorted(range(len(items)), key=lambda place: items[place].request.length)
@@ -118,7 +118,7 @@ def compare(
     ways: dict[str, Callable[[], Values]] = {
         "ours": ours,
         "theirs": lambda: [one_by_one(base, items, path) for path in paths],
-        "batched": lambda: [batched(base, items, path) for path in paths],
+        "batched": lambda: [score_in_batches(base, items, path) for path in paths],
     }
     values: dict[str, Values] = {}
 

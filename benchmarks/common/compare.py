@@ -13,7 +13,7 @@ ACCURACY = "accuracy"
 SEED = 0
 
 
-def compared(quantity: str, ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
+def compare_paired(quantity: str, ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
     """Return the mean of a quantity, its mean change from another system's, and the 95 % interval.
 
     Of accuracy also McNemar's exact test, and `excluded`, the loss from which on every loss is

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from common.compare import ACCURACY, SEED, compared, in_words
+from common.compare import ACCURACY, SEED, compare_paired, in_words
 from drllm.config import TuneConfig
 from drllm.models.routed_model import RoutedModel
 from drllm.paths import StaticPath
@@ -67,7 +67,7 @@ def compare_with_full(
     """Compare the named paths with the full one, which comes first, and print what is found."""
     figures: dict[str, dict[str, Any]] = {}
     for quantity, (_, values) in results.items():
-        rows = [compared(quantity, path_values, values[0]) for path_values in values]
+        rows = [compare_paired(quantity, path_values, values[0]) for path_values in values]
         figures[quantity] = dict(zip(names, rows, strict=True))
         scale = 100 if quantity == ACCURACY else 1
         print(f"{task}, {quantity}, {rows[0]['n']} questions of {part}:")

@@ -167,10 +167,10 @@ def test_a_question_counts_as_saving_only_where_a_shorter_right_path_survived(qu
 
     assert quality.has_saving(row, survived=False)
     assert not quality.has_saving(row, survived=True)
-    assert quality.shortest(row, survived=False) == 2
-    assert quality.shortest(row, survived=True) == 3
-    assert [quality.saving_paths(row, survived=after) for after in (False, True)] == [1, 0]
-    assert quality.kl_of_shortest(row) is None
+    assert quality.find_shortest(row, survived=False) == 2
+    assert quality.find_shortest(row, survived=True) == 3
+    assert [quality.count_saving_paths(row, survived=after) for after in (False, True)] == [1, 0]
+    assert quality.find_kl_of_shortest(row) is None
     assert not quality.has_improving(row, survived=False)
 
 
@@ -183,7 +183,7 @@ def test_strategies_are_compared_question_by_question(quality):
     ours = [[row(0, 0, 1), row(1, 1, 2, full_is_right=False)], [row(0, 1, 1), row(0, 1, 1)]]
     theirs = [[row(0, 1, 1), row(1, 1, 2)], [row(1, 1, 1), row(1, 1, 1)]]
 
-    assert quality.compared(ours, theirs) == {
+    assert quality.compare_strategies(ours, theirs) == {
         "saved_ratio": 4.0,  # (1.5 + 0.5) / 2 layers against (0.5 + 0) / 2
         "saved_more": 0.75,
         "saved_more_interval": (0.5, 1.0),
