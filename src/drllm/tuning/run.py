@@ -257,46 +257,48 @@ class _TuningRun:
     def search(self, gains: Gains, progress: TuningProgress) -> _SearchResult:
         """Search for paths level by level; choose and test the best path of each level."""
         beam = self.beam
-        listener = self.listener
-        is_repaired = self.is_repaired
+        minutes = self.config.minutes
         table = gains.table
         used_gains = self.as_used(gains)
-        head = HEAD
-        if is_repaired:
+        if self.is_repaired:
             gains = gains.with_repair(STAND_IN)
-            head = REPAIRED_HEAD
 
         def measure(paths: Sequence[StaticPath], num_questions: int) -> Floats:
             return _measure_fit(gains, paths, num_questions, beam.num_questions)
 
-        progress.expect(estimate_pairs(beam, gains.tasks, is_repaired=is_repaired))
+        progress.expect(estimate_pairs(beam, gains.tasks, is_repaired=self.is_repaired))
         best_paths: list[StaticPath] = []
         seconds_before = 0.0
         for level in beam.levels(measure, gains.may_extend):
             _fill_select(gains, level.paths)
             best = gains.choose_best(level.paths)
             self.test(best, gains)
-            if not best_paths:
-                listener.note(head)
             best_paths.append(best)
-            change = used_gains.gain_with_interval(best)
-            num_left = estimate_pairs(beam, gains.tasks, level.saved, is_repaired=is_repaired)
-            progress.expect(num_left, f"layers saved: {level.saved:.3g}")
-            listener.note(f"{format_level(level.saved, change)}\n  {best.edits(beam.num_layers)}")
-
-            is_last = level.saved == beam.max_saved
-            minutes = self.config.minutes
+            self.report_level(level.saved, best, used_gains, progress)
+            if level.saved == beam.max_saved:
+                break
             level_seconds = table.seconds - seconds_before
             seconds_before = table.seconds
-            if not (is_last or _has_time(minutes, table.seconds, level_seconds)):
-                listener.note(f"--minutes {minutes:g} has no time for another level")
+            if not _has_time(minutes, table.seconds, level_seconds):
+                self.listener.note(f"--minutes {minutes:g} has no time for another level")
                 return _SearchResult(best_paths, is_cut=True)
-            if not is_last and not gains.may_extend(best):  # so no path of the level may
-                listener.note(
+            if not gains.may_extend(best):  # so no path of the level may
+                self.listener.note(
                     f"all paths of this level lose more than --max-loss {gains.max_loss:g}, "
                     f"so the search ends"
                 )
         return _SearchResult(best_paths, is_cut=False)
+
+    def report_level(
+        self, saved: int, best: StaticPath, gains: Gains, progress: TuningProgress
+    ) -> None:
+        """Report the best path of a level, and about how much is left to do."""
+        if saved == 1:
+            self.listener.note(REPAIRED_HEAD if self.is_repaired else HEAD)
+        num_left = estimate_pairs(self.beam, gains.tasks, saved, is_repaired=self.is_repaired)
+        progress.expect(num_left, f"layers saved: {saved:.3g}")
+        line = format_level(saved, gains.gain_with_interval(best))
+        self.listener.note(f"{line}\n  {best.edits(self.beam.num_layers)}")
 
     def test(self, path: StaticPath, gains: Gains) -> None:
         """Score a path and the full path on all parts and their texts, and grade their answers.
