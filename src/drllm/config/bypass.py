@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from drllm.config.constants import DATA_DIR_HELP
+from drllm.config.constants import DATA_DIR_HELP, TRUST_HELP
 from drllm.config.fields import Settings, basic, incidental, setting
 
 
@@ -26,6 +26,7 @@ class BypassConfig(Settings):
         "used for",
     )
     data_dir: str | None = incidental(None, help=DATA_DIR_HELP)
+    trust_task_code: bool = incidental(False, help=TRUST_HELP)
     limit: int | None = basic(
         None,
         minimum=2,

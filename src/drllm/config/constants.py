@@ -14,6 +14,9 @@ TASKS_HELP = (
 DATA_DIR_HELP = (
     "folder with TASK/SPLIT.jsonl[.gz] files; default: questions are fetched from the hub"
 )
+TRUST_HELP = (
+    "let task files of lm-evaluation-harness (.yaml) run code from their folder; read it first"
+)
 
 MAX_DROP = 3.0
 """A loss of accuracy, in points, that matters: `shrink` allows no larger loss, `export` refuses a

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from drllm.config.constants import DATA_DIR_HELP, SPLITS, TASKS_HELP
+from drllm.config.constants import DATA_DIR_HELP, SPLITS, TASKS_HELP, TRUST_HELP
 from drllm.config.executor import ExecutorConfig
 from drllm.config.fields import basic, incidental, setting
 
@@ -24,6 +24,7 @@ class EvaluateConfig(ExecutorConfig):
         None,
         help=DATA_DIR_HELP,
     )
+    trust_task_code: bool = incidental(False, help=TRUST_HELP)
     split: str = setting("test", choices=SPLITS, help="part of the questions to evaluate on")
     limit: int | None = basic(
         None,

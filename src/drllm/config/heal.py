@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from drllm.config.constants import DATA_DIR_HELP
+from drllm.config.constants import DATA_DIR_HELP, TRUST_HELP
 from drllm.config.fields import Settings, basic, incidental, setting
 from drllm.errors import ConfigError
 
@@ -48,6 +48,7 @@ class HealConfig(Settings):
         None,
         help=DATA_DIR_HELP,
     )
+    trust_task_code: bool = incidental(False, help=TRUST_HELP)
     limit: int | None = basic(
         None,
         minimum=2,
@@ -88,7 +89,7 @@ class HealConfig(Settings):
         "read the texts and to solve the refit isn't counted",
     )
     learning_rate: float = setting(
-        2e-3,
+        5e-4,
         above=0.0,
         no_effect_if=NO_TRAINING,
         help="peak learning rate of the cosine schedule",

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from drllm.config.constants import DATA_DIR_HELP, SPLITS, TASKS_HELP
+from drllm.config.constants import DATA_DIR_HELP, SPLITS, TASKS_HELP, TRUST_HELP
 from drllm.config.executor import ExecutorConfig
 from drllm.config.fields import NamesIn, basic, incidental, setting
 from drllm.errors import ConfigError, unknown_name
@@ -36,6 +36,7 @@ class SearchConfig(ExecutorConfig):
         None,
         help=DATA_DIR_HELP,
     )
+    trust_task_code: bool = incidental(False, help=TRUST_HELP)
     split: str = setting("search", choices=SPLITS, help="part of the questions to search")
     limit: int | None = basic(
         None,

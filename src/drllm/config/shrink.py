@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from drllm.config.constants import DATA_DIR_HELP, MAX_DROP, TASKS_HELP
+from drllm.config.constants import DATA_DIR_HELP, MAX_DROP, TASKS_HELP, TRUST_HELP
 from drllm.config.fields import Settings, basic, incidental, setting
 from drllm.errors import ConfigError
 
@@ -62,6 +62,7 @@ class ShrinkConfig(Settings):
         None,
         help=DATA_DIR_HELP,
     )
+    trust_task_code: bool = incidental(False, help=TRUST_HELP)
     num_candidates: int = setting(
         3,
         minimum=1,

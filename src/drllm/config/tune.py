@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from drllm.config.constants import DATA_DIR_HELP, TASKS_HELP
+from drllm.config.constants import DATA_DIR_HELP, TASKS_HELP, TRUST_HELP
 from drllm.config.executor import ExecutorConfig
 from drllm.config.fields import basic, incidental, setting
 from drllm.config.heal import NO_REPAIR, REFIT_TOKENS, REPAIRS
@@ -22,6 +22,7 @@ class TuneConfig(ExecutorConfig):
         None,
         help=DATA_DIR_HELP,
     )
+    trust_task_code: bool = incidental(False, help=TRUST_HELP)
     max_skipped: float | None = basic(
         None,
         above=0.0,

@@ -141,7 +141,7 @@ def _list_tasks(tasks: Task | str | Sequence[Task | str], config: EvaluateConfig
         if isinstance(task, Task):
             selected.append(task)
         else:
-            selected += get_tasks(task)
+            selected += get_tasks(task, trust_code=config.trust_task_code)
     selected = [_apply_reward(task, config) for task in selected]
     for name, count in Counter(task.name for task in selected).items():
         if count > 1:
@@ -229,7 +229,9 @@ def find_sources(tasks: Sequence[Task], config: EvaluateConfig) -> dict[str, Tas
     by_name = {task.name: task for task in tasks}
     sources = dict(by_name)
     for name, source_name in (config.fitted_on or {}).items():
-        source = by_name.get(source_name) or get_task(source_name)
+        source = by_name.get(source_name)
+        if source is None:
+            source = get_task(source_name, trust_code=config.trust_task_code)
         sources[name] = _apply_reward(source, config)
     return sources
 

@@ -120,7 +120,12 @@ def read_questions(
         TaskError: A task is unknown or has too few questions, or a file can't be read.
         ConfigError: Two sources have the same name.
     """
-    tune_config = TuneConfig(data_dir=config.data_dir, num_fit=config.num_fit, seed=config.seed)
+    tune_config = TuneConfig(
+        data_dir=config.data_dir,
+        trust_task_code=config.trust_task_code,
+        num_fit=config.num_fit,
+        seed=config.seed,
+    )
     all_splits = []
     for splits in split_tasks(tune_config, tasks):
         _refuse_divided(splits)

@@ -114,7 +114,7 @@ def collect_questions(source: QuestionSource | None, config: SearchConfig) -> li
     if source is None:
         source = select_tasks(config)
     elif isinstance(source, (str, Path)):
-        source = get_tasks(str(source))
+        source = get_tasks(str(source), trust_code=config.trust_task_code)
     groups = _load_examples(source, config)
     groups = _apply_prompt_settings(groups, config)
     rewards = _choose_rewards([group.task for group in groups], config)
@@ -132,7 +132,7 @@ def select_tasks(config: SearchConfig) -> list[Task]:
         TaskError: A task is unknown, or its file can't be read.
     """
     _check_settings(config)
-    return get_tasks(require_tasks(config.dataset))
+    return get_tasks(require_tasks(config.dataset), trust_code=config.trust_task_code)
 
 
 def _check_settings(config: SearchConfig) -> Shard | None:

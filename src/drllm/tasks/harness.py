@@ -18,7 +18,7 @@ from drllm.records.splits import find_split, hash_text, question_key
 from drllm.tasks.base import Task, check_split, name_for_harness
 from drllm.tasks.examples import OPTIONS_REWARD, Example, Prompt, with_options
 from drllm.tasks.harness_names import explain_unknown_name, refuse_unknown_name
-from drllm.work.listener import logger, quiet
+from drllm.work.listener import quiet
 
 FEWSHOT_SEED = 1234  # the harness' default, so that its command line draws the same examples
 KINDS = {"multiple_choice": "choices", "generate_until": "generated"}
@@ -57,8 +57,6 @@ class LmEvalTask(Task):
     """
 
     def __init__(self, name: str, known_names: tuple[str, ...] = ()) -> None:
-        if name.endswith(".yaml"):
-            warn_of_code(Path(name))
         self.tasks = load_harness_tasks(name, known_names)
         self.name = name_for_harness(name.removesuffix(".yaml").split("/")[-1])
         self.description = f"{name} of lm-evaluation-harness"
@@ -221,20 +219,6 @@ class LmEvalTask(Task):
             answer=first_answer,
             other_answers=tuple(answers[1:]),
         )
-
-
-def warn_of_code(file: Path) -> None:
-    """Warn if a task file, or another file in its folder, makes the harness run Python code."""
-    if not file.is_file():
-        return
-    for neighbour in [file, *sorted(file.parent.glob("*.y*ml"))]:
-        if "!function" in neighbour.read_text(encoding="utf-8", errors="replace"):
-            message = (
-                "%s: lm-evaluation-harness runs Python code from this folder, since %s has "
-                "!function; use task files only of people you trust"
-            )
-            logger.warning(message, file, neighbour.name)
-            return
 
 
 def _choose_kind_and_metric(name: str, tasks: Mapping[str, Any]) -> tuple[str, str]:

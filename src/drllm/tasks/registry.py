@@ -6,6 +6,7 @@
 import functools
 from collections import Counter
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TypeVar
 
 from drllm.errors import TaskError, unknown_name
@@ -18,6 +19,7 @@ from drllm.tasks.files import (
     refuse_wrong_file_name,
 )
 from drllm.tasks.harness import LmEvalTask
+from drllm.tasks.task_code import refuse_code
 
 TASKS: Registry[Task] = Registry(
     "task", ["drllm.tasks.published.*", "drllm.tasks.builtin"], error=TaskError
@@ -56,15 +58,19 @@ def is_task_name(name: str) -> bool:
     return is_source(name) or _resolve_alias(name) in task_names()
 
 
-def get_task(name: str) -> Task:
+def get_task(name: str, *, trust_code: bool = False) -> Task:
     """Return a task by name: a task of ours, a question file, a hub set, or a task of the harness.
 
     The harness' tasks are available if lm-evaluation-harness is installed. A `.yaml` file is a task
     file of the harness.
 
+    Args:
+        name: The name, or the file.
+        trust_code: Whether a task file may run Python code from its folder.
+
     Raises:
         TaskError: The name is unknown (the message suggests the nearest name) or stands for a
-            group, or a file is missing or has another format.
+            group; or a file is missing, has another format, or runs code without being trusted.
     """
     refuse_other_formats(name)
     own_name = _resolve_alias(name)
@@ -78,11 +84,18 @@ def get_task(name: str) -> Task:
         return load_source(name, tuple(task_names()))
     if find_spec("lm_eval") is None:
         raise TaskError(unknown_name("task", name, task_names()) + ", or a .jsonl file")
+    if name.endswith(".yaml") and not trust_code:
+        refuse_code(Path(name))
     return _lm_eval_task(name, tuple(task_names()))
 
 
-def get_tasks(names: str) -> list[Task]:
-    """Return the tasks of a comma list, in order. The tasks of a group replace its name."""
+def get_tasks(names: str, *, trust_code: bool = False) -> list[Task]:
+    """Return the tasks of a comma list, in order. The tasks of a group replace its name.
+
+    Args:
+        names: The names, as for `get_task`.
+        trust_code: As for `get_task`.
+    """
     counts: Counter[str] = Counter()
     for part in names.split(","):
         name = _resolve_alias(part.strip())
@@ -94,7 +107,7 @@ def get_tasks(names: str) -> list[Task]:
     for name, count in counts.items():
         if count > 1:
             raise TaskError(f"task {name!r} is named twice in {names!r}; name it once")
-    tasks = [get_task(name) for name in counts]
+    tasks = [get_task(name, trust_code=trust_code) for name in counts]
     for name, count in Counter(task.name for task in tasks).items():
         if count > 1:
             raise TaskError(f"two tasks in {names!r} have the name {name!r}; rename a file")

@@ -96,7 +96,7 @@ def split_tasks(config: TuneConfig, tasks: TasksArgument = None) -> list[TaskSpl
     config.check_effects()
     if tasks is None:
         tasks = require_tasks(config.tasks)
-    all_tasks = _list_tasks(tasks)
+    all_tasks = _list_tasks(tasks, config)
     for task in all_tasks:
         objective = choose_objective(task, config)
         if task.has_answers:
@@ -104,14 +104,16 @@ def split_tasks(config: TuneConfig, tasks: TasksArgument = None) -> list[TaskSpl
     return [split_task(task, config.data_dir, config.num_fit, config.seed) for task in all_tasks]
 
 
-def _list_tasks(tasks: Task | str | Sequence[Task | str | TaskSplits]) -> list[Task]:
+def _list_tasks(
+    tasks: Task | str | Sequence[Task | str | TaskSplits], config: TuneConfig
+) -> list[Task]:
     """Return tasks as a list, with names replaced by tasks. A string may hold several names."""
     if isinstance(tasks, (str, Task)):
         tasks = [tasks]
     all_tasks: list[Task] = []
     for task in tasks:
         if isinstance(task, str):
-            all_tasks += get_tasks(task)
+            all_tasks += get_tasks(task, trust_code=config.trust_task_code)
         elif isinstance(task, Task):
             all_tasks.append(task)
     return all_tasks

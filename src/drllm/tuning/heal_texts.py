@@ -96,7 +96,12 @@ def read_sources(
         tasks = config.tasks
     limit = config.limit or LARGEST_INT
     # The settings of a tuning divide the questions as `tune` does.
-    tune_config = TuneConfig(data_dir=config.data_dir, num_fit=limit, seed=config.seed)
+    tune_config = TuneConfig(
+        data_dir=config.data_dir,
+        trust_task_code=config.trust_task_code,
+        num_fit=limit,
+        seed=config.seed,
+    )
     sources = [_make_task_source(splits) for splits in split_tasks(tune_config, tasks or [])]
     if isinstance(texts, str):
         sources += _read_text_sources(texts, config)
@@ -120,6 +125,7 @@ def read_bypass_sources(
         tasks=config.tasks,
         text=config.text,
         data_dir=config.data_dir,
+        trust_task_code=config.trust_task_code,
         limit=config.limit,
         seed=config.seed,
     )

@@ -39,17 +39,13 @@ def test_the_questions_that_are_not_reported_are_those_to_fit_on(tmp_path, split
     assert task.reports_test_alone
 
 
-def test_a_task_file_that_runs_code_from_its_folder_is_warned_about(tmp_path, caplog):
+def test_a_trusted_task_file_runs_code_from_its_folder(tmp_path):
     file = written_task(tmp_path, GENERATED)
-    LmEvalTask(file)
-    assert caplog.messages == []
     (tmp_path / "utils.py").write_text("def text(doc):\n    return doc['q']\n")
     path = Path(file)
     path.write_text(path.read_text().replace("'{{q}}'", "!function utils.text"))
-    task = LmEvalTask(file)
+    task = get_task(file, trust_code=True)
     assert task.examples("test")[0].question.startswith("Is ")
-    [message] = caplog.messages
-    assert message.startswith(f"{file}: lm-evaluation-harness runs Python code from this folder")
 
 
 def test_a_question_is_asked_as_the_harness_has_it_behind_others_than_itself(tmp_path):

@@ -505,7 +505,10 @@ def test_a_path_that_can_have_no_refit_is_healed_by_lora_alone(routed, tmp_path,
             repaired(routed, path=path, **settings)
 
 
-UNTRAINED = {"rank": 16, "batch_size": 2, "learning_rate": 2e-3, "autocast": True}
+UNTRAINED = {
+    name: getattr(HealConfig(), name)
+    for name in ("rank", "batch_size", "learning_rate", "autocast")
+}
 """The defaults of settings that have no effect without training."""
 
 
