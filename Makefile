@@ -29,7 +29,7 @@ EVERY := -m "thorough or not thorough"
 .DELETE_ON_ERROR:
 .PHONY: help setup demo test test-quick test-thorough test-all test-torchao \
 	test-llama-cpp test-upstream test-here \
-	$(VERSIONS:%=test-%) check fmt lint types layers docs bench release
+	$(VERSIONS:%=test-%) check fmt lint types layers docs notebook artefacts bench release
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -97,6 +97,18 @@ docs: $(STAMP)  ## build the documentation site into site/
 	$(BIN)/python -m pip install --quiet --group docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --config-file website/mkdocs.yml
 	@echo "the site: site/index.html"
+
+notebook: $(STAMP)  ## run examples/first_hour.ipynb, and keep its output in it
+	$(BIN)/python -m pip install --quiet --group docs
+	cd examples && ../$(BIN)/jupyter execute --inplace first_hour.ipynb
+
+artefacts: $(STAMP)  ## make what can be published of SmolLM2, into runs/artefacts/publish (an hour)
+	rm -rf runs/artefacts/publish
+	$(BIN)/drllm run demo --full --output-dir runs/artefacts/run
+	[ -f runs/artefacts/smaller/shrink.json ] || $(BIN)/drllm shrink smollm2-135m builtin_facts \
+	runs/artefacts/smaller --layers 27 --text builtin_texts
+	$(BIN)/drllm bundle runs/artefacts/run runs/artefacts/smaller \
+	--output-dir runs/artefacts/publish $(ARGS)
 
 bench: $(STAMP)  ## run the benchmarks that take a model, quickly (benchmarks/all.py for an hour)
 	rm -rf runs/benchmarks/quick
