@@ -29,7 +29,7 @@ EVERY := -m "thorough or not thorough"
 .DELETE_ON_ERROR:
 .PHONY: help setup demo test test-quick test-thorough test-all test-torchao \
 	test-llama-cpp test-upstream test-here \
-	$(VERSIONS:%=test-%) check fmt lint types layers docs notebook artefacts bench release
+	$(VERSIONS:%=test-%) check fmt lint types layers docs notebook artefacts gpu bench release
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -109,6 +109,9 @@ artefacts: $(STAMP)  ## make what can be published of SmolLM2, into runs/artefac
 	runs/artefacts/smaller --layers 27 --text builtin_texts
 	$(BIN)/drllm bundle runs/artefacts/run runs/artefacts/smaller \
 	--output-dir runs/artefacts/publish $(ARGS)
+
+gpu: $(STAMP)  ## check exactness, waits and times on a CUDA device, in nine minutes
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 bench: $(STAMP)  ## run the benchmarks that take a model, quickly (benchmarks/all.py for an hour)
 	rm -rf runs/benchmarks/quick

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 import transformers
 
+from common import shapes
 from drllm.config import ModelConfig
 from drllm.models.base.load import BaseModel, load
 from drllm.models.routers.stack import RouterStack
@@ -90,8 +91,14 @@ def run_in_turns(ways: Mapping[str, Callable[[], Result]], repeats: int) -> list
 
 
 def base_of(options: argparse.Namespace) -> BaseModel:
-    """Load the model that the flags name, in float32 on the CPU where they don't say more."""
-    dtype, device = getattr(options, "dtype", "float32"), getattr(options, "device", "cpu")
+    """Load the model that the flags name, in float32 on the CPU where they don't say more.
+
+    `random:SHAPE` makes a model of random weights; see `shapes`.
+    """
+    dtype = getattr(options, "dtype", "float32")
+    device = getattr(options, "device", "cpu")
+    if options.model.startswith(shapes.PREFIX):
+        return shapes.make_base(options.model.removeprefix(shapes.PREFIX), device, dtype)
     return load(ModelConfig(model=options.model, dtype=dtype, device=device))
 
 

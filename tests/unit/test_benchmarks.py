@@ -20,7 +20,7 @@ from drllm.tasks.registry import get_task
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 NOT_OF_TWO_WAYS = {
     *("healed", "learning_curve", "serving"),  # what paths answer
-    *("all", "two_commits"),  # made of others
+    *("all", "gpu", "two_commits"),  # made of others
     "growth",  # one way at several sizes
     *("repair", "repair_ranks", "bypass"),  # losses, not times
     "house",  # counts source
@@ -546,6 +546,53 @@ def test_a_learning_curve_needs_as_many_targets_as_its_largest_size(
         figures_of("learning_curve", "--supervision", str(alike_targets), "--sizes", "2,13")
     assert end.value.code == 2
     assert "13 targets, but there are 16, of which 4 are held out" in capsys.readouterr().err
+
+
+@pytest.fixture
+def on_gpu(benchmark, tiny_base, tmp_path, monkeypatch):
+    """A function that runs `make gpu` on a tiny shape on the processor; figures and status."""
+    script = benchmark("gpu")
+    monkeypatch.setattr(script.shapes, "load", lambda _config: tiny_base())
+
+    def run(*words):
+        fixed = ["--device", "cpu", "--dtype", "float32", "--exact-shape", "tiny"]
+        fixed += ["--shapes", "tiny", "--output-dir", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", ["gpu.py", *fixed, *words])
+        status = 0
+        try:
+            script.main()
+        except SystemExit as end:
+            status = end.code
+        return json.loads((tmp_path / "gpu.json").read_text()), status
+
+    return run
+
+
+def test_the_check_on_a_gpu_says_what_is_exact_and_what_was_not_reached(on_gpu, tmp_path):
+    figures, status = on_gpu("--minutes", "0")
+    assert status == 0
+    assert len(figures["exactness"]) == 4
+    assert all(row["every_layer"] and row["plan"] for row in figures["exactness"])
+    assert {row["ended"] for row in figures["times"].values()} == {"not reached"}
+    page = (tmp_path / "gpu.md").read_text()
+    assert "| bfloat16 | 32 | equal | equal |" in page
+
+
+def test_a_difference_or_a_wait_too_many_is_a_failure(benchmark):
+    script = benchmark("gpu")
+    exact = {"dtype": "float32", "batch_size": 1, "every_layer": True, "plan": True}
+    waits = {"counted": True, "prefill": 3, "prefill_bound": 4, "step": 0, "step_bound": 0}
+    figures = {"exactness": [exact], "waits": waits, "times": {}}
+    assert script.is_as_it_should(figures)
+    assert not script.is_as_it_should({**figures, "exactness": [{**exact, "plan": False}]})
+    assert not script.is_as_it_should({**figures, "waits": {**waits, "step": 1}})
+    failed = {"generate, 1b": {"ended": "failed, see log", "seconds": 1.0}}
+    assert not script.is_as_it_should({**figures, "times": failed})
+
+
+def test_a_shape_that_is_unknown_is_named_with_the_others(benchmark):
+    with pytest.raises(SystemExit, match="no shape '2b'; give one of tiny, 1b, 3b, 8b"):
+        benchmark("gpu").shapes.make_base("2b", "cpu", "float32")
 
 
 @pytest.fixture

@@ -1,5 +1,8 @@
 """Every script in examples/ runs, on a tiny model, without network."""
 
+import contextlib
+import io
+import json
 import re
 import runpy
 import sys
@@ -57,3 +60,37 @@ def test_the_first_hour_goes_from_attach_to_report_with_drllm_alone(run):
     order = ["base", "skips a layer", "its route", "search", "targets", "routers", "base", "routed"]
     assert [name for name in said if name in {*order, "report"}] == [*order, "report"]
     assert Path("runs/first_hour/report.html").is_file()
+
+
+def read_cells() -> list[tuple[str, str]]:
+    """Return the code of each cell of the notebook, and the text that it shows."""
+    notebook = json.loads((EXAMPLES / "first_hour.ipynb").read_text(encoding="utf-8"))
+    cells = []
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            texts = [
+                "".join(output["text"])
+                for output in cell["outputs"]
+                if output["output_type"] == "stream"
+            ]
+            cells.append(("".join(cell["source"]), "".join(texts)))
+    return cells
+
+
+def list_beginnings(text: str) -> list[str]:
+    """Return the first two words of each line."""
+    return [" ".join(line.split()[:2]) for line in text.splitlines()]
+
+
+@pytest.mark.thorough
+@pytest.mark.filterwarnings("ignore:.*Agg, which is non-GUI.*:UserWarning")
+def test_the_notebook_runs_and_prints_what_it_shows(smollm2, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib").use("Agg")
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": "notebook"}
+    for code, shown in read_cells():
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output):
+            exec(compile(code, "first_hour.ipynb", "exec"), namespace)
+        # Last digits differ between machines, and so may verdicts and the ends of answers.
+        assert list_beginnings(output.getvalue()) == list_beginnings(shown)
