@@ -1,0 +1,201 @@
+"""A file that is damaged anywhere is read, or refused in one line that names the file.
+
+The valid files are those that an earlier version wrote, and some that are made here. A damage is a
+change of a value, a key or an item of the JSON, or of single bytes. Whatever it is, nothing but a
+`DrllmError` may come out.
+"""
+
+import copy
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import drllm.cli
+from drllm.errors import DrllmError
+from drllm.models.routers.checkpoint import load_routers
+from drllm.models.routing.bypass import Bypass
+from drllm.models.routing.bypass_file import BypassRecord, load_bypass, save_bypass
+from drllm.pipeline.manifest import read_run_manifest
+from drllm.pipeline.recipes import read_recipe
+from drllm.records.codec import write_json
+from drllm.records.healed import read_healed
+from drllm.records.latency import read_latency
+from drllm.records.manifest import new_manifest
+from drllm.records.results import read_results
+from drllm.records.search import read_search
+from drllm.records.shrink import ShrinkRecord, ShrunkModel, TextScores, read_shrink
+from drllm.records.static_paths import load_path, read_paths
+from drllm.records.supervision import read_supervision
+from drllm.tasks.files import load_source
+
+RECIPES = Path(drllm.cli.__file__).parent / "recipes"
+OLD = Path(__file__).parents[1] / "fixtures" / "3820ce17"
+FOREIGN: tuple[Any, ...] = (
+    *(None, True, -1, 0, 3.5, 1e308, 10**30),
+    *("", "x", "\u0000", "../../etc", [], {}, [None], {"x": [1]}),
+)
+"""Values that a key or an item is replaced by."""
+SEEDS = range(12)  # of each file; each seed makes another damage
+MORE_SEEDS = range(12, 180)
+
+Reader = Callable[[Path], object]
+READERS: dict[str, tuple[str, Reader]] = {
+    "search": ("run/search.jsonl", read_search),
+    "search's manifest": ("run/search.manifest.json", lambda f: read_search(f.parent / SEARCH)),
+    "supervision": ("run/supervision.jsonl", read_supervision),
+    "tuned": ("tuned/paths.json", read_paths),
+    "tuned, by name": ("tuned/paths.json", lambda f: load_path(f"{f}:skip1")),
+    "healed": ("healed/path.json", read_healed),
+    "results": ("run/eval/builtin_facts.json", lambda f: read_results(f.parent)),
+    "latency": ("run/eval/latency.json", lambda f: read_latency(f.parent)),
+    "run": ("run/run.manifest.json", lambda f: read_run_manifest(f.parent)),
+    "recipe": ("own/recipe.yaml", read_recipe),
+    "routers": ("run/routers/router_config.json", lambda f: load_routers(f.parent)),
+    "weights": ("run/routers/routers.safetensors", lambda f: load_routers(f.parent)),
+    "bypass": ("bypass/bypass.safetensors", load_bypass),
+    "shrink": ("own/shrink.json", read_shrink),
+    "questions": ("own/questions.jsonl", lambda f: load_source(str(f)).examples("search")),
+}
+"""Name → a valid file, and what reads it."""
+SEARCH = "search.jsonl"
+
+
+@pytest.fixture(scope="module")
+def valid_files(tmp_path_factory) -> Path:
+    """A folder with a valid file of each kind."""
+    folder = tmp_path_factory.mktemp("valid") / "files"
+    shutil.copytree(OLD, folder)
+    maps = {"down": (4, 2, 8), "up": (4, 8, 2), "bias": (4, 8), "first": (4, 8)}
+    bypass = Bypass(**{name: torch.ones(shape) for name, shape in maps.items()})
+    (folder / "bypass").mkdir()
+    save_bypass(folder / "bypass" / "bypass.safetensors", bypass, BypassRecord(model={}))
+    (folder / "own").mkdir()
+    rows = [
+        {"question": f"What is {number}?", "choices": ["a", "b"], "answer": number % 2}
+        for number in range(12)
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "own" / "questions.jsonl").write_text(text)
+    write_json(folder / "own" / "shrink.json", make_shrink_record())
+    shutil.copy(RECIPES / "demo_full.yaml", folder / "own" / "recipe.yaml")
+    return folder
+
+
+def make_shrink_record() -> ShrinkRecord:
+    """Return what a shrink of one candidate found."""
+    full = ShrunkModel(name="full", layers=(0, 1, 2), num_bytes=12)
+    less = ShrunkModel(
+        name="skip1", layers=(0, 2), num_bytes=8, texts={"own": TextScores(loss=2.0)}
+    )
+    return ShrinkRecord(
+        **new_manifest("shrink", model={"num_layers": 3}, config={"minutes": 1.0}),
+        tasks=(),
+        texts=("own",),
+        num_questions={"own": 90},
+        num_held_out={"own": 30},
+        runtime={},
+        questions_sha256="",
+        models=(full, less),
+    )
+
+
+def list_places(value: Any, place: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Return where all values of a JSON document are."""
+    places = [place] if place else []
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            places += list_places(inner, (*place, key))
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            places += list_places(inner, (*place, number))
+    return places
+
+
+def damage_document(document: Any, draw: random.Random) -> Any:
+    """Return a JSON document with one change."""
+    document = copy.deepcopy(document)
+    places = list_places(document)
+    if not places:
+        return draw.choice(FOREIGN)
+    *way, last = draw.choice(places)
+    parent = document
+    for key in way:
+        parent = parent[key]
+    change = draw.choice(("replace", "replace", "delete", "rename"))
+    if change == "delete":
+        del parent[last]
+    elif change == "rename" and isinstance(parent, dict):
+        parent[draw.choice(("x", f"{last}s"))] = parent.pop(last)
+    else:
+        parent[last] = copy.deepcopy(draw.choice(FOREIGN))
+    return document
+
+
+def damage_bytes(content: bytes, draw: random.Random) -> bytes:
+    """Return bytes that are cut off, changed, or longer."""
+    where = draw.randrange(max(1, len(content)))
+    change = draw.choice(("cut", "change", "insert", "empty"))
+    if change == "cut":
+        return content[:where]
+    if change == "change":
+        return content[:where] + bytes([draw.randrange(256)]) + content[where + 1 :]
+    if change == "insert":
+        return content[:where] + draw.randbytes(draw.randint(1, 8)) + content[where:]
+    return b""
+
+
+def damage(file: Path, draw: random.Random) -> None:
+    """Damage a file at one place."""
+    content = file.read_bytes()
+    if file.suffix not in (".json", ".jsonl") or draw.random() < 0.3:
+        file.write_bytes(damage_bytes(content, draw))
+        return
+    if file.suffix == ".json":
+        document = damage_document(json.loads(content), draw)
+        file.write_text(json.dumps(document))
+        return
+    lines = content.decode().splitlines()
+    number = draw.randrange(len(lines))
+    lines[number] = json.dumps(damage_document(json.loads(lines[number]), draw))
+    file.write_text("\n".join(lines) + "\n")
+
+
+def read_damaged(name: str, seed: int, valid_files: Path, folder: Path) -> None:
+    """Damage a copy of a valid file, and read it."""
+    relative, read = READERS[name]
+    source = (valid_files / relative).parent
+    copied = folder / str(seed)
+    shutil.copytree(source, copied)
+    file = copied / Path(relative).name
+    damage(file, random.Random(f"{name} {seed}"))
+    try:
+        read(file)
+    except DrllmError as error:
+        message = str(error)
+        assert "\n" not in message
+        assert file.name in message or file.parent.name in message, message
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_valid_file_is_read(name, valid_files):
+    relative, read = READERS[name]
+    read(valid_files / relative)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_damaged_file_is_read_or_refused_in_one_line_that_names_it(name, valid_files, tmp_path):
+    for seed in SEEDS:
+        read_damaged(name, seed, valid_files, tmp_path)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", READERS)
+def test_many_more_damages_are_read_or_refused(name, valid_files, tmp_path):
+    for seed in MORE_SEEDS:
+        read_damaged(name, seed, valid_files, tmp_path)
