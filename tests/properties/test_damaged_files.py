@@ -63,6 +63,9 @@ READERS: dict[str, tuple[str, Reader]] = {
     "questions": ("own/questions.jsonl", lambda f: load_source(str(f)).examples("search")),
 }
 """Name → a valid file, and what reads it."""
+IN_FOLDERS = ("results", "latency", "routers", "run")
+SHOWN = ("search", "supervision", "tuned", "healed", "shrink", *IN_FOLDERS)
+"""What `drllm show` prints: files, and files that it finds in their folder."""
 SEARCH = "search.jsonl"
 
 
@@ -166,14 +169,20 @@ def damage(file: Path, draw: random.Random) -> None:
     file.write_text("\n".join(lines) + "\n")
 
 
-def read_damaged(name: str, seed: int, valid_files: Path, folder: Path) -> None:
-    """Damage a copy of a valid file, and read it."""
-    relative, read = READERS[name]
-    source = (valid_files / relative).parent
+def make_damaged(name: str, seed: int, valid_files: Path, folder: Path) -> Path:
+    """Damage a copy of a valid file, and return the copy."""
+    relative, _ = READERS[name]
     copied = folder / str(seed)
-    shutil.copytree(source, copied)
+    shutil.copytree((valid_files / relative).parent, copied)
     file = copied / Path(relative).name
     damage(file, random.Random(f"{name} {seed}"))
+    return file
+
+
+def read_damaged(name: str, seed: int, valid_files: Path, folder: Path) -> None:
+    """Damage a copy of a valid file, and read it."""
+    _, read = READERS[name]
+    file = make_damaged(name, seed, valid_files, folder)
     try:
         read(file)
     except DrllmError as error:
@@ -192,6 +201,26 @@ def test_a_valid_file_is_read(name, valid_files):
 def test_a_damaged_file_is_read_or_refused_in_one_line_that_names_it(name, valid_files, tmp_path):
     for seed in SEEDS:
         read_damaged(name, seed, valid_files, tmp_path)
+
+
+def show_damaged(name: str, seed: int, valid_files: Path, folder: Path) -> None:
+    """Damage a copy of a valid file, and print it by `drllm show`."""
+    file = make_damaged(name, seed, valid_files, folder)
+    place = file.parent if name in IN_FOLDERS else file
+    assert drllm.cli.main(["show", str(place)]) in (0, 2)
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_a_damaged_file_is_shown_or_refused(name, valid_files, tmp_path, capsys):
+    for seed in SEEDS:
+        show_damaged(name, seed, valid_files, tmp_path)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", SHOWN)
+def test_many_more_damaged_files_are_shown_or_refused(name, valid_files, tmp_path, capsys):
+    for seed in MORE_SEEDS:
+        show_damaged(name, seed, valid_files, tmp_path)
 
 
 @pytest.mark.thorough

@@ -4,6 +4,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from drllm.agreement import compare_by_layer, compute_metrics, display_name, judge_routers
 from drllm.cli.show_search import print_classes
 from drllm.cli.terminal import Terminal
@@ -15,21 +17,35 @@ METRICS_FILE = "metrics.jsonl"
 NO_METRICS = ("epoch", "split", "learning_rate")  # fields of metrics.jsonl that aren't metrics
 
 
+class ShownConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What is shown of `router_config.json`; `RouterConfig`, which checks all of it, needs torch.
+
+    Attributes:
+        label_counts: For each layer: skips, executions and repeats among the targets.
+        training: What the training recorded; it may hold anything.
+    """
+
+    num_layers: int
+    hidden_size: int
+    num_windows: int
+    router_width: int
+    base_model: str = ""
+    label_counts: list[tuple[int, int, int]] = []
+    training: dict[str, Any] = {}
+
+
 def show_routers(path: Path, terminal: Terminal) -> None:
     """Print the config of routers, how they were trained, and their metrics."""
-    config = read_json(path, dict[str, Any])
-    base_model = config.get("base_model") or "not named"
-    shape = f"{config.get('num_layers')} layers of width {config.get('hidden_size')}"
-    terminal.fact("base model", f"{base_model}, {shape}")
-    num_windows = config.get("num_windows")
-    width = config.get("router_width")
-    terminal.fact("routers", f"{num_windows} windows, inner width {width}")
-    training = config.get("training")
-    if training:
-        terminal.fact("trained on", _describe_training(training))
-    label_counts = config.get("label_counts")  # of each layer: skips, executions and repeats
-    if label_counts:
-        totals = [sum(column) for column in zip(*label_counts, strict=True)]
+    config = read_json(path, ShownConfig)
+    base_model = config.base_model or "not named"
+    terminal.fact(
+        "base model", f"{base_model}, {config.num_layers} layers of width {config.hidden_size}"
+    )
+    terminal.fact("routers", f"{config.num_windows} windows, inner width {config.router_width}")
+    if config.training:
+        terminal.fact("trained on", _describe_training(config.training))
+    if config.label_counts:
+        totals = [sum(column) for column in zip(*config.label_counts, strict=True)]
         print_classes(totals, terminal)
     metrics = path.with_name(METRICS_FILE)
     if metrics.is_file():
@@ -41,11 +57,14 @@ def show_routers(path: Path, terminal: Terminal) -> None:
 
 def _describe_training(training: Mapping[str, Any]) -> str:
     """Describe on how many targets routers were trained; a missing number is `None`."""
-    tasks = ", ".join(f"{name} {num}" for name, num in training.get("tasks", {}).items())
+    tasks = training.get("tasks")
+    names = ""
+    if isinstance(tasks, Mapping):
+        names = ", ".join(f"{name} {number}" for name, number in tasks.items())
     num_trained = training.get("num_trained")
     num_held_out = training.get("num_held_out")
     steps = training.get("steps")
-    return f"{num_trained} targets ({tasks}), {num_held_out} held out, {steps} steps"
+    return f"{num_trained} targets ({names}), {num_held_out} held out, {steps} steps"
 
 
 def show_metrics(path: Path, terminal: Terminal) -> None:

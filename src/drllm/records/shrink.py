@@ -88,6 +88,16 @@ class ShrinkRecord(Header, frozen=True, kw_only=True, forbid_unknown_fields=True
     is_forced: bool = False
     questions_sha256: str = ""
 
+    def __post_init__(self) -> None:
+        names = [model.name for model in self.models]
+        if len(names) < 2 or names[0] != FULL:
+            raise ValueError("'models' must have the full model first, then a candidate or more")
+        for name in [*(trial.name for trial in self.trials), self.chosen]:
+            if name is not None and name not in names:
+                raise ValueError(f"{name!r} is none of 'models'")
+        if self.limits is not None and not self.trials:
+            raise ValueError("'trials' is empty, although there are 'limits'")
+
     @property
     def full(self) -> ShrunkModel:
         """The full model."""
