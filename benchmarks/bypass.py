@@ -188,7 +188,7 @@ def print_row(row: Mapping[str, Any]) -> None:
     )
 
 
-def has_run(route: Decisions) -> bool:
+def skips_neighbours(route: Decisions) -> bool:
     """Tell whether a route skips two layers in a row."""
     return any(pair == (0, 0) for pair in pairwise(route))
 
@@ -198,7 +198,7 @@ def make_rows(
 ) -> list[dict[str, Any]]:
     """Compare each bypass with nothing, on all routes and on those that skip layers in a row."""
     rows = []
-    runs = [place for place, route in enumerate(routes) if has_run(route)]
+    runs = [place for place, route in enumerate(routes) if skips_neighbours(route)]
     groups = {"routes": list(range(len(routes))), "routes that skip layers in a row": runs}
     for which, places in groups.items():
         if len(places) < MIN_ROUTES:

@@ -252,7 +252,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
             yield f"{name} {value:.3g}"
 
 
-def is_as_it_should(figures: dict[str, Any]) -> bool:
+def passes(figures: dict[str, Any]) -> bool:
     """Tell whether everything is exact, no bound of waits is broken, and nothing failed."""
     is_exact = all(row["every_layer"] and row["plan"] for row in figures["exactness"])
     waits = figures["waits"]
@@ -278,7 +278,7 @@ def main() -> None:
     (options.output_dir / "gpu.json").write_text(json.dumps(figures, indent=1) + "\n")
     (options.output_dir / "gpu.md").write_text(write_page(figures), encoding="utf-8")
     print(f"figures: {options.output_dir}/gpu.json, page: {options.output_dir}/gpu.md")
-    if not is_as_it_should(figures):
+    if not passes(figures):
         sys.exit(1)
 
 

@@ -91,13 +91,13 @@ def describe_verb(verb: Verb) -> list[str]:
             lines += [f"**{title[0].upper()}{title[1:]}**", ""]
         lines += ["| flag | |", "|---|---|"]
         for flag in flags:
-            usage = _escape(format_flag(flag, everything=True))
-            lines.append(f"| <code>{usage}</code> | {_escape(describe_flag(flag, verb))} |")
+            usage = escape(format_flag(flag, everything=True))
+            lines.append(f"| <code>{usage}</code> | {escape(describe_flag(flag, verb))} |")
         lines.append("")
     return lines
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
     """Return text of a table's cell in which nothing is markup."""
     for character, entity in {
         "&": "&amp;",

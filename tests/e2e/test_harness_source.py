@@ -24,15 +24,15 @@ def test_a_task_of_the_harness_is_searched_trained_on_and_evaluated_on_other_que
     settings, base, tmp_path
 ):
     name = written_task(tmp_path, settings, {"test": ROWS})
-    task = get_task(name)
-    records = drllm.search_paths(base, name, limit=12, num_simulations=4)
+    task = get_task(name, trust_code=True)
+    records = drllm.search_paths(base, name, limit=12, num_simulations=4, trust_task_code=True)
     asked = {record.question for record in records}
     assert len(asked) == 12
     assert asked <= {example.question for example in task.examples("search")}
     targets = drllm.supervise(records, target="least_kl")
     routers = drllm.train(base, targets, num_epochs=1, num_windows=2, router_width=4)
     assert routers.config.training["tasks"] == {task.name: len(targets)}
-    few = {"num_texts": 2, "baselines": "none"}
+    few = {"num_texts": 2, "baselines": "none", "trust_task_code": True}
     [result] = drllm.evaluate(base, name, routers=routers, output_dir=tmp_path / "eval", **few)
     assert result.num_questions == len(task.examples("test")) < len(ROWS)
     few |= {"baselines": "block-influence", "curve": "0.2", "num_calibration": 8}
@@ -42,7 +42,7 @@ def test_a_task_of_the_harness_is_searched_trained_on_and_evaluated_on_other_que
 
 def test_a_task_of_the_harness_is_tuned_on(base, tmp_path):
     name = written_task(tmp_path, OPTIONS, {"train": ROWS, "test": ROWS[:9]})
-    found = drllm.tune(base, name, **FEW)
+    found = drllm.tune(base, name, trust_task_code=True, **FEW)
     assert found.tasks == ("larger",)
     assert found.divided == ()
     assert len(found.paths) == 2

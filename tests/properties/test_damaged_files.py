@@ -172,7 +172,7 @@ def damage(file: Path, draw: random.Random) -> None:
 def make_damaged(name: str, seed: int, valid_files: Path, folder: Path) -> Path:
     """Damage a copy of a valid file, and return the copy."""
     relative, _ = READERS[name]
-    copied = folder / str(seed)
+    copied = folder / f"damaged-{seed}"
     shutil.copytree((valid_files / relative).parent, copied)
     file = copied / Path(relative).name
     damage(file, random.Random(f"{name} {seed}"))

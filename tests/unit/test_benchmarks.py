@@ -583,11 +583,11 @@ def test_a_difference_or_a_wait_too_many_is_a_failure(benchmark):
     exact = {"dtype": "float32", "batch_size": 1, "every_layer": True, "plan": True}
     waits = {"counted": True, "prefill": 3, "prefill_bound": 4, "step": 0, "step_bound": 0}
     figures = {"exactness": [exact], "waits": waits, "times": {}}
-    assert script.is_as_it_should(figures)
-    assert not script.is_as_it_should({**figures, "exactness": [{**exact, "plan": False}]})
-    assert not script.is_as_it_should({**figures, "waits": {**waits, "step": 1}})
+    assert script.passes(figures)
+    assert not script.passes({**figures, "exactness": [{**exact, "plan": False}]})
+    assert not script.passes({**figures, "waits": {**waits, "step": 1}})
     failed = {"generate, 1b": {"ended": "failed, see log", "seconds": 1.0}}
-    assert not script.is_as_it_should({**figures, "times": failed})
+    assert not script.passes({**figures, "times": failed})
 
 
 def test_a_shape_that_is_unknown_is_named_with_the_others(benchmark):

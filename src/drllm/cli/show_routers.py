@@ -17,7 +17,7 @@ METRICS_FILE = "metrics.jsonl"
 NO_METRICS = ("epoch", "split", "learning_rate")  # fields of metrics.jsonl that aren't metrics
 
 
-class ShownConfig(msgspec.Struct, frozen=True, kw_only=True):
+class RouterSummary(msgspec.Struct, frozen=True, kw_only=True):
     """What is shown of `router_config.json`; `RouterConfig`, which checks all of it, needs torch.
 
     Attributes:
@@ -36,7 +36,7 @@ class ShownConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 def show_routers(path: Path, terminal: Terminal) -> None:
     """Print the config of routers, how they were trained, and their metrics."""
-    config = read_json(path, ShownConfig)
+    config = read_json(path, RouterSummary)
     base_model = config.base_model or "not named"
     terminal.fact(
         "base model", f"{base_model}, {config.num_layers} layers of width {config.hidden_size}"

@@ -15,7 +15,7 @@ DATA_DIR_HELP = (
     "folder with TASK/SPLIT.jsonl[.gz] files; default: questions are fetched from the hub"
 )
 TRUST_HELP = (
-    "let task files of lm-evaluation-harness (.yaml) run code from their folder; read it first"
+    "take task files of lm-evaluation-harness (.yaml), which can run code: read their folder first"
 )
 
 MAX_DROP = 3.0

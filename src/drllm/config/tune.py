@@ -83,8 +83,8 @@ class TuneConfig(ExecutorConfig):
         above=0.0,
         decisive=False,
         placeholder="MINUTES",
-        help="time to find and test paths, about: no further layer is skipped where the rest of it "
-        "is too short; a later run with more time continues",
+        help="time to find and test paths, about: the search ends where one more layer would "
+        "probably take longer than what is left; a later run with more time continues",
     )
     state_cache_gb: float | None = incidental(
         None,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,13 +24,14 @@ from drllm.models.export import export_path
 from drllm.models.routed_model import unrouted
 from drllm.models.routers.checkpoint import load_routers, save_routers
 from drllm.models.routers.places import CONFIG_FILE
-from drllm.records.codec import write_atomically
+from drllm.records.codec import write_atomically, write_json
 from drllm.records.healed import HEALED_FILE
 from drllm.records.manifest import manifest_path, read_manifest
 from drllm.records.places import check_new_folder, create_folder
 from drllm.records.search import SearchRecord, read_search
 from drllm.records.shrink import SHRINK_FILE, read_shrink
 from drllm.records.static_paths import load_path
+from drllm.tasks.files import is_file_name
 from drllm.work.listener import Listener
 
 CHECKPOINT = "checkpoint"
@@ -42,6 +43,7 @@ SEARCH_LOG = "search-log"
 SEARCH_FILE = "search.jsonl"
 SEARCH_CARD = Path(__file__).with_name("search_card.md.j2")
 GGUF_CARD = Path(__file__).with_name("gguf_card.md.j2")
+PLACES = ("data_dir", "output_dir")  # settings that name a place on this machine
 CONVERTER = "convert_hf_to_gguf.py"  # of a checkout of llama.cpp
 GGUF_TYPE = "bf16"
 
@@ -156,7 +158,9 @@ def _find_in_folder(source: Path) -> dict[str, Path]:
 def write_checkpoint(source: Path, folder: Path, model: Any, listener: Listener) -> None:
     """Copy a checkpoint that `shrink` wrote, or export a healed path."""
     if (source / SHRINK_FILE).is_file():
-        read_shrink(source / SHRINK_FILE)  # refuses a file that isn't what it says
+        record = read_shrink(source / SHRINK_FILE)
+        if record.is_forced:
+            listener.note(f"{source} was written by --force: {record.verdict}")
         shutil.copytree(source, folder)
         return
     path = load_path(source)
@@ -180,8 +184,23 @@ def write_search_log(source: Path, folder: Path) -> None:
     folder.mkdir()
     shutil.copyfile(file, folder / SEARCH_FILE)
     if manifest:
-        shutil.copyfile(manifest_path(file), manifest_path(folder / SEARCH_FILE))
+        manifest["config"] = _drop_places(manifest.get("config", {}))
+        write_json(manifest_path(folder / SEARCH_FILE), manifest)
     write_atomically(folder / CARD_FILE, write_search_card(records, manifest))
+
+
+def _drop_places(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings without the places of files and folders on this machine."""
+    public = {name: value for name, value in config.items() if name not in PLACES}
+    names = []
+    for name in str(public.get("dataset") or "").split(","):
+        file, mark, columns = name.partition("?")
+        if is_file_name(file):
+            name = f"{Path(file).name}{mark}{columns}"
+        names.append(name)
+    if "dataset" in public:
+        public["dataset"] = ",".join(names)
+    return public
 
 
 def write_search_card(records: Sequence[SearchRecord], manifest: dict[str, Any]) -> str:
@@ -239,5 +258,9 @@ def write_gguf(checkpoint: Path, folder: Path, converter: Path) -> None:
         reason = lines[-1] if lines else f"exit status {done.returncode}"
         raise ModelError(f"{converter.name} can't convert the checkpoint: {reason}")
     metadata = ModelCardData(library_name="gguf", tags=["layer-routing", "dynamic-depth", "drllm"])
-    card = render_card(GGUF_CARD, metadata, file=file.name, weights=GGUF_TYPE)
+    text = (checkpoint / CARD_FILE).read_text(encoding="utf-8")
+    _, _, body = text.split("---\n", 2)  # without the front matter
+    card = render_card(
+        GGUF_CARD, metadata, file=file.name, weights=GGUF_TYPE, checkpoint=body.strip()
+    )
     write_atomically(folder / CARD_FILE, card)

@@ -335,7 +335,7 @@ class ShrinkRun:
         )
 
     def divide_time(self, tuning_seconds: float, num_candidates: int) -> float:
-        """Return the minutes to train each candidate: what other steps leave.
+        """Return the minutes to train each candidate: what a long search leaves, or half of all.
 
         They are kept, so that a resumed run heals for as long.
 

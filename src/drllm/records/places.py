@@ -83,7 +83,7 @@ def create_folder(output: Path) -> Iterator[Path]:
     except DrllmError:  # some of its subclasses are OSErrors too
         raise
     except OSError as error:
-        raise refuse_output(output, str(error.strerror)) from error
+        raise refuse_output(output, error.strerror or str(error)) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

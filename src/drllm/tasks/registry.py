@@ -19,7 +19,6 @@ from drllm.tasks.files import (
     refuse_wrong_file_name,
 )
 from drllm.tasks.harness import LmEvalTask
-from drllm.tasks.task_code import refuse_code
 
 TASKS: Registry[Task] = Registry(
     "task", ["drllm.tasks.published.*", "drllm.tasks.builtin"], error=TaskError
@@ -66,11 +65,12 @@ def get_task(name: str, *, trust_code: bool = False) -> Task:
 
     Args:
         name: The name, or the file.
-        trust_code: Whether a task file may run Python code from its folder.
+        trust_code: Whether a task file may run code: Python that it names, or a template, since the
+            harness renders templates without a sandbox.
 
     Raises:
         TaskError: The name is unknown (the message suggests the nearest name) or stands for a
-            group; or a file is missing, has another format, or runs code without being trusted.
+            group; a file is missing or has another format; or a task file isn't trusted.
     """
     refuse_other_formats(name)
     own_name = _resolve_alias(name)
@@ -84,8 +84,12 @@ def get_task(name: str, *, trust_code: bool = False) -> Task:
         return load_source(name, tuple(task_names()))
     if find_spec("lm_eval") is None:
         raise TaskError(unknown_name("task", name, task_names()) + ", or a .jsonl file")
-    if name.endswith(".yaml") and not trust_code:
-        refuse_code(Path(name))
+    if name.endswith(".yaml") and Path(name).is_file() and not trust_code:
+        raise TaskError(
+            f"{name}: a task file of lm-evaluation-harness can run code on this machine, by "
+            f"!function, a metric or a template; read it and its folder, then give "
+            f"--trust-task-code (in Python: get_task(..., trust_code=True))"
+        )
     return _lm_eval_task(name, tuple(task_names()))
 
 

@@ -61,21 +61,30 @@ def estimate_pairs(
         is_repaired: Whether the best paths are scored with their refits too.
         num_saved: How many layers the last finished level saves; 0 before the first level.
     """
+    total = 0.0
+    for saved in range(num_saved + 1, beam.max_saved + 1):
+        total += estimate_level_pairs(beam, tasks, saved, is_repaired=is_repaired)
+    if num_saved == 0:  # of the full path
+        num_fit = sum(len(task.items[FIT]) for task in tasks)
+        num_select = sum(len(task.items[SELECT]) for task in tasks)
+        total += num_fit + num_select + _count_closing_pairs(tasks)
+    return total
+
+
+def estimate_level_pairs(
+    beam: Beam, tasks: Sequence[TaskQuestions], saved: int, *, is_repaired: bool = False
+) -> float:
+    """Return about how many pairs the level that saves `saved` layers scores; rarely more."""
     num_fit = sum(len(task.items[FIT]) for task in tasks)
     num_select = sum(len(task.items[SELECT]) for task in tasks)
     num_closing = _count_closing_pairs(tasks)
     all_tasks = num_fit / beam.num_questions  # a beam counts the questions of the largest task
-    total = 0.0
-    for saved in range(num_saved + 1, beam.max_saved + 1):
-        total += all_tasks * num_pairs(beam.most_candidates(saved), beam.rungs)
-        total += beam.width * num_select
-        total += num_closing
-        if is_repaired:
-            # The search scores paths with the stand-in. So the best one is scored plain on the
-            # parts of the search too, and on all parts with its refit.
-            total += 2 * (num_fit + num_select) + num_closing
-    if num_saved == 0:  # of the full path
-        total += num_fit + num_select + num_closing
+    total = all_tasks * num_pairs(beam.most_candidates(saved), beam.rungs)
+    total += beam.width * num_select + num_closing
+    if is_repaired:
+        # The search scores paths with the stand-in. So the best one is scored plain on the parts
+        # of the search too, and on all parts with its refit.
+        total += 2 * (num_fit + num_select) + num_closing
     return total
 
 

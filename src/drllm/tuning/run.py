@@ -42,7 +42,7 @@ from drllm.tuning.level_lines import (
     format_level,
 )
 from drllm.tuning.named_paths import make_named_paths
-from drllm.tuning.progress import TuningProgress, estimate_pairs
+from drllm.tuning.progress import TuningProgress, estimate_level_pairs, estimate_pairs
 from drllm.tuning.repair import Repair, choose_tuning_repair, make_repair
 from drllm.tuning.score_blocks import STAND_IN
 from drllm.tuning.score_table import PathsOnPart, ScoreTable
@@ -277,9 +277,9 @@ class _TuningRun:
             self.report_level(level.saved, best, used_gains, progress)
             if level.saved == beam.max_saved:
                 break
-            level_seconds = table.seconds - seconds_before
+            seconds = self.predict_seconds(level.saved, table.seconds - seconds_before, gains.tasks)
             seconds_before = table.seconds
-            if not _has_time(minutes, table.seconds, level_seconds):
+            if minutes is not None and table.seconds + seconds > 60 * minutes:
                 self.listener.note(f"--minutes {minutes:g} has no time for another level")
                 return _SearchResult(best_paths, is_cut=True)
             if not gains.may_extend(best):  # so no path of the level may
@@ -288,6 +288,21 @@ class _TuningRun:
                     f"so the search ends"
                 )
         return _SearchResult(best_paths, is_cut=False)
+
+    def predict_seconds(
+        self, saved: int, level_seconds: float, tasks: Sequence[TaskQuestions]
+    ) -> float:
+        """Predict how long the next level takes.
+
+        Args:
+            saved: How many layers the last level saves.
+            level_seconds: How long it took.
+            tasks: The tasks.
+        """
+        is_repaired = self.is_repaired
+        num_pairs = estimate_level_pairs(self.beam, tasks, saved, is_repaired=is_repaired)
+        num_next = estimate_level_pairs(self.beam, tasks, saved + 1, is_repaired=is_repaired)
+        return level_seconds * num_next / num_pairs
 
     def report_level(
         self, saved: int, best: StaticPath, gains: Gains, progress: TuningProgress
@@ -347,11 +362,6 @@ class _TuningRun:
             texts_sha256=self.identity.get("texts_sha256", ""),
             paths=tuple(paths),
         )
-
-
-def _has_time(minutes: float | None, seconds: float, level_seconds: float) -> bool:
-    """Tell whether `--minutes` has time for another level as long as the last one."""
-    return minutes is None or seconds + level_seconds <= 60 * minutes
 
 
 def _fill_select(gains: Gains, paths: Sequence[StaticPath]) -> None:

@@ -9,8 +9,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import TypeAlias
 
 import msgspec
+from msgspec.structs import replace
 
 from drllm.config.heal import REFIT
 from drllm.errors import ArchitectureError, RoutingError
@@ -47,51 +49,6 @@ class PathsToScore:
     objective: str
 
 
-@dataclass
-class ScoringModel:
-    """A worker's model, and the stand-in, which is fitted when it is first needed.
-
-    Attributes:
-        routed: The model.
-        texts: The texts that the stand-in is fitted on, as tokens.
-    """
-
-    routed: RoutedModel
-    texts: Sequence[Tokens]
-
-    @cached_property
-    def stand_in(self) -> StandIn:
-        """The stand-in."""
-        return fit_stand_in(self.routed, self.texts)
-
-
-@dataclass(frozen=True)
-class ScorePaths(BlockFunction[PathsToScore, PathScores]):
-    """Scores the paths of a block on its questions.
-
-    Attributes:
-        state_cache_gb: As for `score_paths`, for each worker.
-        texts: The texts that the stand-in is fitted on, as tokens; empty if no path needs it.
-    """
-
-    state_cache_gb: float | None
-    texts: Sequence[Tokens] = ()
-
-    def prepare(self, model: RoutedModel) -> ScoringModel:
-        """See `BlockFunction.prepare`."""
-        return ScoringModel(model, self.texts)
-
-    def __call__(self, prepared: ScoringModel, data: PathsToScore, steps: BlockSteps) -> PathScores:
-        """Return the scores of a block."""
-        crossings = None
-        if data.paths[0].adapter == STAND_IN:
-            crossings = prepared.stand_in
-        paths = [path.with_adapter(PLAIN) for path in data.paths]
-        return score_paths(
-            prepared.routed, data.items, paths, data.objective, self.state_cache_gb, crossings
-        )
-
-
 @dataclass(frozen=True, slots=True)
 class PromptsToAnswer:
     """A block of generated answers: each prompt is answered along one path."""
@@ -110,19 +67,6 @@ class AnswerGrades(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     grades: list[float]
     seconds: float
-
-
-@dataclass(frozen=True)
-class GradeAnswers(BlockFunction[PromptsToAnswer, AnswerGrades]):
-    """Generates the answers of a block, and grades them."""
-
-    def __call__(
-        self, prepared: RoutedModel, data: PromptsToAnswer, steps: BlockSteps
-    ) -> AnswerGrades:
-        """Return the grade of each answer."""
-        started = time.perf_counter()
-        grades = grade_answers(prepared, data.path, data.prompts)
-        return AnswerGrades(grades=grades, seconds=time.perf_counter() - started)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,11 +106,13 @@ class PartScores(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         objective: The objective on each question, `[Q]`.
         right: 1 if the right option is the likeliest, else 0, `[Q]`; empty without options.
         grades: The grade of each answer; empty if none are generated.
+        seconds: How long the scores took.
     """
 
     objective: list[float]
     right: list[float] = []
     grades: list[float] = []
+    seconds: float = 0.0
 
 
 class RepairedScores(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -174,58 +120,126 @@ class RepairedScores(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     Attributes:
         parts: The scores by the part's key.
-        seconds: How long the repair and the scores took.
+        refit_seconds: How long the refit took.
     """
 
     parts: dict[str, PartScores]
-    seconds: float
+    refit_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        """How long the refit and the scores took, some of them maybe in an earlier run."""
+        return self.refit_seconds + sum(part.seconds for part in self.parts.values())
+
+
+@dataclass
+class ScoringModel:
+    """A worker's model, and the stand-in, which is fitted when it is first needed.
+
+    Attributes:
+        routed: The model.
+        texts: The texts that the stand-in is fitted on, as tokens.
+    """
+
+    routed: RoutedModel
+    texts: Sequence[Tokens]
+
+    @cached_property
+    def stand_in(self) -> StandIn:
+        """The stand-in."""
+        return fit_stand_in(self.routed, self.texts)
+
+
+BlockData: TypeAlias = PathsToScore | PathToRepair | PromptsToAnswer
+BlockResult: TypeAlias = PathScores | RepairedScores | AnswerGrades
 
 
 @dataclass(frozen=True)
-class RepairPaths(BlockFunction[PathToRepair, RepairedScores]):
-    """Refits the path of a block, and scores it as refitted. The refit isn't kept.
+class ScoringBlocks(BlockFunction[BlockData, BlockResult]):
+    """Scores paths, repairs a path and scores it, or grades answers, as the block's data say.
+
+    It is one function for all of them, so that a worker fits the stand-in once.
 
     Attributes:
         state_cache_gb: As for `score_paths`, for each worker.
+        stand_in_texts: The texts that the stand-in is fitted on, as tokens.
         texts: The texts that paths are refitted on, as tokens.
     """
 
     state_cache_gb: float | None
-    texts: Sequence[Tokens]
+    stand_in_texts: Sequence[Tokens] = ()
+    texts: Sequence[Tokens] = ()
 
-    def __call__(
-        self, prepared: RoutedModel, data: PathToRepair, steps: BlockSteps
-    ) -> RepairedScores:
-        """Return the scores of a block."""
+    def prepare(self, model: RoutedModel) -> ScoringModel:
+        """See `BlockFunction.prepare`."""
+        return ScoringModel(model, self.stand_in_texts)
+
+    def __call__(self, prepared: ScoringModel, data: BlockData, steps: BlockSteps) -> BlockResult:
+        """Return the result of a block."""
+        if isinstance(data, PathsToScore):
+            return self._score(prepared, data)
+        if isinstance(data, PathToRepair):
+            return self._repair(prepared.routed, data, steps)
+        return _grade(prepared.routed, data)
+
+    def _score(self, prepared: ScoringModel, data: PathsToScore) -> PathScores:
+        """Score the paths of a block on its questions."""
+        started = time.perf_counter()
+        crossings = None
+        if data.paths[0].adapter == STAND_IN:
+            crossings = prepared.stand_in
+        paths = [path.with_adapter(PLAIN) for path in data.paths]
+        scores = score_paths(
+            prepared.routed, data.items, paths, data.objective, self.state_cache_gb, crossings
+        )
+        return replace(scores, seconds=time.perf_counter() - started)  # with the stand-in's fit
+
+    def _repair(self, routed: RoutedModel, data: PathToRepair, steps: BlockSteps) -> RepairedScores:
+        """Refit the path of a block, and score it as refitted. The refit isn't kept."""
         started = time.perf_counter()
         on_progress = None
         if steps.report is not None:
             on_progress = partial(_report_refit, steps.report)
-        gaps = refit(prepared, data.path, self.texts, on_progress=on_progress)
-        prepared.injection.add_adapter(REFIT, refit=join_weights(gaps))
+        gaps = refit(routed, data.path, self.texts, on_progress=on_progress)
+        seconds = time.perf_counter() - started
+        routed.injection.add_adapter(REFIT, refit=join_weights(gaps))
         try:
-            parts = {part.key: self._score_part(prepared, data, part, steps) for part in data.parts}
+            parts = {part.key: self._score_part(routed, data, part, steps) for part in data.parts}
         finally:
-            prepared.injection.adapters.drop(REFIT)
-        return RepairedScores(parts=parts, seconds=time.perf_counter() - started)
+            routed.injection.adapters.drop(REFIT)
+        return RepairedScores(parts=parts, refit_seconds=seconds)
 
     def _score_part(
         self, routed: RoutedModel, data: PathToRepair, part: PartToScore, steps: BlockSteps
     ) -> PartScores:
         """Score the repaired path on a part, or read the kept scores."""
-        make = partial(self._make_scores, routed, data.path.with_adapter(REFIT), part)
+        make = partial(self._make_part_scores, routed, data.path.with_adapter(REFIT), part)
         if steps.store is None:
             return make()
         return steps.store.get_or_make(part.key, PartScores, make)
 
-    def _make_scores(self, routed: RoutedModel, path: StaticPath, part: PartToScore) -> PartScores:
+    def _make_part_scores(
+        self, routed: RoutedModel, path: StaticPath, part: PartToScore
+    ) -> PartScores:
         """Score the repaired path on a part."""
+        started = time.perf_counter()
         scores = score_paths(routed, part.items, [path], part.objective, self.state_cache_gb)
         grades: list[float] = []
         if part.prompts:
             grades = grade_answers(routed, path, part.prompts)
-        right = scores.right[0] if scores.right else []
-        return PartScores(objective=scores.objective[0], right=right, grades=grades)
+        return PartScores(
+            objective=scores.objective[0],
+            right=scores.right[0] if scores.right else [],
+            grades=grades,
+            seconds=time.perf_counter() - started,
+        )
+
+
+def _grade(routed: RoutedModel, data: PromptsToAnswer) -> AnswerGrades:
+    """Generate the answers of a block, and grade them."""
+    started = time.perf_counter()
+    grades = grade_answers(routed, data.path, data.prompts)
+    return AnswerGrades(grades=grades, seconds=time.perf_counter() - started)
 
 
 def _report_refit(report: OnStep, done: float, total: float, note: str = "") -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
@@ -27,18 +27,16 @@ from drllm.tuning.path_scorer import PathScores
 from drllm.tuning.repair import Repair
 from drllm.tuning.score_blocks import (
     AnswerGrades,
-    GradeAnswers,
     PartScores,
     PartToScore,
     PathsToScore,
     PathToRepair,
     PromptsToAnswer,
     RepairedScores,
-    RepairPaths,
-    ScorePaths,
+    ScoringBlocks,
 )
 from drllm.tuning.task_questions import TaskQuestions
-from drllm.work.run import Block, Executor, run
+from drllm.work.run import Block, BlockFunction, Executor, run
 from drllm.work.store import ResultStore
 
 MOST_PAIRS = 100  # maximum pairs of a path and a question in a block
@@ -117,12 +115,10 @@ class ScoreTable:
         self._executor = executor
         self._store = store
         self._on_scored = on_scored
-        self._score_paths = ScorePaths(state_cache_gb)
-        self._repair_paths: RepairPaths | None = None
+        # One function for all blocks, so that a worker keeps what it has prepared.
+        self._function: BlockFunction[Any, Any] = ScoringBlocks(state_cache_gb)
         if repair is not None:
-            self._score_paths = ScorePaths(state_cache_gb, repair.stand_in_texts)
-            self._repair_paths = RepairPaths(state_cache_gb, repair.texts)
-        self._grade_answers = GradeAnswers()
+            self._function = ScoringBlocks(state_cache_gb, repair.stand_in_texts, repair.texts)
         # A row has a value for each question of a part, [Q]; NaN where it is missing.
         self._objectives: dict[Place, Floats] = {}
         self._is_right: dict[Place, Floats] = {}  # 1 if the right option is the likeliest
@@ -161,7 +157,7 @@ class ScoreTable:
 
         run(
             [block.to_run() for block in blocks.values()],
-            self._score_paths,
+            self._function,
             self._executor,
             keep=self._store.of(PathScores),
             on_result=on_result,
@@ -176,7 +172,7 @@ class ScoreTable:
 
         run(
             [block.to_run() for block in blocks.values()],
-            self._grade_answers,
+            self._function,
             self._executor,
             keep=self._store.of(AnswerGrades),
             on_result=on_result,
@@ -184,7 +180,6 @@ class ScoreTable:
 
     def fill_repaired(self, path: StaticPath, tasks: Sequence[TaskQuestions]) -> None:
         """Refit a plain path, and score it on all parts of tasks under the adapter `REFIT`."""
-        assert self._repair_paths is not None
         block = _RepairBlock(path, _list_places(tasks))
 
         def on_step(_block: Block[PathToRepair], _share: float, _num: int, note: str) -> None:
@@ -192,7 +187,7 @@ class ScoreTable:
 
         [scores] = run(
             [block.to_run()],
-            self._repair_paths,
+            self._function,
             self._executor,
             keep=self._store.of(RepairedScores),
             on_step=on_step,

@@ -150,6 +150,8 @@ class RayExecutor:
         self.identity: Mapping[str, Any] = {}
         self.runtime: Mapping[str, Any] = {}
         self._failed_starts = 0
+        self._function: Any = None  # the function of the last run,
+        self._reference: Any = None  # and Ray's reference to it, by which workers know it
         if self._connects:
             connect(ray, address, num_workers)
         try:
@@ -192,7 +194,10 @@ class RayExecutor:
         folder.
         """
         jobs = Jobs(blocks, function)
-        reference = self.ray.put(function)
+        if function is not self._function:
+            self._function = function
+            self._reference = self.ray.put(function)
+        reference = self._reference
         kept_steps = keep if self._is_on_this_machine else None
         try:
             while True:

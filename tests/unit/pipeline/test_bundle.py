@@ -10,12 +10,17 @@ from drllm.models.routers.checkpoint import save_routers
 from drllm.models.routers.config import RouterConfig
 from drllm.models.routers.stack import RouterStack
 from drllm.pipeline.bundle import bundle
-from drllm.records.manifest import new_manifest, write_records
+from drllm.records.manifest import new_manifest, read_manifest, write_records
 from drllm.records.search import read_search
 from healed_folder import written_refit
 from search_records import make_path, make_record
 
 NUM_LAYERS = 6
+SETTINGS = {
+    "num_simulations": 30,
+    "dataset": "/home/me/mine.jsonl?answer=a,arc_easy",
+    "data_dir": "/d",
+}
 
 
 @pytest.fixture
@@ -32,7 +37,7 @@ def searched(tmp_path, base):
         make_record(make_path("111111", 1.0), make_path("110111", 1.0, kl=0.5), id="q1"),
         make_record(make_path("111111", 1.0), make_path("101111", 0.0), id="q2"),
     ]
-    manifest = new_manifest("search", model=base.identity, config={"num_simulations": 30})
+    manifest = new_manifest("search", model=base.identity, config=SETTINGS)
     write_records(folder / "search.jsonl", records, manifest)
     return folder
 
@@ -93,6 +98,13 @@ def test_the_card_of_a_search_counts_what_is_in_it(searched, tmp_path):
     assert "`num_simulations` 30" in card
 
 
+def test_no_place_of_this_machine_is_published(searched, tmp_path):
+    [artefact] = bundle([searched], tmp_path / "publish")
+    manifest = read_manifest(artefact.folder / "search.jsonl", "search")
+    assert manifest["config"] == {"num_simulations": 30, "dataset": "mine.jsonl?answer=a,arc_easy"}
+    assert "/home/me" not in (artefact.folder / CARD_FILE).read_text()
+
+
 def test_a_log_without_a_manifest_says_that_its_settings_are_unknown(searched, tmp_path):
     (searched / "search.manifest.json").unlink()
     [artefact] = bundle([searched], tmp_path / "publish")
@@ -124,7 +136,9 @@ def test_the_checkpoint_is_converted_by_the_converter_of_llama_cpp(healed, base,
     artefacts = bundle([healed], tmp_path / "publish", model=base, llama_cpp=tmp_path)
     folder = {artefact.kind: artefact.folder for artefact in artefacts}["checkpoint-gguf"]
     assert [file.name for file in folder.glob("*.gguf")] == ["model-bf16.gguf"]
-    assert "model-bf16.gguf" in (folder / CARD_FILE).read_text()
+    card = (folder / CARD_FILE).read_text()
+    assert "model-bf16.gguf" in card
+    assert "Layers of this checkpoint: 4" in card  # the checkpoint's own card is in it
 
 
 def test_a_converter_that_fails_leaves_nothing(healed, base, tmp_path):

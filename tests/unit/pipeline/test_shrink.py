@@ -217,7 +217,9 @@ def test_two_numbers_of_layers_are_refused():
     ("tuning_minutes", "expected"),
     [(0, 15), (9, 15), (14, 11), (25, 10), (100, 10)],
 )
-def test_healing_gets_the_time_that_finding_paths_has_left(tmp_path, tuning_minutes, expected):
+def test_training_gets_half_of_the_time_or_what_a_long_search_leaves(
+    tmp_path, tuning_minutes, expected
+):
     config = ShrinkConfig(minutes=30.0)
     run = ShrinkRun(None, None, config, tmp_path, Listener())
     minutes = run.divide_time(60.0 * tuning_minutes, num_candidates=2)

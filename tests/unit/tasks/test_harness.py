@@ -106,7 +106,7 @@ def test_every_answer_of_a_list_is_right(tmp_path):
 
 
 def test_a_generated_answer_is_graded_against_the_target(tmp_path):
-    task = get_task(written_task(tmp_path, GENERATED))
+    task = get_task(written_task(tmp_path, GENERATED), trust_code=True)
     [prompt] = task.prompts(task.examples("test")[0], "exact")
     assert (prompt.max_new_tokens, prompt.answer) in {(4, "0"), (4, "1")}
     assert not prompt.chat

@@ -3,6 +3,7 @@
 import json
 import shutil
 from contextlib import contextmanager
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -12,9 +13,11 @@ from drllm.errors import ConfigError, PathError
 from drllm.paths import StaticPath
 from drllm.records.static_paths import load_path, read_paths
 from drllm.statistics.words import signed
+from drllm.tuning.beam import Beam
 from drllm.tuning.level_lines import draw_interval
 from drllm.tuning.path_scorer import score_paths
-from drllm.tuning.run import PARTIAL_FOLDER, _has_time, tune
+from drllm.tuning.progress import estimate_level_pairs
+from drllm.tuning.run import PARTIAL_FOLDER, tune
 from drllm.tuning.score_table import MOST_PAIRS
 from drllm.work.listener import Listener
 from drllm.work.ray import RayExecutor
@@ -199,13 +202,13 @@ def test_an_interrupted_run_is_resumed_and_ends_as_an_unbroken_one(
     assert sum(counts) == sum(scored), "nothing was scored twice"
 
 
-@pytest.mark.parametrize(
-    ("seconds", "level_seconds", "expected"),
-    [(20.0, 20.0, True), (40.0, 20.0, True), (41.0, 20.0, False), (61.0, 1.0, False)],
-)
-def test_a_level_as_long_as_the_last_one_must_fit_into_the_time(seconds, level_seconds, expected):
-    assert _has_time(1.0, seconds, level_seconds) is expected
-    assert _has_time(None, seconds, level_seconds)
+def test_the_second_level_is_expected_to_take_longer_since_it_has_more_candidates():
+    beam = Beam(num_layers=30, width=3, max_saved=5, num_questions=24)
+    items = {"fit": [None] * 24, "select": [None] * 20, "test": [None] * 20}
+    items |= {"texts of select": [], "texts of test": []}
+    task = SimpleNamespace(items=items, prompts={})
+    first, second = (estimate_level_pairs(beam, [task], saved) for saved in (1, 2))
+    assert 2 * first < second < 3 * first
 
 
 def test_when_time_is_over_no_further_level_is_begun_until_there_is_more(

@@ -10,7 +10,7 @@ from drllm.tasks.examples import Prompt
 from drllm.tuning import score_table
 from drllm.tuning.objectives import GOLD, LOSS
 from drllm.tuning.path_scorer import Item, PathScores
-from drllm.tuning.score_blocks import AnswerGrades, GradeAnswers
+from drllm.tuning.score_blocks import AnswerGrades, PromptsToAnswer
 from drllm.tuning.score_table import PathsOnPart, ScoreTable
 from drllm.tuning.task_questions import TEXTS_OF, TaskQuestions
 from drllm.work.store import ResultStore
@@ -36,7 +36,7 @@ class PretendedExecutor:
     def run(self, blocks, function, keep=None, on_step=None):
         for block in reversed(blocks):
             self.blocks.append(block)
-            if isinstance(function, GradeAnswers):
+            if isinstance(block.data, PromptsToAnswer):
                 grades = [float(len(prompt.text)) for prompt in block.data.prompts]
                 yield block, AnswerGrades(grades=grades, seconds=5.0)
                 continue
