@@ -36,6 +36,7 @@ FLAGS = {
     "shrink": "none none.jsonl none",
     "supervise": "--search none.jsonl --output none.jsonl",
     "train": "--supervision none.jsonl",
+    "bundle": "none --output-dir none",
 }
 
 

@@ -1,8 +1,8 @@
 """A file that is damaged anywhere is read, or refused in one line that names the file.
 
-The valid files are those that an earlier version wrote, and some that are made here. A damage is a
-change of a value, a key or an item of the JSON, or of single bytes. Whatever it is, nothing but a
-`DrllmError` may come out.
+The valid files are those that an earlier version wrote, and some that are made here. Changed is a
+value, a key or an item of the JSON, or single bytes. Whatever it is, nothing but a `DrllmError` may
+come out.
 """
 
 import copy
@@ -41,7 +41,7 @@ FOREIGN: tuple[Any, ...] = (
     *("", "x", "\u0000", "../../etc", [], {}, [None], {"x": [1]}),
 )
 """Values that a key or an item is replaced by."""
-SEEDS = range(12)  # of each file; each seed makes another damage
+SEEDS = range(12)  # of each file; each seed changes another place
 MORE_SEEDS = range(12, 180)
 
 Reader = Callable[[Path], object]
@@ -120,7 +120,7 @@ def list_places(value: Any, place: tuple[Any, ...] = ()) -> list[tuple[Any, ...]
     return places
 
 
-def damage_document(document: Any, draw: random.Random) -> Any:
+def corrupt_document(document: Any, draw: random.Random) -> Any:
     """Return a JSON document with one change."""
     document = copy.deepcopy(document)
     places = list_places(document)
@@ -140,7 +140,7 @@ def damage_document(document: Any, draw: random.Random) -> Any:
     return document
 
 
-def damage_bytes(content: bytes, draw: random.Random) -> bytes:
+def corrupt_bytes(content: bytes, draw: random.Random) -> bytes:
     """Return bytes that are cut off, changed, or longer."""
     where = draw.randrange(max(1, len(content)))
     change = draw.choice(("cut", "change", "insert", "empty"))
@@ -153,34 +153,34 @@ def damage_bytes(content: bytes, draw: random.Random) -> bytes:
     return b""
 
 
-def damage(file: Path, draw: random.Random) -> None:
-    """Damage a file at one place."""
+def corrupt(file: Path, draw: random.Random) -> None:
+    """Change a file at one place."""
     content = file.read_bytes()
     if file.suffix not in (".json", ".jsonl") or draw.random() < 0.3:
-        file.write_bytes(damage_bytes(content, draw))
+        file.write_bytes(corrupt_bytes(content, draw))
         return
     if file.suffix == ".json":
-        document = damage_document(json.loads(content), draw)
+        document = corrupt_document(json.loads(content), draw)
         file.write_text(json.dumps(document))
         return
     lines = content.decode().splitlines()
     number = draw.randrange(len(lines))
-    lines[number] = json.dumps(damage_document(json.loads(lines[number]), draw))
+    lines[number] = json.dumps(corrupt_document(json.loads(lines[number]), draw))
     file.write_text("\n".join(lines) + "\n")
 
 
 def make_damaged(name: str, seed: int, valid_files: Path, folder: Path) -> Path:
-    """Damage a copy of a valid file, and return the copy."""
+    """Change a copy of a valid file, and return the copy."""
     relative, _ = READERS[name]
     copied = folder / f"damaged-{seed}"
     shutil.copytree((valid_files / relative).parent, copied)
     file = copied / Path(relative).name
-    damage(file, random.Random(f"{name} {seed}"))
+    corrupt(file, random.Random(f"{name} {seed}"))
     return file
 
 
 def read_damaged(name: str, seed: int, valid_files: Path, folder: Path) -> None:
-    """Damage a copy of a valid file, and read it."""
+    """Change a copy of a valid file, and read it."""
     _, read = READERS[name]
     file = make_damaged(name, seed, valid_files, folder)
     try:
@@ -204,7 +204,7 @@ def test_a_damaged_file_is_read_or_refused_in_one_line_that_names_it(name, valid
 
 
 def show_damaged(name: str, seed: int, valid_files: Path, folder: Path) -> None:
-    """Damage a copy of a valid file, and print it by `drllm show`."""
+    """Change a copy of a valid file, and print it by `drllm show`."""
     file = make_damaged(name, seed, valid_files, folder)
     place = file.parent if name in IN_FOLDERS else file
     assert drllm.cli.main(["show", str(place)]) in (0, 2)
@@ -225,6 +225,6 @@ def test_many_more_damaged_files_are_shown_or_refused(name, valid_files, tmp_pat
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("name", READERS)
-def test_many_more_damages_are_read_or_refused(name, valid_files, tmp_path):
+def test_many_more_damaged_files_are_read_or_refused(name, valid_files, tmp_path):
     for seed in MORE_SEEDS:
         read_damaged(name, seed, valid_files, tmp_path)

@@ -64,7 +64,7 @@ def test_the_memory_is_that_of_this_process():
 
 @pytest.mark.parametrize(
     ("max_seconds", "words"),
-    [(None, "at most 30 min"), (7200.0, "at most 30 min"), (600.0, "after 10 min")],
+    [(None, "at most 30 min"), (7200.0, "at most 30 min"), (600.0, "about 10 min")],
 )
 def test_a_limit_of_time_is_named_if_the_work_would_take_longer(max_seconds, words):
     listener = Notes()
