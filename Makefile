@@ -100,7 +100,8 @@ docs: $(STAMP)  ## build the documentation site into site/
 
 notebook: $(STAMP)  ## run examples/first_hour.ipynb, and keep its output in it
 	$(BIN)/python -m pip install --quiet --group docs
-	cd examples && ../$(BIN)/jupyter execute --inplace first_hour.ipynb
+	cd examples && PYTHONWARNINGS=ignore TQDM_DISABLE=1 \
+	../$(BIN)/jupyter execute --inplace first_hour.ipynb
 
 artefacts: $(STAMP)  ## make what can be published of SmolLM2, into runs/artefacts/publish (an hour)
 	rm -rf runs/artefacts/publish
