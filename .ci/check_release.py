@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DIST = REPOSITORY / "dist"
@@ -35,6 +36,24 @@ for extra in EXTRAS if {extra!r} == 'all' else [{extra!r}]:
 """
 
 
+class Trial(NamedTuple):
+    """What came of the wheel in one environment.
+
+    Attributes:
+        python: The version of Python.
+        extra: The extra, `none` or `all`.
+        steps: What was run.
+        seconds: How long it took.
+        result: `passed`, or the command that failed and its last line.
+    """
+
+    python: str
+    extra: str
+    steps: str
+    seconds: float
+    result: str
+
+
 def main() -> int:
     """Build and try; return 1 if an environment fails."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -46,14 +65,15 @@ def main() -> int:
     wheel = build()
     pythons = options.pythons.split(",") if options.pythons else find_pythons()
     extras = options.extras.split(",") if options.extras else list_extras()
-    rows = []
+    trials = []
     for python in pythons:
         for extra in extras:
             with_demo = extra == ALL_EXTRAS and not options.without_demo
-            rows.append(try_wheel(wheel, python, extra, with_demo=with_demo))
-            print_row(rows[-1])
-    failed = [row for row in rows if row[-1] != "passed"]
-    print(f"{len(rows) - len(failed)} of {len(rows)} environments passed")
+            trial = try_wheel(wheel, python, extra, with_demo=with_demo)
+            print_trial(trial)
+            trials.append(trial)
+    failed = [trial for trial in trials if trial.result != "passed"]
+    print(f"{len(trials) - len(failed)} of {len(trials)} environments passed")
     return 1 if failed else 0
 
 
@@ -70,10 +90,16 @@ def build() -> Path:
 
 def find_pythons() -> list[str]:
     """Return the oldest and the newest supported Python of this machine."""
-    found = [path for version in VERSIONS if (path := find_python(version))]
-    if not found:
+    pythons = []
+    for version in VERSIONS:
+        python = find_python(version)
+        if python:
+            pythons.append(python)
+    if not pythons:
         raise SystemExit(f"no Python of {', '.join(VERSIONS)} is found; give --pythons")
-    return [found[0], found[-1]] if len(found) > 1 else found
+    if len(pythons) == 1:
+        return pythons
+    return [pythons[0], pythons[-1]]
 
 
 def find_python(version: str) -> str | None:
@@ -95,14 +121,8 @@ def list_extras() -> list[str]:
     return [NO_EXTRA, *EXTRAS, ALL_EXTRAS]
 
 
-def try_wheel(
-    wheel: Path, python: str, extra: str, *, with_demo: bool
-) -> tuple[str, str, str, float, str]:
-    """Install the wheel into an empty environment and run what it should be able to.
-
-    Returns:
-        The version of Python, the extra, what was run, the seconds, and the result.
-    """
+def try_wheel(wheel: Path, python: str, extra: str, *, with_demo: bool) -> Trial:
+    """Install the wheel into an empty environment and run what it should be able to."""
     version = read_output([python, "-c", "import platform; print(platform.python_version())"])
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -121,8 +141,8 @@ def try_wheel(
                 lines = (done.stderr or done.stdout).strip().splitlines()
                 result = f"failed: {' '.join(command)[-60:]}: {lines[-1] if lines else ''}"
                 break
-    what = "imports, drllm ls" + (", the demo" if with_demo else "")
-    return version, extra, what, time.monotonic() - started, result
+    steps = "imports, drllm ls" + (", the demo" if with_demo else "")
+    return Trial(version, extra, steps, time.monotonic() - started, result)
 
 
 def make_commands(
@@ -148,10 +168,13 @@ def make_commands(
     return commands
 
 
-def print_row(row: tuple[str, str, str, float, str]) -> None:
+def print_trial(trial: Trial) -> None:
     """Print the result of one environment."""
-    version, extra, what, seconds, result = row
-    print(f"Python {version:<8} {extra:<9} {what:<28} {seconds:5.0f} s  {result}", flush=True)
+    print(
+        f"Python {trial.python:<8} {trial.extra:<9} {trial.steps:<28} {trial.seconds:5.0f} s  "
+        f"{trial.result}",
+        flush=True,
+    )
 
 
 def run(command: Sequence[str]) -> None:

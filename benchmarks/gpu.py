@@ -106,7 +106,7 @@ def check_exactness(base: BaseModel) -> list[dict[str, Any]]:
 
 @contextmanager
 def count_waits(device: torch.device) -> Iterator[list[str]]:
-    """Give a list to which each operation is added that makes the host wait for the GPU."""
+    """Record the operations inside a `with` block that make the host wait for the GPU."""
     waits: list[str] = []
     if device.type != "cuda":
         yield waits
@@ -138,7 +138,7 @@ def measure_waits(base: BaseModel) -> dict[str, Any]:
     ids = draw_ids(base, 2)
     cache_name = cache_argument(type(base.model))
     try:
-        routed(ids[:, :4])  # what is done once is done
+        routed(ids[:, :4])  # warm up
         with count_waits(device) as in_prefill:
             output = routed(ids, use_cache=True)
         cache = {cache_name: output[cache_name]}

@@ -30,7 +30,7 @@ ROOT_PAGES = {
 EXAMPLES = {"docs/results/example/report.md": "docs/results/example/report.html"}
 """Files that the site has in another form."""
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
-MARKUP = re.compile(r"[&<|*_`\[\]]")
+MARKUP = str.maketrans({"&": "&amp;", "<": "&lt;", "|": "&#124;", "*": "&#42;", "_": "&#95;"})
 CODE = re.compile(r"(^```.*?^```$|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
 
 
@@ -99,15 +99,7 @@ def describe_verb(verb: Verb) -> list[str]:
 
 def escape(text: str) -> str:
     """Return text of a table's cell in which nothing is markup."""
-    for character, entity in {
-        "&": "&amp;",
-        "<": "&lt;",
-        "|": "&#124;",
-        "*": "&#42;",
-        "_": "&#95;",
-    }.items():
-        text = text.replace(character, entity)
-    return text
+    return text.translate(MARKUP)
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) -> str:

@@ -18,7 +18,7 @@ NO_METRICS = ("epoch", "split", "learning_rate")  # fields of metrics.jsonl that
 
 
 class RouterSummary(msgspec.Struct, frozen=True, kw_only=True):
-    """What is shown of `router_config.json`; `RouterConfig`, which checks all of it, needs torch.
+    """The part of `router_config.json` that `show` prints, read without torch.
 
     Attributes:
         label_counts: For each layer: skips, executions and repeats among the targets.

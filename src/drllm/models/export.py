@@ -35,7 +35,7 @@ from drllm.records.codec import write_json
 from drllm.records.healed import HealedPath
 from drllm.records.identity import QUANTISED
 from drllm.records.path_losses import describe_file_losses
-from drllm.records.places import check_new_folder, create_folder, refuse_output
+from drllm.records.places import check_new_folder, create_folder, make_output_error
 from drllm.records.shrink import SHRINK_FILE, ShrinkRecord
 from drllm.records.static_paths import PathFile, StaticPaths
 
@@ -154,7 +154,7 @@ def export_path(
                 del exported  # frees its copies of weights before the checkpoint is loaded
                 _verify(folder, base.model, path, along_path)
         except SafetensorError as error:  # it has no class of its own for a full disk
-            raise refuse_output(output, hub.first_line(error)) from error
+            raise make_output_error(output, hub.first_line(error)) from error
     return export
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +32,8 @@ from drllm.records.places import check_new_folder, create_folder
 from drllm.records.search import SearchRecord, read_search
 from drllm.records.shrink import SHRINK_FILE, read_shrink
 from drllm.records.static_paths import load_path
+from drllm.search import SEARCH_FILE
+from drllm.supervision.rules import is_saving, is_valid
 from drllm.tasks.files import is_file_name
 from drllm.work.listener import Listener
 
@@ -40,7 +43,6 @@ ROUTERS = "routers"
 SEARCH_LOG = "search-log"
 """The artefacts, by the names of their folders."""
 
-SEARCH_FILE = "search.jsonl"
 SEARCH_CARD = Path(__file__).with_name("search_card.md.j2")
 GGUF_CARD = Path(__file__).with_name("gguf_card.md.j2")
 PLACES = ("data_dir", "output_dir")  # settings that name a place on this machine
@@ -75,7 +77,7 @@ def bundle(
     The output appears only when every artefact is complete.
 
     Args:
-        sources: Folders that `drllm run`, `shrink`, `train` or `search` have written.
+        sources: Folders that `drllm run`, `shrink`, `heal`, `train` or `search` have written.
         output_dir: The folder to make. An empty folder may exist.
         model: The base model, as for `tune`, if a healed path is exported; None loads it by its
             name.
@@ -95,11 +97,11 @@ def bundle(
     output = Path(output_dir)
     check_new_folder(output)
     converter = None if llama_cpp is None else _find_converter(Path(llama_cpp))
-    found = find_artefacts([Path(source) for source in sources])
-    if converter is not None and CHECKPOINT not in found:
+    source_of = find_artefacts([Path(source) for source in sources])
+    if converter is not None and CHECKPOINT not in source_of:
         raise ConfigError("no source has a checkpoint to convert; leave --llama-cpp out")
     with create_folder(output) as folder:
-        for kind, source in found.items():
+        for kind, source in source_of.items():
             with listener.busy(f"collecting the {kind} of {source}"):
                 if kind == CHECKPOINT:
                     write_checkpoint(source, folder / kind, model, listener)
@@ -110,8 +112,8 @@ def bundle(
         if converter is not None:
             with listener.busy("converting the checkpoint to GGUF"):
                 write_gguf(folder / CHECKPOINT, folder / GGUF, converter)
-            found[GGUF] = found[CHECKPOINT]
-    return [Artefact(kind, output / kind, source) for kind, source in found.items()]
+            source_of[GGUF] = source_of[CHECKPOINT]
+    return [Artefact(kind, output / kind, source) for kind, source in source_of.items()]
 
 
 def find_artefacts(sources: Sequence[Path]) -> dict[str, Path]:
@@ -120,39 +122,39 @@ def find_artefacts(sources: Sequence[Path]) -> dict[str, Path]:
     Raises:
         ConfigError: A source has nothing to publish, or two have the same kind of artefact.
     """
-    found: dict[str, Path] = {}
+    source_of: dict[str, Path] = {}
     for source in sources:
-        own = _find_in_folder(source)
-        if not own:
+        places = _find_in_folder(source)
+        if not places:
             raise ConfigError(
-                f"{source} has nothing to publish; give a folder that drllm run, shrink, train or "
-                f"search has written"
+                f"{source} has nothing to publish; give a folder that drllm run, shrink, heal, "
+                f"train or search has written"
             )
-        for kind, place in own.items():
-            if kind in found:
+        for kind, place in places.items():
+            if kind in source_of:
                 raise ConfigError(
-                    f"{found[kind]} and {place} both are {kind}; give one of them, and bundle the "
-                    f"other into a folder of its own"
+                    f"{source_of[kind]} and {place} both are {kind}; give one of them, and "
+                    f"bundle the other into a folder of its own"
                 )
-            found[kind] = place
-    return found
+            source_of[kind] = place
+    return source_of
 
 
 def _find_in_folder(source: Path) -> dict[str, Path]:
     """Return where each kind of artefact is in one folder."""
-    found = {}
+    places = {}
     if (source / SHRINK_FILE).is_file() and (source / "config.json").is_file():
-        found[CHECKPOINT] = source
+        places[CHECKPOINT] = source
     elif (source / "healed" / HEALED_FILE).is_file():
-        found[CHECKPOINT] = source / "healed"
+        places[CHECKPOINT] = source / "healed"
     elif (source / HEALED_FILE).is_file():
-        found[CHECKPOINT] = source
+        places[CHECKPOINT] = source
     for folder in (source / "routers", source):
-        if (folder / CONFIG_FILE).is_file() and ROUTERS not in found:
-            found[ROUTERS] = folder
+        if (folder / CONFIG_FILE).is_file() and ROUTERS not in places:
+            places[ROUTERS] = folder
     if (source / SEARCH_FILE).is_file():
-        found[SEARCH_LOG] = source
-    return found
+        places[SEARCH_LOG] = source
+    return places
 
 
 def write_checkpoint(source: Path, folder: Path, model: Any, listener: Listener) -> None:
@@ -209,17 +211,17 @@ def write_search_card(records: Sequence[SearchRecord], manifest: dict[str, Any])
         tags=["layer-routing", "dynamic-depth", "drllm"],
         configs=[{"config_name": "default", "data_files": SEARCH_FILE}],
     )
-    by_task: dict[str, int] = {}
+    num_saving = 0
     for record in records:
-        by_task[record.task] = by_task.get(record.task, 0) + 1
+        num_saving += any(is_saving(path, record) for path in record.paths)
     return render_card(
         SEARCH_CARD,
         metadata,
-        by_task=by_task,
+        by_task=Counter(record.task for record in records),
         num_questions=len(records),
         num_paths=sum(len(record.paths) for record in records),
-        num_right=sum(record.full.reward == 1 for record in records),
-        num_saving=sum(_has_saving_path(record) for record in records),
+        num_right=sum(is_valid(record.full) for record in records),
+        num_saving=num_saving,
         num_layers=records[0].num_layers,
         rewards=sorted({record.reward for record in records}),
         base=manifest.get("model", {}),
@@ -227,12 +229,6 @@ def write_search_card(records: Sequence[SearchRecord], manifest: dict[str, Any])
         version=manifest.get("drllm_version", ""),
         created=manifest.get("created", ""),
     )
-
-
-def _has_saving_path(record: SearchRecord) -> bool:
-    """Tell whether a path with fewer executions than the full path is right."""
-    full = record.full.executions
-    return any(path.reward == 1 and path.executions < full for path in record.paths)
 
 
 def _find_converter(llama_cpp: Path) -> Path:

@@ -335,9 +335,9 @@ class ShrinkRun:
         )
 
     def divide_time(self, tuning_seconds: float, num_candidates: int) -> float:
-        """Return the minutes to train each candidate: what a long search leaves, or half of all.
+        """Return the minutes to train each candidate: half of all, or less if the search took long.
 
-        They are kept, so that a resumed run heals for as long.
+        The minutes are kept, so that a resumed run heals for as long.
 
         Args:
             tuning_seconds: How long the search took. It is too little where an interrupted run did

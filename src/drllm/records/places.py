@@ -83,12 +83,12 @@ def create_folder(output: Path) -> Iterator[Path]:
     except DrllmError:  # some of its subclasses are OSErrors too
         raise
     except OSError as error:
-        raise refuse_output(output, error.strerror or str(error)) from error
+        raise make_output_error(output, error.strerror or str(error)) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def refuse_output(output: Path, reason: str) -> RecordError:
+def make_output_error(output: Path, reason: str) -> RecordError:
     """Return the error of an output that can't be written."""
     return RecordError(
         f"can't write {output}: {reason}; free some space, or give a folder that you may write to"

@@ -92,8 +92,11 @@ class ShrinkRecord(Header, frozen=True, kw_only=True, forbid_unknown_fields=True
         names = [model.name for model in self.models]
         if len(names) < 2 or names[0] != FULL:
             raise ValueError("'models' must have the full model first, then a candidate or more")
-        for name in [*(trial.name for trial in self.trials), self.chosen]:
-            if name is not None and name not in names:
+        mentioned = [trial.name for trial in self.trials]
+        if self.chosen is not None:
+            mentioned.append(self.chosen)
+        for name in mentioned:
+            if name not in names:
                 raise ValueError(f"{name!r} is none of 'models'")
         if self.limits is not None and not self.trials:
             raise ValueError("'trials' is empty, although there are 'limits'")

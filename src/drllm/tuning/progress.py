@@ -67,7 +67,7 @@ def estimate_pairs(
     if num_saved == 0:  # of the full path
         num_fit = sum(len(task.items[FIT]) for task in tasks)
         num_select = sum(len(task.items[SELECT]) for task in tasks)
-        total += num_fit + num_select + _count_closing_pairs(tasks)
+        total += num_fit + num_select + _count_report_pairs(tasks)
     return total
 
 
@@ -77,19 +77,19 @@ def estimate_level_pairs(
     """Return about how many pairs the level that saves `saved` layers scores; rarely more."""
     num_fit = sum(len(task.items[FIT]) for task in tasks)
     num_select = sum(len(task.items[SELECT]) for task in tasks)
-    num_closing = _count_closing_pairs(tasks)
+    num_report = _count_report_pairs(tasks)
     all_tasks = num_fit / beam.num_questions  # a beam counts the questions of the largest task
     total = all_tasks * num_pairs(beam.most_candidates(saved), beam.rungs)
-    total += beam.width * num_select + num_closing
+    total += beam.width * num_select + num_report
     if is_repaired:
         # The search scores paths with the stand-in. So the best one is scored plain on the parts
         # of the search too, and on all parts with its refit.
-        total += 2 * (num_fit + num_select) + num_closing
+        total += 2 * (num_fit + num_select) + num_report
     return total
 
 
-def _count_closing_pairs(tasks: Sequence[TaskQuestions]) -> int:
-    """Return on how many questions a path is scored that the search doesn't score it on."""
+def _count_report_pairs(tasks: Sequence[TaskQuestions]) -> int:
+    """Count the pairs that the report needs for one path beyond those of the search."""
     total = 0
     for task in tasks:
         total += len(task.items[TEST])

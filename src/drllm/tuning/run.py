@@ -280,7 +280,9 @@ class _TuningRun:
             seconds = self.predict_seconds(level.saved, table.seconds - seconds_before, gains.tasks)
             seconds_before = table.seconds
             if minutes is not None and table.seconds + seconds > 60 * minutes:
-                self.listener.note(f"--minutes {minutes:g} has no time for another level")
+                self.listener.note(
+                    f"another level would probably not fit into --minutes {minutes:g}"
+                )
                 return _SearchResult(best_paths, is_cut=True)
             if not gains.may_extend(best):  # so no path of the level may
                 self.listener.note(

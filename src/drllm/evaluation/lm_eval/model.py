@@ -143,14 +143,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
             trust_remote_code=loading.get("trust_remote_code", False),
             **select_arguments(arguments, HFLM_ARGUMENTS),
         )
-        if routed is None:
-            routed = RoutedModel(
-                self.base.model,
-                source.routers,
-                tokenizer=self.base.tokenizer,
-                bypass=self.base.bypass,
-            )
-        self.routed = routed
+        self.routed = routed or self._make_routed_model(source.routers)
         self.routers_source: str | None = None
         if source.routers is not None:
             self.routers_source = str(routers or pretrained)
@@ -164,6 +157,12 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         self.generated_routes: dict[str, Decisions] = {}
         self._prompts: list[str] = []  # the prompts that `_model_generate` answers next
         self._prefix = CommonPrefix(self.routed)
+
+    def _make_routed_model(self, routers: RouterStack | None) -> RoutedModel:
+        """Return the loaded base model with routers."""
+        return RoutedModel(
+            self.base.model, routers, tokenizer=self.base.tokenizer, bypass=self.base.bypass
+        )
 
     def _make_policy(self, path: str | None, depth: DepthConfig) -> Policy:
         """Return the policy of a path, or of the settings of depth; remember the path's name."""
