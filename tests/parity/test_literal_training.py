@@ -155,7 +155,7 @@ def test_with_smollm2_in_double_precision_losses_are_those_of_the_literal_way(
     literally, smollm2, record_property
 ):
     config = TrainConfig(num_epochs=3, gradient_accumulation=2, class_weights="effective_number")
-    records = literally.drawn_targets(smollm2, 6, None)
+    records = literally.draw_targets(smollm2, 6, None)
     model = copy.deepcopy(smollm2.model).double()
     features = literally.read_along(model, smollm2.tokenizer, records, config.num_windows)
     trainer = Trainer(features, smollm2.identity, config, dtype=torch.float64)

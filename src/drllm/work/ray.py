@@ -96,6 +96,13 @@ class Seat:
         return self.starting is None
 
     @property
+    def has_room(self) -> bool:
+        """Whether the worker may get one more job. A part of a block has its worker to itself."""
+        if not self.is_ready or len(self.jobs) >= BLOCKS_A_WORKER:
+            return False
+        return all(job.part is None for _, job in self.jobs)
+
+    @property
     def next_future(self) -> Any:
         """The future to wait for: of the start, then of the first job; None without jobs."""
         if not self.is_ready:
@@ -202,7 +209,7 @@ class RayExecutor:
         try:
             while True:
                 self._hand_out(jobs, reference, kept_steps)
-                if not jobs.retries and not any(seat.jobs for seat in self.seats):
+                if jobs.are_handed_out and not any(seat.jobs for seat in self.seats):
                     return
                 for seat in self._wait_for_seats():
                     if not seat.is_ready:
@@ -218,10 +225,10 @@ class RayExecutor:
     def _hand_out(self, jobs: Jobs, reference: Any, keep: Keep[Any] | None) -> None:
         """Give new jobs to every worker that has loaded the model and has room for a job."""
         for seat in self.seats:
-            while seat.is_ready and len(seat.jobs) < BLOCKS_A_WORKER:
-                job = jobs.next_job()
+            while seat.has_room:
+                job = jobs.next_job(is_worker_idle=not seat.jobs)
                 if job is None:
-                    return
+                    break
                 if seat.function != reference:
                     seat.preparing = seat.worker.prepare.remote(reference)
                     seat.function = reference
@@ -240,7 +247,8 @@ class RayExecutor:
                 seat.preparing = None
             result = self._get(future)
         except self._loss_errors:
-            # Only this job was running, so the jobs that wait can't have killed the worker.
+            # If this is a block, it may have ended and its result be lost with the worker, which
+            # then died on the next block. So a block's loss is no verdict; its parts run alone.
             jobs.retries.extend(waiting for _, waiting in seat.jobs)
             self._replace(seat)
             return jobs.lose(job)
@@ -403,7 +411,8 @@ class Jobs:
     """The jobs of a stage, for workers that may die.
 
     When a worker dies, its block is divided as the stage's function says, and each part is run
-    again. When `MAX_LOSSES` workers have died on a part, the function gives the part up.
+    again, alone on its worker. When `MAX_LOSSES` workers have died on a part, the function gives
+    the part up.
 
     Attributes:
         retries: Jobs to run again, before new blocks.
@@ -412,15 +421,31 @@ class Jobs:
     def __init__(self, blocks: Sequence[Block[Any]], function: BlockFunction[Any, Any]) -> None:
         self.retries: deque[Job] = deque()
         self._new = iter(blocks)
+        self._has_new = True  # until `_new` has no block left
         self._function = function
         self._split: dict[str, SplitBlock] = {}  # key of a block → its parts
 
-    def next_job(self) -> Job | None:
-        """Return the next job; None if no job is left to hand out now."""
+    @property
+    def are_handed_out(self) -> bool:
+        """Whether every job is with a worker or finished."""
+        return not self.retries and not self._has_new
+
+    def next_job(self, *, is_worker_idle: bool) -> Job | None:
+        """Return the next job for a worker; None if there is none for it now.
+
+        Args:
+            is_worker_idle: Whether the worker has no other job. Only then it gets a part of a
+                block.
+        """
         if self.retries:
+            if self.retries[0].part is not None and not is_worker_idle:
+                return None
             return self.retries.popleft()
         block = next(self._new, None)
-        return None if block is None else Job(block, block.data)
+        if block is None:
+            self._has_new = False
+            return None
+        return Job(block, block.data)
 
     def finish(self, job: Job, result: Any) -> tuple[Block[Any], Any] | None:
         """Record the result of a job.
@@ -443,13 +468,9 @@ class Jobs:
         Returns the same as `finish` if the part is given up and was the last, else None.
         """
         if job.part is None:
-            parts = self._split_up(job.block)
-            if len(parts) > 1:
-                self.retries.extend(parts)
-                return None
-            [job] = parts  # the part is the block, so this loss counts for it
+            self.retries.extend(self._split_up(job.block))
+            return None
         split = self._split[job.block.key]
-        assert job.part is not None
         split.num_losses[job.part] = split.num_losses.get(job.part, 0) + 1
         num_losses = split.num_losses[job.part]
         logger.warning(

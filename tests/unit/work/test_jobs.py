@@ -21,7 +21,7 @@ def carry_out(
     """Do all jobs, one after the other; return the blocks' results and what each death was of."""
     results: dict[str, list[int]] = {}
     deaths = []
-    while (job := jobs.next_job()) is not None:
+    while (job := jobs.next_job(is_worker_idle=True)) is not None:
         if is_deadly(job.data):
             deaths.append(job.data)
             finished = jobs.lose(job)
@@ -57,12 +57,12 @@ def test_a_part_may_kill_fewer_workers_than_that():
 def test_every_part_may_be_given_up():
     results, deaths = carry_out(make_jobs(), lambda data: True)
     assert results == {"a": 4 * [-MAX_LOSSES], "b": 4 * [-MAX_LOSSES], "c": [-MAX_LOSSES]}
-    assert len(deaths) == 2 + 9 * MAX_LOSSES, "the loss of a block of one part counts for the part"
+    assert len(deaths) == len(BLOCKS) + 9 * MAX_LOSSES  # of each block whole, and of each part
 
 
 def test_equal_parts_are_told_apart():
     jobs = make_jobs([Block("a", [5, 5])])
-    first = jobs.next_job()
+    first = jobs.next_job(is_worker_idle=True)
     assert first is not None
     jobs.lose(first)
     results, _ = carry_out(jobs, lambda data: False)
@@ -71,15 +71,38 @@ def test_equal_parts_are_told_apart():
 
 def test_jobs_of_lost_workers_come_before_new_blocks():
     jobs = make_jobs()
-    first, second = jobs.next_job(), jobs.next_job()
+    first = jobs.next_job(is_worker_idle=True)
+    second = jobs.next_job(is_worker_idle=True)
     assert first is not None
     assert second is not None
     jobs.retries.append(second)
     assert jobs.lose(first) is None
-    again = [jobs.next_job() for _ in range(5)]
+    again = [jobs.next_job(is_worker_idle=True) for _ in range(5)]
     assert again[0] is second
     assert [job.data for job in again[1:] if job is not None] == [[0], [1], [2], [3]]
-    last = jobs.next_job()
+    last = jobs.next_job(is_worker_idle=True)
     assert last is not None
     assert last.block is BLOCKS[2]
-    assert jobs.next_job() is None
+    assert jobs.next_job(is_worker_idle=True) is None
+
+
+def test_a_part_goes_only_to_an_idle_worker():
+    jobs = make_jobs()
+    first = jobs.next_job(is_worker_idle=True)
+    assert first is not None
+    jobs.lose(first)
+    assert jobs.next_job(is_worker_idle=False) is None
+    part = jobs.next_job(is_worker_idle=True)
+    assert part is not None
+    assert part.data == [0]
+
+
+def test_jobs_are_handed_out_when_no_block_and_no_part_is_left():
+    jobs = make_jobs(BLOCKS[:1])
+    assert not jobs.are_handed_out, "a worker hasn't asked yet"
+    first = jobs.next_job(is_worker_idle=True)
+    assert first is not None
+    assert jobs.next_job(is_worker_idle=True) is None
+    assert jobs.are_handed_out
+    jobs.lose(first)
+    assert not jobs.are_handed_out

@@ -93,6 +93,16 @@ def test_a_part_that_kills_its_workers_is_given_up_and_its_block_is_not(workers,
 
 
 @pytest.mark.thorough
+def test_blocks_wait_for_workers_that_are_all_being_replaced(own_ray, monkeypatch):
+    monkeypatch.setattr(ray_executor, "MAX_LOSSES", 1)
+    function = AddUp(driver=os.getpid(), deadly=(3,))
+    with RayExecutor(LoadNumber(1), num_workers=1) as executor:
+        assert run([Block("deadly", [3], 1)], function, executor) == [[-1]]
+        assert not any(seat.is_ready for seat in executor.seats)
+        assert run(BLOCKS[:3], function, executor) == SUMS[:3]
+
+
+@pytest.mark.thorough
 def test_no_more_blocks_are_out_than_the_workers_can_hold(workers):
     blocks_out = []
 
