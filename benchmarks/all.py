@@ -15,9 +15,7 @@ status is 1 if any failed.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -27,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import common
+from common.process import run_python
 
 HERE = Path(__file__).parent
-ON_ANY_DEVICE = ("generate", "search", "tune", "evaluation")
+ON_ANY_DEVICE = ("generate", "search", "tune", "evaluation", "refit", "heal_step")
 ON_CPU_ALONE = ("training", "precision", "search_quality")
 """Benchmarks of this folder, by the devices that they run on."""
 MIN_SECONDS = 20.0  # with less time left, no further step is begun
@@ -171,15 +170,10 @@ def run_step(step: Step, log: Path, seconds: float) -> str:
     if seconds < MIN_SECONDS:
         return "not reached"
     try:
-        command = [sys.executable, *step.make_command()]
+        arguments = step.make_command()
     except FileNotFoundError as error:
         return f"failed, {error.filename} isn't there"
-    with log.open("w", encoding="utf-8") as output:
-        try:
-            done = subprocess.run(command, stdout=output, stderr=output, timeout=seconds)
-        except subprocess.TimeoutExpired:
-            return "out of time"
-    return "done" if done.returncode == 0 else f"failed, see {log}"
+    return run_python(arguments, log, seconds)
 
 
 def check_folder(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -199,10 +193,10 @@ def run_steps(
     deadline = time.monotonic() + 60 * options.minutes
     rows: dict[str, dict[str, Any]] = {}
     figures = {
-        "drllm": importlib.metadata.version("drllm"),
         "model": options.model,
         "device": options.device,
         "dtype": options.dtype,
+        "quick": options.quick,
         "steps": rows,
     }
     for name in names:

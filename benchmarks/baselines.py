@@ -22,6 +22,7 @@ from typing import Any
 
 import common
 import torch
+from common.comparison import compare_each
 
 from drllm.evaluation.baselines.layer_dropping import (
     block_influence,
@@ -177,7 +178,8 @@ def main() -> None:
         **sizes,
         "result": result,
     }
-    common.write_figures(options, figures)
+    comparisons = compare_each("choose layers, by", result["speedup"])
+    common.write_figures(options, figures, comparisons)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import common
 import torch
 from common import bound
+from common.comparison import compare_each
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
@@ -324,7 +325,8 @@ def main() -> None:
     figures |= {"repeats": sizes["repeats"], "ours": OURS, "theirs": THEIRS}
     figures |= common.describe_run(base, options)
     figures["results"] = results
-    common.write_figures(options, figures)
+    comparisons = compare_each("evaluate", figures["speedup"], figures["bound"])
+    common.write_figures(options, figures, comparisons)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ does hits all of them alike, and are compared round by round; figures are median
 
 from __future__ import annotations
 
-import importlib.metadata
 import random
 import statistics
 import tempfile
@@ -34,6 +33,7 @@ from typing import Any
 import common
 import torch
 from common.bound import seconds_to_search
+from common.comparison import Comparison
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -119,12 +119,14 @@ class Figure:
         name: What was compared.
         ratios: One of each round.
         bound: None where any value is an answer.
+        least: The least that any way could take. None if that isn't known.
     """
 
     question: str
     name: str
     ratios: list[float]
     bound: float | None = None
+    least: float | None = None
 
     @property
     def quartiles(self) -> list[float]:
@@ -220,7 +222,7 @@ def passes(base: BaseModel, repeats: Mapping[str, int], clock: Clock) -> list[Fi
 
 def overhead_figures(name: str, rounds: Rounds) -> list[Figure]:
     """Compare a model with every layer executed with the untouched one (a)."""
-    figures = [Figure("a", name, ratios(rounds, "attached", "untouched"), MOST_OVERHEAD)]
+    figures = [Figure("a", name, ratios(rounds, "attached", "untouched"), MOST_OVERHEAD, 1.0)]
     if "control" in rounds[0]:
         control = ratios(rounds, "control", "untouched")
         figures.append(Figure("a", f"{name}_control", control))
@@ -236,14 +238,15 @@ def plan_figures(name: str, rounds: Rounds, num_layers: int) -> list[Figure]:
             plan_s = times[f"skip {k}"] - times["bare"]
             untouched_s = times["untouched"] - times["bare"]
             shares.append(plan_s / untouched_s)
-        bound = MOST_FOR_A_PLAN * (1 - k / num_layers)
-        figures.append(Figure("b", f"{name}_skip_{k}_of_{num_layers}", shares, bound))
+        least = 1 - k / num_layers
+        label = f"{name}_skip_{k}_of_{num_layers}"
+        figures.append(Figure("b", label, shares, MOST_FOR_A_PLAN * least, least))
     return figures
 
 
 def router_figure(name: str, rounds: Rounds, bound: float | None) -> Figure:
     """Compare a model with routers with one without (c)."""
-    return Figure("c", name, ratios(rounds, "routers", "attached"), bound)
+    return Figure("c", name, ratios(rounds, "routers", "attached"), bound, 1.0)
 
 
 def count_held(cache: Any) -> tuple[int, int]:
@@ -457,7 +460,7 @@ def time_exported(base: BaseModel, repeats: Mapping[str, int], clock: Clock) -> 
             for kind, bound in bounds.items():
                 label = f"{name}_{kind}_without_{k}_of_{base.num_layers}"
                 ours = ratios(rounds, f"{kind} {k}", "untouched")
-                figures.append(Figure("f", label, ours, bound))
+                figures.append(Figure("f", label, ours, bound, 1 - saved))
     return figures
 
 
@@ -478,6 +481,19 @@ def print_table(
     print(f"(e) answers that differ: {num_different}; share of the bound that is reached:")
     for name, share in many.reached.items():
         print(f"    {name:<42} {share:6.0%}")
+
+
+def list_comparisons(figures: Sequence[Figure], many: ManyFigures) -> list[Comparison]:
+    """Return the figures that have a bound on what any way could reach, as comparisons."""
+    comparisons = []
+    for figure in figures:
+        what = figure.name.replace("_", " ")
+        median = figure.quartiles[1]
+        if figure.least is not None:
+            comparisons.append(Comparison(what, 1 / median, 1 / figure.least))
+        elif figure.name in many.reached:
+            comparisons.append(Comparison(what, median, median / many.reached[figure.name]))
+    return comparisons
 
 
 def medians(figures: Sequence[Figure], questions: str) -> dict[str, float]:
@@ -520,9 +536,8 @@ def main() -> None:
         "ours": OURS,
         "theirs": THEIRS,
         **common.describe_run(base, options),
-        "drllm": f"{importlib.metadata.version('drllm')} at {common.commit_of()}",
     }
-    common.write_figures(options, result)
+    common.write_figures(options, result, list_comparisons(figures, many))
 
 
 if __name__ == "__main__":

@@ -22,8 +22,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import subprocess
 import sys
 import time
 import warnings
@@ -32,9 +30,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
-import transformers
 from common import shapes
+from common.page import HEADER, RULE, write_rows
+from common.process import run_python
 
 from drllm.models.base.load import BaseModel
 from drllm.models.check import replace_layers
@@ -56,8 +56,6 @@ BENCHMARKS = {
     "heal_step": ["--quick", "--without", "6,7,9"],
 }
 """Benchmarks that run on any device, with their arguments."""
-HEADLINES = ("speedup", "overhead", "share_of_the_bound", "share_of_the_time", "seconds")
-"""The figures of a benchmark that the page shows."""
 
 
 def make_plan(num_layers: int) -> list[int]:
@@ -164,28 +162,23 @@ def run_benchmark(
     """Run one benchmark on a shape in a process of its own, within some seconds."""
     file = options.output_dir / f"{name}-{shape}.json"
     log = options.output_dir / f"{name}-{shape}.log"
-    command = [sys.executable, str(HERE / f"{name}.py"), *BENCHMARKS[name]]
-    command += ["--model", f"{shapes.PREFIX}{shape}", "--device", options.device]
-    command += ["--dtype", options.dtype, "--json", str(file)]
+    arguments = [str(HERE / f"{name}.py"), *BENCHMARKS[name]]
+    arguments += ["--model", f"{shapes.PREFIX}{shape}", "--device", options.device]
+    arguments += ["--dtype", options.dtype, "--json", str(file)]
     file.unlink(missing_ok=True)
     started = time.monotonic()
-    with log.open("w", encoding="utf-8") as output:
-        try:
-            done = subprocess.run(command, stdout=output, stderr=output, timeout=seconds)
-            ended = "done" if done.returncode == 0 else f"failed, see {log}"
-        except subprocess.TimeoutExpired:
-            ended = "out of time"
+    ended = run_python(arguments, log, seconds)
     row: dict[str, Any] = {"ended": ended, "seconds": time.monotonic() - started}
     if file.exists():
-        figures = json.loads(file.read_text(encoding="utf-8"))
-        row["figures"] = {key: figures[key] for key in HEADLINES if key in figures}
+        row["figures"] = json.loads(file.read_text(encoding="utf-8"))
     return row
 
 
 def measure_all(options: argparse.Namespace) -> dict[str, Any]:
     """Check and measure everything, and print each result as soon as it is there."""
     deadline = time.monotonic() + 60 * options.minutes
-    figures: dict[str, Any] = {"machine": describe_machine(options), "exactness": [], "times": {}}
+    machine = common.describe_machine(torch.device(options.device))
+    figures: dict[str, Any] = {"machine": machine, "exactness": [], "times": {}}
     for dtype in ("float32", "bfloat16"):
         base = shapes.make_base(options.exact_shape, options.device, dtype)
         rows = check_exactness(base)
@@ -212,15 +205,6 @@ def measure_all(options: argparse.Namespace) -> dict[str, Any]:
     return figures
 
 
-def describe_machine(options: argparse.Namespace) -> str:
-    """Say what was measured on."""
-    words = [platform.machine(), options.device]
-    if options.device.startswith("cuda"):
-        words.append(torch.cuda.get_device_name(options.device))
-    words += [f"torch {torch.__version__}", f"transformers {transformers.__version__}"]
-    return ", ".join(words)
-
-
 def write_page(figures: dict[str, Any]) -> str:
     """Return the figures as a page of Markdown."""
     lines = ["# drllm on this machine", "", figures["machine"], ""]
@@ -235,21 +219,14 @@ def write_page(figures: dict[str, Any]) -> str:
             f"A routed prefill waits {waits['prefill']} times (bound {waits['prefill_bound']}), a "
             f"decode step {waits['step']} times (bound {waits['step_bound']}).",
         ]
-    lines += ["", "| benchmark | ended | seconds | figures |", "|---|---|--:|---|"]
+    lines += ["", "| benchmark | ended | seconds |", "|---|---|--:|"]
     for name, row in figures["times"].items():
-        values = "; ".join(flatten(row.get("figures", {})))
-        lines.append(f"| {name} | {row['ended']} | {row['seconds']:.0f} | {values} |")
+        lines.append(f"| {name} | {row['ended']} | {row['seconds']:.0f} |")
+    lines += ["", HEADER, RULE]
+    for name, row in figures["times"].items():
+        _, shape = name.split(", ")
+        lines += write_rows(row.get("figures", {}), prefix=f"{shape}: ")
     return "\n".join(lines) + "\n"
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Yield the numbers of nested figures as words."""
-    for key, value in values.items():
-        name = f"{prefix}{key}".replace("_", " ")
-        if isinstance(value, dict):
-            yield from flatten(value, f"{name}: ")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            yield f"{name} {value:.3g}"
 
 
 def passes(figures: dict[str, Any]) -> bool:

@@ -22,6 +22,7 @@ from typing import Any
 import common
 import torch
 from common import bound
+from common.comparison import Comparison
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -211,7 +212,13 @@ def main() -> None:
         **common.describe_run(base, options),
         **sizes,
     }
-    common.write_figures(options, figures)
+    comparisons = [
+        Comparison("heal: a step on new sequences", result["speedup"]["first"], result["bound"]),
+        Comparison(
+            "heal: a step on sequences drawn again", result["speedup"]["again"], result["bound"]
+        ),
+    ]
+    common.write_figures(options, figures, comparisons)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import common
+from common.comparison import compare_each
 from common.search_rounds import make_search_rounds
 from torch import nn
 
@@ -119,7 +120,8 @@ def main() -> None:
             f"{row['median_margin_moved']:.3f} nats (median); "
             f"speedup {figures['speedup'][name]:.2f}"
         )
-    common.write_figures(options, figures)
+    comparisons = compare_each("score paths in another precision", figures["speedup"])
+    common.write_figures(options, figures, comparisons)
 
 
 if __name__ == "__main__":

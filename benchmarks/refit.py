@@ -24,6 +24,7 @@ from typing import Any
 import common
 import torch
 from common import bound
+from common.comparison import Comparison
 from torch import Tensor
 
 from drllm.models.base.load import BaseModel
@@ -218,7 +219,9 @@ def main() -> None:
         **common.describe_run(base, options),
         **sizes,
     }
-    common.write_figures(options, figures)
+    what = f"refit {len(without)} left-out layers on {sum(map(len, texts))} tokens"
+    comparison = Comparison(what, result["speedup"], result["bound"])
+    common.write_figures(options, figures, [comparison])
 
 
 if __name__ == "__main__":

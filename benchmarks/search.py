@@ -36,6 +36,7 @@ from typing import Any
 import common
 import torch
 from common import bound
+from common.comparison import compare_each
 from common.search_rounds import LEAVES, Pair, Rounds, make_search_rounds
 from torch import nn
 
@@ -527,7 +528,10 @@ def main() -> None:
     figures |= {"repeats": sizes["repeats"], "ours": OURS, "theirs": THEIRS}
     figures |= common.describe_run(base, options)
     figures["results"] = results
-    common.write_figures(options, figures)
+    comparisons = compare_each(
+        "search paths, answers graded by", figures["speedup"], figures["bound"]
+    )
+    common.write_figures(options, figures, comparisons)
 
 
 if __name__ == "__main__":

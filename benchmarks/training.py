@@ -33,6 +33,7 @@ from typing import Any
 
 import common
 import torch
+from common.comparison import Comparison
 from common.literal_training import Literal, Walk, read_along
 
 from drllm.config import TrainConfig
@@ -417,7 +418,8 @@ def main() -> None:
         "result": result,
         "scale": scale,
     }
-    common.write_figures(options, figures)
+    comparison = Comparison("train routers", result["speedup"], result["bound"])
+    common.write_figures(options, figures, [comparison])
     if not result["losses_are_equal"]:
         raise SystemExit(
             f"the losses differ by more than {EQUAL_LOSSES} and {TIMES_ROUNDING} times rounding"

@@ -23,6 +23,7 @@ import common
 import numpy as np
 import torch
 from common import bound
+from common.comparison import Comparison
 
 from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import pad_left
@@ -193,7 +194,10 @@ def main() -> None:
         **common.describe_run(base, options),
         **sizes,
     }
-    common.write_figures(options, figures)
+    comparison = Comparison(
+        "tune: score candidate paths on questions", result["speedup"], result["bound"]
+    )
+    common.write_figures(options, figures, [comparison])
 
 
 if __name__ == "__main__":

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib.metadata
 import json
 import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ import torch
 import transformers
 
 from common import shapes
+from common.comparison import Comparison
 from drllm.config import ModelConfig
 from drllm.models.base.load import BaseModel, load
 from drllm.models.routers.stack import RouterStack
@@ -110,15 +112,19 @@ def make_executing(routers: RouterStack) -> RouterStack:
     return copied
 
 
-def describe_run(base: BaseModel, options: argparse.Namespace) -> dict[str, str]:
-    """Say which model was measured, with which clock and on what machine."""
-    device = base.model.device
-    words = [platform.machine(), str(device), str(base.model.dtype)]
-    words += [f"{torch.get_num_threads()} threads", f"torch {torch.__version__}"]
-    words.append(f"transformers {transformers.__version__}")
+def describe_machine(device: torch.device) -> str:
+    """Say what is measured on, and with which versions."""
+    words = [platform.machine(), str(device), f"{torch.get_num_threads()} threads"]
     if device.type == "cuda":
         words.append(torch.cuda.get_device_name(device))
-    return {"model": base.name, "clock": options.clock, "machine": ", ".join(words)}
+    words += [f"torch {torch.__version__}", f"transformers {transformers.__version__}"]
+    return ", ".join(words)
+
+
+def describe_run(base: BaseModel, options: argparse.Namespace) -> dict[str, str]:
+    """Say which model was measured, with which clock and on what machine."""
+    machine = f"{base.model.dtype}, {describe_machine(base.model.device)}"
+    return {"model": base.name, "clock": options.clock, "machine": machine}
 
 
 def refuse_differences(base: BaseModel, what: str, differ: int) -> None:
@@ -140,7 +146,25 @@ def commit_of(checkout: Path = Path(__file__).parent) -> str:
     return found.stdout.strip() or "an unknown commit"
 
 
-def write_figures(options: argparse.Namespace, figures: Mapping[str, Any]) -> None:
-    """Write the figures as JSON if `--json` asks for it."""
+def describe_version() -> str:
+    """Say which version and commit of drllm is measured."""
+    return f"{importlib.metadata.version('drllm')} at {commit_of()}"
+
+
+def write_figures(
+    options: argparse.Namespace,
+    figures: Mapping[str, Any],
+    comparisons: Sequence[Comparison] = (),
+) -> None:
+    """Write the figures as JSON if `--json` asks for it.
+
+    Args:
+        options: The flags.
+        figures: What this benchmark alone writes.
+        comparisons: What every benchmark of two ways writes, and the table of all of them shows.
+    """
     if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        whole = {"drllm": describe_version(), **figures}
+        if comparisons:
+            whole["comparisons"] = [comparison.to_json() for comparison in comparisons]
+        options.json.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")

@@ -20,12 +20,13 @@ from drllm.tasks.registry import get_task
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 NOT_OF_TWO_WAYS = {
     *("healed", "learning_curve", "serving"),  # what paths answer
-    *("all", "gpu", "two_commits"),  # made of others
+    *("all", "gpu", "page", "two_commits"),  # made of others
     "growth",  # one way at several sizes
     *("repair", "repair_ranks", "bypass"),  # losses, not times
     "house",  # counts source
     "make_builtin_texts",  # makes a file
 }
+WITHOUT_COMPARISONS = {"driver", "search_quality"}  # figures other than times
 SCRIPTS = sorted(file for file in BENCHMARKS.glob("*.py") if file.stem not in NOT_OF_TWO_WAYS)
 NUM_LAYERS = 12
 
@@ -490,6 +491,28 @@ def test_a_quick_run_on_the_real_model_writes_what_every_benchmark_must(smollm2,
     figures = json.loads(file.read_text(encoding="utf-8"))
     assert {"repeats", "ours", "theirs", "machine"} <= figures.keys()
     assert figures.keys() & {"speedup", "overhead"}
+    if script.stem not in WITHOUT_COMPARISONS:
+        for row in figures["comparisons"]:
+            assert row["speedup"] > 0
+            assert row["bound"] is None or row["share"] == row["speedup"] / row["bound"]
+
+
+def test_the_page_of_benchmarks_has_a_row_for_each_comparison(benchmark):
+    compared = [
+        {"what": "tune", "speedup": 8.0, "bound": 10.0, "share": 0.8},
+        {"what": "baselines", "speedup": 2.5, "bound": None, "share": None},
+    ]
+    figures = {"model": "m", "machine": "x86", "drllm": "0.1.0 at abc", "ours": "a", "theirs": "b"}
+    steps = {
+        "tune": {"figures": {**figures, "comparisons": compared}},
+        "healing": {"ended": "done"},
+    }
+    page = benchmark("page").write_page({"quick": True, "steps": steps})
+    assert "| tune | 8.00 | 10.00 | 80% |" in page
+    assert "| baselines | 2.50 | – | – |" in page
+    assert "all.py --json all.json --quick" in page
+    assert "- `tune`: a. The obvious way: b." in page
+    assert "healing" not in page
 
 
 def test_static_paths_are_compared_with_the_full_one_on_questions_of_another_part(
