@@ -32,13 +32,12 @@ from typing import Any
 
 import common
 import torch
-from common.bound import seconds_to_search
+from common.bound import seconds_to_search, share_of_work
 from common.comparison import Comparison
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from drllm.config import HealConfig
-from drllm.evaluation.flops import ModelShape, prompt_flops
 from drllm.evaluation.latency import (
     Clock,
     Rounds,
@@ -432,15 +431,6 @@ def models_without_layers(base: BaseModel) -> dict[str, Any]:
     return models
 
 
-def saved_shares(base: BaseModel, num_tokens: int) -> list[float]:
-    """Return which share of a prompt's multiply-adds each number of skipped layers saves."""
-    shape = ModelShape.from_model(base.model)
-    plans = [skipping(base.num_layers, k) for k in (0, *NUM_SKIPPED)]
-    flops = [prompt_flops(shape, tuple(plan), num_tokens) for plan in plans]
-    whole, *others = [count.weights + count.attention for count in flops]
-    return [1 - executed / whole for executed in others]
-
-
 def time_exported(base: BaseModel, repeats: Mapping[str, int], clock: Clock) -> list[Figure]:
     """Measure (f)."""
     ids = token_ids(base, 1, PROMPT_TOKENS)
@@ -455,7 +445,8 @@ def time_exported(base: BaseModel, repeats: Mapping[str, int], clock: Clock) -> 
         rounds = time_in_turns(calls, repeats["exported"], clock)
         control = ratios(rounds, "control", "untouched")
         figures.append(Figure("f", f"{name}_exported_control", control))
-        for k, saved in zip(NUM_SKIPPED, saved_shares(base, num_tokens), strict=True):
+        for k in NUM_SKIPPED:
+            saved = 1 - share_of_work(base, skipping(base.num_layers, k), num_tokens)
             bounds = {"exported": 1 - LEAST_OF_THE_SAVING * saved, "routed": None, "healed": None}
             for kind, bound in bounds.items():
                 label = f"{name}_{kind}_without_{k}_of_{base.num_layers}"

@@ -1,8 +1,9 @@
-"""Whether llama.cpp says what transformers says of an exported path, and how long both take.
+"""Whether llama.cpp writes what transformers writes along an exported path, and how long both take.
 
 The full path and one without some layers are exported, converted by llama.cpp's own script to GGUF
-in float32, and asked the same prompts greedily, by transformers and by llama.cpp, one thread each.
-Texts are compared up to their ends; times are of as many tokens everywhere.
+in float32, and given the same prompts, which both engines answer greedily on one thread. Texts are
+compared up to their ends; times are of as many tokens everywhere. The bound is the share of the
+multiply-adds of a decode step that the path still has.
 
     python benchmarks/serving.py --llama-cpp DIR [--path FILE[:NAME]] [--quick] [--json FILE]
         [--model MODEL] [--prompts N] [--tokens N]
@@ -13,21 +14,21 @@ runs the model.
 
 from __future__ import annotations
 
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from importlib.util import find_spec
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import common
 import torch
+from common import bound, llama_cpp
+from common.comparison import Comparison
 from transformers import AutoModelForCausalLM
 
+from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import encode, render
 from drllm.models.export import export_path
 from drllm.paths import StaticPath
@@ -36,120 +37,177 @@ from drllm.tasks.registry import get_task
 
 QUICK = {"prompts": 3, "tokens": 8}
 WHOLE = {"prompts": 20, "tokens": 32}
-SCRIPT = "convert_hf_to_gguf.py"
-OURS, THEIRS = "the exported path in each engine", "the full path in the same engine"
+OURS = "the exported path in each engine"
+THEIRS = "the full path in the same engine"
+TRANSFORMERS = "transformers"
+LLAMA_CPP = "llama.cpp"
+FULL = "full"
+PATH = "path"
+
+Seconds = dict[tuple[str, str], float]
+"""(engine, path) → seconds of one prompt and its answer."""
 
 
-def convert(folder: Path, llama_cpp: Path) -> Path:
-    """Convert a checkpoint to GGUF in float32."""
-    file = folder / "model.gguf"
-    words = [sys.executable, llama_cpp / SCRIPT, folder, "--outfile", file, "--outtype", "f32"]
-    paths = [str(llama_cpp / "gguf-py"), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    done = subprocess.run(words, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{SCRIPT} failed: {done.stderr.splitlines()[-1]}")
-    return file
+@dataclass(frozen=True)
+class Engines:
+    """One path in both engines.
+
+    Attributes:
+        transformers: The exported checkpoint.
+        llama: The same checkpoint as GGUF.
+        end: The token that ends a text.
+        num_tokens: How many tokens are written.
+    """
+
+    transformers: Any
+    llama: Any
+    end: int
+    num_tokens: int
+
+    def write_in_transformers(self, prompt: Sequence[int], *, stop: bool) -> list[int]:
+        """Return the tokens that transformers writes greedily, up to the end if `stop`."""
+        output = self.transformers.generate(
+            torch.tensor([prompt]),
+            min_new_tokens=0 if stop else self.num_tokens,
+            max_new_tokens=self.num_tokens,
+            do_sample=False,
+            pad_token_id=self.end,
+        )
+        tokens: list[int] = output[0, len(prompt) :].tolist()
+        return tokens
+
+    def write_in_llama_cpp(self, prompt: Sequence[int]) -> list[int]:
+        """Return the tokens that llama.cpp writes greedily."""
+        return llama_cpp.generate(self.llama, prompt, self.num_tokens)
+
+    def are_texts_equal(self, prompt: Sequence[int], by_llama: Sequence[int]) -> bool:
+        """Tell whether both engines write the same text."""
+        by_transformers = self.write_in_transformers(prompt, stop=True)
+        return self._cut_at_end(by_llama) == self._cut_at_end(by_transformers)
+
+    def _cut_at_end(self, tokens: Sequence[int]) -> list[int]:
+        return list(tokens[: tokens.index(self.end)] if self.end in tokens else tokens)
 
 
-def in_transformers(
-    model: Any, ids: Sequence[int], num: int, end: int, least: int = 0
-) -> list[int]:
-    """Return the tokens, `num` at most, that transformers gives greedily."""
-    output = model.generate(
-        torch.tensor([ids]),
-        min_new_tokens=least,
-        max_new_tokens=num,
-        do_sample=False,
-        pad_token_id=end,
+def choose_paths(base: BaseModel, name: str | None) -> dict[str, StaticPath]:
+    """Return the full path, and the named one or one without a sixth of the layers."""
+    num_layers = base.num_layers
+    full = StaticPath(range(num_layers))
+    if name is not None:
+        return {FULL: full, PATH: load_path(name)}
+    first = num_layers // 2
+    left_out = range(first, first + num_layers // 6)
+    kept = [layer for layer in range(num_layers) if layer not in left_out]
+    return {FULL: full, PATH: StaticPath(kept)}
+
+
+def make_prompts(base: BaseModel, number: int) -> list[list[int]]:
+    """Return built-in questions as tokens, through the chat template."""
+    examples = get_task("builtin_facts").examples("test")[:number]
+    texts = [render(base.tokenizer, example.question, chat=True) for example in examples]
+    return [encode(base.tokenizer, text) for text in texts]
+
+
+def load_engines(
+    base: BaseModel, path: StaticPath, folder: Path, checkout: Path, num_tokens: int
+) -> Engines:
+    """Export a path, and load it in both engines."""
+    exported = export_path(base, path, folder).folder
+    return Engines(
+        transformers=AutoModelForCausalLM.from_pretrained(exported).eval(),
+        llama=llama_cpp.load(llama_cpp.convert(exported, checkout)),
+        end=base.tokenizer.eos_token_id,
+        num_tokens=num_tokens,
     )
-    found: list[int] = output[0, len(ids) :].tolist()
-    return found
 
 
-def in_llama_cpp(model: Any, ids: Sequence[int], num: int) -> list[int]:
-    """Return so many tokens as llama.cpp gives them greedily."""
-    model.reset()
-    found: list[int] = []
-    for token in model.generate(list(ids), temp=0.0, top_k=1, repeat_penalty=1.0):
-        found.append(token)
-        if len(found) == num:
-            break
-    return found
+def answer(
+    engines: Mapping[str, Engines], prompts: Sequence[Sequence[int]], clock: common.Clock
+) -> tuple[list[Seconds], dict[str, int]]:
+    """Let both engines answer all prompts along both paths, in turns.
 
-
-def cut_at_end(tokens: Sequence[int], end: int) -> list[int]:
-    """Return tokens up to the first end of a text."""
-    return list(tokens[: tokens.index(end)] if end in tokens else tokens)
+    Returns:
+        The seconds of each prompt, and for each path how many texts of the engines are equal.
+    """
+    rows = []
+    num_equal = dict.fromkeys(engines, 0)
+    for number, prompt in enumerate(prompts):
+        row: Seconds = {}
+        for name in sorted(engines, reverse=number % 2 == 1):
+            engine = engines[name]
+            started = clock()
+            engine.write_in_transformers(prompt, stop=False)
+            between = clock()
+            by_llama = engine.write_in_llama_cpp(prompt)
+            row[TRANSFORMERS, name] = between - started
+            row[LLAMA_CPP, name] = clock() - between
+            num_equal[name] += engine.are_texts_equal(prompt, by_llama)
+        rows.append(row)
+    return rows, num_equal
 
 
 def main() -> None:
     """Run it from the command line."""
     parser = common.parser_of(__doc__ or "")
     common.add_model(parser)
-    parser.add_argument("--llama-cpp", type=Path, required=True, help="a checkout of llama.cpp")
+    llama_cpp.add_checkout(parser)
     parser.add_argument("--path", help="static path; without a sixth of the layers unless given")
     parser.add_argument("--prompts", type=int)
     parser.add_argument("--tokens", type=int, help="written to each")
     options = parser.parse_args()
-    if find_spec("llama_cpp") is None or not (options.llama_cpp / SCRIPT).is_file():
-        parser.error(f"install llama-cpp-python, and give a checkout with {SCRIPT}")
-    from llama_cpp import Llama
-
-    options.clock, clock = "cpu", time.process_time
+    llama_cpp.check_checkout(parser, options.llama_cpp)
+    options.clock = "cpu"
     torch.set_num_threads(1)
-    sizes, base = common.sizes_of(options, QUICK, WHOLE), common.base_of(options)
-    L, end, num = base.num_layers, base.tokenizer.eos_token_id, sizes["tokens"]
-    middle = range(L // 2, L // 2 + L // 6)
-    plans = {
-        "full": StaticPath(range(L)),
-        "path": StaticPath([at for at in range(L) if at not in middle])
-        if options.path is None
-        else load_path(options.path),
-    }
-    examples = get_task("builtin_facts").examples("test")[: sizes["prompts"]]
-    rendered = [render(base.tokenizer, each.question, chat=True) for each in examples]
-    asked = [encode(base.tokenizer, text) for text in rendered]
-    equal, rows = dict.fromkeys(plans, 0), []
-    with tempfile.TemporaryDirectory() as place:
-        engines = {}
-        for name, plan in plans.items():
-            folder = export_path(base, plan, Path(place) / name).folder
-            settings = {"n_ctx": 1024, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
-            llama = Llama(str(convert(folder, options.llama_cpp)), **settings)
-            engines[name] = AutoModelForCausalLM.from_pretrained(folder).eval(), llama
-        for number, ids in enumerate(asked):
-            row: dict[str, float] = {}
-            for name in sorted(plans, reverse=bool(number % 2)):
-                stock, llama = engines[name]
-                started = clock()
-                in_transformers(stock, ids, num, end, num)
-                between = clock()
-                said = in_llama_cpp(llama, ids, num)
-                row[f"transformers {name}"] = between - started
-                row[f"llama.cpp {name}"] = clock() - between
-                text = in_transformers(stock, ids, num, end)
-                equal[name] += cut_at_end(said, end) == cut_at_end(text, end)
-            rows.append(row)
-        for _, llama in engines.values():
-            llama.close()
-    shares = {
-        engine: statistics.median(row[f"{engine} path"] / row[f"{engine} full"] for row in rows)
-        for engine in ("transformers", "llama.cpp")
-    }
-    faster = statistics.median(row["transformers path"] / row["llama.cpp path"] for row in rows)
-    layers = L - len(middle) if options.path is None else None
-    print(f"texts of llama.cpp equal to those of transformers: {equal} of {len(asked)} prompts")
-    print(f"time of the path by that of the full one: {shares}; layers {layers or 'given'} of {L}")
-    print(f"llama.cpp against transformers, along the path: {faster:.2f} times as fast")
+    sizes = common.sizes_of(options, QUICK, WHOLE)
+    base = common.base_of(options)
+    paths = choose_paths(base, options.path)
+    prompts = make_prompts(base, sizes["prompts"])
+    with tempfile.TemporaryDirectory() as folder:
+        engines = {
+            name: load_engines(base, path, Path(folder) / name, options.llama_cpp, sizes["tokens"])
+            for name, path in paths.items()
+        }
+        rows, num_equal = answer(engines, prompts, time.process_time)
+        for engine in engines.values():
+            engine.llama.close()
+    report(base, options, paths[PATH], rows, num_equal)
+
+
+def report(
+    base: BaseModel,
+    options: Any,
+    path: StaticPath,
+    rows: Sequence[Seconds],
+    num_equal: Mapping[str, int],
+) -> None:
+    """Print the figures, and write them if `--json` asks for it."""
+    least = bound.share_of_work(base, path.decisions(base.num_layers), num_tokens=1)
+    print(f"texts of llama.cpp equal to those of transformers: {num_equal} of {len(rows)} prompts")
+    shares = {}
+    comparisons = []
+    for engine in (TRANSFORMERS, LLAMA_CPP):
+        share = statistics.median(row[engine, PATH] / row[engine, FULL] for row in rows)
+        shares[engine] = share
+        comparison = Comparison(f"write along a shorter path, {engine}", 1 / share, 1 / least)
+        comparisons.append(comparison)
+        print(
+            f"{engine}: the path takes {share:.3f} of the full path's time, its multiply-adds are "
+            f"{least:.3f} (share of the bound {comparison.share:.0%})"
+        )
+    faster = statistics.median(row[TRANSFORMERS, PATH] / row[LLAMA_CPP, PATH] for row in rows)
+    print(f"llama.cpp is {faster:.2f} times as fast as transformers along the path")
     figures = {
         **common.describe_run(base, options),
-        "prompts": len(asked),
-        "equal": equal,
+        "prompts": len(rows),
+        "layers": list(path.layers),
+        "equal": dict(num_equal),
         "repeats": 1,
+        "overhead": shares,
+        "speedup": faster,
+        "ours": OURS,
+        "theirs": THEIRS,
     }
-    figures |= {"overhead": shares, "speedup": faster, "ours": OURS, "theirs": THEIRS}
-    common.write_figures(options, figures)
+    common.write_figures(options, figures, comparisons)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import torch
 
 from common import Clock
 from drllm.cost import distinct_executions
+from drllm.evaluation.flops import ModelShape, prompt_flops
 from drllm.models.base.load import BaseModel
 from drllm.paths import Decisions, to_path
 
@@ -111,6 +112,14 @@ def seconds_to_search(
     lengths = [len(prompt) + after for prompt, after in zip(prompts, num_after, strict=True)]
     cost = cheapest(base, round(fmean(lengths)), clock)
     return least.layers * cost.layers + least.head * cost.head
+
+
+def share_of_work(base: BaseModel, decisions: Sequence[int], num_tokens: int) -> float:
+    """Return the multiply-adds of a prompt along a plan, as a share of those of the full path."""
+    shape = ModelShape.from_model(base.model)
+    full = prompt_flops(shape, (1,) * base.num_layers, num_tokens)
+    shorter = prompt_flops(shape, tuple(decisions), num_tokens)
+    return (shorter.weights + shorter.attention) / (full.weights + full.attention)
 
 
 def in_words(result: Mapping[str, Any]) -> str:
