@@ -1,13 +1,17 @@
-"""A command in a process of its own that is killed after some seconds, or at an operation on files.
+"""A command in a process of its own that is killed, or whose operations on files fail.
 
 This module is imported by the processes, so it doesn't import pytest.
 """
 
+import errno
+import io
 import json
 import os
 import re
+import resource
 import signal
 import sys
+import traceback
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,20 +45,45 @@ class Operation(NamedTuple):
     number: int
 
 
+@dataclass(frozen=True)
+class Fault:
+    """Operations on files that fail from one of them on, or files that can't become large.
+
+    Attributes:
+        error: The number of the error that they fail with.
+        start: The first operation that fails; None if none does.
+        events: The audit events that fail.
+        max_bytes: How many bytes a file may have; None without a limit.
+    """
+
+    error: int = errno.ENOSPC
+    start: Operation | None = None
+    events: tuple[str, ...] = EVENTS
+    max_bytes: int | None = None
+
+    @property
+    def message(self) -> str:
+        """What the system says of the error."""
+        return os.strerror(self.error)
+
+
 @dataclass
 class OperationWatch:
-    """An audit hook that lists the operations on the files of a folder, and kills the process.
+    """An audit hook that lists the operations on the files of a folder, and disturbs them.
 
     Attributes:
         folder: The folder.
         kill_at: The operation before which the process is killed; None kills it never.
+        fault: The operations that fail; None if none does.
         operations: The operations so far.
     """
 
     folder: Path
     kill_at: Operation | None = None
+    fault: Fault | None = None
     operations: list[Operation] = field(default_factory=list)
     _counts: Counter[tuple[str, str]] = field(default_factory=Counter)
+    _is_failing: bool = False
 
     def __call__(self, event: str, arguments: Any) -> None:
         """Receive an audit event."""
@@ -71,6 +100,10 @@ class OperationWatch:
         if operation == self.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
         self.operations.append(operation)
+        if self.fault is not None:
+            self._is_failing |= operation == self.fault.start
+            if self._is_failing and event in self.fault.events:
+                raise OSError(self.fault.error, self.fault.message, os.fsdecode(path))
 
     def _find_inside(self, path: Any) -> str | None:
         """Return a path relative to the folder; None if it is elsewhere."""
@@ -90,17 +123,36 @@ def _changes_nothing(event: str, path: Any) -> bool:
 
 
 def _run_command(
-    words: list[str], folder: Path, log: Path, kill_at: Operation | None, list_file: Path | None
+    words: list[str], log: Path, watch: OperationWatch, list_file: Path | None
 ) -> None:
     """Run a command in this process, and end with its status."""
     drllm.tuning.heal.SAVE_SECONDS = 0.0  # so that a healing saves its state at every step
-    watch = OperationWatch(folder, kill_at)
     sys.addaudithook(watch)
-    with log.open("a") as sys.stderr, log.open("a") as sys.stdout:
-        status = main(words)
+    if watch.fault is None:
+        with log.open("a") as sys.stderr, log.open("a") as sys.stdout:
+            status = main(words)
+    else:
+        status = _run_with_fault(words, log, watch.fault)
     if list_file is not None:
         list_file.write_text(json.dumps(watch.operations))
     sys.exit(status)
+
+
+def _run_with_fault(words: list[str], log: Path, fault: Fault) -> int:
+    """Run a command whose operations on files fail; the log gets a traceback too."""
+    output = io.StringIO()
+    sys.stderr = sys.stdout = output
+    limit, hard_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if fault.max_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (fault.max_bytes, hard_limit))
+    try:
+        return main(words)
+    except BaseException:
+        traceback.print_exc(file=output)
+        raise
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard_limit))
+        log.write_text(output.getvalue())
 
 
 @dataclass(frozen=True)
@@ -125,7 +177,7 @@ class Command:
         Args:
             list_file: Where to list the operations on files; see `read_operations`.
         """
-        process = self._start(None, list_file)
+        process = self._start(list_file=list_file)
         process.join(MOST_SECONDS)
         assert process.exitcode in (0, self.status_when_done), self.log.read_text()
 
@@ -136,9 +188,9 @@ class Command:
             moment: When to kill: after so many seconds, or before an operation.
         """
         if isinstance(moment, Operation):
-            process = self._start(moment)
+            process = self._start(kill_at=moment)
         else:
-            process = self._start(None)
+            process = self._start()
             process.join(moment)
             process.kill()
         process.join(MOST_SECONDS)
@@ -146,8 +198,22 @@ class Command:
         assert is_killed or process.exitcode in (0, self.status_when_done), self.log.read_text()
         return is_killed
 
-    def _start(self, kill_at: Operation | None, list_file: Path | None = None) -> Any:
-        arguments = (self.words, self.folder, self.log, kill_at, list_file)
+    def run_with_fault(self, fault: Fault) -> int:
+        """Run the command while operations on files fail; return its exit status."""
+        process = self._start(fault=fault)
+        process.join(MOST_SECONDS)
+        status: int = process.exitcode
+        return status
+
+    def _start(
+        self,
+        *,
+        kill_at: Operation | None = None,
+        fault: Fault | None = None,
+        list_file: Path | None = None,
+    ) -> Any:
+        watch = OperationWatch(self.folder, kill_at, fault)
+        arguments = (self.words, self.log, watch, list_file)
         process = PROCESSES.Process(target=_run_command, args=arguments)
         process.start()
         return process

@@ -1,6 +1,7 @@
 """A whole run on a tiny model in a local folder, made once, for all tests of the command line."""
 
 import functools
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 import pytest
 
 from drllm.cli import main
+from interrupted_stages import STAGES
+from killable_command import Command
 from process_server import PROCESSES
 
 RECIPE = """\
@@ -64,7 +67,6 @@ def processes() -> Any:
 COMMAND = """
 import signal, sys
 from drllm.cli import main
-from process_server import PROCESSES
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 sys.stderr = open(said, "w", buffering=1)
 sys.exit(main(words))
@@ -82,3 +84,49 @@ def start(processes: Any, tmp_path: Path) -> Callable[[Sequence[str]], tuple[Any
         return process, said
 
     return begin
+
+
+NUM_TARGETS = 40
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> Path:
+    """A folder with targets to train on, and a path to heal."""
+    folder = tmp_path / "inputs"
+    folder.mkdir()
+    rows = []
+    for number in range(NUM_TARGETS):
+        row = {
+            "question": f"Question {number}: {'why ' * (number % 7)}?",
+            "optimal_layer_config": [1, number % 3, 1, number // 3 % 3],
+            "answer": "yes",
+        }
+        rows.append(json.dumps(row) + "\n")
+    (folder / "supervision.jsonl").write_text("".join(rows))
+    (folder / "plan.json").write_text('{"decisions": [1, 0, 1, 1]}')
+    (folder / "refit.json").write_text('{"decisions": [1, 1, 0, 1]}')  # whose refit is better
+    return folder
+
+
+@pytest.fixture
+def make_command(
+    name: str,
+    inputs: Path,
+    model_folder: Callable[..., Path],
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> Callable[[str], Command]:
+    """A function that returns the stage's command, which writes to a folder of the given name."""
+    stage = STAGES[name]
+    settings = ["--model", str(model_folder()), "--device", "cpu", "--output-dir"]
+    routers = None
+    if "{routers}" in stage.command:
+        routers = request.getfixturevalue("finished_run") / "routers"
+
+    def make(folder_name: str) -> Command:
+        folder = tmp_path / folder_name
+        words = stage.command.format(folder=folder, inputs=inputs, routers=routers).split()
+        words += [*settings, str(folder)]
+        return Command(words, folder, tmp_path / "log.txt", stage.status_when_done)
+
+    return make

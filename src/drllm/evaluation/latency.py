@@ -37,7 +37,7 @@ from drllm.models.routing.bypass import Bypass
 from drllm.models.routing.kv_cache import cache_argument
 from drllm.models.routing.policies import Policy, RouterPolicy
 from drllm.paths import Decisions, full_decisions
-from drllm.records.codec import sha256, write_json
+from drllm.records.codec import delete_file, sha256, write_json
 from drllm.records.latency import DECODE, PREFILL, Latency, Timing, Timings
 from drllm.records.manifest import new_manifest
 from drllm.records.results import BASE, LATENCY_FILE, ROUTED
@@ -297,7 +297,7 @@ def write_latency(
     """
     path = output / LATENCY_FILE
     if not config.latency or folder is None or routers is None:
-        path.unlink(missing_ok=True)
+        delete_file(path)
         return
     chosen_prompts = choose_prompts(prompts, config.latency_read, config.seed)
     with listener.busy(f"measuring time, at most {config.latency_seconds:g} s"):

@@ -104,7 +104,7 @@ def begin_stage(name: str, made_from: dict[str, Any], run: Run) -> None:
         # A link may lead out of the folder; nothing is deleted there.
         is_inside = path.resolve() == run.folder.resolve() / output
         if is_inside:
-            path.unlink(missing_ok=True)
+            codec.delete_file(path)
     _record(name, StageState(made_from=made_from), run)
 
 

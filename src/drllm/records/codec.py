@@ -169,6 +169,19 @@ def _write_and_replace(temporary: Path, path: Path, content: str | bytes) -> Non
         raise
 
 
+def delete_file(path: Path) -> None:
+    """Delete a file if it exists.
+
+    Raises RecordError if the file can't be deleted.
+    """
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise RecordError(
+            f"can't delete {path}: {error.strerror}; give a folder that you may write to"
+        ) from error
+
+
 def clear_half_written(folder: Path) -> None:
     """Delete temporary files that killed processes of this machine left in a folder."""
     pattern = re.compile(rf"\..+\.{_host()}-(\d+)-\w{{8}}")

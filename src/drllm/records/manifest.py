@@ -156,7 +156,7 @@ def write_or_remove(path: Path, records: Sequence[Any]) -> None:
     if records:
         codec.write_atomically(path, to_lines(records))
     elif path.is_file():
-        path.unlink()
+        codec.delete_file(path)
 
 
 def write_records(path: Path, records: Iterable[Any], manifest: Mapping[str, Any]) -> None:
@@ -169,10 +169,7 @@ def write_records(path: Path, records: Iterable[Any], manifest: Mapping[str, Any
     manifest_file = manifest_path(path)
     codec.refuse_special_file(path, "write")
     if codec.file_exists(manifest_file, "write"):
-        try:
-            manifest_file.unlink()
-        except OSError as error:
-            raise RecordError(f"can't write {manifest_file}: {error.strerror}") from error
+        codec.delete_file(manifest_file)
     codec.write_atomically(path, text)
     counts = {"num_records": text.count("\n"), "sha256": codec.sha256(path)}
     codec.write_json(manifest_file, {**manifest, **counts})

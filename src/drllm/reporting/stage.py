@@ -10,7 +10,7 @@ from pathlib import Path
 
 from drllm.errors import ConfigError, RecordError
 from drllm.extras import need
-from drllm.records.codec import write_atomically
+from drllm.records.codec import delete_file, write_atomically
 from drllm.records.results import Results
 from drllm.reporting.document import Document, to_markdown
 from drllm.reporting.drawing import NARROW, WIDE, draw_png
@@ -72,7 +72,7 @@ def write_report(runs: Sequence[Run], page: Path) -> tuple[Path, Path]:
         write_atomically(path, content)
     for picture in list_pictures(page):
         if picture not in files:  # it is a picture of an earlier report
-            picture.unlink()
+            delete_file(picture)
     return page, page.with_suffix(".md")
 
 

@@ -24,7 +24,13 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from drllm.errors import RecordError
-from drllm.records.codec import describe_invalid, refuse_special_file, write_atomically, write_json
+from drllm.records.codec import (
+    delete_file,
+    describe_invalid,
+    refuse_special_file,
+    write_atomically,
+    write_json,
+)
 from drllm.records.manifest import manifest_path, read_manifest
 from drllm.records.places import only_writer
 from drllm.work.store import refuse_other_run
@@ -223,9 +229,9 @@ class FeatureStore:
             return
         with self._lock():  # releasing it also deletes the lock file of a killed training
             for path in self.block_files():
-                path.unlink()
-            (self.folder / OLD_FILE).unlink(missing_ok=True)
-            self.manifest_path.unlink(missing_ok=True)
+                delete_file(path)
+            delete_file(self.folder / OLD_FILE)
+            delete_file(self.manifest_path)
         with contextlib.suppress(OSError):  # the folder isn't empty
             self.folder.rmdir()
 

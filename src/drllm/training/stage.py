@@ -29,7 +29,7 @@ from drllm.models.routers.checkpoint import load_routers, save_routers
 from drllm.models.routers.places import WEIGHTS_FILE
 from drllm.models.routers.stack import RouterStack
 from drllm.models.workers import open_workers
-from drllm.records.codec import encode, write_atomically
+from drllm.records.codec import delete_file, encode, write_atomically
 from drllm.records.layers import LAYERS_FILE, Layers
 from drllm.records.manifest import write_or_remove
 from drllm.records.places import check_folder, stage_folder
@@ -358,9 +358,9 @@ def fit_seed(
 
 def remove_state(output: Path) -> None:
     """Delete the files that a training needs to be resumed, once its routers are saved."""
-    (output / RUN_FILE).unlink(missing_ok=True)
+    delete_file(output / RUN_FILE)
     # The checkpoint goes last, since without it the training counts as finished.
-    (output / CHECKPOINT_FILE).unlink(missing_ok=True)
+    delete_file(output / CHECKPOINT_FILE)
 
 
 @dataclass(frozen=True)
@@ -405,7 +405,7 @@ def _run_epochs(
         return trainer.evaluate()
     except DivergedError:
         # Resumed from the checkpoint, the training would diverge again.
-        (output / CHECKPOINT_FILE).unlink(missing_ok=True)
+        delete_file(output / CHECKPOINT_FILE)
         raise
 
 
@@ -441,6 +441,6 @@ def _describe_training(
 def discard(output: Path, config: TrainConfig) -> None:
     """Delete checkpoints, weights and features, so that the next training starts anew."""
     for folder in config.by_seed(output):
-        (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
-        (folder / WEIGHTS_FILE).unlink(missing_ok=True)
+        delete_file(folder / CHECKPOINT_FILE)
+        delete_file(folder / WEIGHTS_FILE)
     FeatureStore(output / FEATURES_FOLDER).remove()

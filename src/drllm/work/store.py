@@ -133,7 +133,7 @@ class ResultStore:
         codec.write_atomically(file, encoded + b"\n")
         for name in _names_in(self.folder):
             if name.startswith(file.stem + ".") and name != file.name:
-                (self.folder / name).unlink(missing_ok=True)
+                codec.delete_file(self.folder / name)
         return encoded
 
     def get_or_make(self, key: str, kind: type[T], make: Callable[[], Any]) -> T:
