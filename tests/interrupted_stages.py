@@ -18,13 +18,15 @@ class Stage:
     """A stage, and what it does when its work is done.
 
     Attributes:
-        command: Its command line, without the model and the folder.
+        command: Its command line. The model and the folder are added unless it names the model.
         kept: How the paths of the results begin that an interrupted run keeps, in the folder.
         when_done: What the same command says when all is done.
         status_when_done: Its exit status then.
         is_repeated: Whether it does the work again then, and writes equal files.
         other: Flags of other work, which the folder is refused for.
         refusal: What the message says then.
+        compared: How the paths of the files begin that must equal those of an undisturbed run. The
+            others hold measured times.
     """
 
     command: str
@@ -34,6 +36,7 @@ class Stage:
     is_repeated: bool = False
     other: str
     refusal: str
+    compared: str = ""
 
 
 STAGES = {
@@ -104,6 +107,16 @@ STAGES = {
         other="--limit 6",
         refusal="limit 7, now 6",
     ),
+    "shrink": Stage(
+        command="shrink {model} {inputs}/sums.jsonl {folder}/smaller --layers 3 --minutes 0.00001 "
+        "--num-fit 6 --rank 2 --device cpu",
+        kept="smaller.work/",
+        when_done="isn't empty; give the name of a new folder",
+        status_when_done=2,
+        other="--layers 2",
+        refusal="isn't empty; give the name of a new folder",
+        compared="smaller/model",
+    ),
 }
 
 SECONDS = re.compile(rb'("seconds": ?)[\d.e+-]+')
@@ -127,9 +140,9 @@ class FileContent:
     measured: list[float]
 
 
-def read_contents(folder: Path) -> dict[str, FileContent]:
-    """Return the content of all files of a folder, by path."""
-    files = read_files(folder)
+def read_contents(folder: Path, compared: str = "") -> dict[str, FileContent]:
+    """Return the content of the files of a folder whose paths begin so, by path."""
+    files = {path: text for path, text in read_files(folder).items() if path.startswith(compared)}
     paths = {hashlib.sha256(content).hexdigest(): path for path, content in files.items()}
     contents = {}
     for path, text in files.items():
@@ -180,14 +193,14 @@ class UndisturbedRun:
     deletions: Sequence[Operation]
 
 
-def run_undisturbed(command: Command) -> UndisturbedRun:
+def run_undisturbed(stage: Stage, command: Command) -> UndisturbedRun:
     list_file = command.log.with_name("operations.json")
     started = time.monotonic()
     command.run(list_file)
     seconds = time.monotonic() - started
     operations = read_operations(list_file)
     return UndisturbedRun(
-        contents=read_contents(command.folder),
+        contents=read_contents(command.folder, stage.compared),
         seconds=seconds,
         operations=operations,
         deletions=[
@@ -200,7 +213,7 @@ def assert_done(
     stage: Stage, command: Command, expected: dict[str, FileContent], drllm: Callable[..., Any]
 ) -> None:
     """Check the files of a command that has ended; then start other work, and the same again."""
-    assert_same(read_contents(command.folder), expected)
+    assert_same(read_contents(command.folder, stage.compared), expected)
     files = read_files(command.folder)
     other_words = stage.other.format(other=command.folder.with_name("other")).split()
     message = drllm(command.words[0], *command.words[1:], *other_words, status=2).err

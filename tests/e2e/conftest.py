@@ -87,11 +87,12 @@ def start(processes: Any, tmp_path: Path) -> Callable[[Sequence[str]], tuple[Any
 
 
 NUM_TARGETS = 40
+NUM_QUESTIONS = 60
 
 
 @pytest.fixture
 def inputs(tmp_path: Path) -> Path:
-    """A folder with targets to train on, and a path to heal."""
+    """A folder with targets to train on, paths to heal, and questions."""
     folder = tmp_path / "inputs"
     folder.mkdir()
     rows = []
@@ -103,6 +104,11 @@ def inputs(tmp_path: Path) -> Path:
         }
         rows.append(json.dumps(row) + "\n")
     (folder / "supervision.jsonl").write_text("".join(rows))
+    questions = []
+    for number in range(NUM_QUESTIONS):
+        choices = [str(number), str(number + 1)]
+        questions.append({"question": f"What is {number} + 0?", "choices": choices, "answer": 0})
+    (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
     (folder / "plan.json").write_text('{"decisions": [1, 0, 1, 1]}')
     (folder / "refit.json").write_text('{"decisions": [1, 1, 0, 1]}')  # whose refit is better
     return folder
@@ -118,15 +124,18 @@ def make_command(
 ) -> Callable[[str], Command]:
     """A function that returns the stage's command, which writes to a folder of the given name."""
     stage = STAGES[name]
-    settings = ["--model", str(model_folder()), "--device", "cpu", "--output-dir"]
+    model = model_folder()
     routers = None
     if "{routers}" in stage.command:
         routers = request.getfixturevalue("finished_run") / "routers"
 
     def make(folder_name: str) -> Command:
         folder = tmp_path / folder_name
-        words = stage.command.format(folder=folder, inputs=inputs, routers=routers).split()
-        words += [*settings, str(folder)]
+        command = stage.command
+        if "{model}" not in command:
+            command += " --model {model} --device cpu --output-dir {folder}"
+        places = {"folder": folder, "inputs": inputs, "routers": routers, "model": model}
+        words = command.format(**places).split()
         return Command(words, folder, tmp_path / "log.txt", stage.status_when_done)
 
     return make

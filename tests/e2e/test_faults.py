@@ -46,7 +46,7 @@ def test_a_stage_that_cannot_write_ends_in_one_line_and_the_next_run_ends_its_wo
 ):
     stage = STAGES[name]
     start_server()
-    undisturbed = run_undisturbed(make_command("undisturbed"))
+    undisturbed = run_undisturbed(stage, make_command("undisturbed"))
     for number, fault in enumerate(draw_faults(Random(name), list(undisturbed.operations))):
         command = make_command(f"disturbed-{number}")
         assert_refused_in_one_line(command, fault)

@@ -43,7 +43,7 @@ def test_a_stage_killed_at_random_moments_ends_with_the_files_of_an_undisturbed_
 ):
     stage = STAGES[name]
     start_server()
-    undisturbed = run_undisturbed(make_command("undisturbed"))
+    undisturbed = run_undisturbed(stage, make_command("undisturbed"))
     killed = make_command("killed")
     random = Random(name)
     num_with_results = 0
