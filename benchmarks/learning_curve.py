@@ -19,6 +19,7 @@ import dataclasses
 import random
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from drllm.agreement import compute_metrics, count_baselines
 from drllm.config import TrainConfig, TuneConfig
 from drllm.config.fields import LARGEST_INT
 from drllm.errors import ConfigError
+from drllm.models.base.load import BaseModel
 from drllm.models.routed_model import RoutedModel, detach
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.depth_control import route_prompts
@@ -137,8 +139,61 @@ def rivals(options: argparse.Namespace, numbers: Mapping[str, int], routed: Rout
     return compare
 
 
-def main() -> None:
-    """Run it from the command line."""
+@dataclass(frozen=True)
+class LearningCurve:
+    """Trains routers on sets of several sizes, and measures each.
+
+    Attributes:
+        examples: The features of all targets.
+        held_out: The rows of the targets that routers are judged on.
+        order: The rows that are trained on, the first ones by smaller sets too.
+        identity: The model's.
+        num_seeds: How many routers are trained on a set.
+        compare: Compares routers' routes with the rivals', see `rivals`.
+    """
+
+    examples: Features
+    held_out: Sequence[int]
+    order: Sequence[int]
+    identity: Mapping[str, Any]
+    num_seeds: int
+    compare: Any
+
+    def describe_baselines(self) -> dict[str, dict[str, Any]]:
+        """Return what the trivial ways to decide reach on the held-out targets."""
+        labels = self.examples.labels
+        counts = [class_counts(labels[rows].tolist()) for rows in (self.held_out, self.order)]
+        return {
+            name: compute_metrics(counted) for name, counted in count_baselines(*counts).items()
+        }
+
+    def measure_size(self, size: int) -> dict[str, Any]:
+        """Return the figures of routers that were trained on so many targets, by seed."""
+        seeds: list[dict[str, Any]] = []
+        values: list[dict[str, Values]] = []
+        for seed in range(self.num_seeds):
+            routers = train_routers(self.examples, self.order[:size], self.identity, seed)
+            agreement = measure_agreement(routers, self.examples, self.held_out)
+            try:
+                figures, answers = self.compare(routers)
+                values.append(answers)
+            except ConfigError as error:  # these routers can't be brought to that depth
+                figures = {"not compared": str(error)}
+            seeds.append({"held_out": agreement, **figures})
+            print(f"{size} targets, seed {seed}: {hits_in_words(agreement)}", flush=True)
+        mean: dict[str, dict[str, Any]] = {}
+        if values:
+            own = [seed_values["own"][RIGHT] for seed_values in values]
+            for rival in RIVALS:
+                others = [seed_values[rival][RIGHT] for seed_values in values]
+                mean[rival] = mean_change(own, others)
+        words = "; ".join(f"less {name} {in_words(RIGHT, row)}" for name, row in mean.items())
+        print(f"{size} targets, {len(values)} seeds: right option {words}", flush=True)
+        return {"seeds": seeds, "mean of seeds": mean}
+
+
+def parse_options() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    """Return the parser and the flags."""
     parser = common.parser_of(__doc__ or "")
     common.add_model(parser, devices=True, dtypes=True)
     parser.add_argument("--supervision", nargs="+", type=Path, required=True, help="target paths")
@@ -150,59 +205,50 @@ def main() -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int)
     options = parser.parse_args()
     options.clock = "none"
+    return parser, options
+
+
+def pool_features(base: BaseModel, targets: Any, folder: Path) -> Features:
+    """Return what routers read of all targets, as a training pools it."""
+    config = TrainConfig()
+    store = FeatureStore(folder)
+    with open_workers(base, None, config, Listener()) as workers:
+        return collect_features(workers, targets, num_windows=config.num_windows, store=store)
+
+
+def main() -> None:
+    """Run it from the command line."""
+    parser, options = parse_options()
     numbers = common.sizes_of(options, QUICK, WHOLE)
     default = QUICK_SIZES if options.quick else SIZES
     sizes = [int(size) for size in (options.sizes or default).split(",")]
     targets = join_supervision(options.supervision)
     base = common.base_of(options)
     with tempfile.TemporaryDirectory() as folder:
-        store = FeatureStore(Path(folder) / "features")
-        config = TrainConfig()
-        with open_workers(base, None, config, Listener()) as workers:
-            examples = collect_features(
-                workers, targets, num_windows=config.num_windows, store=store
-            )
+        examples = pool_features(base, targets, Path(folder) / "features")
         order = list(range(len(examples.labels)))
         random.Random(SEED).shuffle(order)
-        held_out, rest = order[: numbers["held_out"]], order[numbers["held_out"] :]
+        held_out = order[: numbers["held_out"]]
+        rest = order[numbers["held_out"] :]
         if max(sizes) > len(rest):
             parser.error(
                 f"--sizes: {max(sizes)} targets, but there are {len(order)}, of which "
                 f"{len(held_out)} are held out"
             )
-        labels = (class_counts(examples.labels[rows].tolist()) for rows in (held_out, rest))
-        trivial = {
-            name: compute_metrics(counted) for name, counted in count_baselines(*labels).items()
-        }
-        for name, found in trivial.items():
-            print(f"{name}: {hits_in_words(found)}")
         routed = RoutedModel(base.model, tokenizer=base.tokenizer)
         compare = rivals(options, numbers, routed)
+        curve = LearningCurve(examples, held_out, rest, base.identity, numbers["seeds"], compare)
+        baselines = curve.describe_baselines()
+        for name, found in baselines.items():
+            print(f"{name}: {hits_in_words(found)}")
         figures: dict[str, Any] = {
             "of": common.describe_run(base, options),
             "held_out": len(held_out),
+            "baselines": baselines,
+            "sizes": {},
         }
-        figures |= {"baselines": trivial, "sizes": {}}
         for size in sizes:
-            seeds: list[dict[str, Any]] = []
-            values: list[dict[str, Values]] = []
-            for seed in range(numbers["seeds"]):
-                routers = train_routers(examples, rest[:size], base.identity, seed)
-                found = {"held_out": measure_agreement(routers, examples, held_out)}
-                try:
-                    less, answers = compare(routers)
-                    values.append(answers)
-                except ConfigError as error:  # these routers can't be brought to that depth
-                    less = {"not compared": str(error)}
-                seeds.append(found | less)
-                print(
-                    f"{size} targets, seed {seed}: {hits_in_words(found['held_out'])}", flush=True
-                )
-            right = {name: [one[name][RIGHT] for one in values] for name in ("own", *RIVALS)}
-            mean = {each: mean_change(right["own"], right[each]) for each in RIVALS if values}
-            figures["sizes"][str(size)] = {"seeds": seeds, "mean of seeds": mean}
-            words = "; ".join(f"less {name} {in_words(RIGHT, one)}" for name, one in mean.items())
-            print(f"{size} targets, {len(values)} seeds: right option {words}", flush=True)
+            figures["sizes"][str(size)] = curve.measure_size(size)
             common.write_figures(options, figures)
     detach(base.model)
 

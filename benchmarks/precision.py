@@ -15,6 +15,7 @@ import copy
 import itertools
 import statistics
 import warnings
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,18 +27,24 @@ from torch import nn
 
 from drllm.models.base.load import load
 from drllm.models.routed_model import RoutedModel
+from drllm.paths import Decisions
 from drllm.search.evaluator import Evaluator, JudgedOutcome
-from drllm.tasks.examples import choose
+from drllm.tasks.examples import OPTIONS_REWARD, choose
 from drllm.tasks.registry import get_task
 
 QUICK = {"questions": 6, "paths": 4}
 WHOLE = {"questions": 64, "paths": 16}
+REFERENCE = "float32"
+NUM_WARM_UP = 2  # prompts
+
+Pair = tuple[int, Decisions]
+"""The place of a prompt, and a path."""
 
 
 def precisions(name: str) -> dict[str, Any]:
     """Return ways to load a model, by what they are called."""
     ways: dict[str, Any] = {
-        "float32": lambda: load(name, device="cpu", dtype="float32").model,
+        REFERENCE: lambda: load(name, device="cpu", dtype=REFERENCE).model,
         "bfloat16": lambda: load(name, device="cpu", dtype="bfloat16").model,
         "int8 weights and activations (torch)": lambda: quantise(
             load(name, device="cpu", dtype="float32").model
@@ -65,6 +72,59 @@ def quantise(model: Any) -> Any:
     return model
 
 
+def judge_in_each(
+    model: str, tokenizer: Any, prompts: Sequence[Any], pairs: Sequence[Pair], clock: common.Clock
+) -> tuple[dict[str, list[JudgedOutcome]], dict[str, float]]:
+    """Judge the same paths in each precision; return the outcomes and the seconds of each."""
+    outcomes = {}
+    seconds = {}
+    first_pairs = [pair for pair in pairs if pair[0] < NUM_WARM_UP]
+    for name, load_it in precisions(model).items():
+        routed = RoutedModel(load_it(), tokenizer=tokenizer)
+        warm_up = Evaluator(routed, prompts[:NUM_WARM_UP], 1.0)
+        warm_up.evaluate(first_pairs[:4])
+        started = clock()
+        outcomes[name] = Evaluator(routed, prompts, 4.0).evaluate(pairs)
+        seconds[name] = clock() - started
+    return outcomes, seconds
+
+
+def compare_outcomes(
+    ours: Sequence[JudgedOutcome], theirs: Sequence[JudgedOutcome], pairs: Sequence[Pair]
+) -> dict[str, Any]:
+    """Return how many verdicts differ from those of float32, and how far margins move."""
+    num_different = 0
+    num_different_full = 0  # of the full path
+    moves = []
+    for own, other, (_, path) in zip(ours, theirs, pairs, strict=True):
+        differs = own.reward != other.reward
+        num_different += differs
+        num_different_full += differs and set(path) == {1}
+        moves.append(abs((own.margin or 0.0) - (other.margin or 0.0)))
+    return {
+        "differ": num_different,
+        "full_path_differs": num_different_full,
+        "accuracy": statistics.fmean(outcome.reward for outcome in ours),
+        "median_margin_moved": statistics.median(moves),
+    }
+
+
+def report(figures: Mapping[str, Any]) -> None:
+    """Print the figures."""
+    right = figures["precisions"][REFERENCE]["accuracy"]
+    print(
+        f"{figures['verdicts']} verdicts on {figures['questions']} questions of "
+        f"{figures['task']}; in {REFERENCE} {100 * right:.1f} % are right"
+    )
+    for name, row in figures["precisions"].items():
+        print(
+            f"{name:38} {row['differ']:5} differ, {row['full_path_differs']} of the full path's; "
+            f"{100 * row['accuracy']:.1f} % right; margins move by "
+            f"{row['median_margin_moved']:.3f} nats (median); "
+            f"speedup {figures['speedup'][name]:.2f}"
+        )
+
+
 def main() -> None:
     """Run it from the command line."""
     parser = common.parser_of(__doc__ or "")
@@ -75,51 +135,31 @@ def main() -> None:
     parser.add_argument("--questions", type=int, help="drawn with seed 0")
     parser.add_argument("--paths", type=int, help="of each question")
     options = parser.parse_args()
-    sizes, clock = common.sizes_of(options, QUICK, WHOLE), common.clock_of(options)
-    base, task = common.base_of(options), get_task(options.task)
+    sizes = common.sizes_of(options, QUICK, WHOLE)
+    clock = common.clock_of(options)
+    base = common.base_of(options)
+    task = get_task(options.task)
     examples = choose(task.examples("search", options.data_dir), sizes["questions"], 0)
-    prompts = [task.prompt(example, "loglikelihood") for example in examples]
+    prompts = [task.prompt(example, OPTIONS_REWARD) for example in examples]
     rounds = make_search_rounds(base.num_layers, len(prompts), sizes["paths"])
     pairs = list(itertools.chain.from_iterable(rounds))
-    found: dict[str, list[JudgedOutcome]] = {}
-    seconds: dict[str, float] = {}
-    for name, loaded in precisions(options.model).items():
-        routed = RoutedModel(loaded(), tokenizer=base.tokenizer)
-        Evaluator(routed, prompts[:2], 1.0).evaluate([p for p in pairs if p[0] < 2][:4])  # warm
-        started = clock()
-        found[name] = Evaluator(routed, prompts, 4.0).evaluate(pairs)
-        seconds[name] = clock() - started
+    outcomes, seconds = judge_in_each(options.model, base.tokenizer, prompts, pairs, clock)
+    compared = {
+        name: compare_outcomes(found, outcomes[REFERENCE], pairs)
+        for name, found in outcomes.items()
+    }
     figures: dict[str, Any] = {
         **common.describe_run(base, options),
         "task": task.name,
         "repeats": 1,
+        "ours": "the other precisions",
+        "theirs": REFERENCE,
+        "precisions": compared,
+        "questions": len(prompts),
+        "verdicts": len(pairs),
+        "speedup": {name: seconds[REFERENCE] / taken for name, taken in seconds.items()},
     }
-    figures |= {"ours": "the other precisions", "theirs": "float32", "precisions": {}}
-    figures |= {"questions": len(prompts), "verdicts": len(pairs)}
-    figures["speedup"] = {name: seconds["float32"] / took for name, took in seconds.items()}
-    right = [one.reward for one in found["float32"]]
-    for name, outcomes in found.items():
-        both = list(zip(found["float32"], outcomes, strict=True))
-        moved = [abs((a.margin or 0.0) - (b.margin or 0.0)) for a, b in both]
-        figures["precisions"][name] = {
-            "differ": sum(a.reward != b.reward for a, b in both),
-            "full_path_differs": sum(
-                a.reward != b.reward
-                for (a, b), (_, path) in zip(both, pairs, strict=True)
-                if set(path) == {1}
-            ),
-            "accuracy": statistics.fmean(one.reward for one in outcomes),
-            "median_margin_moved": statistics.median(moved),
-        }
-    print(f"{len(pairs)} verdicts on {len(prompts)} questions of {task.name}; ", end="")
-    print(f"in float32 {100 * statistics.fmean(right):.1f} % are right")
-    for name, row in figures["precisions"].items():
-        print(
-            f"{name:38} {row['differ']:5} differ, {row['full_path_differs']} of the full path's; "
-            f"{100 * row['accuracy']:.1f} % right; margins move by "
-            f"{row['median_margin_moved']:.3f} nats (median); "
-            f"speedup {figures['speedup'][name]:.2f}"
-        )
+    report(figures)
     comparisons = compare_each("score paths in another precision", figures["speedup"])
     common.write_figures(options, figures, comparisons)
 

@@ -10,6 +10,7 @@ from drllm.cli.command_line import CommandLine
 from drllm.config import ModelConfig
 from drllm.config.fields import to_flag
 from drllm.errors import ConfigError
+from drllm.records.search import SEARCH_FILE
 from drllm.records.supervision import SUPERVISION_FILE, join_supervision, read_supervision
 
 SEARCH_FOLDERS = (Path("data/mcts_paths"), Path("data"))
@@ -42,7 +43,7 @@ def _find_default_file(command: CommandLine) -> Path:
         return files[0]
     remedy = f"search first: {_search_command(command, 'arc,dart', SEARCH_FOLDERS[0])}"
     for file in reversed(places):  # the remedy for the first place wins
-        search = file.with_name("search.jsonl")
+        search = file.with_name(SEARCH_FILE)
         if search.is_file():  # the search is there, but its default rule chose no targets
             remedy = f"make one: drllm supervise --search {search} --output-dir {file}"
     place_names = " nor ".join(map(str, places))

@@ -16,7 +16,7 @@ from drllm.config import ModelConfig, SearchConfig, SuperviseConfig
 from drllm.pipeline.model import open_model
 from drllm.records.manifest import read_manifest
 from drllm.records.places import check_file, check_folder, choose_file
-from drllm.records.search import SearchRecords
+from drllm.records.search import SEARCH_FILE, SearchRecords
 from drllm.records.supervision import SUPERVISION_FILE
 from drllm.search.questions import SearchQuestion, collect_questions, select_tasks
 from drllm.search.targets import SearchTargets, supervise_search
@@ -65,7 +65,7 @@ def search(command: CommandLine, terminal: Terminal) -> None:
 
 def _print_search(records: SearchRecords, folder: Path, terminal: Terminal) -> None:
     """Print the results of a search, and how many questions failed."""
-    file = folder / "search.jsonl"
+    file = folder / SEARCH_FILE
     if not records.is_new:
         terminal.say(f"{file} is complete already; nothing was searched again")
     terminal.fact("search", file)

@@ -29,10 +29,9 @@ from drllm.records.codec import write_atomically, write_json
 from drllm.records.healed import HEALED_FILE
 from drllm.records.manifest import manifest_path, read_manifest
 from drllm.records.places import check_new_folder, create_folder
-from drllm.records.search import SearchRecord, read_search
+from drllm.records.search import SEARCH_FILE, SearchRecord, read_search
 from drllm.records.shrink import SHRINK_FILE, read_shrink
 from drllm.records.static_paths import load_path
-from drllm.search import SEARCH_FILE
 from drllm.supervision.rules import is_saving, is_valid
 from drllm.tasks.files import is_file_name
 from drllm.work.listener import Listener

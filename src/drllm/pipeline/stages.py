@@ -19,9 +19,9 @@ from drllm.pipeline.manifest import RunManifest, hash_file
 from drllm.pipeline.recipes import Recipe
 from drllm.records import codec
 from drllm.records.healed import ADAPTER_CONFIG_FILE, ADAPTER_FILE, HEALED_FILE
+from drllm.records.search import SEARCH_FILE
 from drllm.records.static_paths import PATHS_FILE, PathFile, load_path
 from drllm.records.supervision import SUPERVISION_FILE, rejected_path
-from drllm.search import SEARCH_FILE
 from drllm.tasks.base import Task
 from drllm.tasks.examples import Example, choose
 from drllm.work.listener import Listener

@@ -13,6 +13,8 @@ from drllm.errors import RecordError
 from drllm.paths import Decisions, check_decisions
 from drllm.records.manifest import read_manifest, read_records
 
+SEARCH_FILE = "search.jsonl"
+
 _DECISIONS = frozenset((0, 1, 2))
 
 

@@ -10,6 +10,7 @@ from msgspec.structs import asdict
 from drllm.config import TIMING
 from drllm.records.healed import HEALED_FILE
 from drllm.records.results import PERMUTED, Evaluation, Result, System
+from drllm.records.search import SEARCH_FILE
 from drllm.records.static_paths import PATHS_FILE, WITHOUT, load_path, split_path_list
 from drllm.records.supervision import SUPERVISION_FILE
 from drllm.reporting.commands import (
@@ -20,7 +21,7 @@ from drllm.reporting.commands import (
     write_command,
 )
 from drllm.reporting.numbers import count, difference, label, verdict_on_routed
-from drllm.reporting.run import SEARCH_FILE, Run
+from drllm.reporting.run import Run
 from drllm.statistics.differences import Verdict
 from drllm.statistics.power import round_up
 from drllm.supervision.rules import MIN_SAVING

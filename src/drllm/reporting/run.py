@@ -20,11 +20,9 @@ from drllm.records.identity import have_same_weights
 from drllm.records.latency import Latency, read_latency
 from drllm.records.layers import LAYERS_FILE, Layers
 from drllm.records.manifest import read_manifest
-from drllm.records.search import SearchRecord, read_search
+from drllm.records.search import SEARCH_FILE, SearchRecord, read_search
 from drllm.records.static_paths import PATHS_FILE, StaticPaths, read_paths
 from drllm.records.supervision import SUPERVISION_FILE, SupervisionRecord, read_supervision
-
-SEARCH_FILE = "search.jsonl"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,6 @@ This file doesn't import torch.
 
 from pathlib import Path
 
-SEARCH_FILE = "search.jsonl"
 FAILED_FILE = "search.failed.jsonl"
 """File beside `search.jsonl` for the questions that couldn't be searched."""
 CHUNKS_FOLDER = "search.partial"

@@ -22,8 +22,14 @@ from drllm.models.workers import Workers, open_workers
 from drllm.records.codec import hash_values
 from drllm.records.manifest import new_manifest, read_manifest, write_or_remove, write_records
 from drllm.records.places import only_writer
-from drllm.records.search import FailedQuestion, SearchRecord, SearchRecords, read_search
-from drllm.search import CHUNKS_FOLDER, FAILED_FILE, SEARCH_FILE
+from drllm.records.search import (
+    SEARCH_FILE,
+    FailedQuestion,
+    SearchRecord,
+    SearchRecords,
+    read_search,
+)
+from drllm.search import CHUNKS_FOLDER, FAILED_FILE
 from drllm.search.batch import BatchRecords, SearchBatch
 from drllm.search.progress import SearchProgress
 from drllm.search.questions import (
