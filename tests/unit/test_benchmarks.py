@@ -23,6 +23,7 @@ NOT_OF_TWO_WAYS = {
     *("all", "gpu", "page", "two_commits"),  # made of others
     "growth",  # one way at several sizes
     *("repair", "repair_ranks", "bypass"),  # losses, not times
+    "quantised",  # several ways beside one
     "house",  # counts source
     "make_builtin_texts",  # makes a file
 }
@@ -495,6 +496,27 @@ def test_a_quick_run_on_the_real_model_writes_what_every_benchmark_must(smollm2,
         for row in figures["comparisons"]:
             assert row["speedup"] > 0
             assert row["bound"] is None or row["share"] == row["speedup"] / row["bound"]
+
+
+@pytest.mark.thorough
+def test_layers_and_bits_are_compared_in_size_seconds_and_loss(figures_of, tmp_path):
+    file = tmp_path / "numbers.jsonl"
+    texts = [f"number {number} of many" for number in range(4)]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    figures = figures_of("quantised", "--path", "without:3-5", "--text", str(file))
+    full, shorter = figures["rows"][:: len(figures["rows"]) // 2]
+    assert (full["path"], shorter["path"]) == ("full path", "shorter path")
+    assert shorter["megabytes"] < full["megabytes"]
+    assert full["loss_increase"] == 0
+    assert shorter["interval"][0] <= shorter["loss_increase"] <= shorter["interval"][1]
+    assert full["speedup"].keys() == {
+        "read, 1 rows",
+        "write, 1 rows",
+        "read, 8 rows",
+        "write, 8 rows",
+    }
+    bounds = {row["what"]: row["bound"] for row in figures["comparisons"]}
+    assert bounds["read, 1 rows: shorter path, float32"] > 1
 
 
 def test_the_page_of_benchmarks_has_a_row_for_each_comparison(benchmark):
