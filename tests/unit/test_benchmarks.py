@@ -24,6 +24,7 @@ NOT_OF_TWO_WAYS = {
     "growth",  # one way at several sizes
     *("repair", "repair_ranks", "bypass"),  # losses, not times
     "quantised",  # several ways beside one
+    "pooled",  # accuracy and losses, not times
     "house",  # counts source
     "make_builtin_texts",  # makes a file
 }
@@ -517,6 +518,23 @@ def test_layers_and_bits_are_compared_in_size_seconds_and_loss(figures_of, tmp_p
     }
     bounds = {row["what"]: row["bound"] for row in figures["comparisons"]}
     assert bounds["read, 1 rows: shorter path, float32"] > 1
+
+
+def test_only_sets_on_which_the_full_path_beats_guessing_are_pooled(figures_of, tmp_path):
+    rows = []
+    for number in range(80):
+        choices = [f"{number}", f"{number} and a long tail of words that no model expects"]
+        rows.append({"question": f"Count to {number}", "choices": choices, "answer": 0})
+    easy = tmp_path / "easy.jsonl"
+    easy.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--path", "without:3", "--questions", "60", "--texts", "6"]
+    figures = figures_of("pooled", *words, "--tasks", f"{easy},builtin_facts")
+    counts = {row["set"]: row["counts"] for row in figures["sets"]}
+    assert counts == {"easy": True, "builtin_facts": False}
+    assert figures["answers"].keys() == {"easy", "pooled"}
+    assert figures["answers"]["pooled"] == figures["answers"]["easy"]
+    assert figures["answers"]["pooled"]["n"] == 30
+    assert figures["texts"]["by_set"].keys() == counts.keys()
 
 
 def test_the_page_of_benchmarks_has_a_row_for_each_comparison(benchmark):
