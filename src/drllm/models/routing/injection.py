@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from drllm.errors import RoutingError
+from drllm.errors import ArchitectureError, RoutingError
 from drllm.models.base.devices import on_device
 from drllm.models.base.layers import (
     find_layers,
@@ -30,6 +30,7 @@ from drllm.models.base.layers import (
     list_norms,
     probe,
 )
+from drllm.models.base.sublayers import find_sublayers
 from drllm.models.routing.adapters import Adapters, AdapterWeights
 from drllm.models.routing.call_arguments import (
     BATCH_AXES,
@@ -46,6 +47,7 @@ from drllm.models.routing.context import Override, ThreadValue
 from drllm.models.routing.forward_override import ForwardOverride, find_overrides
 from drllm.models.routing.lora import LoraAdapters, LoraWeights
 from drllm.models.routing.refits import ModuleHandle, Refit, Refits
+from drllm.models.routing.short_mlp import shorten_mlps
 
 REFUSED_OUTPUTS = ("output_attentions", "output_router_logits")
 """Options of a forward pass that request outputs which routing can't return."""
@@ -259,6 +261,23 @@ class Injection:
                 return False
         return bool(output[0].shape[1] == 1)
 
+    @cached_property
+    def last_mlps(self) -> tuple[nn.Module, ...]:
+        """The MLPs of the last layer; empty if it does more than add their outputs to its state."""
+        with self.driven_by(Driver()):
+            try:
+                return find_sublayers(self.model)[-1].mlps
+            except ArchitectureError:
+                return ()
+
+    @property
+    def can_shorten_last_mlp(self) -> bool:
+        """Whether `LayerCall.run_for_last_tokens` works for the last layer.
+
+        It doesn't where something else overrides the layer, as accelerate does to move weights.
+        """
+        return self.handles[-1].previous is None and bool(self.last_mlps)
+
     def _before(self, _module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Begin a forward pass of the decoder."""
         for handle in self.handles:
@@ -447,11 +466,30 @@ class LayerCall:
             hidden: The layer's input for R rows of the batch.
             rows: The numbers of these rows; None means all rows.
         """
+        return self._run(self._handle.original(), hidden, rows)
+
+    def run_for_last_tokens(self, hidden: Tensor, rows: tuple[int, ...], num_tokens: int) -> Tensor:
+        """Execute the last layer; return its output at each row's last tokens, `[R, N, D]`.
+
+        Only these tokens pass the MLP. K and V in the cache are those of all tokens.
+
+        Args:
+            hidden: The layer's input for R rows of the batch, `[R, T, D]`.
+            rows: The numbers of these rows.
+            num_tokens: N, at least one.
+        """
+        layer = shorten_mlps(self.module, self._handle.injection.last_mlps, num_tokens)
+        output = self._run(partial(type(self.module).forward, layer), hidden, rows)
+        return output[:, -num_tokens:]
+
+    def _run(
+        self, function: Callable[..., Any], hidden: Tensor, rows: tuple[int, ...] | None
+    ) -> Tensor:
         args = self._args
         kwargs = self._kwargs
         if rows is not None:
             args, kwargs = self._cut(rows, partial(self._select_rows, rows))
-        output = self._handle.original()(hidden, *args, **kwargs)
+        output = function(hidden, *args, **kwargs)
         if isinstance(output, tuple):
             self.extras = output[1:]
             output = output[0]
