@@ -28,6 +28,7 @@ from typing import Any
 import common
 import msgspec
 from common.compare import ACCURACY, SEED, compare_paired, in_words
+from common.questions import read_all_examples
 
 from drllm.models.base.load import BaseModel
 from drllm.models.routed_model import RoutedModel
@@ -37,7 +38,6 @@ from drllm.records.codec import hash_values, sha256
 from drllm.records.healed import ADAPTER_FILE, HEALED_FILE
 from drllm.records.static_paths import load_path
 from drllm.statistics.intervals import mean_interval, wilson_interval
-from drllm.tasks.base import NoSplitError
 from drllm.tasks.examples import OPTIONS_REWARD, Prompt
 from drllm.tasks.registry import get_task
 from drllm.tuning.objectives import GOLD, LOSS
@@ -46,7 +46,6 @@ from drllm.work.store import ResultStore
 
 QUICK = {"texts": 4, "questions": 24}
 WHOLE = {"texts": 300, "questions": 1_000_000}
-SPLITS = ("search", "fit", "select", "test")
 BLOCK = 50
 """Questions that are answered before the result is kept."""
 CACHE_GB = 1.0
@@ -87,15 +86,7 @@ def hash_path(place: str) -> str:
 def divide(name: str, data_dir: str | None, num_questions: int) -> Halves:
     """Return all questions of a set, each text once, divided in random halves."""
     task = get_task(name)
-    examples = {}
-    for split in SPLITS:
-        try:
-            found = task.examples(split, data_dir)
-        except NoSplitError:
-            continue
-        for example in found:
-            examples.setdefault(example.question, example)
-    chosen = list(examples.values())
+    chosen = read_all_examples(task, data_dir)
     random.Random(SEED).shuffle(chosen)
     chosen = chosen[:num_questions]
     middle = len(chosen) // 2

@@ -568,6 +568,21 @@ def test_static_paths_are_compared_with_the_full_one_on_questions_of_another_par
     ours, full = (facts["loss of texts"][name] for name in ("without_three", "full"))
     assert ours["change"] == pytest.approx(ours["mean"] - full["mean"])
     assert ours["interval"][0] <= ours["change"] <= ours["interval"][1]
+    assert facts["accuracy"]["full"]["n"] == 8
+
+
+def test_static_paths_are_compared_on_all_questions_of_a_set_that_nothing_was_fitted_on(
+    figures_of, tmp_path
+):
+    file = tmp_path / "sums.jsonl"
+    rows = [
+        {"question": f"{number} + 1?", "choices": [f"{number + 1}", f"{number}"], "answer": 0}
+        for number in range(40)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--paths", "without:3", "--tasks", str(file), "--questions", "100"]
+    found = figures_of("healed", *words, "--all")
+    assert found["tasks"]["sums"]["accuracy"]["full"]["n"] == len(rows)
 
 
 @pytest.fixture
