@@ -29,6 +29,7 @@ from drllm.models.routing.crossings import Crossings
 from drllm.models.routing.injection import Driver, Forward, LayerCall
 from drllm.models.routing.kv_cache import RoutedCacheLayer, find_entry
 from drllm.models.scoring.packing import PackedBatch, pack
+from drllm.models.scoring.padding import remove_padding, stack_left_padded
 from drllm.models.scoring.prefix_cache import PrefixCache, PrefixState
 from drllm.models.scoring.requests import Request, Tokens
 from drllm.paths import Decisions, Gap, Path, Plan, get_adapter, get_layers
@@ -413,7 +414,7 @@ class PrefixSharingDriver(Driver):
         """Return how many last tokens of a state are needed, where not all of them are.
 
         These are the states after a path's last execution, if this is one of the model's last layer
-        and no other path of the row goes on from there.
+        and no other path of the row runs more layers after it.
         """
         if not self.rows.routed.injection.can_shorten_last_mlp:
             return {}
@@ -584,26 +585,3 @@ def find_common_adapter(plans: Sequence[Plan]) -> str:
             "on for the whole model; score it in a call of its own"
         )
     return names.pop() if names else ""
-
-
-def stack_left_padded(parts: Sequence[Tensor], num_tokens: int = 0) -> Tensor:
-    """Stack tensors `[..., T_i, D]`, padded on the left to the longest or to `num_tokens`."""
-    lengths = [part.shape[-2] for part in parts]
-    shortest = min(lengths)
-    T = max(num_tokens, *lengths)
-    if shortest == T:
-        return torch.stack([*parts])
-    # All paddings and parts are joined by a single `cat`, which is then cut into the parts. A GPU
-    # takes as long to launch a small operation as a large one.
-    zeros = parts[0].new_zeros(*parts[0].shape[:-2], T - shortest, parts[0].shape[-1])
-    pieces = []
-    for part, length in zip(parts, lengths, strict=True):
-        pieces += [zeros[..., : T - length, :], part]
-    whole = torch.cat(pieces, dim=-2)  # [..., U * T, D]
-    return whole.view(*whole.shape[:-2], len(parts), T, -1).movedim(-3, 0)
-
-
-def remove_padding(values: Tensor, lengths: Sequence[int]) -> Sequence[Tensor]:
-    """Return the last tokens of each row of `[U, ..., T, D]`, as parts of one new tensor."""
-    parts = [row[..., -length:, :] for row, length in zip(values, lengths, strict=True)]
-    return torch.split(torch.cat(parts, dim=-2), list(lengths), dim=-2)
