@@ -24,7 +24,7 @@ NOT_OF_TWO_WAYS = {
     "growth",  # one way at several sizes
     *("repair", "repair_ranks", "bypass"),  # losses, not times
     "quantised",  # several ways beside one
-    "pooled",  # accuracy and losses, not times
+    *("pooled", "healing_curves"),  # accuracy and losses, not times
     "house",  # counts source
     "make_builtin_texts",  # makes a file
 }
@@ -518,6 +518,28 @@ def test_layers_and_bits_are_compared_in_size_seconds_and_loss(figures_of, tmp_p
     }
     bounds = {row["what"]: row["bound"] for row in figures["comparisons"]}
     assert bounds["read, 1 rows: shorter path, float32"] > 1
+
+
+def test_curves_of_refits_and_trainings_are_drawn(benchmark, tmp_path, monkeypatch):
+    rows = [
+        {"way": "plain", "row": "without 3", "num_tokens": 0, "seen": {"mean": 0.5}},
+        {"way": "refit", "row": "without 3, refit on 9", "num_tokens": 9, "seen": {"mean": 0.2}},
+        {"way": "refit", "row": "without 3, refit on 5", "num_tokens": 5, "seen": {"mean": 0.3}},
+    ]
+    refits = tmp_path / "refits.json"
+    refits.write_text(json.dumps({"rows": rows}))
+    healed = Path(__file__).parents[1] / "fixtures" / "0.1" / "healed"
+    picture = tmp_path / "curves.png"
+    words = ["--refits", refits, "--healed", healed, "--labels", "from the refit", "--png", picture]
+    file = tmp_path / "figures.json"
+    words += ["--json", file]
+    monkeypatch.setattr(sys, "argv", ["healing_curves.py", *map(str, words)])
+    benchmark("healing_curves").main()
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    figures = json.loads(file.read_text())
+    assert figures["refits"] == {"without 3": [[5, 0.3], [9, 0.2]]}
+    tokens = [number for number, _ in figures["trainings"]["from the refit"]]
+    assert tokens[0] == 0 < tokens[-1]
 
 
 def test_only_sets_on_which_the_full_path_beats_guessing_are_pooled(figures_of, tmp_path):
