@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-SCRIPT = "convert_hf_to_gguf.py"
+from drllm.errors import ConfigError
+from drllm.pipeline.bundle import convert_to_gguf, find_converter
+
 MAX_TOKENS = 1024
 """The longest prompt with its answer."""
 
@@ -23,20 +22,18 @@ def add_checkout(parser: argparse.ArgumentParser) -> None:
 
 def check_checkout(parser: argparse.ArgumentParser, llama_cpp: Path) -> None:
     """End with a message if llama.cpp's converter or llama-cpp-python is missing."""
-    if find_spec("llama_cpp") is None or not (llama_cpp / SCRIPT).is_file():
-        parser.error(f"install llama-cpp-python, and give a checkout with {SCRIPT}")
+    try:
+        find_converter(llama_cpp)
+    except ConfigError as error:
+        parser.error(str(error))
+    if find_spec("llama_cpp") is None:
+        parser.error("install llama-cpp-python")
 
 
 def convert(folder: Path, llama_cpp: Path, weights: str = "f32") -> Path:
     """Convert a checkpoint to GGUF with unquantised weights, `f32` or `f16`."""
     file = folder / f"model-{weights}.gguf"
-    command = [sys.executable, str(llama_cpp / SCRIPT), str(folder)]
-    command += ["--outfile", str(file), "--outtype", weights]
-    places = [str(llama_cpp / "gguf-py"), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places))}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{SCRIPT} failed: {done.stderr.splitlines()[-1]}")
+    convert_to_gguf(folder, file, find_converter(llama_cpp), weights)
     return file
 
 

@@ -95,7 +95,7 @@ def bundle(
     listener = listener or Listener()
     output = Path(output_dir)
     check_new_folder(output)
-    converter = None if llama_cpp is None else _find_converter(Path(llama_cpp))
+    converter = None if llama_cpp is None else find_converter(Path(llama_cpp))
     source_of = find_artefacts([Path(source) for source in sources])
     if converter is not None and CHECKPOINT not in source_of:
         raise ConfigError("no source has a checkpoint to convert; leave --llama-cpp out")
@@ -230,8 +230,12 @@ def write_search_card(records: Sequence[SearchRecord], manifest: dict[str, Any])
     )
 
 
-def _find_converter(llama_cpp: Path) -> Path:
-    """Return the converter of a checkout of llama.cpp."""
+def find_converter(llama_cpp: Path) -> Path:
+    """Return the converter of a checkout of llama.cpp.
+
+    Raises:
+        ConfigError: The folder has none.
+    """
     converter = llama_cpp.expanduser() / CONVERTER
     if not converter.is_file():
         raise ConfigError(
@@ -241,17 +245,10 @@ def _find_converter(llama_cpp: Path) -> Path:
 
 
 def write_gguf(checkpoint: Path, folder: Path, converter: Path) -> None:
-    """Convert a checkpoint to GGUF with llama.cpp's own converter, and write its card."""
+    """Convert a checkpoint to GGUF, and write its card."""
     folder.mkdir()
     file = folder / f"model-{GGUF_TYPE}.gguf"
-    command = [sys.executable, str(converter), str(checkpoint), "--outtype", GGUF_TYPE]
-    done = subprocess.run(
-        [*command, "--outfile", str(file)], capture_output=True, text=True, check=False
-    )
-    if done.returncode != 0 or not file.is_file():
-        lines = (done.stderr or done.stdout).strip().splitlines()
-        reason = lines[-1] if lines else f"exit status {done.returncode}"
-        raise ModelError(f"{converter.name} can't convert the checkpoint: {reason}")
+    convert_to_gguf(checkpoint, file, converter, GGUF_TYPE)
     metadata = ModelCardData(library_name="gguf", tags=["layer-routing", "dynamic-depth", "drllm"])
     text = (checkpoint / CARD_FILE).read_text(encoding="utf-8")
     _, _, body = text.split("---\n", 2)  # without the front matter
@@ -259,3 +256,25 @@ def write_gguf(checkpoint: Path, folder: Path, converter: Path) -> None:
         GGUF_CARD, metadata, file=file.name, weights=GGUF_TYPE, checkpoint=body.strip()
     )
     write_atomically(folder / CARD_FILE, card)
+
+
+def convert_to_gguf(checkpoint: Path, file: Path, converter: Path, weights: str) -> None:
+    """Convert a checkpoint to GGUF with llama.cpp's own converter.
+
+    Args:
+        checkpoint: The folder of the checkpoint.
+        file: The file to write.
+        converter: The converter; see `find_converter`.
+        weights: How weights are stored: `f32`, `f16`, `bf16` or another type of the converter.
+
+    Raises:
+        ModelError: The converter fails.
+    """
+    command = [sys.executable, str(converter), str(checkpoint), "--outtype", weights]
+    done = subprocess.run(
+        [*command, "--outfile", str(file)], capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0 or not file.is_file():
+        lines = (done.stderr or done.stdout).strip().splitlines()
+        reason = lines[-1] if lines else f"exit status {done.returncode}"
+        raise ModelError(f"{converter.name} can't convert the checkpoint: {reason}")
