@@ -63,6 +63,8 @@ GGUF_16 = "16 bits (llama.cpp F16)"
 GGUF_8 = "8 bits (llama.cpp Q8_0)"
 GGUF_4 = "4 bits (llama.cpp Q4_K_M)"
 GGUF_TYPES = {GGUF_16: "F16", GGUF_8: "Q8_0", GGUF_4: "Q4_K_M"}
+QUANTISE = "llama-quantize"
+BENCH = "llama-batched-bench"
 OURS = "layers left out, fewer bits, or both"
 THEIRS = "the full path in float32, in 16 bits for llama.cpp"
 
@@ -85,6 +87,21 @@ class Measurement:
     num_bytes: int
     seconds: dict[Workload, list[float]] = field(default_factory=dict)
     losses: dict[str, list[float]] = field(default_factory=dict)
+
+
+def find_program(checkout: Path, name: str) -> Path:
+    """Return the place of a program of llama.cpp."""
+    return checkout / "build" / "bin" / name
+
+
+def check_programs(parser: argparse.ArgumentParser, checkout: Path) -> None:
+    """End with a message if the checkout isn't built."""
+    for name in (QUANTISE, BENCH):
+        if not find_program(checkout, name).is_file():
+            parser.error(
+                f"{checkout} has no build/bin/{name}; build it there: cmake -B build && "
+                f"cmake --build build --target {QUANTISE} {BENCH}"
+            )
 
 
 def choose_path(base: BaseModel, name: str | None) -> PathFile:
@@ -154,7 +171,7 @@ def measure_losses(base: BaseModel, kinds: Kinds) -> dict[str, list[float]]:
 
 def quantise_files(folders: Mapping[str, Path], checkout: Path) -> dict[System, Path]:
     """Convert each checkpoint to GGUF, and quantise it by llama.cpp's own program."""
-    program = checkout / "build" / "bin" / "llama-quantize"
+    program = find_program(checkout, QUANTISE)
     files = {}
     for name, folder in folders.items():
         whole = llama_cpp.convert(folder, checkout, "f16")
@@ -172,7 +189,7 @@ def time_llama_cpp(
     files: Mapping[System, Path], checkout: Path, sizes: Mapping[str, int]
 ) -> dict[System, dict[Workload, list[float]]]:
     """Return the seconds of all files for all workloads, in turns, by llama.cpp's own program."""
-    program = checkout / "build" / "bin" / "llama-batched-bench"
+    program = find_program(checkout, BENCH)
     seconds: dict[System, dict[Workload, list[float]]] = {system: {} for system in files}
     num_tokens = max(ROWS) * (sizes["prompt"] + sizes["written"])
     settings = ["-c", str(num_tokens), "-npp", str(sizes["prompt"]), "-ntg", str(sizes["written"])]
@@ -293,6 +310,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int)
     options = parser.parse_args()
     options.clock = "wall"
+    if options.llama_cpp:
+        check_programs(parser, options.llama_cpp)
     sizes = common.sizes_of(options, QUICK, WHOLE)
     base = common.base_of(options)
     path = choose_path(base, options.path)
