@@ -117,14 +117,14 @@ class Figure:
         question: (a) to (f), as above.
         name: What was compared.
         ratios: One of each round.
-        bound: None where any value is an answer.
+        limit: What the median may be at most; None where any value is an answer.
         least: The least that any way could take. None if that isn't known.
     """
 
     question: str
     name: str
     ratios: list[float]
-    bound: float | None = None
+    limit: float | None = None
     least: float | None = None
 
     @property
@@ -136,16 +136,16 @@ class Figure:
 
     @property
     def is_met(self) -> bool | None:
-        """Whether the median keeps within the bound."""
-        return None if self.bound is None else self.quartiles[1] <= self.bound
+        """Whether the median keeps within the limit."""
+        return None if self.limit is None else self.quartiles[1] <= self.limit
 
     def __str__(self) -> str:
         low, middle, high = self.quartiles
-        bound = "" if self.bound is None else f"{self.bound:.3f}"
+        limit = "" if self.limit is None else f"{self.limit:.3f}"
         verdict = {None: "", True: "met", False: "MISSED"}[self.is_met]
         return (
             f"({self.question}) {self.name:<42} {middle:6.3f}  {low:6.3f} to {high:6.3f}  "
-            f"{len(self.ratios):6}  {bound:>5}  {verdict}"
+            f"{len(self.ratios):6}  {limit:>5}  {verdict}"
         ).rstrip()
 
 
@@ -243,9 +243,9 @@ def plan_figures(name: str, rounds: Rounds, num_layers: int) -> list[Figure]:
     return figures
 
 
-def router_figure(name: str, rounds: Rounds, bound: float | None) -> Figure:
+def router_figure(name: str, rounds: Rounds, limit: float | None) -> Figure:
     """Compare a model with routers with one without (c)."""
-    return Figure("c", name, ratios(rounds, "routers", "attached"), bound, 1.0)
+    return Figure("c", name, ratios(rounds, "routers", "attached"), limit, 1.0)
 
 
 def count_held(cache: Any) -> tuple[int, int]:
@@ -447,20 +447,20 @@ def time_exported(base: BaseModel, repeats: Mapping[str, int], clock: Clock) -> 
         figures.append(Figure("f", f"{name}_exported_control", control))
         for k in NUM_SKIPPED:
             saved = 1 - share_of_work(base, skipping(base.num_layers, k), num_tokens)
-            bounds = {"exported": 1 - LEAST_OF_THE_SAVING * saved, "routed": None, "healed": None}
-            for kind, bound in bounds.items():
+            limits = {"exported": 1 - LEAST_OF_THE_SAVING * saved, "routed": None, "healed": None}
+            for kind, limit in limits.items():
                 label = f"{name}_{kind}_without_{k}_of_{base.num_layers}"
                 ours = ratios(rounds, f"{kind} {k}", "untouched")
-                figures.append(Figure("f", label, ours, bound, 1 - saved))
+                figures.append(Figure("f", label, ours, limit, 1 - saved))
     return figures
 
 
 def print_table(
     figures: Sequence[Figure], counts: Sequence[Mapping[str, Any]], many: ManyFigures
 ) -> None:
-    """Print every figure with its bound, what caches hold, and what (e) reached."""
+    """Print every figure with its limit, what caches hold, and what (e) reached."""
     head = "(a) to (c), (f): ours / theirs; (e): theirs / ours"
-    print(f"{head:<46} median  quartiles         rounds  bound")
+    print(f"{head:<46} median  quartiles         rounds  limit")
     print(*figures, sep="\n")
     for count in counts:
         verdict = "exact" if count["is_exact"] else "MISSED"
@@ -512,13 +512,13 @@ def main() -> None:
     print_table(figures, counts, many)
     common.refuse_differences(base, "answers of (e)", sum(many.differ.values()))
     common.refuse_differences(base, "caches of (d)", sum(not count["is_exact"] for count in counts))
-    with_bounds = [figure for figure in figures if figure.bound is not None]
+    with_limits = [figure for figure in figures if figure.limit is not None]
     result = {
         "overhead": medians(figures, "ac"),
         "share_of_the_time": medians(figures, "bf"),
         "speedup": medians(figures, "e"),
-        "bounds": {figure.name: figure.bound for figure in with_bounds},
-        "is_met": {figure.name: figure.is_met for figure in with_bounds},
+        "limits": {figure.name: figure.limit for figure in with_limits},
+        "is_met": {figure.name: figure.is_met for figure in with_limits},
         "quartiles": {figure.name: figure.quartiles for figure in figures},
         "stored": counts,
         "answers_that_differ": many.differ,

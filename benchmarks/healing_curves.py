@@ -12,8 +12,10 @@ for it. Nothing is measured here.
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,29 +61,33 @@ def draw_curves(refits: Curves, trainings: Curves, colours: drawing.Colours, wid
     figure, all_axes = drawing.make_panels(1, len(panels), width, 2.8)
     for axes, (title, (quantity, curves)) in zip(all_axes, panels.items(), strict=True):
         is_training = curves is trainings
-        for (label, points), colour in zip(curves.items(), COLOURS, strict=False):
+        for (label, points), colour in zip(curves.items(), itertools.cycle(COLOURS)):
             tokens = [number / 1000 if is_training else number for number, _ in points]
             values = [value for _, value in points]
             axes.plot(tokens, values, "o-", color=colours[colour], label=label, markersize=3)
         axes.set(xlabel=title, ylabel=quantity)
         if not is_training:
             axes.set_xscale("log")
-        axes.set_ylim(bottom=0)
+        axes.axhline(0, color=colours["grid"], linewidth=0.8, zorder=0)
         drawing.add_legend(axes, columns=1)
     return figure
 
 
-def collect(options: Any) -> tuple[Curves, Curves]:
-    """Read all files and folders that were named."""
+def read_curves(
+    parser: argparse.ArgumentParser, options: argparse.Namespace
+) -> tuple[Curves, Curves]:
+    """Read all files and folders that were named; refuse two curves with one label."""
     refits: Curves = {}
     for name in filter(None, (options.refits or "").split(",")):
-        refits |= read_refits(Path(name))
+        for label, points in read_refits(Path(name)).items():
+            refits[label] = sorted({*refits.get(label, []), *points})
     folders = [Path(name) for name in filter(None, (options.healed or "").split(","))]
     labels = options.labels.split(",") if options.labels else [folder.name for folder in folders]
+    if len(set(labels)) != len(folders):
+        parser.error(f"--labels: give {len(folders)} different ones, one for each healed folder")
     trainings: Curves = {}
     for folder, label in zip(folders, labels, strict=True):
-        points: Sequence[HealPoint] = read_training(folder)
-        trainings[label] = [(point.tokens, point.held_out_kl) for point in points]
+        trainings[label] = [(point.tokens, point.held_out_kl) for point in read_training(folder)]
     return refits, trainings
 
 
@@ -93,7 +99,7 @@ def main() -> None:
     parser.add_argument("--labels", help="of the healed folders, separated by commas")
     parser.add_argument("--png", type=Path, required=True, help="the drawing")
     options = parser.parse_args()
-    refits, trainings = collect(options)
+    refits, trainings = read_curves(parser, options)
     if not refits and not trainings:
         parser.error("nothing to draw; give --refits or --healed")
     draw = partial(draw_curves, refits, trainings)

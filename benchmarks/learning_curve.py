@@ -99,7 +99,7 @@ def measure_agreement(
     return compute_metrics(count_decisions(logits.argmax(dim=-1), labels, float(loss)))
 
 
-def hits_in_words(found: Mapping[str, Any]) -> str:
+def describe_agreement(found: Mapping[str, Any]) -> str:
     """Return what routers, or a trivial way to decide, reach on held-out targets."""
     words = f"labels hit {found['accuracy']:.4f}, macro-F1 {found['macro_f1']:.4f}"
     if found["routers_loss"] is not None:
@@ -107,7 +107,9 @@ def hits_in_words(found: Mapping[str, Any]) -> str:
     return words
 
 
-def rivals(options: argparse.Namespace, numbers: Mapping[str, int], routed: RoutedModel) -> Any:
+def make_comparison(
+    options: argparse.Namespace, numbers: Mapping[str, int], routed: RoutedModel
+) -> Any:
     """Return a function that compares routers' routes with the full path and permuted routes."""
     [parts] = split_tasks(TuneConfig(data_dir=options.data_dir, num_fit=LARGEST_INT), options.task)
 
@@ -149,7 +151,7 @@ class LearningCurve:
         order: The rows that are trained on, the first ones by smaller sets too.
         identity: The model's.
         num_seeds: How many routers are trained on a set.
-        compare: Compares routers' routes with the rivals', see `rivals`.
+        compare: Compares routers' routes with the rivals', see `make_comparison`.
     """
 
     examples: Features
@@ -180,7 +182,7 @@ class LearningCurve:
             except ConfigError as error:  # these routers can't be brought to that depth
                 figures = {"not compared": str(error)}
             seeds.append({"held_out": agreement, **figures})
-            print(f"{size} targets, seed {seed}: {hits_in_words(agreement)}", flush=True)
+            print(f"{size} targets, seed {seed}: {describe_agreement(agreement)}", flush=True)
         mean: dict[str, dict[str, Any]] = {}
         if values:
             own = [seed_values["own"][RIGHT] for seed_values in values]
@@ -236,11 +238,11 @@ def main() -> None:
                 f"{len(held_out)} are held out"
             )
         routed = RoutedModel(base.model, tokenizer=base.tokenizer)
-        compare = rivals(options, numbers, routed)
+        compare = make_comparison(options, numbers, routed)
         curve = LearningCurve(examples, held_out, rest, base.identity, numbers["seeds"], compare)
         baselines = curve.describe_baselines()
         for name, found in baselines.items():
-            print(f"{name}: {hits_in_words(found)}")
+            print(f"{name}: {describe_agreement(found)}")
         figures: dict[str, Any] = {
             "of": common.describe_run(base, options),
             "held_out": len(held_out),

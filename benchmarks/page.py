@@ -30,14 +30,16 @@ def write_page(measured: Mapping[str, Any]) -> str:
         for name, row in measured["steps"].items()
         if "comparisons" in row.get("figures", {})
     }
+    if not steps:
+        raise SystemExit("no benchmark in the file has a comparison; run benchmarks/all.py again")
     first = next(iter(steps.values()))
     lines = [
         f"# {TITLE}",
         "",
-        f"Each row compares two ways to do the same, in one run: ours, and the obvious one, which "
-        f"gives the same result. The bound is the obvious way's time divided by the least time "
-        f"that any exact way needs on this machine. {first['model']}, {first['machine']}; drllm "
-        f"{first['drllm']}.",
+        f"Each row compares two ways in one run: ours and the obvious one. Both give the same "
+        f"result, except where layers are left out or the precision differs. The bound is how many "
+        f"times as fast as the obvious way any way could be, from measured times or from "
+        f"multiply-adds. {first['model']}, {first['machine']}; drllm {first['drllm']}.",
         "",
         "```",
         f"{COMMAND}{' --quick' if measured['quick'] else ''}",

@@ -34,10 +34,10 @@ from drllm.models.base.load import BaseModel
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.healed import install_path
 from drllm.paths import StaticPath
-from drllm.records.codec import hash_values, sha256
-from drllm.records.healed import ADAPTER_FILE, HEALED_FILE
-from drllm.records.static_paths import load_path
-from drllm.statistics.intervals import mean_interval, wilson_interval
+from drllm.records.codec import hash_values
+from drllm.records.healed import HealedPath
+from drllm.records.static_paths import PathFile, load_path
+from drllm.statistics.intervals import sum_interval, wilson_interval
 from drllm.tasks.examples import OPTIONS_REWARD, Prompt
 from drllm.tasks.registry import get_task
 from drllm.tuning.objectives import GOLD, LOSS
@@ -76,14 +76,13 @@ class Halves:
     chance: float
 
 
-def hash_path(place: str) -> str:
-    """Return the hash of a path's files: of a folder the adapter and the record, else the file."""
-    folder = Path(place)
-    files = [folder / ADAPTER_FILE, folder / HEALED_FILE] if folder.is_dir() else [folder]
-    return hash_values([place, *(sha256(file) for file in files if file.is_file())])
+def hash_path(path: PathFile) -> str:
+    """Return the hash of a path: of its adapter too, if it is healed."""
+    adapter = path.record.adapter_sha256 if isinstance(path.record, HealedPath) else ""
+    return hash_values([path.static, path.decisions, path.skipped, adapter])
 
 
-def divide(name: str, data_dir: str | None, num_questions: int) -> Halves:
+def divide_set(name: str, data_dir: str | None, num_questions: int) -> Halves:
     """Return all questions of a set, each text once, divided in random halves."""
     task = get_task(name)
     chosen = read_all_examples(task, data_dir)
@@ -126,7 +125,9 @@ class Measurer:
             "model": base.identity,
             "runtime": base.runtime,
             "path_sha256": path_sha256,
-            "prompts_sha256": hash_values(prompt for each in sets for prompt in each.second),
+            "prompts_sha256": hash_values(
+                prompt for each in sets for prompt in (*each.first, *each.second)
+            ),
         }
         self.store = ResultStore(folder, identity, stage="benchmark")
         self.store.open()
@@ -162,7 +163,7 @@ class Measurer:
         return BlockResult(values=[-value for value in values])
 
 
-def qualify(measurer: Measurer, sets: Sequence[Halves]) -> list[dict[str, Any]]:
+def find_sets_that_count(measurer: Measurer, sets: Sequence[Halves]) -> list[dict[str, Any]]:
     """Tell of each set whether the full path is better than guessing on the first half."""
     rows = []
     for each in sets:
@@ -200,20 +201,20 @@ def compare_answers(measurer: Measurer, sets: Sequence[Halves]) -> dict[str, Any
 
 def compare_texts(measurer: Measurer, sets: Sequence[Halves], num_texts: int) -> dict[str, Any]:
     """Compare the loss of texts of the second halves, of each set and the mean over sets."""
-    by_set = {}
-    weighted = []
-    counts = [min(num_texts, len(each.second)) for each in sets]
-    for each, count in zip(sets, counts, strict=True):
-        prompts = each.second[:count]
+    increases = {}
+    for each in sets:
+        prompts = each.second[:num_texts]
         label = f"{each.name}, second half"
         losses = {name: measurer.read(name, label, prompts) for name in (FULL, SHORTER)}
         pairs = zip(losses[SHORTER], losses[FULL], strict=True)
-        increases = [shorter - full for shorter, full in pairs]
-        by_set[each.name] = fmean(increases)
-        weight = sum(counts) / (len(sets) * count)  # each set counts the same in the mean
-        weighted += [weight * increase for increase in increases]
-    low, high = mean_interval(weighted, SEED)
-    return {"by_set": by_set, "mean": fmean(by_set.values()), "interval": [low, high]}
+        increases[each.name] = [shorter - full for shorter, full in pairs]
+    weight = 1 / len(sets)
+    mean, low, high = sum_interval([(weight, values) for values in increases.values()], SEED)
+    return {
+        "by_set": {name: fmean(values) for name, values in increases.items()},
+        "mean": mean,
+        "interval": [low, high],
+    }
 
 
 def report(figures: Mapping[str, Any]) -> None:
@@ -240,14 +241,17 @@ def measure_all(
 ) -> dict[str, Any]:
     """Measure what isn't kept in the folder, and return the figures."""
     names = options.tasks.split(",")
-    sets = [divide(name, options.data_dir, sizes["questions"]) for name in names]
+    sets = [divide_set(name, options.data_dir, sizes["questions"]) for name in names]
+    if len({each.name for each in sets}) < len(sets):
+        raise SystemExit(f"--tasks: two of {options.tasks} have the same name; rename a file")
+    path = load_path(options.path)
     routed = RoutedModel(base.model, tokenizer=base.tokenizer)
     paths = {
         FULL: StaticPath(range(base.num_layers)),
-        SHORTER: install_path(routed.injection, load_path(options.path)),
+        SHORTER: install_path(routed.injection, path),
     }
-    measurer = Measurer(routed, base, paths, sets, hash_path(options.path), folder)
-    rows = qualify(measurer, sets)
+    measurer = Measurer(routed, base, paths, sets, hash_path(path), folder)
+    rows = find_sets_that_count(measurer, sets)
     counting = [each for each, row in zip(sets, rows, strict=True) if row["counts"]]
     return {
         "sets": rows,

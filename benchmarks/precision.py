@@ -16,11 +16,11 @@ import itertools
 import statistics
 import warnings
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import common
+from common import int8
 from common.comparison import compare_each
 from common.search_rounds import make_search_rounds
 from torch import nn
@@ -41,7 +41,7 @@ Pair = tuple[int, Decisions]
 """The place of a prompt, and a path."""
 
 
-def precisions(name: str) -> dict[str, Any]:
+def list_precisions(name: str) -> dict[str, Any]:
     """Return ways to load a model, by what they are called."""
     ways: dict[str, Any] = {
         REFERENCE: lambda: load(name, device="cpu", dtype=REFERENCE).model,
@@ -50,14 +50,8 @@ def precisions(name: str) -> dict[str, Any]:
             load(name, device="cpu", dtype="float32").model
         ),
     }
-    if find_spec("torchao"):
-        from torchao.quantization import Int8WeightOnlyConfig
-        from transformers import TorchAoConfig
-
-        config = TorchAoConfig(Int8WeightOnlyConfig())
-        ways["int8 weights (torchao)"] = lambda: (
-            load(name, device="cpu", dtype="float32", quantization_config=config).model
-        )
+    if int8.is_available():
+        ways[int8.LABEL] = lambda: int8.load_int8(name).model
     return ways
 
 
@@ -79,7 +73,7 @@ def judge_in_each(
     outcomes = {}
     seconds = {}
     first_pairs = [pair for pair in pairs if pair[0] < NUM_WARM_UP]
-    for name, load_it in precisions(model).items():
+    for name, load_it in list_precisions(model).items():
         routed = RoutedModel(load_it(), tokenizer=tokenizer)
         warm_up = Evaluator(routed, prompts[:NUM_WARM_UP], 1.0)
         warm_up.evaluate(first_pairs[:4])
@@ -157,10 +151,11 @@ def main() -> None:
         "precisions": compared,
         "questions": len(prompts),
         "verdicts": len(pairs),
-        "speedup": {name: seconds[REFERENCE] / taken for name, taken in seconds.items()},
+        "speedup": {name: seconds[REFERENCE] / each for name, each in seconds.items()},
     }
     report(figures)
-    comparisons = compare_each("score paths in another precision", figures["speedup"])
+    others = {name: value for name, value in figures["speedup"].items() if name != REFERENCE}
+    comparisons = compare_each("score paths in another precision", others)
     common.write_figures(options, figures, comparisons)
 
 

@@ -27,13 +27,12 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import common
 import torch
-from common import bound, llama_cpp
+from common import bound, int8, llama_cpp
 from common.comparison import Comparison
 from common.texts import Kinds, read_kinds
 from torch.nn import functional as F
@@ -57,8 +56,10 @@ MAX_TOKENS = 512
 SEED = 0
 FULL = "full path"
 SHORTER = "shorter path"
+READ = "read"
+WRITE = "write"
 FLOAT32 = "float32"
-INT8 = "int8 weights (torchao)"
+INT8 = int8.LABEL
 GGUF_16 = "16 bits (llama.cpp F16)"
 GGUF_8 = "8 bits (llama.cpp Q8_0)"
 GGUF_4 = "4 bits (llama.cpp Q4_K_M)"
@@ -71,7 +72,7 @@ THEIRS = "the full path in float32, in 16 bits for llama.cpp"
 System = tuple[str, str]
 """A path and a precision."""
 Workload = tuple[str, int]
-"""`read` or `write`, and the number of rows."""
+"""`READ` or `WRITE`, and the number of rows."""
 
 
 @dataclass
@@ -118,14 +119,8 @@ def load_in_precisions(folders: Mapping[str, Path]) -> dict[System, BaseModel]:
     models = {}
     for name, folder in folders.items():
         models[name, FLOAT32] = load(str(folder), device="cpu", dtype=FLOAT32)
-        if find_spec("torchao"):
-            from torchao.quantization import Int8WeightOnlyConfig
-            from transformers import TorchAoConfig
-
-            config = TorchAoConfig(Int8WeightOnlyConfig())
-            models[name, INT8] = load(
-                str(folder), device="cpu", dtype=FLOAT32, quantization_config=config
-            )
+        if int8.is_available():
+            models[name, INT8] = int8.load_int8(str(folder))
     return models
 
 
@@ -148,7 +143,7 @@ def time_transformers(
     write = partial(prepare_decoding, num_tokens=sizes["written"])
     for num_rows in ROWS:
         ids = torch.randint(3, vocabulary, (num_rows, sizes["prompt"]), generator=generator)
-        for name, prepare in (("read", prepare_reading), ("write", write)):
+        for name, prepare in ((READ, prepare_reading), (WRITE, write)):
             calls = {system: prepare(base.model, ids) for system, base in models.items()}
             time_in_turns(calls, 1, clock)  # not counted
             rounds = time_in_turns(calls, sizes["repeats"], clock)
@@ -202,8 +197,8 @@ def time_llama_cpp(
             for line in done.stdout.splitlines():
                 if line.startswith("{"):
                     row = json.loads(line)
-                    seconds[system].setdefault(("read", row["pl"]), []).append(row["t_pp"])
-                    seconds[system].setdefault(("write", row["pl"]), []).append(row["t_tg"])
+                    seconds[system].setdefault((READ, row["pl"]), []).append(row["t_pp"])
+                    seconds[system].setdefault((WRITE, row["pl"]), []).append(row["t_tg"])
     return seconds
 
 
@@ -216,14 +211,14 @@ def measure(
         kinds = read_kinds(options.text, base, MAX_TOKENS)
         kinds = {name: texts[: sizes["num_texts"]] for name, texts in kinds.items()}
     measured = {}
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as folder:
         paths: dict[str, StaticPath | PathFile] = {
             FULL: StaticPath(range(base.num_layers)),
             SHORTER: path,
         }
         folders = {
-            label: export_path(base, shown, Path(name) / label.replace(" ", "-")).folder
-            for label, shown in paths.items()
+            label: export_path(base, each, Path(folder) / label.replace(" ", "-")).folder
+            for label, each in paths.items()
         }
         models = load_in_precisions(folders)
         with torch.no_grad():
@@ -255,7 +250,7 @@ def summarise(measured: Mapping[System, Measurement]) -> list[dict[str, Any]]:
         for (what, num_rows), seconds in measurement.seconds.items():
             others = reference.seconds[what, num_rows]
             ratios = [theirs / ours for theirs, ours in zip(others, seconds, strict=True)]
-            speedups[f"{what}, {num_rows} rows"] = statistics.median(ratios)
+            speedups[f"{what}, rows: {num_rows}"] = statistics.median(ratios)
         row: dict[str, Any] = {
             "path": system[0],
             "precision": system[1],
@@ -288,14 +283,26 @@ def report(rows: Sequence[Mapping[str, Any]]) -> None:
         print(f"| {system} | {speeds} | {loss} |")
 
 
-def list_comparisons(rows: Sequence[Mapping[str, Any]], least: float) -> list[Comparison]:
-    """Return the speed of each row; the bound of a shorter path is known if bits are the same."""
+def list_comparisons(
+    rows: Sequence[Mapping[str, Any]], least: Mapping[str, float]
+) -> list[Comparison]:
+    """Return the speed of each row beside its reference.
+
+    Args:
+        rows: What `summarise` returns.
+        least: For `read` and `write`, the shorter path's share of the multiply-adds. It is a bound
+            where the weights have as many bits as the reference's.
+    """
     comparisons = []
     for row in rows:
-        is_shorter = row["path"] == SHORTER and row["precision"] in (FLOAT32, GGUF_16)
+        if (row["path"], row["precision"]) == find_reference((row["path"], row["precision"])):
+            continue
+        has_bound = row["path"] == SHORTER and row["precision"] in (FLOAT32, GGUF_16)
         for name, speedup in row["speedup"].items():
-            what = f"{name}: {row['path']}, {row['precision']}"
-            comparisons.append(Comparison(what, speedup, 1 / least if is_shorter else None))
+            what, _, _ = name.partition(",")
+            bound_of_speed = 1 / least[what] if has_bound else None
+            label = f"{name}: {row['path']}, {row['precision']}"
+            comparisons.append(Comparison(label, speedup, bound_of_speed))
     return comparisons
 
 
@@ -318,7 +325,10 @@ def main() -> None:
     rows = summarise(measure(options, base, path, sizes))
     report(rows)
     decisions = path.path_for(base.identity).decisions(base.num_layers)
-    least = bound.share_of_work(base, decisions, num_tokens=1)
+    least = {
+        READ: bound.share_of_work(base, decisions, sizes["prompt"]),
+        WRITE: bound.share_of_work(base, decisions, num_tokens=1),
+    }
     figures = {
         **common.describe_run(base, options),
         "ours": OURS,

@@ -3,7 +3,7 @@
 The full path and one without some layers are exported, converted by llama.cpp's own script to GGUF
 in float32, and given the same prompts, which both engines answer greedily on one thread. Texts are
 compared up to their ends; times are of as many tokens everywhere. The bound is the share of the
-multiply-adds of a decode step that the path still has.
+multiply-adds of a decode step that the path still has; times include the prompt, which saves more.
 
     python benchmarks/serving.py --llama-cpp DIR [--path FILE[:NAME]] [--quick] [--json FILE]
         [--model MODEL] [--prompts N] [--tokens N]
@@ -182,7 +182,8 @@ def report(
 ) -> None:
     """Print the figures, and write them if `--json` asks for it."""
     least = bound.share_of_work(base, path.decisions(base.num_layers), num_tokens=1)
-    print(f"texts of llama.cpp equal to those of transformers: {num_equal} of {len(rows)} prompts")
+    for name, number in num_equal.items():
+        print(f"{name} path: {number} of {len(rows)} texts of llama.cpp are those of transformers")
     shares = {}
     comparisons = []
     for engine in (TRANSFORMERS, LLAMA_CPP):
@@ -203,7 +204,7 @@ def report(
         "equal": dict(num_equal),
         "repeats": 1,
         "overhead": shares,
-        "speedup": faster,
+        "llama_cpp_speedup": faster,
         "ours": OURS,
         "theirs": THEIRS,
     }

@@ -178,7 +178,7 @@ class Command:
             list_file: Where to list the operations on files; see `read_operations`.
         """
         process = self._start(list_file=list_file)
-        process.join(MOST_SECONDS)
+        _wait(process)
         assert process.exitcode in (0, self.status_when_done), self.log.read_text()
 
     def run_and_kill(self, moment: float | Operation) -> bool:
@@ -193,7 +193,7 @@ class Command:
             process = self._start()
             process.join(moment)
             process.kill()
-        process.join(MOST_SECONDS)
+        _wait(process)
         is_killed: bool = process.exitcode == -signal.SIGKILL
         assert is_killed or process.exitcode in (0, self.status_when_done), self.log.read_text()
         return is_killed
@@ -201,7 +201,7 @@ class Command:
     def run_with_fault(self, fault: Fault) -> int:
         """Run the command while operations on files fail; return its exit status."""
         process = self._start(fault=fault)
-        process.join(MOST_SECONDS)
+        _wait(process)
         status: int = process.exitcode
         return status
 
@@ -217,6 +217,15 @@ class Command:
         process = PROCESSES.Process(target=_run_command, args=arguments)
         process.start()
         return process
+
+
+def _wait(process: Any) -> None:
+    """Wait until a process ends; kill it if it takes too long."""
+    process.join(MOST_SECONDS)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        raise AssertionError(f"a command didn't end within {MOST_SECONDS:.0f} s")
 
 
 def read_operations(list_file: Path) -> list[Operation]:

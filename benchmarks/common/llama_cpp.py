@@ -1,4 +1,4 @@
-"""llama.cpp: convert checkpoints to its format, quantise them, and run them on one thread."""
+"""llama.cpp: convert checkpoints to its format, and run them on one thread."""
 
 from __future__ import annotations
 
@@ -37,17 +37,11 @@ def convert(folder: Path, llama_cpp: Path, weights: str = "f32") -> Path:
     return file
 
 
-def load(file: Path, num_threads: int = 1, num_rows: int = 1) -> Any:
-    """Load a GGUF file; `num_rows` sequences fit into its cache."""
+def load(file: Path) -> Any:
+    """Load a GGUF file, to run it on one thread."""
     from llama_cpp import Llama
 
-    return Llama(
-        str(file),
-        n_ctx=MAX_TOKENS * num_rows,
-        n_threads=num_threads,
-        n_threads_batch=num_threads,
-        verbose=False,
-    )
+    return Llama(str(file), n_ctx=MAX_TOKENS, n_threads=1, n_threads_batch=1, verbose=False)
 
 
 def generate(model: Any, prompt: Sequence[int], num_tokens: int) -> list[int]:

@@ -8,6 +8,7 @@ from functools import cache
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.policies import FixedPolicy, FullPolicy
@@ -91,6 +92,24 @@ def test_only_scored_tokens_pass_the_mlp_where_a_path_ends(tiny_model, kind):
     num_scored = max(1 + question.num_after for question in QUESTIONS)
     assert 0 < sum(math.prod(shape[:-1]) for shape in counts) <= len(pairs) * num_scored
     assert_sums(sums_alone(slow_model, QUESTIONS, pairs), scores)
+
+
+class MlpFirst(LlamaDecoderLayer):
+    """A layer whose attention reads the output of its MLP."""
+
+    def forward(self, hidden_states, *args, **kwargs):
+        hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        attended, *_ = self.self_attn(self.input_layernorm(hidden_states), *args, **kwargs)
+        return hidden_states + attended
+
+
+def test_a_layer_whose_attention_needs_its_mlp_runs_it_on_all_tokens(tiny_llama):
+    model = tiny_llama()
+    routed = RoutedModel(model)
+    assert routed.injection.last_mlps == (model.model.layers[-1].mlp,)
+    routed.detach()
+    model.model.layers[-1].__class__ = MlpFirst
+    assert RoutedModel(model).injection.last_mlps == ()
 
 
 def test_a_path_that_goes_on_where_another_ended_reads_all_tokens(tiny_llama):

@@ -78,16 +78,16 @@ def generation(figures_of):
 
 
 @pytest.mark.thorough
-def test_every_comparison_has_its_figure_and_bound(generation):
+def test_every_comparison_has_its_figure_and_limit(generation):
     ways = ("prefill_batch_1", "prefill_batch_8", "decode_batch_1")
     expected = dict.fromkeys(ways, 1.02) | {"routers_prefill_batch_1": 1.01}
     for way in ("prefill", "decode"):
         for k in (3, 6, 10):
             expected[f"{way}_batch_1_skip_{k}_of_12"] = pytest.approx(1.03 * (1 - k / 12))
             exported = f"{way}_exported_without_{k}_of_12"  # the head stays, so less is saved
-            assert 1 - 0.8 * k / 12 < generation["bounds"][exported] < 1
-            expected[exported] = generation["bounds"][exported]
-    assert generation["bounds"] == expected
+            assert 1 - 0.8 * k / 12 < generation["limits"][exported] < 1
+            expected[exported] = generation["limits"][exported]
+    assert generation["limits"] == expected
     assert generation["is_met"].keys() == expected.keys()
     assert {*ways, "routers_prefill_batch_1"} <= generation["overhead"].keys()
     assert len(generation["speedup"]) == 4
@@ -115,7 +115,7 @@ def test_a_benchmark_names_nothing_that_is_gone(script, benchmark):
     assert benchmark(script).main
 
 
-def test_a_missed_bound_is_said_plainly(benchmark):
+def test_a_missed_limit_is_said_plainly(benchmark):
     figure = benchmark("generate").Figure
     assert str(figure("a", "decode", [1.01, 1.05, 1.06], 1.03)).endswith("MISSED")
     assert str(figure("a", "decode", [1.01, 1.03, 1.06], 1.03)).endswith("met")
@@ -511,13 +511,13 @@ def test_layers_and_bits_are_compared_in_size_seconds_and_loss(figures_of, tmp_p
     assert full["loss_increase"] == 0
     assert shorter["interval"][0] <= shorter["loss_increase"] <= shorter["interval"][1]
     assert full["speedup"].keys() == {
-        "read, 1 rows",
-        "write, 1 rows",
-        "read, 8 rows",
-        "write, 8 rows",
+        "read, rows: 1",
+        "write, rows: 1",
+        "read, rows: 8",
+        "write, rows: 8",
     }
     bounds = {row["what"]: row["bound"] for row in figures["comparisons"]}
-    assert bounds["read, 1 rows: shorter path, float32"] > 1
+    assert bounds["read, rows: 1: shorter path, float32"] > 1
 
 
 def test_curves_of_refits_and_trainings_are_drawn(benchmark, tmp_path, monkeypatch):

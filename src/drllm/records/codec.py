@@ -178,7 +178,7 @@ def delete_file(path: Path) -> None:
         path.unlink(missing_ok=True)
     except OSError as error:
         raise RecordError(
-            f"can't delete {path}: {error.strerror}; give a folder that you may write to"
+            f"can't delete {path}: {error.strerror}; see whether you may write to its folder"
         ) from error
 
 

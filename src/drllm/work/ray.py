@@ -420,15 +420,14 @@ class Jobs:
 
     def __init__(self, blocks: Sequence[Block[Any]], function: BlockFunction[Any, Any]) -> None:
         self.retries: deque[Job] = deque()
-        self._new = iter(blocks)
-        self._has_new = True  # until `_new` has no block left
+        self._new = deque(blocks)
         self._function = function
         self._split: dict[str, SplitBlock] = {}  # key of a block → its parts
 
     @property
     def are_handed_out(self) -> bool:
         """Whether every job is with a worker or finished."""
-        return not self.retries and not self._has_new
+        return not self.retries and not self._new
 
     def next_job(self, *, is_worker_idle: bool) -> Job | None:
         """Return the next job for a worker; None if there is none for it now.
@@ -441,10 +440,9 @@ class Jobs:
             if self.retries[0].part is not None and not is_worker_idle:
                 return None
             return self.retries.popleft()
-        block = next(self._new, None)
-        if block is None:
-            self._has_new = False
+        if not self._new:
             return None
+        block = self._new.popleft()
         return Job(block, block.data)
 
     def finish(self, job: Job, result: Any) -> tuple[Block[Any], Any] | None:

@@ -98,11 +98,12 @@ def test_a_part_goes_only_to_an_idle_worker():
 
 
 def test_jobs_are_handed_out_when_no_block_and_no_part_is_left():
+    assert make_jobs([]).are_handed_out
     jobs = make_jobs(BLOCKS[:1])
-    assert not jobs.are_handed_out, "a worker hasn't asked yet"
+    assert not jobs.are_handed_out
     first = jobs.next_job(is_worker_idle=True)
     assert first is not None
-    assert jobs.next_job(is_worker_idle=True) is None
     assert jobs.are_handed_out
+    assert jobs.next_job(is_worker_idle=True) is None
     jobs.lose(first)
     assert not jobs.are_handed_out

@@ -28,7 +28,7 @@ from drllm.models.routing.adapters import AdapterWeights
 from drllm.models.routing.injection import Injection
 from drllm.models.routing.lora import LoraWeights, find_layers_name
 from drllm.paths import StaticPath
-from drllm.records.codec import sha256, write_atomically, write_json
+from drllm.records.codec import delete_file, sha256, write_atomically, write_json
 from drllm.records.healed import ADAPTER_CONFIG_FILE, ADAPTER_FILE, HEALED_FILE, HealedPath
 from drllm.records.static_paths import PathFile
 
@@ -63,7 +63,7 @@ def save_healed(folder: Path, record: HealedPath, injection: Injection, adapter:
     config = _make_peft_config(injection, adapter, record)
     write_atomically(folder / ADAPTER_FILE, save(tensors, {"format": "pt"}))
     if config is None:
-        (folder / ADAPTER_CONFIG_FILE).unlink(missing_ok=True)  # from an earlier healing
+        delete_file(folder / ADAPTER_CONFIG_FILE)  # from an earlier healing
     else:
         write_atomically(folder / ADAPTER_CONFIG_FILE, json.dumps(config, indent=2) + "\n")
     record = msgspec.structs.replace(record, adapter_sha256=sha256(folder / ADAPTER_FILE))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from drllm.errors import ArchitectureError, RoutingError
+from drllm.errors import RoutingError
 from drllm.models.base.devices import on_device
 from drllm.models.base.layers import (
     find_layers,
@@ -30,7 +30,6 @@ from drllm.models.base.layers import (
     list_norms,
     probe,
 )
-from drllm.models.base.sublayers import find_sublayers
 from drllm.models.routing.adapters import Adapters, AdapterWeights
 from drllm.models.routing.call_arguments import (
     BATCH_AXES,
@@ -47,7 +46,9 @@ from drllm.models.routing.context import Override, ThreadValue
 from drllm.models.routing.forward_override import ForwardOverride, find_overrides
 from drllm.models.routing.lora import LoraAdapters, LoraWeights
 from drllm.models.routing.refits import ModuleHandle, Refit, Refits
-from drllm.models.routing.short_mlp import shorten_mlps
+from drllm.models.routing.short_mlp import list_mlps, shorten_mlps
+
+NUM_COMPARED_TOKENS = 6  # to see whether the last MLP needs all tokens
 
 REFUSED_OUTPUTS = ("output_attentions", "output_router_logits")
 """Options of a forward pass that request outputs which routing can't return."""
@@ -263,20 +264,22 @@ class Injection:
 
     @cached_property
     def last_mlps(self) -> tuple[nn.Module, ...]:
-        """The MLPs of the last layer; empty if it does more than add their outputs to its state."""
-        with self.driven_by(Driver()):
-            try:
-                return find_sublayers(self.model)[-1].mlps
-            except ArchitectureError:
-                return ()
+        """The MLPs of the last layer, which need only the tokens whose logits are needed.
 
-    @property
-    def can_shorten_last_mlp(self) -> bool:
-        """Whether `LayerCall.run_for_last_tokens` works for the last layer.
-
-        It doesn't where something else overrides the layer, as accelerate does to move weights.
+        A pass with a few tokens shows whether the layer's output at the last ones stays the same.
+        It doesn't in a layer whose attention comes after the MLP. There are none either where
+        something else overrides the layer, as accelerate does to move weights.
         """
-        return self.handles[-1].previous is None and bool(self.last_mlps)
+        handle = self.handles[-1]
+        mlps = tuple(list_mlps(handle.module))
+        if not mlps or handle.previous is not None:
+            return ()
+        comparison = _CompareLastTokens(mlps)
+        vocabulary = self.model.config.get_text_config().vocab_size
+        ids = torch.arange(NUM_COMPARED_TOKENS, device=self.model.device)[None] % vocabulary
+        with torch.no_grad(), self.driven_by(comparison):
+            self.decoder(input_ids=ids, use_cache=False)
+        return mlps if comparison.is_equal else ()
 
     def _before(self, _module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Begin a forward pass of the decoder."""
@@ -338,6 +341,28 @@ class _DropToken(Driver):
 
     def layer(self, call: LayerCall, hidden: Tensor) -> Tensor:
         return hidden[:, :1] if call.is_last else hidden
+
+
+class _CompareLastTokens(Driver):
+    """Runs each layer, and the last one with short MLPs too.
+
+    Attributes:
+        is_equal: Whether both outputs at the last tokens are equal, up to rounding.
+    """
+
+    def __init__(self, mlps: Collection[nn.Module]) -> None:
+        self.mlps = mlps
+        self.is_equal = False
+
+    def layer(self, call: LayerCall, hidden: Tensor) -> Tensor:
+        output = call.run(hidden)
+        if call.is_last:
+            num_tokens = NUM_COMPARED_TOKENS // 2
+            last = output[:, -num_tokens:].float()
+            short = call.run_for_last_tokens(hidden, num_tokens, self.mlps).float()
+            tolerance = torch.finfo(hidden.dtype).eps ** 0.5 * float(last.abs().max())
+            self.is_equal = torch.allclose(short, last, rtol=0, atol=tolerance)
+        return output
 
 
 class DecoderHandle(ForwardOverride):
@@ -468,17 +493,24 @@ class LayerCall:
         """
         return self._run(self._handle.original(), hidden, rows)
 
-    def run_for_last_tokens(self, hidden: Tensor, rows: tuple[int, ...], num_tokens: int) -> Tensor:
-        """Execute the last layer; return its output at each row's last tokens, `[R, N, D]`.
+    def run_for_last_tokens(
+        self,
+        hidden: Tensor,
+        num_tokens: int,
+        mlps: Collection[nn.Module],
+        rows: tuple[int, ...] | None = None,
+    ) -> Tensor:
+        """Execute the layer; return its output at each row's last tokens, `[R, N, D]`.
 
-        Only these tokens pass the MLP. K and V in the cache are those of all tokens.
+        Only these tokens pass the MLPs. K and V in the cache are those of all tokens.
 
         Args:
             hidden: The layer's input for R rows of the batch, `[R, T, D]`.
-            rows: The numbers of these rows.
             num_tokens: N, at least one.
+            mlps: The layer's MLPs; see `Injection.last_mlps`.
+            rows: The numbers of the rows; None means all rows.
         """
-        layer = shorten_mlps(self.module, self._handle.injection.last_mlps, num_tokens)
+        layer = shorten_mlps(self.module, mlps, num_tokens)
         output = self._run(partial(type(self.module).forward, layer), hidden, rows)
         return output[:, -num_tokens:]
 

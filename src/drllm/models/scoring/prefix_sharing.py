@@ -416,20 +416,20 @@ class PrefixSharingDriver(Driver):
         These are the states after a path's last execution, if this is one of the model's last layer
         and no other path of the row runs more layers after it.
         """
-        if not self.rows.routed.injection.can_shorten_last_mlp:
+        if not self.rows.routed.injection.last_mlps:
             return {}
         last_layer = self.rows.routed.num_layers - 1
-        needed = {}
+        needed: dict[RowPath, int] = {}
         for (row, plan), num in zip(self.pairs, self.num_logits, strict=True):
             path = self._paths[plan]
-            if path[-1] == last_layer and num < self.lengths[row]:
-                needed[row, path] = num
+            if path[-1] == last_layer:
+                needed[row, path] = max(num, needed.get((row, path), 0))
         for row, plan in self.pairs:
             path = self._paths[plan]
             for length, layer in enumerate(path[:-1], start=1):
                 if layer == last_layer:
                     needed.pop((row, path[:length]), None)
-        return needed
+        return {state: num for state, num in needed.items() if num < self.lengths[state[0]]}
 
     def _is_enough(self, state: RowPath, found: PrefixState) -> bool:
         """Tell whether a state has the tokens that this pass needs of it."""
@@ -482,7 +482,8 @@ class PrefixSharingDriver(Driver):
         call_on_inputs = call.last_tokens(inputs.shape[1], num_past)
         if states[0] in self._num_needed:
             num_last = max(1, *(self._num_needed[state] for state in states))
-            outputs = call_on_inputs.run_for_last_tokens(inputs, rows, num_last)
+            mlps = self.rows.routed.injection.last_mlps
+            outputs = call_on_inputs.run_for_last_tokens(inputs, num_last, mlps, rows)
         else:
             outputs = call_on_inputs.run(inputs, rows)
         self.states.executions_run += len(states)
