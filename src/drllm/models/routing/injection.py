@@ -45,6 +45,7 @@ from drllm.models.routing.call_arguments import (
 from drllm.models.routing.context import Override, ThreadValue
 from drllm.models.routing.forward_override import ForwardOverride, find_overrides
 from drllm.models.routing.lora import LoraAdapters, LoraWeights
+from drllm.models.routing.recomputation import RoutedRecomputation
 from drllm.models.routing.refits import ModuleHandle, Refit, Refits
 from drllm.models.routing.short_mlp import list_mlps, shorten_mlps
 
@@ -596,32 +597,3 @@ class LayerCall:
                 f"routed separately, so give every row the same decisions"
             )
         return tensor.index_select(axis, self.forward.index(rows, tensor.device))
-
-
-@dataclass(frozen=True)
-class RoutedRecomputation:
-    """Wraps a layer's checkpointing function, so that a recomputed layer finds its pass again.
-
-    A backward pass calls a checkpointed layer again. By then the forward pass is over, and the
-    thread may be another. Up to transformers 5.22 the call goes through the layer's override, which
-    needs the pass. In later versions the call doesn't reach the override, and this class changes
-    nothing.
-    """
-
-    checkpoint: Callable[..., Any]
-    current: ThreadValue[Forward]
-
-    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run `function` under the checkpoint, now and when it is recomputed."""
-        forward = self.current.get()
-
-        def run_in_pass(*inner_args: Any, **inner_kwargs: Any) -> Any:
-            if forward is None or self.current.get() is forward:  # this isn't a recomputation
-                return function(*inner_args, **inner_kwargs)
-            self.current.begin(forward)
-            try:
-                return function(*inner_args, **inner_kwargs)
-            finally:
-                self.current.end()
-
-        return self.checkpoint(run_in_pass, *args, **kwargs)
