@@ -361,8 +361,9 @@ class _CompareLastTokens(Driver):
             num_tokens = NUM_COMPARED_TOKENS // 2
             last = output[:, -num_tokens:].float()
             short = call.run_for_last_tokens(hidden, num_tokens, self.mlps).float()
-            tolerance = torch.finfo(hidden.dtype).eps ** 0.5 * float(last.abs().max())
-            self.is_equal = torch.allclose(short, last, rtol=0, atol=tolerance)
+            difference = (short - last).abs().max()
+            tolerance = torch.finfo(hidden.dtype).eps ** 0.5 * last.abs().max()
+            self.is_equal = bool(difference <= tolerance)  # false if something isn't finite
         return output
 
 
