@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
-import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import pairwise
@@ -313,11 +312,8 @@ def main() -> None:
     options = parser.parse_args()
     sizes = common.sizes_of(options, QUICK, WHOLE)
     base = common.base_of(options)
-    if options.quick:  # a quick run measures anew, whatever was measured before
-        with tempfile.TemporaryDirectory() as folder:
-            figures = measure_all(base, options, sizes, Path(folder))
-    else:
-        figures = measure_all(base, options, sizes, options.output_dir)
+    with common.measurement_folder(options) as folder:
+        figures = measure_all(base, options, sizes, folder)
     common.write_figures(options, {**common.describe_run(base, options), **figures, **sizes})
 
 

@@ -15,13 +15,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import common
-import msgspec
 
 from drllm.records.healed import HEALED_FILE, HealPoint, read_healed
 from drllm.reporting import drawing
@@ -104,8 +102,7 @@ def main() -> None:
         parser.error("nothing to draw; give --refits or --healed")
     draw = partial(draw_curves, refits, trainings)
     options.png.write_bytes(drawing.draw_png(draw, drawing.WIDE))
-    figures: Mapping[str, Any] = {"refits": refits, "trainings": trainings}
-    common.write_figures(options, msgspec.to_builtins(figures))
+    common.write_figures(options, {"refits": refits, "trainings": trainings})
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ command goes on after a kill.
 from __future__ import annotations
 
 import random
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -274,11 +273,8 @@ def main() -> None:
     options.clock = "none"
     sizes = common.sizes_of(options, QUICK, WHOLE)
     base = common.base_of(options)
-    if options.quick:  # a quick run measures anew, whatever was measured before
-        with tempfile.TemporaryDirectory() as folder:
-            figures = measure_all(base, options, sizes, Path(folder))
-    else:
-        figures = measure_all(base, options, sizes, options.output_dir)
+    with common.measurement_folder(options) as folder:
+        figures = measure_all(base, options, sizes, folder)
     report(figures)
     common.write_figures(options, {**common.describe_run(base, options), **figures})
 

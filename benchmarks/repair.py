@@ -21,7 +21,6 @@ or numbers of tokens can be added.
 from __future__ import annotations
 
 import argparse
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -309,11 +308,8 @@ def main() -> None:
         options.tokens = QUICK_TOKENS if options.quick else WHOLE_TOKENS
     sizes = common.sizes_of(options, QUICK, WHOLE)
     base = common.base_of(options)
-    if options.quick:  # a quick run measures anew, whatever was measured before
-        with tempfile.TemporaryDirectory() as folder:
-            figures = measure_all(base, options, sizes["num_texts"], Path(folder))
-    else:
-        figures = measure_all(base, options, sizes["num_texts"], options.output_dir)
+    with common.measurement_folder(options) as folder:
+        figures = measure_all(base, options, sizes["num_texts"], folder)
     if options.png:
         draw = partial(draw_increases, figures["rows"], base.num_layers)
         options.png.write_bytes(drawing.draw_png(draw, drawing.WIDE))

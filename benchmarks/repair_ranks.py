@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -235,11 +234,8 @@ def main() -> None:
     options.clock = "wall"
     sizes = common.sizes_of(options, QUICK, WHOLE)
     base = common.base_of(options)
-    if options.quick:  # a quick run measures anew, whatever was measured before
-        with tempfile.TemporaryDirectory() as folder:
-            figures = measure_all(base, options, sizes, Path(folder))
-    else:
-        figures = measure_all(base, options, sizes, options.output_dir)
+    with common.measurement_folder(options) as folder:
+        figures = measure_all(base, options, sizes, folder)
     print_figures(figures)
     common.write_figures(options, {**common.describe_run(base, options), **figures})
 

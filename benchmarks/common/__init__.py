@@ -9,8 +9,10 @@ import json
 import platform
 import shutil
 import subprocess
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -149,6 +151,19 @@ def commit_of(checkout: Path = Path(__file__).parent) -> str:
 def describe_version() -> str:
     """Say which version and commit of drllm is measured."""
     return f"{importlib.metadata.version('drllm')} at {commit_of()}"
+
+
+@contextmanager
+def measurement_folder(options: argparse.Namespace) -> Iterator[Path]:
+    """Yield the folder that measurements are kept in: `--output-dir`, or a temporary one.
+
+    The quick form uses a temporary one, so that it measures anew whatever was measured before.
+    """
+    if not options.quick:
+        yield options.output_dir
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
 
 
 def write_figures(

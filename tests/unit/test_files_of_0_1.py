@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from drllm.config import ModelConfig, TrainConfig
-from drllm.models.base.load import load
+from drllm.config import TrainConfig
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routers.checkpoint import load_routers
 from drllm.models.routing.bypass_file import load_bypass
@@ -28,8 +27,8 @@ from drllm.records.supervision import read_supervision
 from drllm.reporting.run import read_run
 from drllm.supervision.select import supervise
 from drllm.training.stage import train
+from old_model import FIXTURES, load_old_model
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
 FILES = FIXTURES / "0.1"
 RUN = FILES / "run"
 LOGITS_TOLERANCE = 1e-4  # the stored ones are rounded to five digits
@@ -39,13 +38,7 @@ LAYERS = 4
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """The model of the files."""
-    folder = shutil.copytree(
-        FIXTURES / "3820ce17" / "model", tmp_path_factory.mktemp("old") / "model"
-    )
-    file = folder / "tokenizer_config.json"
-    settings = json.loads(file.read_text())
-    file.write_text(json.dumps(settings | {"tokenizer_class": "PreTrainedTokenizerFast"}))
-    return load(ModelConfig(model=str(folder), device="cpu"))
+    return load_old_model(tmp_path_factory.mktemp("old") / "model")
 
 
 @pytest.fixture(scope="module")

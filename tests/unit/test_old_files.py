@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from drllm.config import ModelConfig, TrainConfig
+from drllm.config import TrainConfig
 from drllm.errors import DrllmError, PathError, RecordError
-from drllm.models.base.load import load
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routers.checkpoint import load_routers
 from drllm.models.routing.healed import install_path
@@ -29,8 +28,9 @@ from drllm.records.supervision import read_supervision
 from drllm.reporting.run import read_run
 from drllm.supervision.select import supervise
 from drllm.training.stage import train
+from old_model import FIXTURES, load_old_model
 
-OLD = Path(__file__).parents[1] / "fixtures" / "3820ce17"
+OLD = FIXTURES / "3820ce17"
 RUN = OLD / "run"
 LOGITS_TOLERANCE = 1e-4  # the stored ones are rounded to five digits
 
@@ -38,11 +38,7 @@ LOGITS_TOLERANCE = 1e-4  # the stored ones are rounded to five digits
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """The model of that commit, whose tokenizer a class of transformers 5 has written."""
-    folder = shutil.copytree(OLD / "model", tmp_path_factory.mktemp("old") / "model")
-    file = folder / "tokenizer_config.json"
-    settings = json.loads(file.read_text())
-    file.write_text(json.dumps(settings | {"tokenizer_class": "PreTrainedTokenizerFast"}))
-    return load(ModelConfig(model=str(folder), device="cpu"))
+    return load_old_model(tmp_path_factory.mktemp("old") / "model")
 
 
 @pytest.fixture(scope="module")
