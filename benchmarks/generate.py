@@ -12,9 +12,9 @@ does hits all of them alike, and are compared round by round; figures are median
 (e) many prompts under three plans: `generate_many`, which routes all prompts first and then
     decodes those of one plan together, against batches of mixed plans
 (f) checkpoints exported without k of L layers, loaded by transformers, and the same layers skipped
-    by an attached model, plain and with an adapter on those that run (exported it is merged), all
-    against the untouched model, head and all; exported, at least 0.8 of the share of multiply-adds
-    that is saved has to be saved in time
+    by an attached model: plain, with a refit, and with LoRA on the layers that run (exported, both
+    are part of the weights), all against the untouched model, head and all; exported, at least 0.8
+    of the share of multiply-adds that is saved has to be saved in time
 
     python benchmarks/generate.py [--quick] [--json FILE] [--clock cpu] [--model MODEL]
         [--device DEVICE] [--dtype DTYPE]
@@ -58,6 +58,7 @@ from drllm.models.routing.kv_cache import RoutedCacheLayer
 from drllm.models.routing.policies import FixedPolicy, FullPolicy, Policy, PromptView, RouterPolicy
 from drllm.paths import StaticPath, to_path
 from drllm.tasks.registry import get_task
+from drllm.tuning.refit import find_projections, get_weight, list_modules
 
 PROMPT_TOKENS = 100
 DECODED = 8
@@ -404,8 +405,21 @@ def many_prompts(base: BaseModel, repeats: Mapping[str, int], clock: Clock) -> M
     return results
 
 
-def with_adapter(base: BaseModel, path: StaticPath) -> RoutedModel:
-    """Return a routed copy that runs a path with an adapter; its values don't matter here."""
+def attach_refit(base: BaseModel, path: StaticPath) -> RoutedModel:
+    """Return a routed copy that runs a path with a refit; its values don't matter here."""
+    routed = RoutedModel(copy_sharing_weights(base.model))
+    projections = find_projections(routed, path.gaps(base.num_layers))
+    refit: dict[str, Tensor] = {}
+    for projection in projections.values():
+        for name, module in list_modules(projection).items():
+            refit[name] = get_weight(module).clone()
+    routed.injection.add_adapter("refit", refit=refit)
+    routed.driver.policy = routed.build_policy(path.with_adapter("refit"))
+    return routed
+
+
+def attach_lora(base: BaseModel, path: StaticPath) -> RoutedModel:
+    """Return a routed copy that runs a path with LoRA; its values don't matter here."""
     routed = RoutedModel(copy_sharing_weights(base.model))
     rank = HealConfig().rank
     maps = routed.injection.linear_maps
@@ -415,7 +429,7 @@ def with_adapter(base: BaseModel, path: StaticPath) -> RoutedModel:
 
 
 def models_without_layers(base: BaseModel) -> dict[str, Any]:
-    """Return the models of (f): untouched, and without k layers in each of three ways."""
+    """Return the models of (f): untouched, and without k layers in each of four ways."""
     L = base.num_layers
     models = {"untouched": base.model, "control": copy_sharing_weights(base.model)}
     for k in NUM_SKIPPED:
@@ -423,7 +437,9 @@ def models_without_layers(base: BaseModel) -> dict[str, Any]:
         models[f"routed {k}"] = RoutedModel(
             copy_sharing_weights(base.model), policy=FixedPolicy(plan, L)
         ).model
-        models[f"healed {k}"] = with_adapter(base, StaticPath(to_path(plan))).model
+        path = StaticPath(to_path(plan))
+        models[f"refitted {k}"] = attach_refit(base, path).model
+        models[f"healed {k}"] = attach_lora(base, path).model
         with tempfile.TemporaryDirectory() as folder:
             export_path(base, [layer for layer in range(L) if plan[layer]], folder)
             loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=base.model.dtype)
@@ -447,8 +463,8 @@ def time_exported(base: BaseModel, repeats: Mapping[str, int], clock: Clock) -> 
         figures.append(Figure("f", f"{name}_exported_control", control))
         for k in NUM_SKIPPED:
             saved = 1 - share_of_work(base, skipping(base.num_layers, k), num_tokens)
-            limits = {"exported": 1 - LEAST_OF_THE_SAVING * saved, "routed": None, "healed": None}
-            for kind, limit in limits.items():
+            for kind in ("exported", "routed", "refitted", "healed"):
+                limit = 1 - LEAST_OF_THE_SAVING * saved if kind == "exported" else None
                 label = f"{name}_{kind}_without_{k}_of_{base.num_layers}"
                 ours = ratios(rounds, f"{kind} {k}", "untouched")
                 figures.append(Figure("f", label, ours, limit, 1 - saved))
