@@ -80,6 +80,16 @@ def test_routers_and_paths_of_the_same_base_are_taken_with_a_warning_those_of_ot
         drllm.attach(int8).export(drllm.StaticPath(range(5)), tmp_path / "out")
 
 
+@pytest.mark.parametrize("kind", INT8)
+def test_a_quantised_base_is_not_shrunk_into_a_folder_that_could_never_be_written(
+    kind, model_folder, tmp_path
+):
+    base = in_precision(str(model_folder(num_layers=6)), kind)
+    with pytest.raises(ArchitectureError, match="then quantise the checkpoint"):
+        drllm.shrink(base, "builtin_facts", output_dir=tmp_path / "smaller")
+    assert not list((tmp_path / "smaller.work").glob("*.json"))
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize(("kind", "most"), [("bfloat16", 6), ("torchao", 6)])
 def test_few_verdicts_of_a_real_model_change_with_its_precision(kind, most, smollm2):

@@ -126,11 +126,7 @@ def export_path(
         path = StaticPath(path)
     path.check(base.num_layers)
     check_new_folder(output)
-    if base.identity["fingerprint"].startswith(QUANTISED):
-        raise ArchitectureError(
-            f"the weights of {base.name} are quantised, and an export copies weights as they were "
-            f"trained; export from the model without quantisation, then quantise the checkpoint"
-        )
+    refuse_quantised(base)
     with hub.quiet():
         exported = _build(base.model, path.layers)
         along_path = _run_base(base.model, path, file)
@@ -156,6 +152,15 @@ def export_path(
         except SafetensorError as error:  # it has no class of its own for a full disk
             raise make_output_error(output, hub.first_line(error)) from error
     return export
+
+
+def refuse_quantised(base: BaseModel) -> None:
+    """Raise ArchitectureError if the weights of a model are quantised: they can't be exported."""
+    if base.identity["fingerprint"].startswith(QUANTISED):
+        raise ArchitectureError(
+            f"the weights of {base.name} are quantised, and an export copies weights as they were "
+            f"trained; export from the model without quantisation, then quantise the checkpoint"
+        )
 
 
 class PathRun(NamedTuple):

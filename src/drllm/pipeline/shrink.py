@@ -26,7 +26,7 @@ from drllm.config.shrink import SHARE_OF_LAYERS
 from drllm.errors import ConfigError
 from drllm.extras import need
 from drllm.models.base.load import BaseModel
-from drllm.models.export import export_path
+from drllm.models.export import export_path, refuse_quantised
 from drllm.models.routed_model import RoutedModel, unrouted
 from drllm.pipeline.shrink_candidates import choose_candidates
 from drllm.pipeline.shrink_measurement import MAX_TOKENS, ModelMeasurement
@@ -114,7 +114,7 @@ def shrink(
     Raises:
         ConfigError: The settings don't fit the model, or the folders belong to another run.
         TaskError: A task is unknown, has too few questions, or has none to hold out.
-        ArchitectureError: The model can't be exported.
+        ArchitectureError: The model can't be exported, such as one with quantised weights.
 
     Source: ours.
     """
@@ -154,6 +154,8 @@ def shrink_questions(
         stack.enter_context(only_writer(work, "shrink", "OUT"))
         base = stack.enter_context(unrouted(model, tokenizer, listener))
         base.refuse_bypass("shrink repairs paths")
+        if output is not None:
+            refuse_quantised(base)
         run = ShrinkRun(base, questions, config, work, listener)
         record = run.find_models()
         return run.write(record, output, force=force)
