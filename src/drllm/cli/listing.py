@@ -27,6 +27,10 @@ _REGISTRIES = {
 """The registries that `drllm ls` prints in the same way, as `module:attribute`."""
 
 
+_REFIT_WORDS = {True: "yes", False: "no", None: NONE}
+"""What the table of checks says about a refit."""
+
+
 def _list_tasks(terminal: Terminal) -> None:
     from drllm.tasks.registry import describe_tasks
 
@@ -104,14 +108,16 @@ def _print_findings(findings: Sequence[Finding], terminal: Terminal) -> None:
     for finding in findings:
         prefill = _format_difference(finding.prefill)
         decode = _format_difference(finding.decode)
-        cells = [finding.family, finding.class_name, finding.status, prefill, decode]
-        rows.append([*cells, finding.reason])
-    terminal.table("family|class|status|prefill|decode|why", rows)
+        refit = _REFIT_WORDS[finding.can_be_refitted]
+        why = finding.reason or finding.refit_obstacle
+        cells = [finding.family, finding.class_name, finding.status, prefill, decode, refit]
+        rows.append([*cells, why])
+    terminal.table("family|class|status|prefill|decode|refit|why", rows)
     counts = Counter(finding.status for finding in findings)
     terminal.say(", ".join(f"{count} {status}" for status, count in counts.items()))
     terminal.say(
         "prefill, decode: the largest difference between routed and plain logits, in standard "
-        "deviations."
+        "deviations; refit: whether skipped layers can be repaired in closed form."
     )
 
 

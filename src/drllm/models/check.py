@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from drllm.errors import ArchitectureError, RoutingError, unknown_name
+from drllm.models.base.down_projections import find_down_projections
 from drllm.models.base.hub import quiet
 from drllm.models.base.layers import find_layers
 from drllm.models.base.prompts import pad_left
@@ -30,6 +31,7 @@ from drllm.models.families import COMMON, FAMILIES
 from drllm.models.path_config import reorder_lists
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.generate import end_tokens
+from drllm.models.routing.refits import check_module
 from drllm.paths import to_path
 
 TOLERANCE = 1e-3
@@ -63,6 +65,9 @@ class Finding:
     prefill: float | None = None
     # The largest difference of the logits at the tokens decoded with the cache.
     decode: float | None = None
+    # Whether a refit can change every layer's MLP; None if that wasn't tried.
+    can_be_refitted: bool | None = None
+    refit_obstacle: str = ""  # why a layer's MLP can't be refitted
 
     @property
     def greatest_difference(self) -> float | None:
@@ -125,7 +130,7 @@ def check_model(model: Any) -> Finding:
             prefill, decode = _compare_routed(model, make_plans(len(layers)))
         except (ArchitectureError, RoutingError) as error:
             return replace(finding, status="refused", reason=str(error))
-        finding = replace(finding, prefill=prefill, decode=decode)
+        finding = _try_refit(replace(finding, prefill=prefill, decode=decode), model)
         if max(prefill, decode) <= TOLERANCE:
             return finding
         is_broken = max(_compare_plain(model)) > TOLERANCE
@@ -137,6 +142,18 @@ def check_model(model: Any) -> Finding:
         return replace(finding, status="broken", reason=reason)
     reason = "routed and plain logits differ by more than rounding; please report this model"
     return replace(finding, status="differs", reason=reason)
+
+
+def _try_refit(finding: Finding, model: Any) -> Finding:
+    """Find out whether the MLP of every layer ends in a linear map that a refit can change."""
+    _, layers = find_layers(model)
+    try:
+        projections = find_down_projections(model, range(len(layers)))
+        for projection in projections.values():
+            check_module(projection.name, projection.module)
+    except (ArchitectureError, RoutingError) as error:
+        return replace(finding, can_be_refitted=False, refit_obstacle=str(error))
+    return replace(finding, can_be_refitted=True)
 
 
 def make_plans(num_layers: int) -> list[list[int]]:

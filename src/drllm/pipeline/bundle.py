@@ -8,6 +8,7 @@ Source: ours.
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -47,6 +48,8 @@ GGUF_CARD = Path(__file__).with_name("gguf_card.md.j2")
 PLACES = ("data_dir", "output_dir")  # settings that name a place on this machine
 CONVERTER = "convert_hf_to_gguf.py"  # of a checkout of llama.cpp
 GGUF_TYPE = "bf16"
+LAYER_LISTS = ("layer_types", "no_rope_layers", "mlp_layer_types")
+"""The lists of a config that say of which kind each layer is."""
 
 
 class Artefact(NamedTuple):
@@ -246,6 +249,7 @@ def find_converter(llama_cpp: Path) -> Path:
 
 def write_gguf(checkpoint: Path, folder: Path, converter: Path) -> None:
     """Convert a checkpoint to GGUF, and write its card."""
+    refuse_mixed_layers(checkpoint)
     folder.mkdir()
     file = folder / f"model-{GGUF_TYPE}.gguf"
     convert_to_gguf(checkpoint, file, converter, GGUF_TYPE)
@@ -256,6 +260,27 @@ def write_gguf(checkpoint: Path, folder: Path, converter: Path) -> None:
         GGUF_CARD, metadata, file=file.name, weights=GGUF_TYPE, checkpoint=body.strip()
     )
     write_atomically(folder / CARD_FILE, card)
+
+
+def refuse_mixed_layers(checkpoint: Path) -> None:
+    """Refuse a checkpoint whose layers are of different kinds, such as one of Gemma 3.
+
+    llama.cpp derives the kinds of some families from a layer's number: every sixth layer of Gemma 3
+    has no window and another RoPE base. Where layers were left out, that is wrong, and the file
+    would load and write bad text.
+
+    Raises:
+        ConfigError: The layers are of different kinds.
+    """
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    for name in LAYER_LISTS:
+        kinds = config.get(name) or []
+        if len(set(kinds)) > 1:
+            raise ConfigError(
+                f"the layers of this checkpoint are of different kinds ({name} in config.json), "
+                f"and llama.cpp may derive them from a layer's number; leave --llama-cpp out, or "
+                f"convert the checkpoint yourself and compare what both write"
+            )
 
 
 def convert_to_gguf(checkpoint: Path, file: Path, converter: Path, weights: str) -> None:

@@ -22,6 +22,7 @@ from drllm.models.routing.injection import LayerCall
 REPOSITORY = Path(__file__).resolve().parents[3]
 PAGE = (REPOSITORY / "docs" / "architectures.md").read_text(encoding="utf-8")
 DOCUMENTED = dict(re.findall(r"^ (\w+) +\w+ +(exact|refused|broken|absent|differs) ", PAGE, re.M))
+DOCUMENTED_REFITS = dict(re.findall(r"^ (\w+) +\w+ +\w+ +\S+ +\S+ +(yes|no|–) ", PAGE, re.M))
 DOCUMENTED_VERSION = re.search(r"with transformers ([\d.]+)", PAGE)[1]
 
 
@@ -44,6 +45,9 @@ def test_what_the_page_says_is_so(findings):
     assert {findings[family].status for family in refused} - {"absent"} == {"refused"}
     if version("transformers") == DOCUMENTED_VERSION:
         assert {family: found.status for family, found in findings.items()} == DOCUMENTED
+        words = {True: "yes", False: "no", None: "–"}
+        refits = {family: words[found.can_be_refitted] for family, found in findings.items()}
+        assert refits == DOCUMENTED_REFITS
 
 
 @pytest.mark.thorough
@@ -53,6 +57,13 @@ def test_a_refusal_gives_its_reason_in_one_line_and_what_was_compared_a_differen
         if found.status == "refused":
             assert found.reason
             assert "\n" not in found.reason
+
+
+def test_a_model_with_packed_experts_is_routed_but_not_refitted():
+    found = check_family("mixtral")
+    assert found.status == "exact"
+    assert found.can_be_refitted is False
+    assert "packed" in found.refit_obstacle
 
 
 def test_a_family_that_transformers_lacks_is_absent(monkeypatch):

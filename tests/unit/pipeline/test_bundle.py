@@ -150,6 +150,16 @@ def test_a_converter_that_fails_leaves_nothing(healed, base, tmp_path):
         bundle([healed], tmp_path / "publish", model=base, llama_cpp=tmp_path / "none")
 
 
+def test_layers_of_different_kinds_are_not_converted(tiny_base, tiny_model, tmp_path):
+    gemma = tiny_base(tiny_model("gemma3_text"))
+    assert len(set(gemma.model.config.layer_types)) == 2
+    written_refit(tmp_path / "healed", gemma.model, gemma.identity, path=[0, 1, 4, 5])
+    (tmp_path / "convert_hf_to_gguf.py").write_text(CONVERTER)
+    with pytest.raises(ConfigError, match="layer_types in config.json"):
+        bundle([tmp_path / "healed"], tmp_path / "publish", model=gemma, llama_cpp=tmp_path)
+    assert not (tmp_path / "publish").exists()
+
+
 def test_the_command_says_what_it_made(drllm, searched, tmp_path):
     output = drllm("bundle", searched, "--output-dir", tmp_path / "publish").out
     assert "search-log" in output
