@@ -28,6 +28,7 @@ from drllm.statistics.headlines import (
     write_headline_after_test,
     write_headline_of_two,
 )
+from drllm.statistics.verdicts import exclude_together
 
 BASE = "base"
 ROUTED = "routed"
@@ -302,12 +303,20 @@ class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
         name = self.name_in_sentence(system)
         if system.name == ROUTED:
             name = ROUTING
+        against_base = system.against_base
+        if self._is_picked(system):
+            accuracy = exclude_together(against_base.accuracy, len(self.paths))
+            against_base = msgspec.structs.replace(against_base, accuracy=accuracy)
         return Candidate(
             name=name,
             executions=system.executions,
             num_layers=self.num_layers,
-            against_base=system.against_base,
+            against_base=against_base,
         )
+
+    def _is_picked(self, system: System) -> bool:
+        """Tell whether a path is compared because it is the best on these very questions."""
+        return self.routed is None and self.drop_test is None and system.name in self.paths
 
     @property
     def verdict(self) -> str:

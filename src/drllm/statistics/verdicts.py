@@ -7,7 +7,8 @@ if base is above chance.
 
 Every comparison also says which loss it excludes: "a loss of more than 1.9 points is excluded".
 This number is the end of the two-sided 95 % interval. So the true loss is larger in about 2.5 % of
-comparisons.
+comparisons. Where a path is the best of several on the same questions, its headline divides this
+level by their number.
 """
 
 import math
@@ -191,9 +192,13 @@ def judge_means(
     )
     if not above_chance:
         return _remove_claim(verdict)
-    excluded_loss: float | None = max(0.0, -low)
-    if quantity == "text_loss":
+    if quantity == "accuracy" and _are_grades(ours) and _are_grades(theirs):
+        excluded_loss: float | None = _find_excluded_drop(differences, low)
+    elif quantity == "text_loss":
         excluded_loss = _find_excluded_increase(differences, high, seed)
+    else:
+        falls = [-difference for difference in differences]
+        excluded_loss = _find_excluded_increase(falls, -low, seed)
     verdict = replace(verdict, excluded_loss=excluded_loss)
     if low > 0 or high < 0:
         tolerance = ROUNDING / WORDS[quantity].scale
@@ -224,8 +229,27 @@ def _estimate_needed_values(verdict: Verdict, differences: Sequence[float]) -> i
     return max(power.FEWEST_DIFFERENT, math.ceil(verdict.n * factor))
 
 
+def _are_grades(values: Sequence[float]) -> bool:
+    """Tell whether all values lie between 0, wrong, and 1, right."""
+    return all(0 <= value <= 1 for value in values)
+
+
+def _find_excluded_drop(differences: Sequence[float], low: float) -> float:
+    """Return the drop of a mean grade above which every drop is excluded.
+
+    The result is the lower end of the bootstrap interval or, if it is further from 0, that of
+    Tango's interval, with all gains as questions won and all losses as questions lost. Grades
+    differ by 1 at most, so they vary no more than answers that are right or wrong with these sums.
+    The bootstrap alone has no width if no grade of a sample differs.
+    """
+    won = sum(difference for difference in differences if difference > 0)
+    lost = -sum(difference for difference in differences if difference < 0)
+    paired_low, _ = paired_interval(won, lost, len(differences))
+    return max(0.0, -low, -paired_low)
+
+
 def _find_excluded_increase(increases: Sequence[float], high: float, seed: int) -> float | None:
-    """Return the increase of the next-token loss above which every increase is excluded.
+    """Return the increase of a loss above which every increase is excluded.
 
     The result is `high`, the upper end of the interval, or the studentised bound if this is higher.
     The interval alone would exclude too much if some texts lose far more than the others. The
@@ -264,6 +288,20 @@ def correct_together(verdicts: Sequence[Verdict]) -> list[Verdict]:
         )
         corrected.append(corrected_verdict)
     return corrected
+
+
+def exclude_together(verdict: Verdict, num_candidates: int) -> Verdict:
+    """Return a verdict on accuracies whose excluded loss holds for the best of several candidates.
+
+    A candidate that was picked by its results on the same questions looks better than it is. So the
+    level is divided by the number of candidates (Bonferroni). Other verdicts stay as they are.
+    """
+    has_counts = verdict.won is not None and verdict.lost is not None
+    if num_candidates < 2 or not has_counts or verdict.excluded_loss is None:
+        return verdict
+    confidence = 1 - power.ALPHA / num_candidates
+    low, _ = paired_interval(verdict.won, verdict.lost, verdict.n, confidence)
+    return replace(verdict, excluded_loss=max(0.0, -low))
 
 
 def judge_times(ratios: Sequence[Sequence[float]]) -> list[str]:

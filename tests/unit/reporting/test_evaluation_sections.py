@@ -15,6 +15,7 @@ from drllm.reporting.markdown import escape
 from drllm.reporting.run import read_run
 from drllm.reporting.tables import comparisons_table
 from drllm.statistics.differences import Differences
+from drllm.statistics.paired import paired_interval
 from drllm.statistics.power import round_up
 from drllm.statistics.verdicts import judge_counts, judge_means
 from run_folder import WHOLE, add_paths, report_text, table_rows
@@ -138,6 +139,20 @@ def test_the_best_path_is_not_shown_to_answer_or_write_worse(evaluation, cheap, 
         differences = Differences(accuracy=accuracy, text_loss=text_loss)
         systems.append(replace(path, against_base=differences))
     assert replace(result, systems=tuple(systems)).best_path.name == best
+
+
+def test_the_headline_of_a_path_that_was_picked_among_several_excludes_a_larger_loss(evaluation):
+    verdict = judge_counts(20, 22, 1200)
+
+    def write(number):
+        result = add_paths(evaluation, number, routed=False)
+        differences = Differences(accuracy=verdict)
+        paths = [replace(path, against_base=differences) for path in result.systems[1:]]
+        return replace(result, systems=(result.base, *paths)).write_headline()
+
+    low, _ = paired_interval(20, 22, 1200, 1 - 0.05 / 3)
+    assert f"a loss of up to {verdict.write_excluded()}" in write(1)
+    assert f"a loss of up to {-100 * low:.1f} points" in write(3)
 
 
 @pytest.mark.parametrize(("factor", "note"), [(1.1, "10.0 % more"), (0.9, "10.0 % fewer")])

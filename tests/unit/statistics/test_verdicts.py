@@ -13,6 +13,7 @@ from drllm.statistics.verdicts import (
     EXCLUSION_CONFIDENCE,
     compare,
     correct_together,
+    exclude_together,
     judge_counts,
     judge_means,
     judge_times,
@@ -197,6 +198,42 @@ def test_a_skewed_loss_exceeds_what_is_excluded_seldom():
         exceeded["excluded"] += max(high, bound) < 0.1
     assert exceeded["excluded"] < exceeded["interval"]
     assert exceeded["excluded"] / num_trials < 0.08
+
+
+def test_grades_that_never_differ_exclude_no_more_than_right_and_wrong_answers():
+    few = judge_means("accuracy", [0.5] * 20, [0.5] * 20, seed=0)
+    assert few.excluded_loss == pytest.approx(-paired_interval(0, 0, 20)[0])
+
+
+def test_a_rare_whole_loss_of_graded_answers_is_seldom_beyond_what_is_excluded():
+    draw = random.Random(0)
+    num_beyond = 0
+    for trial in range(200):
+        theirs = [draw.choice([0.5, 1.0]) for _ in range(20)]
+        ours = [grade if draw.random() > 0.05 else 0.0 for grade in theirs]  # 3.75 points lost
+        num_beyond += judge_means("accuracy", ours, theirs, trial).excluded_loss < 0.0375
+    assert num_beyond <= 0.025 * 200
+
+
+def test_a_fall_of_log_probability_is_excluded_by_no_few_questions():
+    values = [0.1 * number for number in range(40)]
+    assert judge_means("gold_logprob", values[:29], values[:29], 0).excluded_loss is None
+    found = judge_means("gold_logprob", values, [value + 0.01 * value for value in values], 0)
+    assert found.excluded_loss >= -found.interval[0]
+
+
+def test_the_best_of_several_paths_excludes_less_and_its_true_loss_is_seldom_beyond_it():
+    rng = np.random.default_rng(0)
+    num_beyond = {1: 0, 5: 0}
+    for _ in range(400):
+        # Ten in a hundred answers differ, and two points are lost.
+        counts = rng.multinomial(400, [0.04, 0.06, 0.9], size=5)
+        won, lost, _ = max(counts.tolist(), key=lambda path: path[0] - path[1])
+        alone = judge_counts(won, lost, 400)
+        for number in num_beyond:
+            num_beyond[number] += exclude_together(alone, number).excluded_loss < 0.02
+    assert num_beyond[1] > 0.05 * 400  # as if the path hadn't been picked
+    assert num_beyond[5] <= 0.025 * 400
 
 
 def test_times_are_told_apart_only_where_the_rounds_agree_whatever_else_was_timed():
