@@ -155,7 +155,7 @@ def test_layers_of_different_kinds_are_not_converted(tiny_base, tiny_model, tmp_
     assert len(set(gemma.model.config.layer_types)) == 2
     written_refit(tmp_path / "healed", gemma.model, gemma.identity, path=[0, 1, 4, 5])
     (tmp_path / "convert_hf_to_gguf.py").write_text(CONVERTER)
-    with pytest.raises(ConfigError, match="layer_types in config.json"):
+    with pytest.raises(ConfigError, match="layer_types in"):
         bundle([tmp_path / "healed"], tmp_path / "publish", model=gemma, llama_cpp=tmp_path)
     assert not (tmp_path / "publish").exists()
 
