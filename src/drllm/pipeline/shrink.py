@@ -26,10 +26,11 @@ from drllm.config.shrink import SHARE_OF_LAYERS
 from drllm.errors import ConfigError
 from drllm.extras import need
 from drllm.models.base.load import BaseModel
+from drllm.models.base.prompts import context_length, encode
 from drllm.models.export import export_path, refuse_quantised
 from drllm.models.routed_model import RoutedModel, unrouted
 from drllm.pipeline.shrink_candidates import choose_candidates
-from drllm.pipeline.shrink_measurement import MAX_TOKENS, ModelMeasurement
+from drllm.pipeline.shrink_measurement import ModelMeasurement
 from drllm.pipeline.shrink_questions import ShrinkQuestions, read_questions
 from drllm.records.codec import read_json, write_json
 from drllm.records.manifest import new_manifest
@@ -62,6 +63,7 @@ SHARE_TO_TUNE = 1 / 3  # of `minutes`, to find paths and to refit the best ones
 SHARE_TO_REFIT = 1 / 6  # of `minutes`, to refit the candidates before they are trained
 LEAST_SHARE_TO_HEAL = 1 / 3  # of `minutes`, also where finding paths took longer than planned
 TIMES_FILE = "times.json"
+MAX_TOKENS = 512  # maximum tokens of a text, and of an answer to a prompt
 NUM_JUDGED = 100  # maximum questions per task that choose among paths
 WORK_ENDING = ".work"  # the folder of the work is named like the output, with this ending
 
@@ -173,9 +175,13 @@ class ShrinkTimes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """How the time is divided, as it is kept for a resumed run.
 
     Attributes:
+        minutes: The minutes to find paths and to heal them.
+        num_candidates: How many paths are healed.
         minutes_to_heal: The minutes of healing of each candidate.
     """
 
+    minutes: float
+    num_candidates: int
     minutes_to_heal: float
 
 
@@ -241,6 +247,11 @@ class ShrinkRun:
         write_json(file, record)
         return record
 
+    @property
+    def max_tokens(self) -> int:
+        """The maximum tokens of a text, and of an answer to a prompt."""
+        return min(MAX_TOKENS, context_length(self.base.model) or MAX_TOKENS)
+
     def prepare_texts(self) -> tuple[list[TextSource], dict[str, list[Tokens]]]:
         """Let the full model answer prompts without answers, once for all steps.
 
@@ -254,7 +265,7 @@ class ShrinkRun:
         store.open()
         routed = RoutedModel(base.model, tokenizer=base.tokenizer)
         try:
-            tokenizer = TextTokenizer(routed, MAX_TOKENS, store, self.listener)
+            tokenizer = TextTokenizer(routed, self.max_tokens, store, self.listener)
             sources = []
             for source in self.questions.sources:
                 if source.is_open:
@@ -311,16 +322,24 @@ class ShrinkRun:
             num_judged=NUM_JUDGED,
             seed=config.seed,
         )
-        tasks = [*questions.tasks, *questions.make_text_tasks(config.num_fit)]
+        text_tasks = questions.make_text_tasks(config.num_fit, self.cut_text)
         self.listener.note("step 1 of 4: which layers can go")
         return tune(
             self.base,
-            tasks,
+            [*questions.tasks, *text_tasks],
             tune_config,
             self.work / "tuned",
-            texts=list(sources),
+            texts=questions.take_to_fit(sources),
             listener=self.listener,
         )
+
+    def cut_text(self, text: str) -> str:
+        """Cut a text to fewer than `max_tokens` tokens, so that one more fits behind it."""
+        tokens = encode(self.base.tokenizer, text)
+        if len(tokens) < self.max_tokens:
+            return text
+        kept = tokens[: self.max_tokens - 1]
+        return str(self.base.tokenizer.decode(kept, skip_special_tokens=True))
 
     def choose_candidates(self, tuned: StaticPaths) -> list[NamedPath]:
         """Choose the paths to heal and to measure, from the most layers to the fewest."""
@@ -333,13 +352,14 @@ class ShrinkRun:
                 return [path]
         raise ConfigError(
             f"no path with {num_skipped} layers left out was found; the search ended with "
-            f"{tuned.paths[-1].name}, since longer paths lose too much"
+            f"{tuned.paths[-1].name}, since shorter paths lose too much"
         )
 
     def divide_time(self, tuning_seconds: float, num_candidates: int) -> float:
         """Return the minutes to train each candidate: half of all, or less if the search took long.
 
-        The minutes are kept, so that a resumed run heals for as long.
+        The minutes are kept, so that a resumed run heals for as long. A run with other settings is
+        refused.
 
         Args:
             tuning_seconds: How long the search took. It is too little where an interrupted run did
@@ -347,13 +367,19 @@ class ShrinkRun:
             num_candidates: How many candidates share the time.
         """
         file = self.work / TIMES_FILE
-        if file.exists():
-            return read_json(file, ShrinkTimes).minutes_to_heal
         minutes = self.config.minutes
+        if file.exists():
+            kept = read_json(file, ShrinkTimes)
+            stored = {"minutes": kept.minutes, "candidates": kept.num_candidates}
+            wanted = {"minutes": minutes, "candidates": num_candidates}
+            remedy = f"give the same --minutes again, or delete {self.work}"
+            refuse_other_run(f"the work in {self.work}", stored, wanted, remedy)
+            return kept.minutes_to_heal
         tuning_minutes = max(tuning_seconds / 60, SHARE_TO_TUNE * minutes)
         left = (1 - SHARE_TO_REFIT) * minutes - tuning_minutes
         each = max(left, LEAST_SHARE_TO_HEAL * minutes) / num_candidates
-        write_json(file, ShrinkTimes(minutes_to_heal=each))
+        times = ShrinkTimes(minutes=minutes, num_candidates=num_candidates, minutes_to_heal=each)
+        write_json(file, times)
         return each
 
     def heal_candidates(
@@ -362,7 +388,11 @@ class ShrinkRun:
         """Heal each candidate for some minutes, and return the folder of each by its name."""
         config = self.config
         heal_config = HealConfig(
-            data_dir=config.data_dir, minutes=minutes, rank=config.rank, seed=config.seed
+            data_dir=config.data_dir,
+            minutes=minutes,
+            rank=config.rank,
+            max_tokens=self.max_tokens,
+            seed=config.seed,
         )
         folders = {}
         for candidate in candidates:
@@ -392,7 +422,10 @@ class ShrinkRun:
         """Measure the full model and the candidates on what is held out."""
         self.listener.note("step 3 of 4: measuring on held-out questions")
         tasks = [splits.task for splits in self.questions.graded_tasks]
-        measurement = ModelMeasurement(self.base, tasks, held_out, self.config, self.listener)
+        cut = {
+            name: [text[: self.max_tokens] for text in texts] for name, texts in held_out.items()
+        }
+        measurement = ModelMeasurement(self.base, tasks, cut, self.config, self.listener)
         models = measurement.measure(folders, self.work / "eval")
         return ShrinkRecord(**header, models=models)
 

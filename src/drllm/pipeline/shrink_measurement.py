@@ -29,7 +29,6 @@ from drllm.tuning.heal_checks import measure_text_losses
 from drllm.tuning.heal_texts import Tokens
 from drllm.work.listener import Listener
 
-MAX_TOKENS = 512  # of a held-out text, and of an answer to a prompt
 NUM_TEXTS = 400  # maximum held-out questions whose text's loss is measured
 
 
@@ -110,9 +109,8 @@ class ModelMeasurement:
         """Return the loss of each held-out text of each source, along each path."""
         losses = {}
         for name, texts in self.held_out.items():
-            sequences = [text[:MAX_TOKENS] for text in texts]
             with self.listener.busy(f"measuring the loss of {name}"):
-                measured = measure_text_losses(routed, paths, {name: sequences})
+                measured = measure_text_losses(routed, paths, {name: list(texts)})
             losses[name] = measured[name].by_path
         return losses
 

@@ -36,10 +36,8 @@ def find_power(questions: ShrinkQuestions, config: ShrinkConfig) -> list[Power]:
         _find_task_power(splits.task.name, counts[splits.task.name], config)
         for splits in questions.graded_tasks
     ]
-    text_counts = {splits.task.name: counts[splits.task.name] for splits in questions.open_tasks}
-    for name in questions.held_out_texts:
-        text_counts[name] = counts[name]
-    return powers + _find_text_powers(text_counts)
+    # The loss of the text of graded questions is judged too.
+    return powers + _find_text_powers(counts)
 
 
 def _find_task_power(name: str, num_questions: int, config: ShrinkConfig) -> Power:

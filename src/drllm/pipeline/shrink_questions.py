@@ -4,7 +4,7 @@ What a task calls `test` is held out: no path is chosen or healed on it. Of othe
 held out by the hash of each text. This module doesn't import torch.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from drllm.records.splits import part_by_hash
 from drllm.records.static_paths import FIT, SELECT, TEST
 from drllm.statistics.verdicts import FEWEST_TEXTS
 from drllm.tasks.base import Task
-from drllm.tasks.examples import Example, choose
+from drllm.tasks.examples import Example, Prompt, choose
 from drllm.tasks.files import PROMPTS_ALONE
 from drllm.tuning.data_splits import TasksArgument, TaskSplits, split_tasks
 from drllm.tuning.heal_texts import TextArgument, TextSource, read_sources
@@ -44,6 +44,10 @@ class TextsTask(Task):
         """Return no questions, since the caller has divided the texts already."""
         return []
 
+    def prompts(self, example: Example, reward: str) -> tuple[Prompt, ...]:
+        """Return the text as it is, not as a user's turn, since its loss is measured so too."""
+        return tuple(replace(prompt, chat=False) for prompt in super().prompts(example, reward))
+
 
 @dataclass(frozen=True)
 class ShrinkQuestions:
@@ -51,13 +55,16 @@ class ShrinkQuestions:
 
     Attributes:
         tasks: The tasks with their questions by part; `test` is held out.
-        sources: What paths are repaired and healed on: the questions of the tasks that aren't held
-            out, and texts.
+        sources: What paths are healed on: the questions of the tasks that aren't held out, and
+            texts. Those that may be fitted on come first.
+        num_to_fit: Name of a source → how many of its questions or texts may be fitted on while
+            paths are compared. The others choose among paths.
         held_out_texts: Name of a source of texts → its held-out texts.
     """
 
     tasks: Sequence[TaskSplits]
     sources: Sequence[TextSource]
+    num_to_fit: Mapping[str, int]
     held_out_texts: Mapping[str, Sequence[str]]
 
     @property
@@ -81,13 +88,32 @@ class ShrinkQuestions:
             sources.append(TextSource(name=name, texts=texts))
         return sources
 
-    def make_text_tasks(self, num_fit: int) -> list[TaskSplits]:
+    def take_to_fit(self, sources: Sequence[TextSource]) -> list[TextSource]:
+        """Return the part of some sources that paths are refitted on while they are compared.
+
+        Args:
+            sources: The sources, perhaps with texts in place of their prompts, in the same order.
+        """
+        parts = []
+        for source in sources:
+            number = self.num_to_fit[source.name]
+            part = replace(source, prompts=source.prompts[:number], texts=source.texts[:number])
+            parts.append(part)
+        return parts
+
+    def make_text_tasks(self, num_fit: int, cut: Callable[[str], str]) -> list[TaskSplits]:
         """Make a task from the texts of each source, so that paths are compared on them.
 
         Args:
             num_fit: Maximum texts of a source that paths are fitted on.
+            cut: Cuts a text that is too long to be measured.
         """
-        return [_make_text_task(source, num_fit) for source in self.sources if source.texts]
+        tasks = []
+        for source in self.sources:
+            if source.texts:
+                number = self.num_to_fit[source.name]
+                tasks.append(_make_text_task(source, number, num_fit, cut))
+        return tasks
 
     def count_to_find(self) -> dict[str, int]:
         """Return how many questions and texts find and heal paths, by task or source."""
@@ -117,8 +143,8 @@ def read_questions(
         texts: As for `heal`; None takes the config's texts.
 
     Raises:
-        TaskError: A task is unknown or has too few questions, or a file can't be read.
-        ConfigError: Two sources have the same name.
+        TaskError: A task is unknown or has too few questions, a file can't be read, or two sources
+            have the same name.
     """
     tune_config = TuneConfig(
         data_dir=config.data_dir,
@@ -136,15 +162,22 @@ def read_questions(
     text_sources = []
     if texts:
         text_sources = read_sources(heal_config, [], texts)
-    to_find = [_take_to_find(splits, config.seed) for splits in all_splits]
+    to_find = []
+    num_to_fit = {}
+    for splits in all_splits:
+        to_fit, to_choose = _divide_to_find(splits, config.seed)
+        num_to_fit[splits.task.name] = len(to_fit)
+        to_find.append(replace(splits, examples={**splits.examples, FIT: to_fit + to_choose}))
     sources = read_sources(heal_config, to_find, [])
     held_out_texts = {}
     for source in text_sources:
         kept, held_out = _divide_texts(source, config.seed)
         sources.append(kept)
         held_out_texts[source.name] = held_out
+        num_texts = len(kept.texts)
+        num_to_fit[source.name] = num_texts - sum(_count_judged_texts(num_texts))
     _refuse_same_name([source.name for source in sources])
-    return ShrinkQuestions(all_splits, sources, held_out_texts)
+    return ShrinkQuestions(all_splits, sources, num_to_fit, held_out_texts)
 
 
 def _refuse_divided(splits: TaskSplits) -> None:
@@ -164,13 +197,20 @@ def _limit_held_out(splits: TaskSplits, seed: int) -> TaskSplits:
     return replace(splits, examples={**splits.examples, TEST: held_out})
 
 
-def _take_to_find(splits: TaskSplits, seed: int) -> TaskSplits:
-    """Return a task whose part `fit` has all questions that aren't held out."""
-    to_find = [*splits.all_to_fit, *splits.spare, *splits.examples[SELECT]]
-    unique = list(dict.fromkeys(to_find))
-    if not splits.task.has_answers:
-        unique = choose(unique, MAX_ANSWERS, seed)
-    return replace(splits, examples={**splits.examples, FIT: unique})
+def _divide_to_find(splits: TaskSplits, seed: int) -> tuple[list[Example], list[Example]]:
+    """Return the questions that paths may be fitted on, and those that choose among paths.
+
+    Of prompts without answers, at most `MAX_ANSWERS` are kept, in the same proportion.
+    """
+    to_fit = list(dict.fromkeys([*splits.all_to_fit, *splits.spare]))
+    known = set(to_fit)
+    to_choose = [each for each in dict.fromkeys(splits.examples[SELECT]) if each not in known]
+    number = len(to_fit) + len(to_choose)
+    if not splits.task.has_answers and number > MAX_ANSWERS:
+        num_to_choose = MAX_ANSWERS * len(to_choose) // number
+        to_fit = choose(to_fit, MAX_ANSWERS - num_to_choose, seed)
+        to_choose = choose(to_choose, num_to_choose, seed)
+    return to_fit, to_choose
 
 
 def _divide_texts(source: TextSource, seed: int) -> tuple[TextSource, list[str]]:
@@ -191,21 +231,30 @@ def _divide_texts(source: TextSource, seed: int) -> tuple[TextSource, list[str]]
     return replace(source, texts=to_find), choose(held_out, MAX_TEXTS, seed)
 
 
-def _make_text_task(source: TextSource, num_fit: int) -> TaskSplits:
+def _count_judged_texts(num_texts: int) -> tuple[int, int]:
+    """Return how many texts of a source choose among paths, and how many `tune` reports on."""
+    third = max(1, num_texts // 3)
+    return min(third, NUM_SELECT_TEXTS), min(third, NUM_TEST_TEXTS)
+
+
+def _make_text_task(
+    source: TextSource, num_to_fit: int, num_fit: int, cut: Callable[[str], str]
+) -> TaskSplits:
     """Make a task from the texts of a source; they choose among paths as questions do.
 
     None of them are held out from the shrink.
     """
-    examples = [Example(question=text, answer="") for text in source.texts]
-    third = max(1, len(examples) // 3)
-    end_of_select = min(third, NUM_SELECT_TEXTS)
-    end_of_test = end_of_select + min(third, NUM_TEST_TEXTS)
+    num_to_choose, num_to_report = _count_judged_texts(len(source.texts))
+    end_of_select = num_to_fit + num_to_choose
     parts = {
-        SELECT: examples[:end_of_select],
-        TEST: examples[end_of_select:end_of_test],
-        FIT: examples[end_of_test : end_of_test + num_fit],
+        FIT: source.texts[: min(num_fit, num_to_fit)],
+        SELECT: source.texts[num_to_fit:end_of_select],
+        TEST: source.texts[end_of_select : end_of_select + num_to_report],
     }
-    return TaskSplits(TextsTask(source.name), parts, is_divided=True)
+    examples = {}
+    for part, texts in parts.items():
+        examples[part] = [Example(question=cut(text), answer="") for text in texts]
+    return TaskSplits(TextsTask(source.name), examples, is_divided=True)
 
 
 def _refuse_same_name(names: Sequence[str]) -> None:

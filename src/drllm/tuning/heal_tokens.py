@@ -9,6 +9,7 @@ from drllm.models.base.prompts import Prompt as Conversation
 from drllm.models.base.prompts import context_length, encode, render
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.batch_generation import generate_many
+from drllm.records.codec import hash_values
 from drllm.tuning.heal_texts import TextSource, Tokens
 from drllm.tuning.path_scorer import make_text_items
 from drllm.work.listener import Listener
@@ -52,7 +53,8 @@ class TextTokenizer:
         prompts = [prompt.content for prompt in source.prompts]
         for start in range(0, len(prompts), ANSWERS_AT_ONCE):
             block = prompts[start : start + ANSWERS_AT_ONCE]
-            key = f"{source.name} answers from {start}"
+            # By the prompts, since sources of one name may have different prompts.
+            key = f"answers to {hash_values(block)}"
             texts += self.store.get_or_make(key, list[Tokens], partial(self._answer, block))
         return texts
 
@@ -96,15 +98,25 @@ def answer_prompts(
 ) -> list[Tokens]:
     """Answer prompts along the full path, and return the prompts with their answers, as tokens.
 
+    Answers are shorter than `max_tokens` where the model's context has no room for more after the
+    longest prompt.
+
     Args:
         routed: The model.
         prompts: The prompts.
         max_tokens: Maximum tokens of an answer.
+
+    Raises:
+        ConfigError: A prompt leaves no room for an answer.
     """
-    answers = generate_many(routed, prompts, max_new_tokens=max_tokens)
     tokenizer = routed.tokenizer
+    rows = [encode(tokenizer, render(tokenizer, prompt, chat=True)) for prompt in prompts]
+    context = context_length(routed.model)
+    if context is not None:
+        room = context - max(map(len, rows))
+        max_tokens = max(1, min(max_tokens, room))
+    answers = generate_many(routed, prompts, max_new_tokens=max_tokens)
     texts: list[Tokens] = []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        prompt_tokens = encode(tokenizer, render(tokenizer, prompt, chat=True))
+    for prompt_tokens, answer in zip(rows, answers, strict=True):
         texts.append((*prompt_tokens, *answer.tokens))
     return texts

@@ -17,7 +17,6 @@ from msgspec.structs import replace
 from drllm.config.heal import REFIT
 from drllm.errors import ArchitectureError, RoutingError
 from drllm.models.base.prompts import Prompt as Conversation
-from drllm.models.base.prompts import context_length, encode, render
 from drllm.models.routed_model import RoutedModel
 from drllm.paths import Gap, StaticPath
 from drllm.tasks.examples import Prompt
@@ -261,14 +260,7 @@ class AnswerPrompts(BlockFunction[Sequence[Conversation], list[Tokens]]):
         self, prepared: RoutedModel, data: Sequence[Conversation], steps: BlockSteps
     ) -> list[Tokens]:
         """Return the prompts with their answers, as tokens; all fit into the model's context."""
-        max_tokens = self.max_tokens
-        context = context_length(prepared.model)
-        if context is not None:
-            tokenizer = prepared.tokenizer
-            rows = [encode(tokenizer, render(tokenizer, prompt, chat=True)) for prompt in data]
-            room = context - max(map(len, rows))
-            max_tokens = max(1, min(max_tokens, room))
-        return answer_prompts(prepared, data, max_tokens)
+        return answer_prompts(prepared, data, self.max_tokens)
 
 
 @dataclass(frozen=True)

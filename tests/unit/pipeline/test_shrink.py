@@ -44,7 +44,6 @@ def questions(tmp_path):
 def little_work(monkeypatch):
     """Keep answers few and short, and measure time briefly."""
     monkeypatch.setattr(stage, "MAX_TOKENS", 16)
-    monkeypatch.setattr(shrink_measurement, "MAX_TOKENS", 16)
     monkeypatch.setattr(shrink_questions, "MAX_ANSWERS", 32)
     monkeypatch.setattr(shrink_speed, "MAX_ROUNDS", 1)
 
@@ -58,13 +57,66 @@ def test_prompts_without_answers_are_judged_by_the_loss_of_the_full_models_answe
     base, prompts, tmp_path
 ):
     output = tmp_path / "smaller"
-    record = shrink(base, prompts, output_dir=output, **SMALL)
+    record = shrink(base, prompts, output_dir=output, max_loss_increase=0.2, **SMALL)
     assert record.verdict.startswith("OK: ")
     assert record.chosen is not None
     model = AutoModelForCausalLM.from_pretrained(output)
     assert model.config.num_hidden_layers == len(record.find(record.chosen).layers) < 6
     assert read_shrink(output / SHRINK_FILE) == record
     assert record.verdict in (output / "README.md").read_text()
+
+
+def test_held_out_prompts_are_answered_themselves(base, prompts, tmp_path):
+    """Paths are healed on the answers to other prompts."""
+    config = ShrinkConfig(**SMALL)
+    questions = read_questions(config, prompts)
+    run = ShrinkRun(base, questions, config, tmp_path, Listener())
+    [source], held_out = run.prepare_texts()
+    [splits] = questions.tasks
+    assert len(held_out["prompts"]) == len(splits.examples["test"])
+    texts = [base.tokenizer.decode(tokens) for tokens in held_out["prompts"]]
+    for example, text in zip(splits.examples["test"], texts, strict=True):
+        assert example.question in text
+    assert not set(texts) & set(source.texts)
+
+
+def test_what_chooses_among_paths_repairs_none_of_them(base, prompts, tmp_path):
+    rows = [{"text": f"The number {number} is even or odd."} for number in range(60)]
+    file = write_rows(tmp_path / "numbers.jsonl", rows)
+    config = ShrinkConfig(**SMALL)
+    questions = read_questions(config, prompts, file)
+    run = ShrinkRun(base, questions, config, tmp_path, Listener())
+    sources, _ = run.prepare_texts()
+    repaired_on = [text for source in questions.take_to_fit(sources) for text in source.texts]
+    healed_on = [text for source in sources for text in source.texts]
+    judged = [example.question for example in questions.tasks[0].examples["select"]]
+    for part in ("select", "test"):
+        [numbers] = questions.make_text_tasks(config.num_fit, str)
+        judged += [example.question for example in numbers.examples[part]]
+    assert len(judged) > 30
+    assert not [question for question in judged if any(question in text for text in repaired_on)]
+    healed = [question for question in judged if any(question in text for text in healed_on)]
+    assert len(healed) > 30
+
+
+def test_texts_and_answers_fit_into_a_short_context(tiny_base, prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "MAX_TOKENS", 512)
+    rows = [{"text": f"{number} " * 90} for number in range(160)]
+    file = write_rows(tmp_path / "numbers.jsonl", rows)
+    base = tiny_base(max_position_embeddings=96)
+    record = shrink(base, prompts, texts=file, **SMALL)
+    assert list(record.full.texts) == ["prompts", "numbers"]
+
+
+def test_a_resumed_run_gets_the_minutes_it_began_with(base, prompts, tmp_path, monkeypatch):
+    output = tmp_path / "smaller"
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "heal", None)
+        with pytest.raises(TypeError):
+            shrink(base, prompts, output_dir=output, **SMALL)
+    with pytest.raises(ConfigError, match="minutes"):
+        shrink(base, prompts, output_dir=output, **SMALL | {"minutes": 0.05})
+    shrink(base, prompts, output_dir=output, **SMALL)
 
 
 class Notes(Listener):
@@ -121,7 +173,7 @@ def test_a_killed_shrink_resumes_with_what_it_has_done(base, prompts, tmp_path, 
     assert not output.exists()
     healed_before = sorted((tmp_path / "smaller.work").glob("healed-*/path.json"))
     contents = [file.read_bytes() for file in healed_before]
-    shrink(base, prompts, output_dir=output, **SMALL)
+    shrink(base, prompts, output_dir=output, force=True, **SMALL)
     assert [file.read_bytes() for file in healed_before] == contents
     assert (output / SHRINK_FILE).exists()
 
@@ -165,7 +217,7 @@ def test_what_is_held_out_finds_no_path(prompts, tmp_path):
     held_out_texts = set(questions.held_out_texts["numbers"])
     assert held_out_texts | set(texts_source.texts) == set(texts)
     assert not held_out_texts & set(texts_source.texts)
-    [text_task] = questions.make_text_tasks(num_fit=64)
+    [text_task] = questions.make_text_tasks(64, str)
     tuned_on = {example.question for part in text_task.examples.values() for example in part}
     assert tuned_on <= set(texts_source.texts)
 
@@ -173,7 +225,7 @@ def test_what_is_held_out_finds_no_path(prompts, tmp_path):
 def test_the_parts_of_a_text_task_are_disjoint(prompts, tmp_path):
     texts = [f"This is text number {number}." for number in range(40)]
     file = write_rows(tmp_path / "numbers.jsonl", [{"text": text} for text in texts])
-    [text_task] = read_questions(ShrinkConfig(), prompts, file).make_text_tasks(num_fit=64)
+    [text_task] = read_questions(ShrinkConfig(), prompts, file).make_text_tasks(64, str)
     parts = [{example.question for example in part} for part in text_task.examples.values()]
     assert all(parts)
     assert len(set.union(*parts)) == sum(map(len, parts))
@@ -188,11 +240,13 @@ def test_texts_with_the_name_of_the_questions_are_refused(prompts, tmp_path):
 
 
 def test_too_few_questions_are_known_before_any_work(questions):
-    [power] = find_power(read_questions(ShrinkConfig(), questions), ShrinkConfig(max_drop=3))
-    assert not power.is_enough
-    assert "--max-drop 3 needs about" in power.sentence
-    [power] = find_power(read_questions(ShrinkConfig(), questions), ShrinkConfig(max_drop=60))
-    assert power.is_enough
+    answers, texts = find_power(read_questions(ShrinkConfig(), questions), ShrinkConfig(max_drop=3))
+    assert not answers.is_enough
+    assert "--max-drop 3 needs about" in answers.sentence
+    assert not texts.is_enough
+    assert "at least 30 are needed" in texts.sentence
+    answers, _ = find_power(read_questions(ShrinkConfig(), questions), ShrinkConfig(max_drop=60))
+    assert answers.is_enough
 
 
 def test_more_questions_can_exclude_smaller_losses():
