@@ -48,6 +48,13 @@ def test_a_name_that_stands_in_several_files_comes_behind_that_of_the_folder_or_
         read_path_list(f"{files[0]},{files[0]}:5.00")
 
 
+def test_a_list_may_name_a_folder_with_a_comma(tmp_path):
+    folder = tmp_path / "small,v2"
+    folder.mkdir()
+    file = written_paths(folder / "paths.json", MODEL)
+    assert list(read_path_list([f"{file}:4.00"])) == ["4.00"]
+
+
 @pytest.mark.parametrize(
     ("other", "said"),
     [

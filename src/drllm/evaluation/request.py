@@ -110,7 +110,9 @@ def name_paths(paths: Paths | None, config: EvaluateConfig) -> Mapping[str, Stat
         named_paths = paths
     else:
         needs_names = config.max_drop is not None  # the names fix the order of its tests
-        named_paths = read_path_list(config.paths or "", needs_names=needs_names)
+        # Not from the settings if it is a list: a name of a file may have a comma.
+        places = config.paths or "" if paths is None else paths
+        named_paths = read_path_list(places, needs_names=needs_names)
     for name in named_paths:
         if name in (BASE, ROUTED, *BASELINES):
             raise PathError(

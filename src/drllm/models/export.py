@@ -36,6 +36,7 @@ from drllm.records.healed import HealedPath
 from drllm.records.identity import QUANTISED
 from drllm.records.path_losses import describe_file_losses
 from drllm.records.places import check_new_folder, create_folder, make_output_error
+from drllm.records.published import hide_places
 from drllm.records.shrink import SHRINK_FILE, ShrinkRecord
 from drllm.records.static_paths import PathFile, StaticPaths
 
@@ -397,6 +398,7 @@ def model_card(
         num_repeated_bytes=num_repeated_bytes,
         named=named,
         record=record if isinstance(record, StaticPaths) else None,
+        settings={} if record is None else hide_places(record.config),
         healed=record if isinstance(record, HealedPath) else None,
         shrink=shrink,
         losses=losses,

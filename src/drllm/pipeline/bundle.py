@@ -13,11 +13,12 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import DatasetCardData, ModelCardData
+from msgspec.structs import replace
 
 from drllm.config import ModelConfig
 from drllm.errors import ConfigError, ModelError
@@ -30,11 +31,11 @@ from drllm.records.codec import write_atomically, write_json
 from drllm.records.healed import HEALED_FILE
 from drllm.records.manifest import manifest_path, read_manifest
 from drllm.records.places import check_new_folder, create_folder
+from drllm.records.published import hide_places
 from drllm.records.search import SEARCH_FILE, SearchRecord, read_search
 from drllm.records.shrink import SHRINK_FILE, read_shrink
 from drllm.records.static_paths import load_path
 from drllm.supervision.rules import is_saving, is_valid
-from drllm.tasks.files import is_file_name
 from drllm.work.listener import Listener
 
 CHECKPOINT = "checkpoint"
@@ -45,7 +46,6 @@ SEARCH_LOG = "search-log"
 
 SEARCH_CARD = Path(__file__).with_name("search_card.md.j2")
 GGUF_CARD = Path(__file__).with_name("gguf_card.md.j2")
-PLACES = ("data_dir", "output_dir")  # settings that name a place on this machine
 CONVERTER = "convert_hf_to_gguf.py"  # of a checkout of llama.cpp
 GGUF_TYPE = "bf16"
 LAYER_LISTS = ("layer_types", "no_rope_layers", "mlp_layer_types")
@@ -90,8 +90,8 @@ def bundle(
         The artefacts.
 
     Raises:
-        ConfigError: A source has nothing to publish, two have the same kind of artefact, or there
-            is no converter.
+        ConfigError: A source has nothing to publish, two have the same kind of artefact, the output
+            is inside a checkpoint, there is no converter, or it can't be trusted with the layers.
         ModelError: The converter failed.
         RecordError: A file can't be read or written.
     """
@@ -100,6 +100,8 @@ def bundle(
     check_new_folder(output)
     converter = None if llama_cpp is None else find_converter(Path(llama_cpp))
     source_of = find_artefacts([Path(source) for source in sources])
+    if CHECKPOINT in source_of:
+        _refuse_inside(output, source_of[CHECKPOINT])
     if converter is not None and CHECKPOINT not in source_of:
         raise ConfigError("no source has a checkpoint to convert; leave --llama-cpp out")
     with create_folder(output) as folder:
@@ -116,6 +118,12 @@ def bundle(
                 write_gguf(folder / CHECKPOINT, folder / GGUF, converter)
             source_of[GGUF] = source_of[CHECKPOINT]
     return [Artefact(kind, output / kind, source) for kind, source in source_of.items()]
+
+
+def _refuse_inside(output: Path, checkpoint: Path) -> None:
+    """Refuse to write into the folder of a checkpoint, which is copied as a whole."""
+    if output.resolve().is_relative_to(checkpoint.resolve()):
+        raise ConfigError(f"{output} is inside {checkpoint}, which is copied; give another folder")
 
 
 def find_artefacts(sources: Sequence[Path]) -> dict[str, Path]:
@@ -166,6 +174,8 @@ def write_checkpoint(source: Path, folder: Path, model: Any, listener: Listener)
         if record.is_forced:
             listener.note(f"{source} was written by --force: {record.verdict}")
         shutil.copytree(source, folder)
+        public = replace(record, config=hide_places(record.config))
+        write_json(folder / SHRINK_FILE, public)
         return
     path = load_path(source)
     if model is None:
@@ -188,23 +198,9 @@ def write_search_log(source: Path, folder: Path) -> None:
     folder.mkdir()
     shutil.copyfile(file, folder / SEARCH_FILE)
     if manifest:
-        manifest["config"] = _drop_places(manifest.get("config", {}))
+        manifest["config"] = hide_places(manifest.get("config", {}))
         write_json(manifest_path(folder / SEARCH_FILE), manifest)
     write_atomically(folder / CARD_FILE, write_search_card(records, manifest))
-
-
-def _drop_places(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings without the places of files and folders on this machine."""
-    public = {name: value for name, value in config.items() if name not in PLACES}
-    names = []
-    for name in str(public.get("dataset") or "").split(","):
-        file, mark, columns = name.partition("?")
-        if is_file_name(file):
-            name = f"{Path(file).name}{mark}{columns}"
-        names.append(name)
-    if "dataset" in public:
-        public["dataset"] = ",".join(names)
-    return public
 
 
 def write_search_card(records: Sequence[SearchRecord], manifest: dict[str, Any]) -> str:

@@ -327,7 +327,9 @@ def load_path(place: Path | str) -> PathFile:
     return _make_path_file(content.file, path, content.paths)
 
 
-def read_path_list(places: str, *, needs_names: bool = False) -> dict[str, PathFile]:
+def read_path_list(
+    places: str | Sequence[str], *, needs_names: bool = False
+) -> dict[str, PathFile]:
     """Read the paths in `FILE[:NAME],...`, by name.
 
     A `paths.json` without NAME gives all its paths, except the full path and dominated paths. A
@@ -336,15 +338,18 @@ def read_path_list(places: str, *, needs_names: bool = False) -> dict[str, PathF
     more than once.
 
     Args:
-        places: A comma list of `FILE`, `FILE:NAME` or `without:LAYERS`; see `load_path`.
+        places: `FILE`, `FILE:NAME` or `without:LAYERS`; see `load_path`. Either a list, or a text
+            in which they are separated by commas.
         needs_names: Whether to refuse a `paths.json` without NAME; the message lists the names.
 
     Raises:
         RecordError: As for `load_path`.
         PathError: As for `load_path`; or a path is given twice.
     """
+    if isinstance(places, str):
+        places = split_path_list(places)
     paths: list[tuple[str, PathFile]] = []
-    for place in split_path_list(places):
+    for place in places:
         paths += _list_paths(_read_content(place), needs_names)
     return _make_distinct(paths)
 

@@ -230,14 +230,14 @@ def describe_healing(record: HealedPath) -> str:
 
 def _describe_training(record: HealedPath) -> str:
     """Say what the training changed."""
-    divergences = [point.held_out_kl for point in record.curve]
-    last = record.curve[-1]
+    first = record.curve[0]
+    kept = min(record.curve, key=lambda point: point.held_out_kl)
     before = "with the refit" if record.refit else "before"
     return (
         f"Its KL from the full path on held-out texts of the same sources was "
-        f"{plain(divergences[0], 3)} nats a token {before} and is {plain(min(divergences), 3)} "
-        f"after {count(last.step)} steps of training ({count(last.tokens)} tokens, "
-        f"{duration(last.seconds)})."
+        f"{plain(first.held_out_kl, 3)} nats a token {before} and is {plain(kept.held_out_kl, 3)} "
+        f"after {count(kept.step)} steps of training ({count(kept.tokens)} tokens, "
+        f"{duration(kept.seconds)})."
     )
 
 

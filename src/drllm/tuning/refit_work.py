@@ -15,7 +15,7 @@ import torch
 
 from drllm.paths import Gap
 from drllm.tuning.layer_states import TOKENS_AT_ONCE
-from drllm.tuning.ridge import MATRICES_AT_PEAK, RIDGES
+from drllm.tuning.ridge import MATRICES_AT_PEAK, PRODUCTS_AT_PEAK, RIDGES
 from drllm.work.listener import OnProgress
 
 NUM_SOLUTIONS = len(RIDGES) + 1  # one with each λ, then one with the best λ and all texts
@@ -44,9 +44,11 @@ class MapSize:
     @property
     def num_bytes(self) -> int:
         """The memory for the sums, for the equations, and for the tokens of one batch."""
-        matrices = MATRICES_AT_PEAK * torch.float64.itemsize * self.num_inputs**2
-        tokens = 3 * TOKENS_AT_ONCE * torch.float64.itemsize * self.num_inputs
-        return matrices + tokens
+        size = torch.float64.itemsize
+        squares = MATRICES_AT_PEAK * size * self.num_inputs**2
+        products = PRODUCTS_AT_PEAK * size * self.num_inputs * self.num_outputs
+        tokens = 3 * TOKENS_AT_ONCE * size * self.num_inputs
+        return squares + products + tokens
 
 
 @dataclass(frozen=True, slots=True)

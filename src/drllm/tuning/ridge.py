@@ -32,6 +32,9 @@ RIDGES = tuple(10.0 ** (exponent / 2) for exponent in range(-12, 3))
 MATRICES_AT_PEAK = 5
 """How many matrices `[F, F]` in float64 are in memory at most: the sums of the texts to fit and of
 those that choose λ, and three while an equation is solved."""
+PRODUCTS_AT_PEAK = 5
+"""How many matrices `[F, D]` in float64 are in memory at most: those of both sums and of the
+solver, the solution, and one while it is computed."""
 SMALLEST_SCALE = 1e-6
 """The least root mean square of an input, as a share of the mean over inputs. An input that is
 always 0 would divide by 0."""

@@ -10,8 +10,10 @@ from drllm.models.routers.checkpoint import save_routers
 from drllm.models.routers.config import RouterConfig
 from drllm.models.routers.stack import RouterStack
 from drllm.pipeline.bundle import bundle
+from drllm.records.codec import write_json
 from drllm.records.manifest import new_manifest, read_manifest, write_records
 from drllm.records.search import read_search
+from drllm.records.shrink import SHRINK_FILE, ShrinkRecord, ShrunkModel, read_shrink
 from healed_folder import written_refit
 from search_records import make_path, make_record
 
@@ -20,6 +22,8 @@ SETTINGS = {
     "num_simulations": 30,
     "dataset": "/home/me/mine.jsonl?answer=a,arc_easy",
     "data_dir": "/d",
+    "reward": "/home/me/grade.py:right",
+    "ray_address": "10.0.0.1:6379",
 }
 
 
@@ -55,6 +59,34 @@ def routers_folder(tmp_path, base):
 def healed(tmp_path, base):
     folder = tmp_path / "healed"
     written_refit(folder, base.model, base.identity)
+    return folder
+
+
+def write_shrunken(folder, base):
+    """Write a checkpoint as `shrink` does, from files in places of this machine."""
+    config = {
+        "tasks": "/home/me/mine.jsonl",
+        "text": "~/stories.txt,OWNER/SET",
+        "data_dir": "/home/me/data",
+    }
+    models = (
+        ShrunkModel(name="full", layers=tuple(range(NUM_LAYERS)), num_bytes=12),
+        ShrunkModel(name="skip1", layers=tuple(range(1, NUM_LAYERS)), num_bytes=8),
+    )
+    record = ShrinkRecord(
+        **new_manifest("shrink", model=base.identity, config=config),
+        tasks=("mine",),
+        texts=(),
+        num_questions={"mine": 9},
+        num_held_out={"mine": 3},
+        runtime={},
+        questions_sha256="0",
+        models=models,
+        chosen="skip1",
+    )
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    write_json(folder / SHRINK_FILE, record)
     return folder
 
 
@@ -101,8 +133,30 @@ def test_the_card_of_a_search_counts_what_is_in_it(searched, tmp_path):
 def test_no_place_of_this_machine_is_published(searched, tmp_path):
     [artefact] = bundle([searched], tmp_path / "publish")
     manifest = read_manifest(artefact.folder / "search.jsonl", "search")
-    assert manifest["config"] == {"num_simulations": 30, "dataset": "mine.jsonl?answer=a,arc_easy"}
+    assert manifest["config"] == {
+        "num_simulations": 30,
+        "dataset": "mine.jsonl?answer=a,arc_easy",
+        "reward": "grade.py:right",
+    }
     assert "/home/me" not in (artefact.folder / CARD_FILE).read_text()
+
+
+def test_the_record_of_a_shrunken_checkpoint_names_no_place(base, tmp_path):
+    smaller = write_shrunken(tmp_path / "smaller", base)
+    [artefact] = bundle([smaller], tmp_path / "publish")
+    record = read_shrink(artefact.folder / SHRINK_FILE)
+    assert record.config["tasks"] == "mine.jsonl"
+    assert record.config["text"] == "stories.txt,OWNER/SET"
+    assert "data_dir" not in record.config
+    assert "/home/me" not in (artefact.folder / SHRINK_FILE).read_text()
+
+
+def test_a_checkpoint_is_not_bundled_into_itself(base, tmp_path):
+    smaller = write_shrunken(tmp_path / "smaller", base)
+    before = sorted(smaller.iterdir())
+    with pytest.raises(ConfigError, match="inside"):
+        bundle([smaller], smaller / "publish")
+    assert sorted(smaller.iterdir()) == before
 
 
 def test_a_log_without_a_manifest_says_that_its_settings_are_unknown(searched, tmp_path):

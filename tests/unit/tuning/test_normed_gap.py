@@ -93,6 +93,17 @@ def test_a_channel_without_gain_stays_finite():
     assert torch.isfinite(solution.map.gain).all()
 
 
+def test_a_channel_that_is_always_0_keeps_its_gain_and_spoils_no_other():
+    truth = make_map()
+    weight = truth.weight.clone()
+    weight[3] = 0
+    dead = NormedMap(weight, truth.gain, EPSILON)
+    start = NormedMap(weight, 1.5 * truth.gain, EPSILON)
+    solution = solve(start, make_tokens(dead), make_tokens(dead, 300, 6, seed=1))
+    assert solution.unexplained < 0.01
+    assert torch.isfinite(solution.map.gain).all()
+
+
 @pytest.mark.parametrize("weight", [0.0, None])
 def test_first_tokens_have_the_weight_that_is_given(weight):
     truth = make_map()

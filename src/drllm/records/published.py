@@ -1,0 +1,48 @@
+"""What may be published of a run's settings: all but the places on the user's machine."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+PLACES = ("data_dir", "output_dir", "ray_address")
+"""Settings that name a place, and nothing else."""
+FILE_LISTS = ("dataset", "tasks", "text", "paths", "reward")
+"""Settings that may name files, separated by commas. Of a file, its name is published."""
+FILE_ENDINGS = (
+    ".jsonl",
+    ".json",
+    ".csv",
+    ".tsv",
+    ".parquet",
+    ".txt",
+    ".gz",
+    ".yaml",
+    ".yml",
+    ".py",
+)
+
+
+def hide_places(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings without the places of files and folders on the user's machine.
+
+    Example:
+        >>> hide_places({"tasks": "/home/me/mine.jsonl?answer=a,arc_easy", "data_dir": "/data"})
+        {'tasks': 'mine.jsonl?answer=a,arc_easy'}
+    """
+    public = {name: value for name, value in config.items() if name not in PLACES}
+    for name in FILE_LISTS:
+        if isinstance(public.get(name), str):
+            words = [_shorten(word) for word in public[name].split(",")]
+            public[name] = ",".join(words)
+    return public
+
+
+def _shorten(word: str) -> str:
+    """Return a word in which a file has no folder; columns or a function may follow the file."""
+    for mark in ("?", ":"):
+        file, found, rest = word.partition(mark)
+        if found and file.endswith(FILE_ENDINGS):
+            return f"{Path(file).name}{mark}{rest}"
+    if word.endswith(FILE_ENDINGS) or word.startswith(("/", "~", ".")):
+        return Path(word).name
+    return word
