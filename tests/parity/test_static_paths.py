@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from drllm.errors import PathError, RoutingError
+from drllm.errors import DrllmError, PathError, RoutingError
 from drllm.models.base.prompts import pad_left
 from drllm.models.families import FAMILIES, REFUSED
 from drllm.models.routed_model import RoutedModel
@@ -49,6 +49,17 @@ def test_a_padded_batch_says_what_each_row_says_alone(family, path, prompts):
     with routed.fixed(StaticPath(path)):
         assert generate(routed, prompts) == expected
         assert generate(routed, prompts, use_cache=False) == expected
+
+
+def test_a_path_may_be_named_by_the_layers_that_it_leaves_out(tiny_llama):
+    routed = RoutedModel(tiny_llama())
+    ids = torch.tensor([[5, 6, 7]])
+    with routed.fixed(StaticPath([0, 1, 4, 5])):
+        expected = routed.model(ids).logits
+    with routed.fixed("without:2,3"):
+        assert torch.equal(routed.model(ids).logits, expected)
+    with pytest.raises(DrllmError, match="nowhere"):
+        routed.fixed("nowhere.json")
 
 
 @pytest.mark.parametrize(

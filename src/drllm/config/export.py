@@ -23,6 +23,6 @@ class ExportConfig(Settings):
         above=0.0,
         placeholder="NATS",
         help="refuse a path whose test scores show, with 95 % confidence, a larger increase of the "
-        "next-token loss, in nats a token; with 1, text is 2.7 times less likely a token, and "
-        "without a tenth of the layers paths lose less than that",
+        "next-token loss, in nats a token; at 1 nat, each token is 2.7 times less likely on "
+        "average, and without a tenth of the layers paths lose less than that",
     )

@@ -296,10 +296,9 @@ def exclude_together(verdict: Verdict, num_candidates: int) -> Verdict:
     A candidate that was picked by its results on the same questions looks better than it is. So the
     level is divided by the number of candidates (Bonferroni). Other verdicts stay as they are.
     """
-    has_counts = verdict.won is not None and verdict.lost is not None
-    if num_candidates < 2 or not has_counts or verdict.excluded_loss is None:
+    if verdict.won is None or verdict.lost is None or verdict.excluded_loss is None:
         return verdict
-    confidence = 1 - power.ALPHA / num_candidates
+    confidence = 1 - power.ALPHA / max(1, num_candidates)
     low, _ = paired_interval(verdict.won, verdict.lost, verdict.n, confidence)
     return replace(verdict, excluded_loss=max(0.0, -low))
 

@@ -37,7 +37,7 @@ from drllm.models.routing.policies import (
     describe_policy,
 )
 from drllm.paths import StaticPath
-from drllm.records.static_paths import PathFile
+from drllm.records.static_paths import PathFile, load_path
 
 Plan: TypeAlias = "PathFile | StaticPath | Sequence[int] | Sequence[Sequence[int]] | Tensor"
 """What prompts can be pinned to: a path, maybe as `drllm.load_path` returns it, or decisions."""
@@ -201,24 +201,27 @@ class Routing:
         self.check_attached()
         return self.driver.using(policy)
 
-    def fixed(self, plan: Plan) -> AbstractContextManager[None]:
+    def fixed(self, plan: Plan | str) -> AbstractContextManager[None]:
         """Pin decisions or a static path inside the block.
 
         Decisions are `[L]` for every row, or `[B, L]`. A static path may run its layers in any
-        order; `last_route` then says how often each layer ran. What `drllm.load_path` returns is
-        a path too; the adapter of a healed path is then put into the model, where it stays. If
-        the adapter has LoRA weights, the path needs the model for itself: while a pass runs along
-        it, another thread can't run another path. A refit alone doesn't hinder other threads.
+        order; `last_route` then says how often each layer ran. A text names a path as `--path`
+        does, such as `without:13,14`; what `drllm.load_path` returns is a path too. The adapter of
+        a healed path is put into the model, where it stays. If the adapter has LoRA weights, the
+        path needs the model for itself: while a pass runs along it, another thread can't run
+        another path. A refit alone doesn't hinder other threads.
 
         Raises:
-            PathError: This model can't run the decisions or the path.
+            PathError: This model can't run the decisions or the path, or there is no such path.
             RecordError: The adapter of a healed path is broken.
             RoutingError: The adapter of a healed path isn't in the model, or doesn't fit it.
         """
         return self.using(self.build_policy(plan))
 
-    def build_policy(self, plan: Plan) -> Policy:
+    def build_policy(self, plan: Plan | str) -> Policy:
         """Return the policy that follows a plan. The plan is as for `fixed`."""
+        if isinstance(plan, str):
+            plan = load_path(plan)
         if isinstance(plan, PathFile):
             plan = install_path(self.injection, plan)
         if not isinstance(plan, StaticPath):
