@@ -15,7 +15,6 @@ from drllm.models.base.prompts import pad_left
 from drllm.models.export import export_path
 from drllm.models.routed_model import RoutedModel, attach
 from drllm.models.routing.batch_generation import generate_many
-from drllm.models.routing.injection import Driver
 from drllm.models.routing.kv_cache import cache_argument
 from drllm.models.routing.lora import LoraWeights
 from drllm.models.scoring.score import Request, score
@@ -330,36 +329,6 @@ def test_new_weights_that_need_gradients_get_them(routed, tiny_llama):
     with routed.fixed(PATH.with_adapter("c")):
         routed(IDS, use_cache=False).logits.square().sum().backward()
     assert all(weight.grad.abs().sum() > 0 for weight in refit.values())
-
-
-class TwoWeights(Driver):
-    """Runs each layer with its own weights, and once more with other ones in the same pass."""
-
-    def __init__(self, refit):
-        self.refit = refit
-        self.hidden = None
-
-    def layer(self, call, hidden):
-        before = hidden if self.hidden is None else self.hidden
-        with call.forward.using_weights(self.refit):
-            self.hidden = call.run(before)
-        return call.run(hidden)
-
-
-def test_a_driver_runs_one_layer_with_several_weights_in_one_pass(tiny_llama):
-    model = tiny_llama()
-    expected = model(IDS, use_cache=False).logits
-    routed = RoutedModel(model)
-    refit = refit_of(routed, "a")
-    slow = ListedModel(routed.detach(), path=range(6), refit=refit).logits(IDS[0])
-    routed = RoutedModel(model)
-    maps = routed.injection.linear_maps
-    routed.injection.refits.override({name: maps[name] for name in refit})
-    driver = TwoWeights(refit)
-    with routed.injection.driven_by(driver), torch.no_grad():
-        assert torch.equal(routed(IDS, use_cache=False).logits, expected)
-        logits = model.lm_head(model.model.norm(driver.hidden))[0]
-    torch.testing.assert_close(logits, slow, atol=LOGIT_TOLERANCE, rtol=0)
 
 
 @needs_tracing

@@ -9,7 +9,15 @@ from drllm.records.healed import read_healed
 from drllm.records.path_losses import describe_losses
 from drllm.records.static_paths import TEST, NamedPath, PathScore, StaticPaths, read_paths
 from drllm.reporting import path_sections
-from drllm.reporting.numbers import NONE, count, difference, percent, plain, signed
+from drllm.reporting.numbers import (
+    NONE,
+    count,
+    difference,
+    percent,
+    plain,
+    signed,
+    write_executions,
+)
 
 COLUMNS = "path|layers|accuracy|minus full (95 %)|text loss"
 UNGRADED_COLUMNS = "path|layers|objective|minus full (95 %)|text loss"
@@ -72,7 +80,7 @@ def _list_rows(record: StaticPaths, task: str, full: PathScore) -> Iterator[list
 
 def _make_row(name: str, path: NamedPath, score: PathScore | None, full: PathScore) -> list[str]:
     """Return the cells of one path with these scores."""
-    layers = plain(path.executions, 2).removesuffix(".00")
+    layers = write_executions(path.executions)
     if score is None:
         return [name, layers, NONE, NONE, NONE]
     text_loss = _write_text_loss(score, full)

@@ -6,14 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from drllm.cli.terminal import Terminal
-from drllm.records.shrink import (
-    FULL,
-    ShrinkRecord,
-    ShrunkModel,
-    TaskScores,
-    TextScores,
-    read_shrink,
-)
+from drllm.records.shrink import ShrinkRecord, ShrunkModel, TaskScores, TextScores, read_shrink
+from drllm.records.static_paths import FULL
 from drllm.reporting.numbers import NONE, percent, plain
 from drllm.statistics.differences import Verdict
 

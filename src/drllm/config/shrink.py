@@ -6,9 +6,6 @@ from drllm.config.constants import DATA_DIR_HELP, MAX_DROP, TASKS_HELP, TRUST_HE
 from drllm.config.fields import Settings, basic, incidental, setting
 from drllm.errors import ConfigError
 
-SHARE_OF_LAYERS = 1 / 6
-"""The largest share of the layers that is left out, unless a number is given."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class ShrinkConfig(Settings):

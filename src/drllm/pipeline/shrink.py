@@ -22,7 +22,6 @@ from msgspec.structs import replace
 
 from drllm.config import HealConfig, ShrinkConfig, TuneConfig
 from drllm.config.fields import make_settings, replace_settings
-from drllm.config.shrink import SHARE_OF_LAYERS
 from drllm.errors import ConfigError
 from drllm.extras import need
 from drllm.models.base.load import BaseModel
@@ -145,7 +144,7 @@ def shrink_questions(
     listener: Listener | None = None,
 ) -> ShrinkRecord:
     """Shrink a model for questions that are read already; otherwise as `shrink`."""
-    listener = NewNotes(listener or Listener())
+    listener = OnceListener(listener or Listener())
     need("eval", "measuring accuracy")
     need("heal", "training an adapter")
     with ExitStack() as stack:
@@ -185,7 +184,7 @@ class ShrinkTimes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     minutes_to_heal: float
 
 
-class NewNotes(Listener):
+class OnceListener(Listener):
     """Passes each note on once, since healing each candidate warns of the same texts.
 
     Args:
@@ -314,7 +313,7 @@ class ShrinkRun:
         tune_config = TuneConfig(
             data_dir=config.data_dir,
             objective=LOSS if has_answers else None,
-            max_skipped=num_skipped or max(1.0, round(SHARE_OF_LAYERS * num_layers)),
+            max_skipped=num_skipped,  # None: a sixth of the layers, as for `tune`
             # A path may lose more before it is healed than it may lose in the end.
             max_loss=1.0,
             minutes=None if num_skipped else SHARE_TO_TUNE * config.minutes,

@@ -21,8 +21,8 @@ from drllm.paths import StaticPath
 from drllm.pipeline.shrink_speed import measure_speeds
 from drllm.records.healed import HealedPath
 from drllm.records.results import Evaluation
-from drllm.records.shrink import FULL, ShrunkModel, TaskScores, TextScores
-from drllm.records.static_paths import load_path
+from drllm.records.shrink import ShrunkModel, TaskScores, TextScores
+from drllm.records.static_paths import FULL, load_path
 from drllm.statistics.verdicts import judge_means
 from drllm.tasks.base import Task
 from drllm.tuning.heal_checks import measure_text_losses

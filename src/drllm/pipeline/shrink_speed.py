@@ -13,7 +13,7 @@ from drllm.evaluation.latency import Prepare, device_clock, time_in_turns
 from drllm.models.base.layers import one_token
 from drllm.models.routed_model import RoutedModel
 from drllm.paths import StaticPath
-from drllm.records.shrink import FULL
+from drllm.records.static_paths import FULL
 
 NUM_READ = 128  # tokens of the prompt
 NUM_WRITTEN = 16  # tokens decoded after it

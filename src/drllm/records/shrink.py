@@ -7,12 +7,12 @@ import msgspec
 
 from drllm.records.codec import read_json
 from drllm.records.results import Header
+from drllm.records.static_paths import FULL
 from drllm.statistics.differences import Differences, Verdict
 from drllm.statistics.exclusion import Limits, Trial
 from drllm.statistics.words import capitalize
 
 SHRINK_FILE = "shrink.json"
-FULL = "full"
 
 
 class TaskScores(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -35,6 +35,8 @@ from drllm.statistics.differences import Differences
 
 PATHS_SCHEMA = "drllm.paths"
 PATHS_FILE = "paths.json"
+FULL = "full"  # the name of the full path
+
 FIT = "fit"
 SELECT = "select"
 TEST = "test"

@@ -11,7 +11,7 @@ from drllm.records import results
 from drllm.records.latency import Latency
 from drllm.reporting.costs import PHASES
 from drllm.reporting.markdown import Tile
-from drllm.reporting.numbers import count, label_with_needed, percent, plain
+from drllm.reporting.numbers import count, label_with_needed, percent, plain, write_executions
 from drllm.statistics.words import capitalize
 
 
@@ -77,7 +77,7 @@ def _build_system_tiles(evaluation: results.Evaluation, system: results.System) 
 def _build_layers_tile(name: str, evaluation: results.Evaluation, system: results.System) -> Tile:
     saved = share_saved(system.executions, evaluation.num_layers)
     note = f"{percent(saved)} fewer" if saved >= 0 else f"{percent(-saved)} more"
-    executions = plain(system.executions, 2).removesuffix(".00")
+    executions = write_executions(system.executions)
     return Tile(f"{name}: layers run", f"{executions} of {evaluation.num_layers}", note)
 
 

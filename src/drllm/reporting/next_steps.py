@@ -8,6 +8,7 @@ from typing import TypeAlias
 from msgspec.structs import asdict
 
 from drllm.config import TIMING
+from drllm.config.constants import MAX_DROP
 from drllm.records.healed import HEALED_FILE
 from drllm.records.results import PERMUTED, Evaluation, Result, System
 from drllm.records.search import SEARCH_FILE
@@ -36,7 +37,6 @@ PROMPT = "Why is the sky blue?"
 DEPTHS = "0.02,0.05,0.1"
 OWN_QUESTIONS = "questions.jsonl"
 ALLOWED_DROP = 2  # points of accuracy
-ALLOWED_SHRINK_DROP = 3  # points of accuracy
 HEALING_MINUTES = 10
 
 
@@ -270,7 +270,7 @@ def _compare_step(run: Run, evaluation: Evaluation) -> Step:
 def _shrink_step(evaluation: Evaluation) -> Step:
     """Suggest a smaller checkpoint for the user's own questions, after one for built-in ones."""
     model = shlex.quote(str(evaluation.model.get("id")))
-    command = f"drllm shrink {model} {OWN_QUESTIONS} smaller --max-drop {ALLOWED_SHRINK_DROP}"
+    command = f"drllm shrink {model} {OWN_QUESTIONS} smaller --max-drop {MAX_DROP:g}"
     return "Make a smaller checkpoint for questions of your own, one a line in a file:", command
 
 

@@ -29,6 +29,11 @@ def count(number: int | None) -> str:
     return NONE if number is None else f"{number:,}".replace(",", NBSP)
 
 
+def write_executions(executions: float) -> str:
+    """Write a number of executions: 28, or 27.25."""
+    return plain(executions, 2).removesuffix(".00")
+
+
 def milliseconds(seconds: float) -> str:
     """Write a time in milliseconds with about three significant digits."""
     value = 1e3 * seconds

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from drllm.records.results import BASE, Evaluation, System
 from drllm.reporting.drawing import Colours, make_panels
-from drllm.reporting.numbers import plain
+from drllm.reporting.numbers import plain, write_executions
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -89,7 +89,7 @@ def _measure_loss(system: System, base: System) -> Measurement:
 
 def _name_row(system: System) -> str:
     """Name a system and the number of layers that it runs."""
-    num_layers = plain(system.executions, 2).removesuffix(".00")
+    num_layers = write_executions(system.executions)
     if system.name == BASE:
         return f"{BASE}\nall {num_layers} layers"
     return f"{system.name}\n{num_layers} layers"

@@ -10,7 +10,16 @@ from drllm.records.static_paths import FIT, SELECT, TEST, NamedPath, PathScore, 
 from drllm.reporting import figures
 from drllm.reporting.document import Block, Figure, Section
 from drllm.reporting.markdown import Markdown, write_list, write_paragraph, write_table
-from drllm.reporting.numbers import NONE, count, difference, excluded, percent, plain, signed
+from drllm.reporting.numbers import (
+    NONE,
+    count,
+    difference,
+    excluded,
+    percent,
+    plain,
+    signed,
+    write_executions,
+)
 from drllm.statistics.headlines import Candidate, advise
 from drllm.statistics.words import capitalize, uncapitalize
 from drllm.work.listener import duration
@@ -43,7 +52,7 @@ def _path_row(
     name: str, path: NamedPath, find_score: Callable[[str], PathScore | None]
 ) -> list[str]:
     """Return the row of a path; `find_score` returns its scores on a part."""
-    executions = plain(path.executions, 2).removesuffix(".00")
+    executions = write_executions(path.executions)
     objectives = [_write_objective(find_score(part)) for part in (TEST, SELECT, FIT)]
     return [name, executions, *_test_cells(find_score(TEST)), *objectives]
 
@@ -217,7 +226,7 @@ HEALED_USE = (
 
 def describe_healing(record: HealedPath) -> str:
     """Say what to do with a healed path, what was done to it, and what that changed."""
-    cost = plain(record.executions, 2).removesuffix(".00")
+    cost = write_executions(record.executions)
     sentences = [
         HEALED_USE,
         f"The path runs {cost} of {record.num_layers} layers; it was {record.describe_repair()}.",

@@ -34,11 +34,10 @@ from drllm.paths import StaticPath
 from drllm.records.healed import HEALED_FILE, HealedPath, read_healed
 from drllm.records.manifest import new_manifest
 from drllm.records.places import only_writer
-from drllm.records.static_paths import PathFile, load_path, steps_to_write
+from drllm.records.static_paths import FULL, PathFile, load_path, steps_to_write
 from drllm.tasks.base import Task
 from drllm.tuning.distillation import choose_low_precision
 from drllm.tuning.heal_checks import (
-    FULL,
     HEALED,
     PLAIN,
     REPAIRED,

@@ -10,6 +10,7 @@ from drllm.models.routed_model import RoutedModel
 from drllm.models.scoring.score import Request
 from drllm.paths import StaticPath
 from drllm.records.healed import Losses
+from drllm.records.static_paths import FULL
 from drllm.statistics.intervals import mean_interval
 from drllm.statistics.words import signed
 from drllm.tuning.heal_texts import Tokens
@@ -18,7 +19,6 @@ from drllm.tuning.path_scorer import Item, score_paths
 
 STATE_CACHE_GB = 1.0  # for states that paths share while texts are measured
 
-FULL = "full"
 PLAIN = "path"
 REPAIRED = "refit"
 HEALED = "healed"

@@ -10,6 +10,7 @@ from drllm.cost import path_executions
 from drllm.paths import StaticPath
 from drllm.records.static_paths import (
     FIT,
+    FULL,
     PARTS,
     NamedPath,
     PathScore,
@@ -61,7 +62,7 @@ def _make_scores(gains: Gains, path: StaticPath) -> list[PathScore]:
 def _name_path(path: StaticPath, full: StaticPath) -> str:
     """Return the name of a path, such as `skip3`."""
     if path == full:
-        return "full"
+        return FULL
     return f"skip{len(full.layers) - path_executions(path):.3g}"
 
 

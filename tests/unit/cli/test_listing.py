@@ -7,7 +7,7 @@ from drllm.models import families as table
 from drllm.models.families import FAMILIES, REFUSED
 
 
-def test_architectures_are_tried_with_class_status_and_difference(drllm, monkeypatch):
+def test_architectures_are_tried_with_class_status_difference_and_refit(drllm, monkeypatch):
     few = {family: FAMILIES[family] for family in ("gpt2", "lfm2")}
     for module in (table, check):  # not the table itself, whose order other tests read
         monkeypatch.setattr(module, "FAMILIES", few)
@@ -15,9 +15,10 @@ def test_architectures_are_tried_with_class_status_and_difference(drllm, monkeyp
     lines = said.out.splitlines()
     [gpt2] = [line.split() for line in lines if line.startswith(" gpt2")]
     assert gpt2[:3] == ["gpt2", "GPT2LMHeadModel", "exact"]
-    assert all(0 < float(number) < 1e-3 for number in gpt2[3:])
+    assert all(0 < float(number) < 1e-3 for number in gpt2[3:5])
+    assert gpt2[5:] == ["yes"]
     [lfm2] = [line for line in lines if line.startswith(" lfm2")]
-    assert lfm2.split()[:5] == ["lfm2", "Lfm2ForCausalLM", "refused", "–", "–"]
+    assert lfm2.split()[:6] == ["lfm2", "Lfm2ForCausalLM", "refused", "–", "–", "–"]
     assert "conv" in lfm2
     assert "1 exact, 1 refused" in lines
     assert "2/2 families" in said.err

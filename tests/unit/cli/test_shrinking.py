@@ -9,7 +9,8 @@ from drllm.cli.parser import parse
 from drllm.cli.show_shrink import show_models
 from drllm.cli.shrinking import _print_next_steps
 from drllm.cli.terminal import Terminal
-from drllm.records.shrink import FULL, ShrinkRecord, ShrunkModel, TaskScores
+from drllm.records.shrink import ShrinkRecord, ShrunkModel, TaskScores
+from drllm.records.static_paths import FULL
 from drllm.statistics.differences import Differences
 from drllm.statistics.exclusion import Limits, Trial, end_at_failure, judge_task
 from drllm.statistics.verdicts import judge_counts, judge_means

@@ -11,8 +11,8 @@ Axes: B rows of the batch, R rows that run, T tokens, K keys, D hidden, E rotary
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -109,19 +109,6 @@ class Forward:
         if (rows, device) not in self.indices:
             self.indices[rows, device] = on_device(rows, device)
         return self.indices[rows, device]
-
-    @contextmanager
-    def using_weights(self, new_weights: Mapping[str, Tensor]) -> Iterator[None]:
-        """Let linear maps run with other new weights inside the block, as in one `LayerCall.run`.
-
-        The weights must be on the devices and in the dtypes of the maps' own weights.
-        """
-        previous = self.new_weights
-        self.new_weights = new_weights
-        try:
-            yield
-        finally:
-            self.new_weights = previous
 
 
 _driver: Override[Driver] = Override("driver")  # see `Injection.driven_by`
