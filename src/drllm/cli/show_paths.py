@@ -11,12 +11,12 @@ from drllm.records.static_paths import TEST, NamedPath, PathScore, StaticPaths, 
 from drllm.reporting import path_sections
 from drllm.reporting.numbers import (
     NONE,
-    count,
-    difference,
-    percent,
-    plain,
-    signed,
+    write_count,
+    write_difference,
     write_executions,
+    write_number,
+    write_percent,
+    write_signed,
 )
 
 COLUMNS = "path|layers|accuracy|minus full (95 %)|text loss"
@@ -62,8 +62,9 @@ def _print_table(record: StaticPaths, task: str, terminal: Terminal) -> None:
     terminal.table(
         columns,
         _list_rows(record, task, full),
-        title=f"{task}: {count(full.num_questions)} test questions, on which no path was fitted or "
-        f"chosen; {quantity}, and next-token loss in nats a token (its difference from full)",
+        title=f"{task}: {write_count(full.num_questions)} test questions, on which no path was "
+        f"fitted or chosen; {quantity}, and next-token loss in nats a token (its difference from "
+        f"full)",
         numbers_from=1,
     )
 
@@ -86,17 +87,17 @@ def _make_row(name: str, path: NamedPath, score: PathScore | None, full: PathSco
     text_loss = _write_text_loss(score, full)
     if score.accuracy is None:
         change = path_sections.write_change(score)
-        return [name, layers, plain(score.objective, 3), change, text_loss]
+        return [name, layers, write_number(score.objective, 3), change, text_loss]
     verdict = score.against_full.accuracy if score.against_full else None
-    return [name, layers, percent(score.accuracy), difference(verdict), text_loss]
+    return [name, layers, write_percent(score.accuracy), write_difference(verdict), text_loss]
 
 
 def _write_text_loss(score: PathScore, full: PathScore) -> str:
     """Write a next-token loss, and its difference from the full path's."""
-    text_loss = plain(score.text_loss, 3)
+    text_loss = write_number(score.text_loss, 3)
     if score is full or score.text_loss is None or full.text_loss is None:
         return text_loss
-    return f"{text_loss} ({signed(score.text_loss - full.text_loss, 3)})"
+    return f"{text_loss} ({write_signed(score.text_loss - full.text_loss, 3)})"
 
 
 def show_healed(file: Path, terminal: Terminal) -> None:

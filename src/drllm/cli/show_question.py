@@ -17,7 +17,7 @@ from drllm.paths import Decision, Decisions
 from drllm.records.manifest import read_manifest
 from drllm.records.search import SearchRecord, TriedPath
 from drllm.records.supervision import SUPERVISION_FILE
-from drllm.reporting.numbers import plain
+from drllm.reporting.numbers import write_number
 from drllm.search.actions import MAX_SKIPPED_AT_ONCE, Action
 from drllm.supervision.rules import find_candidates, is_valid
 
@@ -76,7 +76,7 @@ def _describe_target(record: SearchRecord, settings: Mapping[str, Any]) -> str:
         reason = candidates
         return f"none: {reason}"
     target = candidates[0]
-    return f"#{target.simulation}, {plain(target.executions)} executions (rule {rule})"
+    return f"#{target.simulation}, {write_number(target.executions)} executions (rule {rule})"
 
 
 def _print_tree(record: SearchRecord, terminal: Terminal) -> None:
@@ -94,9 +94,9 @@ def _print_tree(record: SearchRecord, terminal: Terminal) -> None:
             Text(label, style=style),
             str(path.simulation),
             _describe_reward(path.reward),
-            plain(path.margin, 2),
-            plain(path.executions),
-            plain(path.kl, 3),
+            write_number(path.margin, 2),
+            write_number(path.executions),
+            write_number(path.kl, 3),
             _describe_retest(path),
         ]
         if has_answers:
@@ -113,7 +113,7 @@ def _describe_reward(reward: float) -> str:
         return "no"
     if reward == 1:
         return "yes"
-    return plain(reward, 2)
+    return write_number(reward, 2)
 
 
 def _describe_retest(path: TriedPath) -> str:

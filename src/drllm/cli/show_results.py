@@ -15,7 +15,7 @@ from drllm.records import results
 from drllm.records.latency import read_latency
 from drllm.reporting.key_figures import describe_times
 from drllm.reporting.next_steps import suggest_steps
-from drllm.reporting.numbers import NONE, difference, label, plain, signed
+from drllm.reporting.numbers import NONE, write_difference, write_label, write_number, write_signed
 from drllm.reporting.run import Run
 from drllm.statistics.differences import LABEL_MEANINGS
 
@@ -183,11 +183,11 @@ def _make_system_row(system: results.System, evaluation: results.Evaluation) -> 
         accuracy_difference = system.against_base.accuracy
     cells = [
         evaluation.name_in_table(system),
-        plain(system.executions, 2),
-        plain(100 * system.accuracy),
-        difference(accuracy_difference),
-        plain(system.text_loss, 3),
-        label(accuracy_difference),
+        write_number(system.executions, 2),
+        write_number(100 * system.accuracy),
+        write_difference(accuracy_difference),
+        write_number(system.text_loss, 3),
+        write_label(accuracy_difference),
     ]
     style = "bold" if is_in_headline else ""
     return [Text(cell, style=style) for cell in cells]
@@ -210,13 +210,13 @@ def _make_point_cells(point: results.Point) -> list[str]:
     accuracy = NONE
     text_loss = NONE
     if point.against_base is not None:
-        accuracy = difference(point.against_base.accuracy)
+        accuracy = write_difference(point.against_base.accuracy)
         if point.against_base.text_loss is not None:
-            text_loss = signed(point.against_base.text_loss.mean)
+            text_loss = write_signed(point.against_base.text_loss.mean)
     return [
         point.system,
-        plain(point.executions, 2),
-        plain(100 * point.accuracy),
+        write_number(point.executions, 2),
+        write_number(100 * point.accuracy),
         accuracy,
         text_loss,
     ]

@@ -11,7 +11,7 @@ from drllm.cli.show_search import print_classes
 from drllm.cli.terminal import Terminal
 from drllm.records.codec import read_json, read_json_lines
 from drllm.records.layers import LAYERS_FILE, Layers
-from drllm.reporting.numbers import plain
+from drllm.reporting.numbers import write_number
 
 METRICS_FILE = "metrics.jsonl"
 NO_METRICS = ("epoch", "split", "learning_rate")  # fields of metrics.jsonl that aren't metrics
@@ -102,6 +102,6 @@ def _print_metrics(
     """
     rows = []
     for name in names:
-        cells = [plain(metrics.get(name), 3) for metrics in columns.values()]
+        cells = [write_number(metrics.get(name), 3) for metrics in columns.values()]
         rows.append([name, *cells])
     terminal.table("|".join(["metric", *columns]), rows, title=title, numbers_from=1)

@@ -16,7 +16,7 @@ from drllm.records.codec import read_json_lines
 from drllm.records.manifest import read_manifest
 from drllm.records.search import FailedQuestion, SearchRecord, TriedPath, read_search
 from drllm.records.supervision import RejectedQuestion, read_supervision, rejected_path
-from drllm.reporting.numbers import count, count_with_share, percent, plain
+from drllm.reporting.numbers import write_count, write_count_with_share, write_number, write_percent
 from drllm.search import count_kept_batches
 from drllm.supervision.rules import survived
 from drllm.supervision.summary import KINDS, summarise
@@ -31,12 +31,12 @@ def show_search(records: Sequence[SearchRecord], terminal: Terminal) -> None:
     for record in records:
         paths += record.paths
     rewards = ", ".join(sorted({record.reward for record in records}))
-    questions = count(summary["questions"])
+    questions = write_count(summary["questions"])
     if summary["copies"]:
-        questions += f" and {count(summary['copies'])} copies"
+        questions += f" and {write_count(summary['copies'])} copies"
     terminal.fact("questions", f"{questions}, {num_layers} layers, reward {rewards}")
-    paths_per_question = plain(len(paths) / len(records))
-    terminal.fact("paths tried", f"{count(len(paths))}, {paths_per_question} a question")
+    paths_per_question = write_number(len(paths) / len(records))
+    terminal.fact("paths tried", f"{write_count(len(paths))}, {paths_per_question} a question")
     _print_counts(summary, terminal)
     _print_retest(paths, terminal)
     _print_executions(records, paths, terminal)
@@ -48,8 +48,10 @@ def _print_retest(paths: Sequence[TriedPath], terminal: Terminal) -> None:
     """Print how many paths were tested again, and how many of them survived."""
     num_retested = sum(1 for path in paths if path.retest is not None)
     num_survived = sum(1 for path in paths if survived(path))
-    survivors = count_with_share(num_survived, num_retested)
-    terminal.fact("re-test", f"{count(num_retested)} paths tested again, {survivors} survived")
+    survivors = write_count_with_share(num_survived, num_retested)
+    terminal.fact(
+        "re-test", f"{write_count(num_retested)} paths tested again, {survivors} survived"
+    )
 
 
 def _print_executions(
@@ -60,8 +62,8 @@ def _print_executions(
     num_distinct = 0
     for record in records:
         num_distinct += distinct_executions([path.decisions for path in record.paths])
-    distinct = count_with_share(num_distinct, total)
-    text = f"{count(total)} in all paths, {distinct} without those that paths share"
+    distinct = write_count_with_share(num_distinct, total)
+    text = f"{write_count(total)} in all paths, {distinct} without those that paths share"
     terminal.fact("executions", text)
 
 
@@ -75,17 +77,17 @@ def _print_shortest(records: Sequence[SearchRecord], num_layers: int, terminal: 
     if shortest:
         terminal.fact(
             "shortest",
-            f"{plain(fmean(shortest), 2)} executions of {num_layers} for the shortest surviving "
-            f"path, mean of {count(len(shortest))} questions",
+            f"{write_number(fmean(shortest), 2)} executions of {num_layers} for the shortest "
+            f"surviving path, mean of {write_count(len(shortest))} questions",
         )
 
 
 def _print_search_time(records: Sequence[SearchRecord], num_paths: int, terminal: Terminal) -> None:
     """Print how long the search took, and how fast it was."""
     seconds = sum(record.seconds for record in records)
-    text = f"{duration(seconds)}, {plain(seconds / len(records))} s a question"
+    text = f"{duration(seconds)}, {write_number(seconds / len(records))} s a question"
     if seconds > 0:
-        text += f", {plain(num_paths / seconds)} paths a second"
+        text += f", {write_number(num_paths / seconds)} paths a second"
     terminal.fact("time", text)
 
 
@@ -97,13 +99,13 @@ def _print_counts(summary: Mapping[str, Any], terminal: Terminal) -> None:
     columns = ["task", "questions", "base right", *KINDS, *target_columns]
     rows = []
     for task, counts in _list_counts(summary).items():
-        base_right = count_with_share(counts["base_correct"], counts["questions"])
-        cells = [task, count(counts["questions"]), base_right]
+        base_right = write_count_with_share(counts["base_correct"], counts["questions"])
+        cells = [task, write_count(counts["questions"]), base_right]
         for kind in KINDS:
-            before = count(counts[f"{kind}_before_retest"])
-            after = count(counts[f"{kind}_after_retest"])
+            before = write_count(counts[f"{kind}_before_retest"])
+            after = write_count(counts[f"{kind}_after_retest"])
             cells.append(f"{before} → {after}")
-        cells += [count(counts[name]) for name in target_columns]
+        cells += [write_count(counts[name]) for name in target_columns]
         rows.append(cells)
     terminal.table(
         "|".join(columns).replace("_", "\n"),
@@ -129,8 +131,8 @@ def show_failed(path: Path, terminal: Terminal) -> None:
     """Print the questions that failed in a search, and the last error of each question."""
     rows = []
     for _, question in read_json_lines(path, FailedQuestion):
-        rows.append((question.task, question.id, count(question.attempts), question.error))
-    terminal.fact("failed", f"{count(len(rows))} questions failed and were set aside")
+        rows.append((question.task, question.id, write_count(question.attempts), question.error))
+    terminal.fact("failed", f"{write_count(len(rows))} questions failed and were set aside")
     terminal.table("task|id|attempts|last error", rows)
 
 
@@ -138,8 +140,8 @@ def show_unfinished(folder: Path, terminal: Terminal) -> None:
     """Print how many batches of an unfinished search are done."""
     terminal.fact(
         "search",
-        f"not finished: {count(count_kept_batches(folder))} batches of questions are done; if the "
-        f"search isn't running, run the same command to resume it",
+        f"not finished: {write_count(count_kept_batches(folder))} batches of questions are done; "
+        f"if the search isn't running, run the same command to resume it",
     )
 
 
@@ -155,10 +157,10 @@ def print_targets_file(output: Path, summary: Mapping[str, Any], terminal: Termi
 def print_supervision(summary: Mapping[str, Any], terminal: Terminal) -> None:
     """Print the summary in the manifest of targets; older manifests lack some of its values."""
     _print_counts(summary, terminal)
-    targets = count_with_share(summary["targets"], summary["questions"])
+    targets = write_count_with_share(summary["targets"], summary["questions"])
     executions = summary.get("executions")
     if executions is not None:
-        targets += f", {plain(executions, 2)} executions on average"
+        targets += f", {write_number(executions, 2)} executions on average"
     num_wrong = summary.get("wrong_targets")
     if num_wrong:
         targets += f"; {num_wrong} of them answer wrong"
@@ -176,7 +178,7 @@ def print_classes(counts: Sequence[int], terminal: Terminal) -> None:
     total = sum(counts) or 1  # without decisions, all shares are 0
     parts = []
     for decision in Decision:
-        share = percent(counts[decision] / total)
+        share = write_percent(counts[decision] / total)
         parts.append(f"{decision.name.lower()} {counts[decision]} ({share})")
     terminal.fact("decisions", ", ".join(parts))
 
@@ -192,15 +194,15 @@ def show_supervision(path: Path, terminal: Terminal) -> None:
         print_classes(summarise([], records, {})["class_counts"], terminal)
     mean = sum(record.executions for record in records) / len(records)
     num_layers = len(records[0].optimal_layer_config)
-    terminal.fact("executions", f"{plain(mean, 2)} of {num_layers} on average")
+    terminal.fact("executions", f"{write_number(mean, 2)} of {num_layers} on average")
 
 
 def show_rejected(path: Path, terminal: Terminal) -> None:
     """Print how many records of each task have no target, by reason."""
     questions = [question for _, question in read_json_lines(path, RejectedQuestion)]
-    terminal.fact("without", f"{count(len(questions))} records have no target")
+    terminal.fact("without", f"{write_count(len(questions))} records have no target")
     counts = Counter((question.task, question.reason) for question in questions)
-    rows = [(task, reason, count(num)) for (task, reason), num in counts.items()]
+    rows = [(task, reason, write_count(num)) for (task, reason), num in counts.items()]
     terminal.table("task|reason|records", rows, numbers_from=2)
 
 

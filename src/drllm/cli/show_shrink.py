@@ -8,7 +8,7 @@ from pathlib import Path
 from drllm.cli.terminal import Terminal
 from drllm.records.shrink import ShrinkRecord, ShrunkModel, TaskScores, TextScores, read_shrink
 from drllm.records.static_paths import FULL
-from drllm.reporting.numbers import NONE, percent, plain
+from drllm.reporting.numbers import NONE, write_number, write_percent
 from drllm.statistics.differences import Verdict
 
 
@@ -47,7 +47,7 @@ def _make_row(record: ShrinkRecord, model: ShrunkModel, name: str) -> list[str]:
 
 def _write_accuracy(scores: TaskScores) -> str:
     """Write an accuracy, and the interval of its difference from the full model's, in points."""
-    accuracy = percent(scores.accuracy)
+    accuracy = write_percent(scores.accuracy)
     if scores.against_full is None:
         return accuracy
     verdict = scores.against_full.accuracy
@@ -62,8 +62,8 @@ def _read_text_verdict(scores: TaskScores) -> Verdict | None:
 def _write_loss(loss: float | None, against_full: Verdict | None) -> str:
     """Write a next-token loss, and its difference from the full model's, in nats a token."""
     if against_full is None:
-        return plain(loss, 3)
-    return f"{plain(loss, 3)} ({against_full.write(against_full.mean)})"
+        return write_number(loss, 3)
+    return f"{write_number(loss, 3)} ({against_full.write(against_full.mean)})"
 
 
 def _mark(record: ShrinkRecord, model: ShrunkModel) -> str:

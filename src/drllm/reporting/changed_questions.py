@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from drllm.records import results
 from drllm.reporting.document import Section
 from drllm.reporting.markdown import Markdown, write_paragraph, write_table
-from drllm.reporting.numbers import NONE, count, plain
+from drllm.reporting.numbers import NONE, write_count, write_number
 
 LONGEST = 120  # characters; longer questions and answers are cut off
 ROWS = 5
@@ -23,8 +23,8 @@ def changed_questions_section(
     lost = [sample for sample in samples if _grade_change(sample) < 0]
     same = [sample for sample in samples if _grade_change(sample) == 0]
     summary = (
-        f"Of {count(len(samples))} questions {count(len(won))} are won (better with routing) and "
-        f"{count(len(lost))} lost; {_describe_unchanged(evaluation, same)}."
+        f"Of {write_count(len(samples))} questions {write_count(len(won))} are won (better with "
+        f"routing) and {write_count(len(lost))} lost; {_describe_unchanged(evaluation, same)}."
     )
     blocks = [write_paragraph(summary)]
     if won or lost:
@@ -35,9 +35,11 @@ def changed_questions_section(
 def _describe_unchanged(evaluation: results.Result, samples: Sequence[results.Sample]) -> str:
     """Say how many questions have the same grade with routing as without."""
     if evaluation.is_graded:
-        return f"{count(len(samples))} keep their grade"
+        return f"{write_count(len(samples))} keep their grade"
     num_right = sum(sample.systems[results.BASE].correct >= 1 for sample in samples)
-    return f"{count(num_right)} stay right, {count(len(samples) - num_right)} stay wrong"
+    return (
+        f"{write_count(num_right)} stay right, {write_count(len(samples) - num_right)} stay wrong"
+    )
 
 
 def _changed_table(won: Sequence[results.Sample], lost: Sequence[results.Sample]) -> Markdown:
@@ -46,7 +48,7 @@ def _changed_table(won: Sequence[results.Sample], lost: Sequence[results.Sample]
     caption = f"The first questions won and lost, at most {ROWS} of each."
     num_others = len(won) + len(lost) - len(shown)
     if num_others:
-        caption += f" The others ({count(num_others)}) are in eval/samples.jsonl."
+        caption += f" The others ({write_count(num_others)}) are in eval/samples.jsonl."
     words = "with routing|right answer|base|routed"
     rows = [_build_changed_row(sample) for sample in shown]
     return write_table(caption, f"question|{words}", rows, words)
@@ -93,7 +95,7 @@ def _write_grade(grade: float) -> str:
         return "right"
     if grade <= 0:
         return "wrong"
-    return f"graded {plain(grade, 2)}"
+    return f"graded {write_number(grade, 2)}"
 
 
 def _shorten(text: str) -> str:

@@ -8,7 +8,13 @@ from drllm.records.latency import DECODE, PREFILL, Latency
 from drllm.records.results import BASE, ROUTED, Evaluation, System
 from drllm.reporting.document import Section
 from drllm.reporting.markdown import Markdown, write_paragraph, write_table
-from drllm.reporting.numbers import NONE, count, milliseconds, percent, plain
+from drllm.reporting.numbers import (
+    NONE,
+    write_count,
+    write_milliseconds,
+    write_number,
+    write_percent,
+)
 
 PHASES = {PREFILL: "reading", DECODE: "decoding"}
 TIME_HEADER = (
@@ -60,15 +66,15 @@ def _time_table(latency: Latency) -> Markdown:
         base = timings.find_timing(BASE, phase, size)
         routed = timings.find_timing(ROUTED, phase, size)
         ratios = timings.compute_ratios(ROUTED, BASE, phase, size)
-        spread = f"{plain(min(ratios), 2)} to {plain(max(ratios), 2)}"
+        spread = f"{write_number(min(ratios), 2)} to {write_number(max(ratios), 2)}"
         row = [
-            f"{PHASES[phase]}, {count(size)}",
-            milliseconds(base.median),
-            milliseconds(routed.median),
-            f"{plain(median(ratios), 2)} ({spread})",
+            f"{PHASES[phase]}, {write_count(size)}",
+            write_milliseconds(base.median),
+            write_milliseconds(routed.median),
+            f"{write_number(median(ratios), 2)} ({spread})",
             label,
-            count(round(routed.num_tokens / routed.median)),
-            plain(routed.executions, 2),
+            write_count(round(routed.num_tokens / routed.median)),
+            write_number(routed.executions, 2),
         ]
         rows.append(row)
     return write_table(caption, TIME_HEADER, rows, "verdict")
@@ -81,10 +87,10 @@ def _cost_cells(system: System, num_layers: int) -> list[str]:
     if system.kv_bytes_per_token is not None:
         kv_bytes = round(system.kv_bytes_per_token)
     return [
-        plain(system.executions, 2),
-        plain(system.decode_executions, 2),
-        percent(share_saved(system.executions, num_layers)),
+        write_number(system.executions, 2),
+        write_number(system.decode_executions, 2),
+        write_percent(share_saved(system.executions, num_layers)),
         f"{flops.weights / 1e9:.3g}" if flops else NONE,
         f"{flops.attention / 1e9:.3g}" if flops else NONE,
-        count(kv_bytes),
+        write_count(kv_bytes),
     ]

@@ -14,7 +14,7 @@ from drllm.reporting.changed_questions import changed_questions_section
 from drllm.reporting.document import Figure, Section
 from drllm.reporting.figures import draw_routes
 from drllm.reporting.markdown import Markdown, write_list, write_paragraph, write_table
-from drllm.reporting.numbers import count, percent, plain
+from drllm.reporting.numbers import write_count, write_number, write_percent
 from drllm.reporting.path_figure import can_draw_paths, draw_paths
 from drllm.reporting.run import Run
 from drllm.reporting.tables import (
@@ -78,7 +78,7 @@ def _build_drop_test_blocks(drop_test: DropTest) -> list[Markdown]:
 def _build_accuracy_figure(evaluation: results.Evaluation) -> Figure:
     """Build the figure of the accuracy of every system over the layers it runs."""
     points = ", ".join(
-        f"{system.name} {percent(system.accuracy)} at {plain(system.executions, 2)}"
+        f"{system.name} {write_percent(system.accuracy)} at {write_number(system.executions, 2)}"
         for system in evaluation.systems
     )
     is_static = bool(evaluation.paths) and not evaluation.routed
@@ -103,7 +103,8 @@ def _build_accuracy_figure(evaluation: results.Evaluation) -> Figure:
 def _build_paths_figure(evaluation: results.Evaluation) -> Figure:
     """Build the figure of the accuracy and the next-token loss of base and every path."""
     points = ", ".join(
-        f"{system.name} {percent(system.accuracy)} and {plain(system.text_loss, 2)} nats"
+        f"{system.name} {write_percent(system.accuracy)} and "
+        f"{write_number(system.text_loss, 2)} nats"
         for system in evaluation.systems
     )
     return Figure(
@@ -175,8 +176,8 @@ def _build_routes_figure(run: Run, routes: Sequence[Decisions]) -> Figure:
     noun = "route" if num_distinct == 1 else "routes"
     mean = sum(num_executions(route) for route in routes) / len(routes)
     caption = (
-        f"{count(num_distinct)} distinct {noun} on {count(len(routes))} questions, "
-        f"{plain(mean, 2)} layers run on average."
+        f"{write_count(num_distinct)} distinct {noun} on {write_count(len(routes))} questions, "
+        f"{write_number(mean, 2)} layers run on average."
     )
     if targets:
         caption += " Strokes are what the routers were trained for."
@@ -196,4 +197,4 @@ def _list_most_skipped(shares: Sequence[Sequence[float]]) -> str:
     """List the three layers that are skipped most often; `shares` is `[L][3]`."""
     skips = [layer_shares[Decision.SKIP] for layer_shares in shares]
     layers = sorted(range(len(skips)), key=lambda layer: -skips[layer])
-    return ", ".join(f"{layer} ({percent(skips[layer], 0)})" for layer in layers[:3])
+    return ", ".join(f"{layer} ({write_percent(skips[layer], 0)})" for layer in layers[:3])

@@ -11,7 +11,13 @@ from drllm.records import results
 from drllm.records.latency import Latency
 from drllm.reporting.costs import PHASES
 from drllm.reporting.markdown import Tile
-from drllm.reporting.numbers import count, label_with_needed, percent, plain, write_executions
+from drllm.reporting.numbers import (
+    write_count,
+    write_executions,
+    write_label_with_needed,
+    write_number,
+    write_percent,
+)
 from drllm.statistics.words import capitalize
 
 
@@ -57,8 +63,8 @@ def _build_system_tiles(evaluation: results.Evaluation, system: results.System) 
         Tile(
             f"{name}: {score} minus base's",
             f"{accuracy.write(accuracy.mean)} points",
-            f"{percent(system.accuracy)}, base {percent(evaluation.base.accuracy)}",
-            label_with_needed(accuracy),
+            f"{write_percent(system.accuracy)}, base {write_percent(evaluation.base.accuracy)}",
+            write_label_with_needed(accuracy),
         ),
     ]
     loss = system.against_base.text_loss
@@ -68,7 +74,7 @@ def _build_system_tiles(evaluation: results.Evaluation, system: results.System) 
                 f"{name}: next-token loss minus base's",
                 f"{loss.write(loss.mean)} nats",
                 "a token; less is better",
-                label_with_needed(loss),
+                write_label_with_needed(loss),
             )
         )
     return tiles
@@ -76,16 +82,16 @@ def _build_system_tiles(evaluation: results.Evaluation, system: results.System) 
 
 def _build_layers_tile(name: str, evaluation: results.Evaluation, system: results.System) -> Tile:
     saved = share_saved(system.executions, evaluation.num_layers)
-    note = f"{percent(saved)} fewer" if saved >= 0 else f"{percent(-saved)} more"
+    note = f"{write_percent(saved)} fewer" if saved >= 0 else f"{write_percent(-saved)} more"
     executions = write_executions(system.executions)
     return Tile(f"{name}: layers run", f"{executions} of {evaluation.num_layers}", note)
 
 
 def _build_most_accurate_tile(evaluation: results.Evaluation, system: results.System) -> Tile:
     title = f"Most accurate that saves layers: {evaluation.name_in_sentence(system)}"
-    layers = f"{plain(system.executions, 2)} of {evaluation.num_layers} run"
-    note = f"{layers}; base {percent(evaluation.base.accuracy)}"
-    return Tile(title, percent(system.accuracy), note)
+    layers = f"{write_number(system.executions, 2)} of {evaluation.num_layers} run"
+    note = f"{layers}; base {write_percent(evaluation.base.accuracy)}"
+    return Tile(title, write_percent(system.accuracy), note)
 
 
 def build_time_tile(latency: Latency) -> Tile:
@@ -100,7 +106,9 @@ def build_time_tile(latency: Latency) -> Tile:
     for phase, size in verdicts:
         round_ratios = timings.compute_ratios(results.ROUTED, results.BASE, phase, size)
         ratios.append(median(round_ratios))
-    note = f"{plain(min(ratios), 2)} to {plain(max(ratios), 2)} times base's, by phase and batch"
+    least = write_number(min(ratios), 2)
+    most = write_number(max(ratios), 2)
+    note = f"{least} to {most} times base's, by phase and batch"
     return Tile("Measured time", value, note)
 
 
@@ -110,7 +118,7 @@ def describe_times(latency: Latency) -> str:
     by_verdict: dict[str, list[str]] = {}
     for (phase, size), verdict in timings.judge().items():
         ratio = median(timings.compute_ratios(results.ROUTED, results.BASE, phase, size))
-        place = f"{PHASES[phase]} {count(size)} ({plain(ratio, 2)})"
+        place = f"{PHASES[phase]} {write_count(size)} ({write_number(ratio, 2)})"
         by_verdict.setdefault(verdict, []).append(place)
     verdicts = "; ".join(f"{name}: {', '.join(places)}" for name, places in by_verdict.items())
     return (

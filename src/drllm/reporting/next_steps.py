@@ -21,7 +21,7 @@ from drllm.reporting.commands import (
     train_command,
     write_command,
 )
-from drllm.reporting.numbers import count, difference, label, verdict_on_routed
+from drllm.reporting.numbers import get_routed_verdict, write_count, write_difference, write_label
 from drllm.reporting.run import Run
 from drllm.statistics.differences import Verdict
 from drllm.statistics.power import round_up
@@ -212,17 +212,18 @@ def _more_questions_step(run: Run, evaluation: Result, needed: int) -> Step:
     available = evaluation.num_available
     if available is not None and available <= evaluation.num_questions:
         what = (
-            f"All {count(available)} questions of {task} were asked, and about {count(needed)} "
-            f"would do. Look for a task with more:"
+            f"All {write_count(available)} questions of {task} were asked, and about "
+            f"{write_count(needed)} would do. Look for a task with more:"
         )
         return what, "drllm ls tasks"
     if available is not None and available < needed:
         what = (
-            f"Ask all {count(available)} questions of {task}, which may still be too few (about "
-            f"{count(needed)} would do):"
+            f"Ask all {write_count(available)} questions of {task}, which may still be too few "
+            f"(about {write_count(needed)} would do):"
         )
         return what, _evaluate_command(run, evaluation, "more", limit=available)
-    what = f"Ask {count(needed)} questions of {task} instead of {count(evaluation.num_questions)}:"
+    number = write_count(evaluation.num_questions)
+    what = f"Ask {write_count(needed)} questions of {task} instead of {number}:"
     return what, _evaluate_command(run, evaluation, "more", limit=needed)
 
 
@@ -348,7 +349,7 @@ def _search_more_step(run: Run) -> Step:
     """Suggest a search of more questions, to train routers on more targets."""
     output = run.folder.with_name(f"{run.folder.name}-more")
     manifest = run.find_manifest(SEARCH_FILE)
-    what = f"Search more questions than these {count(len(run.search))}, and train again:"
+    what = f"Search more questions than these {write_count(len(run.search))}, and train again:"
     return what, search_command(manifest, limit=4 * len(run.search), output_dir=output)
 
 
@@ -371,11 +372,11 @@ def _more_seeds_step(run: Run) -> Step:
 
 def _use_rival_step(run: Run, evaluation: Evaluation, rival: System) -> Step:
     """Suggest to use a static path that the routed model doesn't beat."""
-    verdict = verdict_on_routed(rival)
+    verdict = get_routed_verdict(rival)
     how, command = _use_path(run, evaluation, rival)
     what = (
-        f"Routed minus {rival.name}, which reads no question: {difference(verdict)} points, "
-        f"{label(verdict)}. A path needs no router; {how}"
+        f"Routed minus {rival.name}, which reads no question: {write_difference(verdict)} points, "
+        f"{write_label(verdict)}. A path needs no router; {how}"
     )
     return what, command
 
@@ -454,7 +455,7 @@ def _find_unbeaten_path(evaluation: Evaluation) -> System | None:
         return None
     unbeaten: list[System] = []
     for system in evaluation.systems:
-        verdict = verdict_on_routed(system)
+        verdict = get_routed_verdict(system)
         is_path = system.reads_question is False and system.draws == 1
         if not is_path or system.name == PERMUTED or verdict is None or verdict.is_better:
             continue

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from drllm.records.results import BASE, Evaluation, System
 from drllm.reporting.drawing import Colours, make_panels
-from drllm.reporting.numbers import plain, write_executions
+from drllm.reporting.numbers import write_executions, write_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -73,7 +73,7 @@ def _measure_accuracy(system: System) -> Measurement:
     """Return a system's accuracy in percent."""
     low, high = system.interval
     value = 100 * system.accuracy
-    return Measurement(value, 100 * low, 100 * high, plain(value))
+    return Measurement(value, 100 * low, 100 * high, write_number(value))
 
 
 def _measure_loss(system: System, base: System) -> Measurement:
@@ -84,7 +84,7 @@ def _measure_loss(system: System, base: System) -> Measurement:
     high = system.text_loss
     if system.against_base is not None and system.against_base.text_loss is not None:
         low, high = (base.text_loss + end for end in system.against_base.text_loss.interval)
-    return Measurement(system.text_loss, low, high, plain(system.text_loss, 2))
+    return Measurement(system.text_loss, low, high, write_number(system.text_loss, 2))
 
 
 def _name_row(system: System) -> str:

@@ -12,13 +12,13 @@ from drllm.reporting.document import Block, Figure, Section
 from drllm.reporting.markdown import Markdown, write_list, write_paragraph, write_table
 from drllm.reporting.numbers import (
     NONE,
-    count,
-    difference,
-    excluded,
-    percent,
-    plain,
-    signed,
+    write_count,
+    write_difference,
+    write_excluded,
     write_executions,
+    write_number,
+    write_percent,
+    write_signed,
 )
 from drllm.statistics.headlines import Candidate, advise
 from drllm.statistics.words import capitalize, uncapitalize
@@ -63,10 +63,10 @@ def _test_cells(tested: PathScore | None) -> list[str]:
         return [NONE] * 4
     verdict = tested.against_full.accuracy if tested.against_full else None
     return [
-        percent(tested.accuracy),
-        difference(verdict),
-        excluded(verdict),
-        plain(tested.text_loss, 3),
+        write_percent(tested.accuracy),
+        write_difference(verdict),
+        write_excluded(verdict),
+        write_number(tested.text_loss, 3),
     ]
 
 
@@ -97,7 +97,7 @@ def _write_objective(measured: PathScore | None) -> str:
     if measured is None:
         return NONE
     if measured.change is None:
-        return plain(measured.objective, 3)
+        return write_number(measured.objective, 3)
     return write_change(measured)
 
 
@@ -106,7 +106,7 @@ def write_change(score: PathScore) -> str:
     if score.change is None:
         return NONE
     mean, low, high = score.change
-    return f"{signed(mean, 3)} ({signed(low, 2)} to {signed(high, 2)})"
+    return f"{write_signed(mean, 3)} ({write_signed(low, 2)} to {write_signed(high, 2)})"
 
 
 def describe_path(record: StaticPaths, path: NamedPath) -> str:
@@ -139,7 +139,7 @@ def compare_test_with_fit(record: StaticPaths, task: str) -> str:
 
 def _compare_parts(change: float) -> str:
     direction = "lower" if change < 0 else "higher"
-    return f"{plain(abs(change), 3)} nats {direction}"
+    return f"{write_number(abs(change), 3)} nats {direction}"
 
 
 def paths_section(record: StaticPaths, *, folded: bool) -> Section:
@@ -205,12 +205,12 @@ def loss_rows(record: HealedPath) -> Iterator[list[str]]:
     """Yield a row for each source: its losses along the full path and along the path."""
     has_refit_losses = _has_refit_losses(record)
     for name, loss in record.held_out.items():
-        num_texts = NONE if loss.num_texts is None else count(loss.num_texts)
-        losses = [plain(loss.full, 3), plain(loss.path, 3)]
+        num_texts = NONE if loss.num_texts is None else write_count(loss.num_texts)
+        losses = [write_number(loss.full, 3), write_number(loss.path, 3)]
         if has_refit_losses:
-            losses.append(plain(loss.refit, 3))
+            losses.append(write_number(loss.refit, 3))
         if record.rank > 0:
-            losses.append(plain(loss.healed, 3))
+            losses.append(write_number(loss.healed, 3))
         yield [name, num_texts, *losses]
 
 
@@ -242,10 +242,12 @@ def _describe_training(record: HealedPath) -> str:
     first = record.curve[0]
     kept = min(record.curve, key=lambda point: point.held_out_kl)
     before = "with the refit" if record.refit else "before"
+    first_kl = write_number(first.held_out_kl, 3)
+    kept_kl = write_number(kept.held_out_kl, 3)
     return (
         f"Its KL from the full path on held-out texts of the same sources was "
-        f"{plain(first.held_out_kl, 3)} nats a token {before} and is {plain(kept.held_out_kl, 3)} "
-        f"after {count(kept.step)} steps of training ({count(kept.tokens)} tokens, "
+        f"{first_kl} nats a token {before} and is {kept_kl} "
+        f"after {write_count(kept.step)} steps of training ({write_count(kept.tokens)} tokens, "
         f"{duration(kept.seconds)})."
     )
 

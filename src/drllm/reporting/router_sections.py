@@ -19,7 +19,13 @@ from drllm.records.supervision import SupervisionRecord
 from drllm.reporting import figures
 from drllm.reporting.document import Figure, Section
 from drllm.reporting.markdown import Markdown, write_paragraph, write_table
-from drllm.reporting.numbers import NONE, count, count_with_share, plain, signed
+from drllm.reporting.numbers import (
+    NONE,
+    write_count,
+    write_count_with_share,
+    write_number,
+    write_signed,
+)
 from drllm.reporting.run import Run
 from drllm.supervision.summary import class_counts, edit_effects, summarise
 
@@ -54,7 +60,7 @@ def search_section(run: Run) -> Section:
         blocks.append(_path_table(summary))
     for reason, number in (summary.get("rejected") or {}).items():
         if run.summary and number:
-            blocks.append(write_paragraph(f"{count(number)} have no target: {reason}."))
+            blocks.append(write_paragraph(f"{write_count(number)} have no target: {reason}."))
     if run.supervision:
         targets = _describe_targets(run.supervision, summary, run.num_layers)
         blocks.append(write_paragraph(targets))
@@ -65,11 +71,11 @@ def _describe_search(records: Sequence[SearchRecord], counts: Mapping[str, Any])
     num_paths = sum(len(record.paths) for record in records)
     seconds = sum(record.seconds for record in records)
     copies = f" and {counts['copies']} copies of them" if counts["copies"] else ""
-    right = count_with_share(counts["base_correct"], counts["questions"])
+    right = write_count_with_share(counts["base_correct"], counts["questions"])
     return (
-        f"{count(counts['questions'])} questions{copies} were searched, "
-        f"{plain(num_paths / len(records))} distinct paths each on average, in {plain(seconds)} "
-        f"seconds. The full path answers {right} of them."
+        f"{write_count(counts['questions'])} questions{copies} were searched, "
+        f"{write_number(num_paths / len(records))} distinct paths each on average, in "
+        f"{write_number(seconds)} seconds. The full path answers {right} of them."
     )
 
 
@@ -83,7 +89,7 @@ def _describe_edits(records: Sequence[SearchRecord]) -> list[str]:
             worst, loss = effects[-1]
             sentences.append(
                 f"{name} one layer alone, by mean change of reward: best layer {best} "
-                f"({signed(gain, 2)}), worst {worst} ({signed(loss, 2)})."
+                f"({write_signed(gain, 2)}), worst {worst} ({write_signed(loss, 2)})."
             )
     return sentences
 
@@ -95,10 +101,10 @@ def _path_table(summary: Mapping[str, Any]) -> Markdown:
         row = [description]
         for moment in ("before", "after"):
             number = summary.get(f"{kind}_{moment}_retest")
-            cell = NONE if number is None else count_with_share(number, total)
+            cell = NONE if number is None else write_count_with_share(number, total)
             row.append(cell)
         rows.append(row)
-    caption = f"Of {count(total)} questions, how many have such a path."
+    caption = f"Of {write_count(total)} questions, how many have such a path."
     return write_table(caption, "path|before the re-test|after", rows)
 
 
@@ -116,15 +122,16 @@ def _describe_targets(
     repeats = sum(layer_counts[Decision.REPEAT] for layer_counts in counts)
     labels = skips + executes + repeats
     num_improving = sum(target.improving for target in targets)
-    improving = count_with_share(num_improving, len(targets))
+    improving = write_count_with_share(num_improving, len(targets))
     num_wrong = summary.get("wrong_targets")
-    wrong_targets = f"{count(num_wrong)} don't answer right, " if num_wrong else ""
+    wrong_targets = f"{write_count(num_wrong)} don't answer right, " if num_wrong else ""
     return (
-        f"{count(len(targets))} targets, {improving} of them improving, "
+        f"{write_count(len(targets))} targets, {improving} of them improving, "
         f"{wrong_targets}run {layers} of {num_layers} layers, "
-        f"{plain(sum(lengths) / len(lengths), 2)} on average. Their labels: skip "
-        f"{count_with_share(skips, labels)}, execute {count_with_share(executes, labels)}, repeat "
-        f"{count_with_share(repeats, labels)}."
+        f"{write_number(sum(lengths) / len(lengths), 2)} on average. Their labels: skip "
+        f"{write_count_with_share(skips, labels)}, execute "
+        f"{write_count_with_share(executes, labels)}, repeat "
+        f"{write_count_with_share(repeats, labels)}."
     )
 
 
@@ -149,7 +156,7 @@ def router_section(run: Run) -> Section:
 def _metric_curves(run: Run, baselines: Mapping[str, Mapping[str, float | None]]) -> Figure:
     last_epochs = {epoch.split: epoch for epoch in run.epochs}
     results = [
-        f"{split}, last epoch: macro-F1 {plain(last_epochs[split].macro_f1, 3)}"
+        f"{split}, last epoch: macro-F1 {write_number(last_epochs[split].macro_f1, 3)}"
         for split in (TRAIN, VALIDATION)
         if split in last_epochs
     ]
@@ -166,7 +173,7 @@ def _metric_table(layers: Layers, scores: Mapping[str, Mapping[str, float | None
     """Build the table of metrics: a row for each metric, a column for routers and each baseline."""
     rows: list[list[str]] = []
     for metric, title in METRICS.items():
-        values = [plain(values.get(metric), 3) for values in scores.values()]
+        values = [write_number(values.get(metric), 3) for values in scores.values()]
         if any(value != NONE for value in values):
             rows.append([title, *values])
     systems = [name.replace("_", " ") for name in scores]

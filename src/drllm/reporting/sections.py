@@ -17,7 +17,7 @@ from drllm.reporting.markdown import (
     write_verdicts,
 )
 from drllm.reporting.next_steps import suggest_steps
-from drllm.reporting.numbers import count
+from drllm.reporting.numbers import write_count
 from drllm.reporting.provenance import provenance_section
 from drllm.reporting.router_sections import router_section, search_section
 from drllm.reporting.run import Run
@@ -111,9 +111,11 @@ def _write_about(run: Run) -> str:
 
 def _describe_questions(evaluation: Evaluation) -> str:
     kind = "options scored" if evaluation.kind == "choices" else "answers generated"
-    text = f"{count(evaluation.num_questions)} questions of the {evaluation.split} split, {kind}"
+    text = (
+        f"{write_count(evaluation.num_questions)} questions of the {evaluation.split} split, {kind}"
+    )
     if evaluation.num_fewshot:
-        text += f", {count(evaluation.num_fewshot)} worked examples"
+        text += f", {write_count(evaluation.num_fewshot)} worked examples"
     return text
 
 

@@ -7,14 +7,14 @@ from drllm.records.results import BASE, PERMUTED, ROUTED, Evaluation, Point, Sys
 from drllm.reporting.markdown import Markdown, write_table
 from drllm.reporting.numbers import (
     NONE,
-    count,
-    difference,
-    excluded,
-    label,
-    label_with_needed,
-    percent,
-    plain,
-    verdict_on_routed,
+    get_routed_verdict,
+    write_count,
+    write_difference,
+    write_excluded,
+    write_label,
+    write_label_with_needed,
+    write_number,
+    write_percent,
 )
 from drllm.statistics.differences import LABEL_MEANINGS, Differences, Verdict
 
@@ -54,12 +54,12 @@ def _comparison_row(name: str, differences: Differences) -> list[str]:
     loss = differences.text_loss
     return [
         name,
-        difference(accuracy),
-        excluded(accuracy),
-        label_with_needed(accuracy),
-        difference(loss),
-        excluded(loss),
-        label_with_needed(loss),
+        write_difference(accuracy),
+        write_excluded(accuracy),
+        write_label_with_needed(accuracy),
+        write_difference(loss),
+        write_excluded(loss),
+        write_label_with_needed(loss),
     ]
 
 
@@ -93,9 +93,9 @@ def results_table(evaluation: Evaluation) -> Markdown:
 
 
 def _results_caption(evaluation: Evaluation) -> str:
-    questions = f"{count(evaluation.num_questions)} questions"
+    questions = f"{write_count(evaluation.num_questions)} questions"
     if evaluation.chance:
-        questions += f", guessing gives {percent(evaluation.chance)}"
+        questions += f", guessing gives {write_percent(evaluation.chance)}"
     comparison = "each system minus base"
     subject = "the system"
     if evaluation.routed:
@@ -118,9 +118,9 @@ def _results_caption(evaluation: Evaluation) -> str:
 def _result_row(evaluation: Evaluation, system: System) -> list[str]:
     return [
         evaluation.name_in_table(system),
-        plain(system.executions, 2),
-        plain(100 * system.accuracy),
-        plain(system.text_loss, 3),
+        write_number(system.executions, 2),
+        write_number(100 * system.accuracy),
+        write_number(system.text_loss, 3),
         *_verdict_cells(_choose_differences(evaluation, system)),
     ]
 
@@ -138,11 +138,11 @@ def _verdict_cells(differences: Differences | None) -> list[str]:
     """Return the cells on accuracy (difference, excluded loss, verdict) and on next-token loss."""
     accuracy, loss = _split_verdicts(differences)
     return [
-        difference(accuracy),
-        excluded(accuracy),
-        label(accuracy),
-        difference(loss),
-        label(loss),
+        write_difference(accuracy),
+        write_excluded(accuracy),
+        write_label(accuracy),
+        write_difference(loss),
+        write_label(loss),
     ]
 
 
@@ -163,7 +163,7 @@ def systems_table(evaluation: Evaluation) -> Markdown:
             system.source or NONE,
             system.fitted_on or NONE,
             reads[system.reads_question],
-            plain(system.gold_logprob, 3),
+            write_number(system.gold_logprob, 3),
         ]
         for system in evaluation.systems
     ]
@@ -193,12 +193,12 @@ def _depth_row(point: Point) -> list[str]:
     return [
         point.system,
         point.setting or NONE,
-        plain(point.executions, 2),
-        plain(100 * point.accuracy),
-        difference(accuracy),
-        difference(loss),
-        difference(routed_accuracy),
-        label(routed_accuracy),
+        write_number(point.executions, 2),
+        write_number(100 * point.accuracy),
+        write_difference(accuracy),
+        write_difference(loss),
+        write_difference(routed_accuracy),
+        write_label(routed_accuracy),
     ]
 
 
@@ -223,17 +223,17 @@ def compared_table(what: str, named: Sequence[NamedSystem], caption: str) -> Mar
 def _compared_row(name: str, evaluation: Evaluation, system: System | Point) -> list[str]:
     permuted_verdict = None
     if system.name == ROUTED:
-        permuted_verdict = verdict_on_routed(evaluation.system(PERMUTED))
+        permuted_verdict = get_routed_verdict(evaluation.system(PERMUTED))
     task = evaluation.task
     if name == task:  # the first column has the tasks already
         task = NONE
     return [
         name,
         task,
-        count(evaluation.num_questions),
+        write_count(evaluation.num_questions),
         system.name,
-        plain(system.executions, 2),
-        plain(100 * system.accuracy),
+        write_number(system.executions, 2),
+        write_number(100 * system.accuracy),
         *_verdict_cells(system.against_base),
-        label(permuted_verdict),
+        write_label(permuted_verdict),
     ]

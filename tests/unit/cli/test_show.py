@@ -19,7 +19,7 @@ from drllm.cli.terminal import Terminal, draw_route
 from drllm.records.codec import read_json
 from drllm.records.layers import Layers
 from drllm.records.results import Evaluation, WrittenAnswers
-from drllm.reporting.numbers import plain
+from drllm.reporting.numbers import write_number
 
 
 def test_a_route_stands_under_its_layers_numbers():
@@ -161,7 +161,7 @@ def test_every_metric_of_routers_and_baselines_is_printed_on_both_parts(layers, 
     for systems in read_json(layers, Layers).parts.values():
         scores = [compute_metrics(counts) for counts in systems.values()]
         for name in scores[0]:
-            assert [name, *(plain(each[name], 3) for each in scores)] in rows
+            assert [name, *(write_number(each[name], 3) for each in scores)] in rows
     assert "after epoch 3, on 40 targets trained on" in out
     assert "after epoch 3, on 10 held-out targets" in out
     assert max(map(len, out.split("The routers hit")[0].splitlines())) <= 80

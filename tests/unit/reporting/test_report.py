@@ -12,7 +12,7 @@ import pytest
 from drllm.errors import ConfigError, RecordError
 from drllm.reporting.document import to_markdown
 from drllm.reporting.markdown import escape
-from drllm.reporting.numbers import count_with_share, plain, signed
+from drllm.reporting.numbers import write_count_with_share, write_number, write_signed
 from drllm.reporting.page import to_html
 from drllm.reporting.run import read_run
 from drllm.reporting.sections import build_document
@@ -294,6 +294,10 @@ def test_drawing_leaves_the_settings_of_matplotlib_alone(quick):
 
 def test_texts_and_numbers_are_written_as_they_are_meant():
     assert escape("a|b <i>arc_easy</i>") == "a\\|b &lt;i&gt;arc_easy&lt;/i&gt;"
-    assert [plain(-0.04, 1), plain(-1.25, 2)] == ["0.0", "−1.25"]
-    assert [signed(0.5, 1), signed(-0.5, 1), signed(0.0, 1)] == ["+0.5", "−0.5", "0.0"]
-    assert count_with_share(3000, 4000) == "3\u00a0000 (75.0\u00a0%)"
+    assert [write_number(-0.04, 1), write_number(-1.25, 2)] == ["0.0", "−1.25"]
+    assert [write_signed(0.5, 1), write_signed(-0.5, 1), write_signed(0.0, 1)] == [
+        "+0.5",
+        "−0.5",
+        "0.0",
+    ]
+    assert write_count_with_share(3000, 4000) == "3\u00a0000 (75.0\u00a0%)"

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from drllm.agreement import compare_by_layer, compute_metrics
 from drllm.paths import Decision
 from drllm.reporting.drawing import LIGHT, draw_svg
-from drllm.reporting.numbers import plain
+from drllm.reporting.numbers import write_number
 from drllm.reporting.router_sections import MIN_QUESTIONS, router_section, search_section
 from drllm.reporting.run import read_run
 from drllm.supervision.summary import edit_effects
@@ -37,7 +37,7 @@ def test_routers_stand_beside_decisions_that_ignore_the_question(run):
     text = section_text([section])
     assert compare_by_layer(systems) in text
     scores = {name: compute_metrics(counts) for name, counts in systems.items()}
-    cells = [plain(values["macro_f1"], 3) for values in scores.values()]
+    cells = [write_number(values["macro_f1"], 3) for values in scores.values()]
     assert f"| macro-F1 | {' | '.join(cells)} |" in text.split("*On 12 held-out targets")[1]
     del scores["routers"]
     axes_by_metric = section.blocks[0].draw(LIGHT, 4.2).axes
