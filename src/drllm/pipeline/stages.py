@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,16 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 from drllm.config import EvaluateConfig, ExecutorConfig, HealConfig, ModelConfig
 from drllm.evaluation.baselines.base import needs_targets
+from drllm.evaluation.questions import choose_fitting_split, find_sources, needs_fitting
 from drllm.models.routers.places import CONFIG_FILE, WEIGHTS_FILE
 from drllm.pipeline.manifest import RunManifest, hash_file
 from drllm.pipeline.recipes import Recipe
 from drllm.records import codec
 from drllm.records.healed import ADAPTER_CONFIG_FILE, ADAPTER_FILE, HEALED_FILE
 from drllm.records.search import SEARCH_FILE
-from drllm.records.static_paths import PATHS_FILE, PathFile, load_path
+from drllm.records.static_paths import PATHS_FILE, PathFile, load_path, read_path_list
 from drllm.records.supervision import SUPERVISION_FILE, rejected_path
-from drllm.tasks.base import Task
+from drllm.tasks.base import NoSplitError, Task
 from drllm.tasks.examples import Example, choose
+from drllm.tasks.graded import SUFFIX, pin_reward
 from drllm.work.listener import Listener
 
 if TYPE_CHECKING:
@@ -123,6 +126,7 @@ def _make_search(run: Run) -> Stage:
         "config": recipe.search.decisive(),
         "model": recipe.model.to_dict(),
         "questions": codec.hash_values(examples),
+        "reward": _pin_reward(recipe.search.reward),
     }
     return Stage(made_from, partial(_run_search, run))
 
@@ -267,7 +271,13 @@ def _make_evaluate(run: Run) -> Stage:
         "config": {**config.decisive(), "measures_time": _is_timed(run)},
         "model": run.recipe.model.to_dict(),
         "questions": _hash_questions(run.recipe.tasks, config),
+        "other questions": _hash_other_questions(run.recipe.tasks, config),
+        "reward": _pin_reward(config.reward),
     }
+    if config.supervision is not None:
+        made_from["supervision"] = hash_file(Path(config.supervision))
+    for name, path in read_path_list(config.paths or "").items():
+        made_from[f"path {name}"] = hash_file(path.file)  # it has the hash of an adapter
     for seed_folder in run.seed_folders:
         for name in ROUTER_FILES:
             file = seed_folder / name
@@ -293,20 +303,25 @@ def _list_path_files(run: Run) -> list[Path]:
 
 
 def _complete_evaluate_config(run: Run) -> EvaluateConfig:
-    """Return the settings of the evaluation, which uses the files of this run by default.
-
-    A path that is healed, and isn't from a tuning of this run, is also evaluated as it is.
-    """
+    """Return the settings of the evaluation, which uses the targets of this run by default."""
     config = run.recipe.evaluate
     if run.seed_folders and needs_targets(config.baselines) and config.supervision is None:
         config = dataclasses.replace(config, supervision=str(run.supervision_file))
+    return config
+
+
+def _list_paths(run: Run) -> list[str] | None:
+    """List the static paths of this run to evaluate; None if there are none, or others are given.
+
+    A path that is healed, and isn't from a tuning of this run, is also evaluated as it is.
+    """
     paths = [str(file) for file in _list_path_files(run)]
     heal = run.recipe.heal
     if heal is not None and run.recipe.tune is None:
         paths.insert(0, heal.require_path())
-    if paths and config.paths is None:
-        config = dataclasses.replace(config, paths=",".join(paths))
-    return config
+    if not paths or run.recipe.evaluate.paths is not None:
+        return None
+    return paths
 
 
 def _run_evaluate(run: Run) -> list[Path]:
@@ -317,7 +332,8 @@ def _run_evaluate(run: Run) -> list[Path]:
     output = run.folder / "eval"
     routers = run.seed_folders
     model = _choose_model(config, run)
-    evaluate(model, tasks, config, output, routers=routers, listener=run.listener)
+    paths = _list_paths(run)
+    evaluate(model, tasks, config, output, routers=routers, paths=paths, listener=run.listener)
     names = [f"{task.name}.json" for task in tasks]
     names += ["samples.jsonl", "samples.manifest.json"]
     if _is_timed(run):
@@ -350,6 +366,28 @@ def _hash_questions(tasks: Sequence[Task], config: EvaluateConfig) -> dict[str, 
         examples_to_ask = choose(examples, config.get_limit(task.name), config.seed)
         hashes[task.name] = codec.hash_values(examples_to_ask)
     return hashes
+
+
+def _hash_other_questions(tasks: Sequence[Task], config: EvaluateConfig) -> dict[str, str]:
+    """Return a hash of the questions that an evaluation fits on or shows as examples, by use."""
+    data_dir = None if config.data_dir is None else Path(config.data_dir)
+    hashes: dict[str, str] = {}
+    for task in tasks:
+        with suppress(NoSplitError):  # then the task's questions have no worked examples
+            shots = task.shots(config.get_split(task.name), data_dir)
+            hashes[f"{task.name}, worked examples"] = codec.hash_values(shots)
+    if needs_fitting(config):
+        for name, source in find_sources(tasks, config).items():
+            examples = source.examples(choose_fitting_split(source, config), data_dir)
+            hashes[f"{name}, fitted on"] = codec.hash_values(examples)
+    return hashes
+
+
+def _pin_reward(reward: str | None) -> str | None:
+    """Return the name of a reward, with the hash of its file if it is a function in a file."""
+    if reward is None or SUFFIX not in reward:
+        return reward
+    return ",".join(pin_reward(name) if SUFFIX in name else name for name in reward.split(","))
 
 
 _MAKERS: dict[str, Callable[[Run], Stage]] = {
