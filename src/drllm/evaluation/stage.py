@@ -16,7 +16,7 @@ import msgspec
 
 from drllm.config import EvaluateConfig
 from drllm.config.fields import replace_settings
-from drllm.errors import ArchitectureError
+from drllm.errors import ArchitectureError, ConfigError
 from drllm.evaluation.flops import ModelShape
 from drllm.evaluation.inputs import (
     EvaluationInputs,
@@ -151,7 +151,7 @@ def evaluate_request(
         if inputs.routers.first is not None:
             note_other_prompts(inputs.routers.first, request.config, listener)
         header = _make_header(inputs, workers)
-        _refuse_other_results(output, header, request.config)
+        _refuse_other_results(output, header, request)
         check_seeds(inputs.routers, workers)
         results = _plan_run_judge(inputs, workers, header, output, listener)
     if output_dir is not None:
@@ -274,15 +274,28 @@ def _make_header(inputs: EvaluationInputs, workers: Workers) -> dict[str, Any]:
     }
 
 
-def _refuse_other_results(output: Path, header: Mapping[str, Any], config: EvaluateConfig) -> None:
+def _refuse_other_results(
+    output: Path, header: Mapping[str, Any], request: EvaluationRequest
+) -> None:
     """Raise ConfigError if the folder has the results of another evaluation."""
+    config = request.config
+    names = [task.name for task in request.tasks]
+    remedy = "choose another --output-dir, or delete the old results"
     for file in list_possible_results(output):
+        evaluation = read_evaluation(file)
         refuse_other_run(
             f"the evaluation in {file}",
-            _read_identity(msgspec.structs.asdict(read_evaluation(file)), config),
+            _read_identity(msgspec.structs.asdict(evaluation), config),
             _read_identity(header, config),
-            "choose another --output-dir, or delete the old results",
+            remedy,
         )
+        # Tasks that are given as an argument aren't in the settings. The samples of a task that
+        # isn't evaluated again would be lost, since all samples are in one file.
+        if evaluation.task not in names:
+            raise ConfigError(
+                f"{file} has the result of task {evaluation.task!r}, which isn't evaluated now "
+                f"(the tasks are: {', '.join(names)}); {remedy}"
+            )
 
 
 def _read_identity(header: Mapping[str, Any], config: EvaluateConfig) -> dict[str, Any]:

@@ -606,6 +606,16 @@ def test_finished_results_are_not_replaced_by_those_of_another_evaluation(
     assert (tmp_path / "eval" / "builtin_facts.json").read_bytes() == before
 
 
+def test_finished_results_are_not_mixed_with_those_of_another_task(run, two_tasks, tmp_path):
+    task, half = two_tasks
+    few = {"limit": 4, "baselines": "none"}
+    run(tmp_path, tasks=[task], **few)
+    before = (tmp_path / "samples.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match=r"task 'builtin_facts', which isn't.*\(.*: half\)"):
+        run(tmp_path, tasks=[half], **few)
+    assert (tmp_path / "samples.jsonl").read_bytes() == before
+
+
 def test_a_folder_with_foreign_files_is_refused_before_anything_is_asked(
     run, tmp_path, monkeypatch
 ):
