@@ -26,7 +26,7 @@ from typing import Any
 
 import common
 import msgspec
-from common.compare import ACCURACY, SEED, compare_paired, in_words
+from common.compare import ACCURACY, SEED, average_kinds, compare_paired, in_words
 from common.questions import read_all_examples
 
 from drllm.models.base.load import BaseModel
@@ -36,7 +36,7 @@ from drllm.paths import StaticPath
 from drllm.records.codec import hash_values
 from drllm.records.healed import HealedPath
 from drllm.records.static_paths import PathFile, load_path
-from drllm.statistics.intervals import sum_interval, wilson_interval
+from drllm.statistics.intervals import wilson_interval
 from drllm.tasks.examples import OPTIONS_REWARD, Prompt
 from drllm.tasks.registry import get_task
 from drllm.tuning.objectives import GOLD, LOSS
@@ -207,12 +207,11 @@ def compare_texts(measurer: Measurer, sets: Sequence[Halves], num_texts: int) ->
         losses = {name: measurer.read(name, label, prompts) for name in (FULL, SHORTER)}
         pairs = zip(losses[SHORTER], losses[FULL], strict=True)
         increases[each.name] = [shorter - full for shorter, full in pairs]
-    weight = 1 / len(sets)
-    mean, low, high = sum_interval([(weight, values) for values in increases.values()], SEED)
+    mean, interval = average_kinds(increases)
     return {
         "by_set": {name: fmean(values) for name, values in increases.items()},
         "mean": mean,
-        "interval": [low, high],
+        "interval": interval,
     }
 
 

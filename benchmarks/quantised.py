@@ -4,8 +4,9 @@ The full path and a shorter one are exported and run in several precisions: by t
 float32 and with int8 weights (torchao), and by llama.cpp, where a built checkout is given, with 16,
 8 and 4 bits. Measured are the size of the weights, and the seconds to read a prompt and to write
 tokens after it, for one row and for eight. With `--text`, also the next-token loss of texts in
-transformers, in float32 and int8. Everything is compared with the full path in float32, or in 16
-bits for llama.cpp. The bound of a shorter path is its share of the multiply-adds.
+transformers, in float32 and int8: its mean over the kinds, with the 95 % interval over the texts of
+each. Everything is compared with the full path in float32, or in 16 bits for llama.cpp. The bound
+of a shorter path is its share of the multiply-adds.
 
 The weights of the default model were stored with 4 bits before: what 4 bits cost it can't be
 measured, so no loss of them is printed.
@@ -33,6 +34,7 @@ from typing import Any
 import common
 import torch
 from common import bound, int8, llama_cpp
+from common.compare import average_kinds
 from common.comparison import Comparison
 from common.texts import Kinds, read_kinds
 from torch.nn import functional as F
@@ -47,7 +49,6 @@ from drllm.models.base.load import BaseModel, load
 from drllm.models.export import export_path
 from drllm.paths import StaticPath
 from drllm.records.static_paths import PathFile, load_path
-from drllm.statistics.intervals import mean_interval
 
 QUICK = {"repeats": 1, "num_texts": 2, "prompt": 32, "written": 4}
 WHOLE = {"repeats": 5, "num_texts": 100, "prompt": 256, "written": 32}
@@ -258,12 +259,11 @@ def summarise(measured: Mapping[System, Measurement]) -> list[dict[str, Any]]:
             "speedup": speedups,
         }
         if measurement.losses:
-            changes = []
+            increases = {}
             for kind, losses in measurement.losses.items():
                 pairs = zip(losses, reference.losses[kind], strict=True)
-                changes += [ours - theirs for ours, theirs in pairs]
-            row["loss_increase"] = statistics.fmean(changes)
-            row["interval"] = mean_interval(changes, SEED)
+                increases[kind] = [ours - theirs for ours, theirs in pairs]
+            row["loss_increase"], row["interval"] = average_kinds(increases)
         rows.append(row)
     return rows
 

@@ -6,8 +6,8 @@ Calibration tokens are drawn evenly from the kinds of `--text`; the kinds of `--
 measured. The texts to measure on are held out of `--text`, or come from files of their own
 (`--held-out`), so that `drllm heal` can train on all of `--text`. A table has the increase of the
 mean next-token loss over the full path's by kind, and its mean over the kinds with the 95 %
-interval over texts. The full path is the bound: an increase of 0. `--png` draws the means by the
-number of layers left out.
+interval over the texts of each. The full path is the bound: an increase of 0. `--png` draws the
+means by the number of layers left out.
 
 What is measured is kept in `--output-dir`, so the same command goes on after a kill, and more paths
 or numbers of tokens can be added.
@@ -31,7 +31,7 @@ from typing import Any
 
 import common
 import msgspec
-from common.compare import SEED
+from common.compare import SEED, average_kinds
 from common.texts import Kinds, read_kinds
 from torch import Tensor
 
@@ -43,7 +43,6 @@ from drllm.paths import StaticPath
 from drllm.records.codec import hash_values
 from drllm.records.static_paths import load_path
 from drllm.reporting import drawing
-from drllm.statistics.intervals import mean_interval
 from drllm.tuning.heal_texts import choose_calibration_texts
 from drllm.tuning.objectives import LOSS
 from drllm.tuning.path_scorer import Item, score_paths
@@ -190,18 +189,13 @@ def summarise(full: Measurement, measured: Measurement, kinds: Sequence[str]) ->
 
     The interval is of the mean over kinds; each text is paired with itself along the full path.
     """
-    by_kind = {}
-    weighted = []
-    num_texts = sum(len(measured.losses[kind]) for kind in kinds)
+    increases = {}
     for kind in kinds:
         pairs = zip(measured.losses[kind], full.losses[kind], strict=True)
-        increases = [loss - full_loss for loss, full_loss in pairs]
-        by_kind[kind] = fmean(increases)
-        # So that each kind counts the same in the mean over texts, also one with fewer texts.
-        weight = num_texts / (len(kinds) * len(increases))
-        weighted += [weight * increase for increase in increases]
-    low, high = mean_interval(weighted, SEED)
-    return {"by_kind": by_kind, "mean": fmean(by_kind.values()), "interval": [low, high]}
+        increases[kind] = [loss - full_loss for loss, full_loss in pairs]
+    mean, interval = average_kinds(increases)
+    by_kind = {kind: fmean(values) for kind, values in increases.items()}
+    return {"by_kind": by_kind, "mean": mean, "interval": interval}
 
 
 def print_row(label: str, seen: Mapping[str, Any], unseen: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from drllm.statistics.intervals import is_right_or_wrong, mean_interval
+from drllm.statistics.intervals import is_right_or_wrong, mean_interval, sum_interval
 from drllm.statistics.paired import count_won_lost, mcnemar_exact, paired_interval
 
 ACCURACY = "accuracy"
@@ -32,6 +32,20 @@ def compare_paired(quantity: str, ours: Sequence[float], theirs: Sequence[float]
         "p": mcnemar_exact(won, lost),
         "excluded": max(0.0, -interval[0]),
     }
+
+
+def average_kinds(values: Mapping[str, Sequence[float]]) -> tuple[float, tuple[float, float]]:
+    """Return the mean over kinds of the mean of each, and its 95 % interval.
+
+    The kinds are fixed: each counts the same, and each is resampled by itself. So how far the kinds
+    lie apart doesn't count as an error of sampling.
+
+    Args:
+        values: For each kind, one value for each text.
+    """
+    weight = 1 / len(values)
+    mean, low, high = sum_interval([(weight, of_kind) for of_kind in values.values()], SEED)
+    return mean, (low, high)
 
 
 def mean_change(

@@ -428,6 +428,27 @@ def test_the_loss_that_a_repair_takes_back_is_measured_by_kind_of_text(
     assert script.summarise(full, path, ["a", "b"])["mean"] == 2.0  # each kind counts the same
 
 
+def test_how_far_kinds_of_text_lie_apart_does_not_widen_the_interval_of_a_repair(benchmark):
+    script = benchmark("repair")
+    full = script.Measurement(losses={"a": [1.0, 2.0, 3.0], "b": [4.0]})
+    path = script.Measurement(losses={"a": [1.5, 2.5, 3.5], "b": [6.5]})  # 0.5 and 2.5 more
+    found = script.summarise(full, path, ["a", "b"])
+    assert found["by_kind"] == {"a": 0.5, "b": 2.5}
+    assert (found["mean"], *found["interval"]) == pytest.approx((1.5, 1.5, 1.5))
+
+
+def test_kinds_of_text_count_the_same_in_the_loss_of_fewer_bits_and_do_not_widen_its_interval(
+    benchmark,
+):
+    script = benchmark("quantised")
+    measured = {
+        (script.FULL, script.FLOAT32): script.Measurement(1, losses={"a": [1.0] * 3, "b": [4.0]}),
+        (script.FULL, script.INT8): script.Measurement(1, losses={"a": [1.5] * 3, "b": [6.5]}),
+    }
+    _, row = script.summarise(measured)
+    assert (row["loss_increase"], *row["interval"]) == pytest.approx((1.5, 1.5, 1.5))
+
+
 def test_what_a_bypass_takes_back_is_measured_by_rank_and_number_of_skips(figures_of, tmp_path):
     files = []
     for name, word in (("fit", "apple"), ("measured", "plum")):
