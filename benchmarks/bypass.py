@@ -10,9 +10,9 @@ how many routes it is better. The full path is the bound: an increase of 0. Then
 fit, and what the bypass of a layer costs as a share of the layer: counted in multiply-adds, and
 measured in turns.
 
-`--draw N` draws other routes and other texts: choose with one draw, report another.
-What is measured is kept in `--output-dir`, so the same command goes on after a kill, and more
-routes or ranks can be added.
+`--draw N` draws other routes, and takes other texts than draws of as many routes: choose with one
+draw, report another. What is measured is kept in `--output-dir` by route and text, so the same
+command goes on after a kill, and more routes, ranks or draws can be added.
 
     python benchmarks/bypass.py --text FILE,... --held-out FILE,... [--routes N] [--skips N,...]
         [--ranks N,...] [--on-routes RANK] [--runs] [--draw N] [--tokens N] [--output-dir DIR]
@@ -65,13 +65,12 @@ TIMED_REPEATS = 20
 NOTHING = "nothing"
 ONE_MAP_A_RUN = "one map a run"
 MIN_ROUTES = 5  # of a row
-ROUTES_AT_ONCE = 20  # are measured, then kept
 
 
-class Losses(msgspec.Struct, frozen=True, kw_only=True):
-    """The next-token loss along each of some routes on the route's own text, in nats a token."""
+class Loss(msgspec.Struct, frozen=True, kw_only=True):
+    """The next-token loss of a text along a route, in nats a token."""
 
-    values: list[float]
+    value: float
 
 
 class Measurer:
@@ -79,16 +78,26 @@ class Measurer:
 
     Args:
         base: The model.
-        texts: The texts; route number i is measured on text number i.
+        fit_texts: The texts that the bypasses are fitted on.
+        texts: The texts to measure on; route number i is measured on text number i.
         folder: Where measurements are kept.
-        identity: What else they depend on.
     """
 
     def __init__(
-        self, base: BaseModel, texts: Sequence[Tokens], folder: Path, identity: Mapping[str, Any]
+        self,
+        base: BaseModel,
+        fit_texts: Sequence[Tokens],
+        texts: Sequence[Tokens],
+        folder: Path,
     ) -> None:
         self.base = base
-        self.items = [Item(Request.from_text(text)) for text in texts]
+        self.texts = texts
+        # The texts to measure on are in the key of each result, so that more can be added.
+        identity = {
+            "model": base.identity,
+            "runtime": base.runtime,
+            "texts_sha256": hash_values(fit_texts),
+        }
         self.store = ResultStore(folder, identity, stage="benchmark")
         self.store.open()
 
@@ -96,28 +105,24 @@ class Measurer:
         self, name: str, crossings: Crossings | None, routes: Sequence[Decisions]
     ) -> list[float]:
         """Return the loss along each route on its text."""
-        losses: list[float] = []
-        for start in range(0, len(routes), ROUTES_AT_ONCE):
-            some = routes[start : start + ROUTES_AT_ONCE]
-            items = self.items[start : start + ROUTES_AT_ONCE]
-            key = f"{name} from {start} {hash_values(some)[:16]}"
-            make = partial(self._score, crossings, some, items)
-            losses += self.store.get_or_make(key, Losses, make).values
+        losses = []
+        routed = RoutedModel(self.base.model, tokenizer=self.base.tokenizer)
+        try:
+            for route, text in zip(routes, self.texts, strict=True):
+                key = f"{name} {hash_values([route, text])[:16]}"
+                make = partial(self._score, routed, crossings, route, text)
+                losses.append(self.store.get_or_make(key, Loss, make).value)
+        finally:
+            routed.detach()
         return losses
 
     def _score(
-        self, crossings: Crossings | None, routes: Sequence[Decisions], items: Sequence[Item]
-    ) -> Losses:
-        routed = RoutedModel(self.base.model, tokenizer=self.base.tokenizer)
-        losses = []
-        try:
-            for route, item in zip(routes, items, strict=True):
-                path = StaticPath(to_path(route))
-                scores = score_paths(routed, [item], [path], LOSS, CACHE_GB, crossings)
-                losses.append(-scores.objective[0][0])
-        finally:
-            routed.detach()
-        return Losses(values=losses)
+        self, routed: RoutedModel, crossings: Crossings | None, route: Decisions, text: Tokens
+    ) -> Loss:
+        items = [Item(Request.from_text(text))]
+        path = StaticPath(to_path(route))
+        scores = score_paths(routed, items, [path], LOSS, CACHE_GB, crossings)
+        return Loss(value=-scores.objective[0][0])
 
 
 def fit(base: BaseModel, texts: Sequence[Tokens], rank: int, clock: Any) -> tuple[Bypass, float]:
@@ -248,14 +253,23 @@ def fit_all(
     return ways
 
 
-def choose_texts(held_out: Kinds, number: int, draw: int) -> list[Tokens]:
-    """Choose texts to measure on, from each kind in turn; another draw has other texts."""
-    kinds = list(held_out.values())
-    each = -(-number // len(kinds))
+def choose_texts(held_out: Kinds, num_routes: int, draw: int) -> list[Tokens]:
+    """Choose a text for each route, from each kind in turn.
+
+    Another draw of as many routes has other texts. With more routes, those of draw 0 keep theirs.
+    """
+    num_per_kind = -(-num_routes // len(held_out))  # rounded up
+    end = (draw + 1) * num_per_kind
+    for name, kind in held_out.items():
+        if len(kind) < end:
+            raise SystemExit(
+                f"--draw {draw} of {num_routes} routes needs {end} texts of each kind, and "
+                f"{name} has {len(kind)}; give fewer --routes, or more texts to --held-out"
+            )
     texts = []
-    for place in range(draw * each, (draw + 1) * each):
-        texts += [kind[place % len(kind)] for kind in kinds]
-    return texts[:number]
+    for place in range(draw * num_per_kind, end):
+        texts += [kind[place] for kind in held_out.values()]
+    return texts[:num_routes]
 
 
 def measure_all(
@@ -269,15 +283,10 @@ def measure_all(
     measured = choose_texts(held_out, sizes["routes"], options.draw)
     if set(fit_texts) & set(measured):
         raise SystemExit("a text is in --text and in --held-out")
-    identity = {
-        "model": base.identity,
-        "runtime": base.runtime,
-        "texts_sha256": hash_values([*fit_texts, *measured]),
-    }
-    measurer = Measurer(base, measured, folder, identity)
+    measurer = Measurer(base, fit_texts, measured, folder)
     full = measurer.measure("full", None, [(1,) * base.num_layers] * len(measured))
     mean = statistics.fmean(full)
-    print(f"full path: {mean:.3f} nats a token on {len(set(measured))} texts", flush=True)
+    print(f"full path: {mean:.3f} nats a token on {len(measured)} texts", flush=True)
     figures: dict[str, Any] = {"full": mean, "rows": [], "fits": {}}
     ways: dict[str, Crossings | None] = {NOTHING: None}
     ways.update(fit_all(base, fit_texts, options, figures))

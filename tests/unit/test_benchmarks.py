@@ -473,6 +473,38 @@ def test_what_a_bypass_takes_back_is_measured_by_rank_and_number_of_skips(figure
     assert small["measured"] > 0
 
 
+def test_each_route_of_each_draw_has_a_text_of_its_own_or_the_draw_is_refused(benchmark):
+    script = benchmark("bypass")
+    kinds = {kind: [(kind, number) for number in range(10)] for kind in (1, 2)}
+    texts = [text for draw in range(3) for text in script.choose_texts(kinds, 5, draw)]
+    assert len(set(texts)) == 15
+    assert script.choose_texts(kinds, 7, 0)[:5] == texts[:5]  # more routes leave draw 0 its texts
+    with pytest.raises(SystemExit, match="--draw 3 of 5 routes needs 12 texts of each kind, and 1"):
+        script.choose_texts(kinds, 5, 3)
+
+
+def test_more_routes_of_a_bypass_are_measured_beside_those_that_are_kept(
+    benchmark, tiny_folder, tmp_path, monkeypatch
+):
+    script = benchmark("bypass")
+    base = load(ModelConfig(model=str(tiny_folder), dtype="float32", device="cpu"))
+    texts = [(5, 6, 7), (8, 9, 10), (11, 12, 13)]
+    routes = [(1, 0) + (1,) * (NUM_LAYERS - 2)] * 3
+    fit_texts = [(3, 4)]
+    first = script.Measurer(base, fit_texts, texts[:2], tmp_path).measure("plain", None, routes[:2])
+    read = []
+    score_paths = script.score_paths
+
+    def count(routed, items, *settings):
+        read.extend(items)
+        return score_paths(routed, items, *settings)
+
+    monkeypatch.setattr(script, "score_paths", count)
+    more = script.Measurer(base, fit_texts, texts, tmp_path).measure("plain", None, routes)
+    assert more[:2] == first
+    assert len(read) == 1
+
+
 def test_a_cheap_choice_is_compared_with_the_best_path_after_its_refit(figures_of, benchmark):
     script = benchmark("repair_ranks")
     figures = figures_of("repair_ranks")
