@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from drllm.config import EvaluateConfig
@@ -15,7 +16,7 @@ from drllm.errors import ConfigError
 from drllm.evaluation.request import EvaluationRequest
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routers.checkpoint import check_routers, load_routers, save_routers
-from drllm.models.routers.places import WEIGHTS_FILE
+from drllm.models.routers.places import CONFIG_FILE, WEIGHTS_FILE
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.healed import HealedAdapter, read_adapter
 from drllm.paths import StaticPath
@@ -151,7 +152,8 @@ def prepare_inputs(
         output: The folder of the evaluation, where routers without a folder are saved.
 
     Raises:
-        ConfigError: The same routers are given twice.
+        ConfigError: The same routers are given twice, or the output has other routers where they
+            would be saved.
         PathError: The model can't run one of the paths.
         RecordError: The adapter of a healed path is broken.
     """
@@ -175,12 +177,32 @@ def save_seeds(routers: Sequence[LoadedRouters], output: Path) -> SeedRouters:
             stacks[loaded.folder] = loaded.stack
         else:
             folder = output / "routers" / str(number)
-            save_routers(loaded.stack, folder)
+            _save_or_keep(loaded.stack, folder)
             stacks[folder] = load_routers(folder)
     hashes = {folder: sha256(folder / WEIGHTS_FILE) for folder in stacks}
     if len(set(hashes.values())) < len(routers):
         raise ConfigError("the same routers are given twice; give the routers of each seed once")
     return SeedRouters(stacks, hashes)
+
+
+def _save_or_keep(routers: RouterStack, folder: Path) -> None:
+    """Save routers, unless the folder has them already.
+
+    Raises ConfigError if the folder has other routers. An earlier evaluation's results name them.
+    """
+    with TemporaryDirectory() as temporary:
+        save_routers(routers, temporary)
+        file_hash = sha256(Path(temporary) / WEIGHTS_FILE)
+    weights = folder / WEIGHTS_FILE
+    has_weights = weights.exists()
+    if has_weights and sha256(weights) != file_hash:
+        raise ConfigError(
+            f"{folder} has other routers, which an earlier evaluation saved there; choose another "
+            f"--output-dir, or delete {folder}"
+        )
+    # A save that was killed leaves weights without a config.
+    if not has_weights or not (folder / CONFIG_FILE).exists():
+        save_routers(routers, folder)
 
 
 def check_seeds(routers: SeedRouters, workers: Workers) -> None:

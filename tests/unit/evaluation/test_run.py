@@ -616,6 +616,25 @@ def test_finished_results_are_not_mixed_with_those_of_another_task(run, two_task
     assert (tmp_path / "samples.jsonl").read_bytes() == before
 
 
+def test_routers_of_an_earlier_evaluation_are_not_overwritten(base, task, tmp_path):
+    few = settings(limit=4, baselines="none")
+    evaluate(base, [task], few, tmp_path, routers=new_routers(base))
+    weights = tmp_path / "routers" / "0" / "routers.safetensors"
+    before = weights.read_bytes()
+    with pytest.raises(ConfigError, match=r"has other routers.*another --output-dir, or delete"):
+        evaluate(base, [task], few, tmp_path, routers=new_routers(base, seed=9))
+    assert weights.read_bytes() == before
+
+
+def test_routers_that_an_earlier_start_saved_are_used_again(base, task, tmp_path):
+    few = settings(limit=4, baselines="none")
+    evaluate(base, [task], few, tmp_path, routers=new_routers(base))
+    weights = tmp_path / "routers" / "0" / "routers.safetensors"
+    written = weights.stat().st_mtime_ns
+    evaluate(base, [task], few, tmp_path, routers=new_routers(base))
+    assert weights.stat().st_mtime_ns == written
+
+
 def test_a_folder_with_foreign_files_is_refused_before_anything_is_asked(
     run, tmp_path, monkeypatch
 ):
