@@ -8,6 +8,7 @@ import ast
 import functools
 import itertools
 import json
+import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -537,12 +538,26 @@ def _gold_index(row: Row, choices: tuple[str, ...]) -> int:
 
 def _graded_answer(row: Row) -> str:
     """Return the right answer of a row that has a grader."""
-    value = row.get("answer")
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    answer = str(value) if is_number else read_text(row, "answer").strip()
+    answer = _read_answer(row)
     grader = row["grader"]
     if grader == "letter" and (len(answer) != 1 or answer not in LETTERS):
         raise TaskError(f"'answer' is {answer!r}; the grader 'letter' expects one of A to Z")
     if grader == "exact" and (not normalise(answer) or len(answer.splitlines()) > 1):
         raise TaskError(f"'answer' is {answer!r}; the grader 'exact' expects one line of words")
     return answer
+
+
+def _read_answer(row: Row) -> str:
+    """Return the answer of a row as a text; the row has a text or a number."""
+    value = row.get("answer")
+    if isinstance(value, float):
+        if not math.isfinite(value):  # an empty cell of a Parquet file is NaN
+            raise TaskError(
+                f"'answer' is {value}; expected a text or a finite number; give the right answer, "
+                f"or leave the row out"
+            )
+        # Parquet and pandas turn the whole numbers of a column with empty cells into floats.
+        return str(int(value) if value.is_integer() else value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return read_text(row, "answer").strip()

@@ -64,6 +64,13 @@ def test_generated_answers_are_graded_as_the_row_says(tmp_path, row, right, wron
         assert grade(prompt, wrong) == 0.0
 
 
+@pytest.mark.parametrize(("answer", "text"), [(4.0, "4"), (-0.0, "0"), (4.5, "4.5"), (4, "4")])
+def test_a_number_is_an_answer_as_people_write_it(tmp_path, answer, text):
+    task, [example] = read(write(tmp_path, {**GRADED, "grader": "exact", "answer": answer}))
+    assert example.answer == text
+    assert grade(task.prompts(example, "exact")[0], text) == 1.0
+
+
 @pytest.mark.parametrize("name", ["prompt", "question"])
 def test_prompts_alone_have_no_answers_and_are_refused_where_these_are_needed(tmp_path, name):
     task, examples = read(write(tmp_path, {name: "Say something.", "id": 7}))

@@ -101,6 +101,16 @@ def test_parquet_is_read_like_json_lines(tmp_path, expected):
     assert read(file) == expected
 
 
+def test_an_empty_cell_of_a_column_of_numbers_is_named(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [{"question": f"{n} + 0?", "answer": n, "grader": "exact"} for n in (4.0, float("nan"))]
+    file = tmp_path / "mine.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    with pytest.raises(TaskError, match=r"mine\.parquet, row 2: 'answer' is nan; expected a text"):
+        get_task(str(file))
+
+
 def test_without_pyarrow_a_parquet_file_names_the_extra(tmp_path, monkeypatch):
     file = tmp_path / "mine.parquet"
     file.write_bytes(b"PAR1")
