@@ -17,6 +17,7 @@ from drllm.models.routing.bypass import Bypass
 from drllm.models.routing.bypass_file import BypassRecord, save_bypass
 from drllm.models.routing.policies import FixedPolicy
 from drllm.paths import StaticPath
+from drllm.records.supervision import SupervisionRecord
 from drllm.work.listener import Listener
 
 ROWS = [
@@ -85,6 +86,34 @@ def test_labels_of_another_bypass_are_not_trained_on(base, records, seed):
     targets = drllm.supervise(records)
     with pytest.raises(RecordError, match=r"with the bypass [0-9a-f]{8}, and not "):
         drllm.train(route(base, other), targets, **TRAIN)
+
+
+def make_targets():
+    return [
+        SupervisionRecord(
+            question=row["question"], answer="yes", optimal_layer_config=(1, 1, 0, 1, 1, 1)
+        )
+        for row in ROWS
+    ]
+
+
+@pytest.mark.parametrize("seed", [None, 1])
+def test_features_with_another_bypass_are_not_used_again(base, bypass, tmp_path, seed):
+    other = None if seed is None else draw_bypass(base.model, seed)
+    features = tmp_path / "features"
+    targets = make_targets()
+    drllm.train(route(base, other), targets, features=features, **TRAIN)
+    with pytest.raises(ConfigError, match=r"holds other features: .* bypass"):
+        drllm.train(route(base, bypass), targets, features=features, **TRAIN)
+
+
+@pytest.mark.parametrize("seed", [None, 1])
+def test_routers_with_another_bypass_are_not_returned_for_a_training(base, bypass, tmp_path, seed):
+    other = None if seed is None else draw_bypass(base.model, seed)
+    targets = make_targets()
+    drllm.train(route(base, other), targets, output_dir=tmp_path, **TRAIN)
+    with pytest.raises(CheckpointError, match=r"trained routers of another run, .* bypass"):
+        drllm.train(route(base, bypass), targets, output_dir=tmp_path, **TRAIN)
 
 
 @pytest.mark.parametrize("seed", [None, 1])

@@ -4,7 +4,8 @@
 file hold the number of finished epochs, the metrics so far, and the identity of the training.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from drllm.config import TrainConfig
 from drllm.errors import CheckpointError, RecordError
 from drllm.models.routers.config import read_config
 from drllm.records.codec import decode, encode, write_atomically
+from drllm.records.identity import BYPASS
 from drllm.training import CHECKPOINT_FILE, is_finished
 from drllm.training.trainer import Trainer
 from drllm.work.store import differences
 
 HEADER = "drllm.training"  # the key of the header in the file's metadata
+TARGETS = "targets_or_base_dtype_sha256"  # the key of the training set's hash in an identity
 # A tensor in the file is named PART.NAME: the part of the state, and the name of the weight.
 WEIGHTS = "weights"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -38,20 +41,24 @@ class _Header(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def make_identity(
-    config: TrainConfig, base_identity: Mapping[str, Any], targets_digest: str
+    config: TrainConfig, base_identity: Mapping[str, Any], targets_digest: str | None = None
 ) -> dict[str, Any]:
     """Return the values that identify a training; files with other values aren't resumed.
 
     Args:
         config: The settings.
         base_identity: Identity of the base model.
-        targets_digest: `Features.digest`, a hash of the training set.
+        targets_digest: `Features.digest`, a hash of the training set. None if it isn't known yet;
+            training sets then aren't compared.
     """
-    return {
+    identity = {
         "settings": config.decisive(),
         "base_model": base_identity["fingerprint"],
-        "targets_or_base_dtype_sha256": targets_digest,
+        BYPASS: base_identity.get(BYPASS),
     }
+    if targets_digest is not None:
+        identity[TARGETS] = targets_digest
+    return identity
 
 
 def save_checkpoint(output: Path, identity: Mapping[str, Any], trainer: Trainer) -> None:
@@ -87,34 +94,39 @@ def resume_training(output: Path, identity: Mapping[str, Any], trainer: Trainer)
     path = output / CHECKPOINT_FILE
     if not path.exists():
         return
-    try:
-        header, tensors = _read_checkpoint(path)
-        different_values = differences(header.identity, identity)
-        if not different_values:
-            _restore(trainer, header, tensors)
-    except (SafetensorError, OSError, RecordError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} is broken; delete it to train from the beginning") from error
-    if different_values:
-        raise CheckpointError(
-            f"{path} belongs to another run, made with {'; '.join(different_values)}; choose "
-            f"another output folder, or delete the checkpoint to train from the beginning"
-        )
+    with _broken_named(path):
+        header = _read_header(path)
+    _refuse_other_checkpoint(path, header, identity)
+    with _broken_named(path):
+        _restore(trainer, header, _read_tensors(path))
 
 
 def is_done(output: Path, identity: Mapping[str, Any]) -> bool:
-    """Tell whether a folder holds the finished routers of this training.
+    """Tell whether a folder holds the finished routers of this training; nothing is changed.
 
-    Raises CheckpointError if it holds the finished routers of another training.
+    Args:
+        output: The routers' folder.
+        identity: The result of `make_identity` for this training.
+
+    Raises:
+        CheckpointError: The folder holds another training, whether finished or not.
     """
+    path = output / CHECKPOINT_FILE
+    if path.exists():
+        with _broken_named(path):
+            header = _read_header(path)
+        _refuse_other_checkpoint(path, header, identity)
+        return False
     if not is_finished(output):
         return False
     config = read_config(output)
     stored = {
         "settings": config.training.get("settings"),
         "base_model": config.base_fingerprint,
-        "targets_or_base_dtype_sha256": config.training.get("targets"),
+        BYPASS: config.bypass or None,
+        TARGETS: config.training.get("targets"),
     }
-    different_values = differences(stored, identity)
+    different_values = _compare(stored, identity)
     if different_values:
         raise CheckpointError(
             f"{output} holds trained routers of another run, made with "
@@ -123,12 +135,40 @@ def is_done(output: Path, identity: Mapping[str, Any]) -> bool:
     return True
 
 
-def _read_checkpoint(path: Path) -> tuple[_Header, dict[str, Tensor]]:
-    """Return the header and the tensors of a checkpoint, the tensors by their names in the file."""
+def _refuse_other_checkpoint(path: Path, header: _Header, identity: Mapping[str, Any]) -> None:
+    different_values = _compare(header.identity, identity)
+    if different_values:
+        raise CheckpointError(
+            f"{path} belongs to another run, made with {'; '.join(different_values)}; choose "
+            f"another output folder, or delete the checkpoint to train from the beginning"
+        )
+
+
+def _compare(stored: Mapping[str, Any], identity: Mapping[str, Any]) -> list[str]:
+    """Say in words where two identities differ; see `make_identity`."""
+    if TARGETS not in identity:
+        stored = {name: value for name, value in stored.items() if name != TARGETS}
+    return differences(stored, identity)
+
+
+@contextmanager
+def _broken_named(path: Path) -> Iterator[None]:
+    """Turn the errors of a broken checkpoint into a CheckpointError that names the file."""
+    try:
+        yield
+    except (SafetensorError, OSError, RecordError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is broken; delete it to train from the beginning") from error
+
+
+def _read_header(path: Path) -> _Header:
     with safe_open(path, framework="pt") as file:
-        header = decode(file.metadata()[HEADER], _Header, str(path))
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return header, tensors
+        return decode(file.metadata()[HEADER], _Header, str(path))
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint by their names in the file."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def _restore(trainer: Trainer, header: _Header, tensors: Mapping[str, Tensor]) -> None:

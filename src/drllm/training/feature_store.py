@@ -31,6 +31,7 @@ from drllm.records.codec import (
     write_atomically,
     write_json,
 )
+from drllm.records.identity import BYPASS
 from drllm.records.manifest import manifest_path, read_manifest
 from drllm.records.places import only_writer
 from drllm.work.store import refuse_other_run
@@ -43,8 +44,9 @@ MAX_SHARE_WITHOUT_NOTE = 0.5
 """A pass that needs a larger share of the free disk space says how much it needs."""
 NOT_DONE = 0  # value of `filled`: the target isn't pooled yet
 NOT_FINITE = -1  # value of `filled`: the target's states aren't finite
-MODEL_FIELDS = ("fingerprint", "class", "num_layers", "hidden_size")
-"""The fields of the base model in the manifest that must be the same."""
+MODEL_FIELDS = ("fingerprint", "class", "num_layers", "hidden_size", BYPASS)
+"""The fields of the base model in the manifest that must be the same; without a bypass its hash is
+missing."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 _BLOCK_FILE = re.compile(r"features-\d{6,}\.safetensors")

@@ -102,6 +102,10 @@ OTHERS = {
         "base dtype",
     ),
     "base model": ((FEATURES, {**IDENTITY, "fingerprint": "another"}, SETTINGS), "base_model"),
+    "bypass": (
+        (FEATURES, {**IDENTITY, "bypass": "another"}, SETTINGS),
+        'bypass none, now "another"',
+    ),
     "seed": ((FEATURES, IDENTITY, replace(SETTINGS, seed=5)), "seed 0, now 5"),
 }
 
