@@ -22,10 +22,10 @@ import torch
 from drllm.agreement import TRAIN, VALIDATION, Counts, compute_metrics
 from drllm.config import TrainConfig
 from drllm.config.fields import replace_settings
-from drllm.errors import ConfigError
+from drllm.errors import CheckpointError, ConfigError
 from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import PromptForm, infer_form
-from drllm.models.routers.checkpoint import load_routers, save_routers
+from drllm.models.routers.checkpoint import check_foreign_files, load_routers, save_routers
 from drllm.models.routers.places import WEIGHTS_FILE
 from drllm.models.routers.stack import RouterStack
 from drllm.models.workers import open_workers
@@ -41,6 +41,7 @@ from drllm.records.supervision import (
 )
 from drllm.training import CHECKPOINT_FILE
 from drllm.training.checkpoint import (
+    TARGETS,
     is_done,
     make_identity,
     resume_training,
@@ -168,9 +169,12 @@ def train_on_targets(
     listener = listener or Listener()
     check_folder(output, "output")
     store = FeatureStore(Path(features or output / FEATURES_FOLDER), config.feature_dtype)
-    inputs = _compute_inputs(model, tokenizer, targets, config, store, listener)
+    seeds = config.by_seed(output)
+    inputs = _compute_inputs(model, tokenizer, targets, seeds, store, listener)
+    temporary_store = None if features else store
+    unfinished = _find_unfinished(seeds, inputs, temporary_store)
     _write_rejected(output, inputs.features.rejected, len(targets.records), listener)
-    _train_seeds(inputs, config.by_seed(output), listener, None if features else store)
+    _train_seeds(inputs, unfinished, listener, temporary_store)
     return load_routers(output)
 
 
@@ -178,13 +182,26 @@ def _compute_inputs(
     model: Any,
     tokenizer: Any,
     targets: TargetSet,
-    config: TrainConfig,
+    seeds: Mapping[Path, TrainConfig],
     store: FeatureStore,
     listener: Listener,
 ) -> TrainingInputs:
-    """Load the base model, here or in the workers of Ray, and run it along the targets."""
+    """Load the base model, here or in the workers of Ray, and run it along the targets.
+
+    Folders that the training would be refused for at its end are refused before the model runs.
+
+    Args:
+        model: As for `train`.
+        tokenizer: As for `train`.
+        targets: The targets.
+        seeds: The settings of each seed, by the folder of its routers.
+        store: The folder of the features.
+        listener: Receives notes and progress.
+    """
+    config = next(iter(seeds.values()))  # the seeds differ in nothing that is read here
     with open_workers(model, tokenizer, config, listener) as workers:
         identity = workers.executor.identity
+        _refuse_folders(seeds, identity)
         rewards = getattr(targets.records, "rewards", ())  # an attribute of `Supervision`
         if targets.files:
             rewards = check_targets(targets.files, identity)
@@ -221,9 +238,16 @@ def _choose_device(base: BaseModel) -> torch.device:
     return torch.device("cpu")
 
 
+def _refuse_folders(seeds: Mapping[Path, TrainConfig], base_identity: Mapping[str, Any]) -> None:
+    """Refuse folders of other settings or of another base model, and foreign files in them."""
+    for folder, config in seeds.items():
+        if not is_done(folder, make_identity(config, base_identity)):
+            check_foreign_files(folder)
+
+
 def _train_seeds(
     inputs: TrainingInputs,
-    seeds: Mapping[Path, TrainConfig],
+    unfinished: Mapping[Path, TrainConfig],
     listener: Listener,
     temporary_store: FeatureStore | None,
 ) -> None:
@@ -231,16 +255,16 @@ def _train_seeds(
 
     Args:
         inputs: What the routers are trained on.
-        seeds: The settings of each seed, by the folder of its routers.
+        unfinished: The settings of these seeds, by the folder of their routers.
         listener: Receives progress.
         temporary_store: Features to delete when all seeds are done; None keeps the features.
     """
-    unfinished = _find_unfinished(seeds, inputs)
-    for folder in unfinished:
+    folders = list(unfinished)
+    for folder, config in unfinished.items():
         fit_seed(
             inputs.features,
             inputs.base_identity,
-            seeds[folder],
+            config,
             folder,
             prompts=inputs.prompts,
             device=inputs.device,
@@ -248,22 +272,32 @@ def _train_seeds(
         )
         # The features are deleted before the last checkpoint. So if the process is killed in
         # between, the training counts as unfinished, and the next call deletes both.
-        if temporary_store is not None and folder == unfinished[-1]:
+        if temporary_store is not None and folder == folders[-1]:
             temporary_store.remove()
         remove_state(folder)
     if temporary_store is not None:  # also if no seed was left to train
         temporary_store.remove()
 
 
-def _find_unfinished(seeds: Mapping[Path, TrainConfig], inputs: TrainingInputs) -> list[Path]:
-    """Return the folders whose routers aren't trained yet; refuse another training's folders."""
+def _find_unfinished(
+    seeds: Mapping[Path, TrainConfig], inputs: TrainingInputs, temporary_store: FeatureStore | None
+) -> dict[Path, TrainConfig]:
+    """Return the seeds whose routers aren't trained yet, by their folders.
+
+    Raises CheckpointError if a folder holds another training. The temporary features, which may be
+    large, are deleted then.
+    """
     digest = inputs.features.digest
-    unfinished = []
-    for folder, config in seeds.items():
-        identity = make_identity(config, inputs.base_identity, digest)
-        if not is_done(folder, identity):
-            unfinished.append(folder)
-    return unfinished
+    try:
+        return {
+            folder: config
+            for folder, config in seeds.items()
+            if not is_done(folder, make_identity(config, inputs.base_identity, digest))
+        }
+    except CheckpointError:
+        if temporary_store is not None:
+            temporary_store.remove()
+        raise
 
 
 def _write_rejected(
@@ -423,7 +457,7 @@ def _describe_training(
     if prompts.form is not None:
         prompt_form = dataclasses.asdict(prompts.form)
     return {
-        "targets": identity["targets_or_base_dtype_sha256"],
+        "targets": identity[TARGETS],
         "rewards": list(prompts.rewards),
         "prompt_form": prompt_form,
         "settings": trainer.config.decisive(),

@@ -6,7 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from killable import CONFIG, kills_that_changed_nothing, run_script, train
+from killable import (
+    CONFIG,
+    CONTEXT,
+    N,
+    kills_that_changed_nothing,
+    make_record,
+    make_records,
+    run_script,
+    train,
+)
 from small import BrokenOffError, files_of
 
 from drllm.errors import CheckpointError
@@ -85,22 +94,46 @@ def test_broken_off_in_the_last_clean_up_routers_are_unfinished_or_nothing_is_le
 
 
 def test_a_folder_with_routers_of_other_settings_is_refused_before_anything_is_trained(tmp_path):
-    train(tmp_path, ONE)
-    before = weights(tmp_path)
+    records = [*make_records(N), make_record(N, "x" * 2 * CONTEXT, (1, 1, 1))]
+    train(tmp_path, ONE, records=records)
+    before = files_of(tmp_path)
+    assert "rejected.jsonl" in before
     with pytest.raises(CheckpointError, match="holds trained routers of another run"):
         train(tmp_path, replace(ONE, learning_rate=0.01))
-    assert weights(tmp_path) == before
+    assert files_of(tmp_path) == before
 
 
-def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
+def test_a_folder_with_routers_of_other_targets_is_left_as_it_is(tmp_path):
+    records = [*make_records(N), make_record(N, "x" * 2 * CONTEXT, (1, 1, 1))]
+    train(tmp_path, ONE, records=records)
+    before = files_of(tmp_path)
+    with pytest.raises(CheckpointError, match="made with other targets or base dtype"):
+        train(tmp_path, ONE, records=make_records(N - 1))
+    assert files_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.json"])
+def test_a_folder_with_a_file_of_the_users_own_is_refused_before_anything_is_trained(
+    tmp_path, name
+):
+    (tmp_path / "seed_1").mkdir()
+    (tmp_path / "seed_1" / name).write_text("mine")
+    with pytest.raises(CheckpointError, match="would be replaced"):
+        train(tmp_path)
+    assert files_of(tmp_path) == {f"seed_1/{name}": b"mine"}
+
+
+def test_a_checkpoint_of_other_settings_is_refused_and_left_as_it_is(tmp_path):
     def break_off(*_) -> None:
         if (tmp_path / CHECKPOINT_FILE).exists():
             raise BrokenOffError
 
     with pytest.raises(BrokenOffError):
         train(tmp_path, ONE, at=break_off)
+    before = files_of(tmp_path)
     with pytest.raises(CheckpointError, match=r"learning_rate 0.05, now 0.01"):
         train(tmp_path, replace(ONE, learning_rate=0.01))
+    assert files_of(tmp_path) == before
 
 
 def test_what_a_training_has_left_can_be_discarded(finished, tmp_path):

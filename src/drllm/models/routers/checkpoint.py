@@ -64,7 +64,7 @@ def save_routers(
     folder = Path(folder)
     if config is None:
         config = routers.config
-    _check_foreign_files(folder)
+    check_foreign_files(folder)
     tensors = {
         name: weight.detach().cpu().contiguous() for name, weight in routers.state_dict().items()
     }
@@ -89,8 +89,12 @@ def save_routers(
         ) from error
 
 
-def _check_foreign_files(folder: Path) -> None:
-    """Refuse a folder where a README.md or config.json that isn't ours would be replaced."""
+def check_foreign_files(folder: Path) -> None:
+    """Refuse a folder where a README.md or config.json that isn't ours would be replaced.
+
+    Raises:
+        CheckpointError: There is such a file.
+    """
     auto_config = folder / AUTO_FILE
     if auto_config.is_file() and b'"drllm"' not in auto_config.read_bytes():
         raise CheckpointError(
