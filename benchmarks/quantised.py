@@ -48,7 +48,7 @@ from drllm.evaluation.latency import (
 from drllm.models.base.load import BaseModel, load
 from drllm.models.export import export_path
 from drllm.paths import StaticPath
-from drllm.records.static_paths import PathFile, load_path
+from drllm.records.static_paths import PathFile
 
 QUICK = {"repeats": 1, "num_texts": 2, "prompt": 32, "written": 4}
 WHOLE = {"repeats": 5, "num_texts": 100, "prompt": 256, "written": 32}
@@ -104,15 +104,6 @@ def check_programs(parser: argparse.ArgumentParser, checkout: Path) -> None:
                 f"{checkout} has no build/bin/{name}; build it there: cmake -B build && "
                 f"cmake --build build --target {QUANTISE} {BENCH}"
             )
-
-
-def choose_path(base: BaseModel, name: str | None) -> PathFile:
-    """Return the named path, or one without a tenth of the layers."""
-    if name is not None:
-        return load_path(name)
-    first = base.num_layers // 2
-    last = first + max(1, base.num_layers // 10) - 1
-    return load_path(f"without:{first}-{last}")
 
 
 def load_in_precisions(folders: Mapping[str, Path]) -> dict[System, BaseModel]:
@@ -310,7 +301,7 @@ def main() -> None:
     """Run it from the command line."""
     parser = common.parser_of(__doc__ or "")
     common.add_model(parser)
-    parser.add_argument("--path", help="static path; without a tenth of the layers unless given")
+    common.add_path(parser)
     parser.add_argument("--llama-cpp", type=Path, help="a built checkout of llama.cpp")
     parser.add_argument("--text", help="files of texts, one kind a file, to measure the loss on")
     parser.add_argument("--num-texts", type=int, help="of each kind")
@@ -321,7 +312,7 @@ def main() -> None:
         check_programs(parser, options.llama_cpp)
     sizes = common.sizes_of(options, QUICK, WHOLE)
     base = common.base_of(options)
-    path = choose_path(base, options.path)
+    path = common.load_shorter_path(options, base)
     rows = summarise(measure(options, base, path, sizes))
     report(rows)
     decisions = path.path_for(base.identity).decisions(base.num_layers)

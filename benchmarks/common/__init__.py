@@ -24,6 +24,7 @@ from common.comparison import Comparison
 from drllm.config import ModelConfig
 from drllm.models.base.load import BaseModel, load
 from drllm.models.routers.stack import RouterStack
+from drllm.records.static_paths import PathFile, load_path
 
 Clock = Callable[[], float]
 Result = TypeVar("Result")
@@ -57,6 +58,20 @@ def add_model(parser: argparse.ArgumentParser, devices: bool = False, dtypes: bo
         parser.add_argument("--device", default="cpu", help="cpu, cuda or mps")
     if dtypes:
         parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
+
+
+def add_path(parser: argparse.ArgumentParser) -> None:
+    """Add the flag of the shorter path that is compared with the full one."""
+    parser.add_argument("--path", help="static path; without a sixth of the layers unless given")
+
+
+def load_shorter_path(options: argparse.Namespace, base: BaseModel) -> PathFile:
+    """Load the path that `--path` names, or one without a sixth of the layers, from the middle."""
+    if options.path is not None:
+        return load_path(options.path)
+    first = base.num_layers // 2
+    last = first + max(1, base.num_layers // 6) - 1
+    return load_path(f"without:{first}-{last}")
 
 
 def sizes_of(

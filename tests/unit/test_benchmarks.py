@@ -786,6 +786,17 @@ def test_everything_is_measured_in_steps_that_are_not_repeated(everything):
     assert {row["ended"] for row in steps.values()} == {"done before"}
 
 
+def test_the_shorter_path_is_the_named_one_or_lacks_a_sixth_of_the_layers(benchmark):
+    benchmark("serving")
+    import common
+
+    small, smaller = Namespace(num_layers=12), Namespace(num_layers=4)
+    default = Namespace(path=None)
+    assert common.load_shorter_path(default, small).skipped == (6, 7)
+    assert common.load_shorter_path(default, smaller).skipped == (2,)
+    assert common.load_shorter_path(Namespace(path="without:3"), small).skipped == (3,)
+
+
 @pytest.mark.thorough
 @pytest.mark.skipif(
     find_spec("llama_cpp") is None or "LLAMA_CPP" not in os.environ,
