@@ -32,7 +32,7 @@ from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import encode, render
 from drllm.models.export import export_path
 from drllm.paths import StaticPath
-from drllm.records.static_paths import load_path
+from drllm.records.static_paths import PathFile
 from drllm.tasks.registry import get_task
 
 QUICK = {"prompts": 3, "tokens": 8}
@@ -41,6 +41,7 @@ OURS = "the exported path in each engine"
 THEIRS = "the full path in the same engine"
 TRANSFORMERS = "transformers"
 LLAMA_CPP = "llama.cpp"
+ENGINES = (TRANSFORMERS, LLAMA_CPP)
 FULL = "full"
 PATH = "path"
 
@@ -89,18 +90,6 @@ class Engines:
         return list(tokens[: tokens.index(self.end)] if self.end in tokens else tokens)
 
 
-def choose_paths(base: BaseModel, name: str | None) -> dict[str, StaticPath]:
-    """Return the full path, and the named one or one without a sixth of the layers."""
-    num_layers = base.num_layers
-    full = StaticPath(range(num_layers))
-    if name is not None:
-        return {FULL: full, PATH: load_path(name)}
-    first = num_layers // 2
-    left_out = range(first, first + num_layers // 6)
-    kept = [layer for layer in range(num_layers) if layer not in left_out]
-    return {FULL: full, PATH: StaticPath(kept)}
-
-
 def make_prompts(base: BaseModel, number: int) -> list[list[int]]:
     """Return built-in questions as tokens, through the chat template."""
     examples = get_task("builtin_facts").examples("test")[:number]
@@ -109,7 +98,7 @@ def make_prompts(base: BaseModel, number: int) -> list[list[int]]:
 
 
 def load_engines(
-    base: BaseModel, path: StaticPath, folder: Path, checkout: Path, num_tokens: int
+    base: BaseModel, path: StaticPath | PathFile, folder: Path, checkout: Path, num_tokens: int
 ) -> Engines:
     """Export a path, and load it in both engines."""
     exported = export_path(base, path, folder).folder
@@ -146,12 +135,70 @@ def answer(
     return rows, num_equal
 
 
+def answer_along_paths(
+    base: BaseModel,
+    paths: Mapping[str, StaticPath | PathFile],
+    checkout: Path,
+    sizes: Mapping[str, int],
+) -> tuple[list[Seconds], dict[str, int]]:
+    """Export the paths, and let both engines answer the prompts along them; see `answer`."""
+    prompts = make_prompts(base, sizes["prompts"])
+    with tempfile.TemporaryDirectory() as folder:
+        engines = {
+            name: load_engines(base, path, Path(folder) / name, checkout, sizes["tokens"])
+            for name, path in paths.items()
+        }
+        try:
+            return answer(engines, prompts, time.process_time)
+        finally:
+            for engine in engines.values():
+                engine.llama.close()
+
+
+def compare_with_full(rows: Sequence[Seconds], least: float) -> dict[str, Comparison]:
+    """Compare for each engine the seconds along the shorter path with those along the full one.
+
+    Args:
+        rows: The seconds of each prompt.
+        least: The share of the multiply-adds that the shorter path still has.
+    """
+    comparisons = {}
+    for engine in ENGINES:
+        speedup = statistics.median(row[engine, FULL] / row[engine, PATH] for row in rows)
+        what = f"write along a shorter path, {engine}"
+        comparisons[engine] = Comparison(what, speedup, 1 / least)
+    return comparisons
+
+
+def compare_engines(rows: Sequence[Seconds]) -> float:
+    """Return how many times as fast as transformers llama.cpp is along the shorter path."""
+    return statistics.median(row[TRANSFORMERS, PATH] / row[LLAMA_CPP, PATH] for row in rows)
+
+
+def report(
+    comparisons: Mapping[str, Comparison],
+    least: float,
+    faster: float,
+    num_equal: Mapping[str, int],
+    num_texts: int,
+) -> None:
+    """Print what came out."""
+    for name, number in num_equal.items():
+        print(f"{name} path: {number} of {num_texts} texts of llama.cpp are those of transformers")
+    for engine, comparison in comparisons.items():
+        print(
+            f"{engine}: the path takes {1 / comparison.speedup:.3f} of the full path's time, its "
+            f"multiply-adds are {least:.3f} (share of the bound {comparison.share:.0%})"
+        )
+    print(f"llama.cpp is {faster:.2f} times as fast as transformers along the path")
+
+
 def main() -> None:
     """Run it from the command line."""
     parser = common.parser_of(__doc__ or "")
     common.add_model(parser)
     llama_cpp.add_checkout(parser)
-    parser.add_argument("--path", help="static path; without a sixth of the layers unless given")
+    common.add_path(parser)
     parser.add_argument("--prompts", type=int)
     parser.add_argument("--tokens", type=int, help="written to each")
     options = parser.parse_args()
@@ -160,55 +207,27 @@ def main() -> None:
     torch.set_num_threads(1)
     sizes = common.sizes_of(options, QUICK, WHOLE)
     base = common.base_of(options)
-    paths = choose_paths(base, options.path)
-    prompts = make_prompts(base, sizes["prompts"])
-    with tempfile.TemporaryDirectory() as folder:
-        engines = {
-            name: load_engines(base, path, Path(folder) / name, options.llama_cpp, sizes["tokens"])
-            for name, path in paths.items()
-        }
-        rows, num_equal = answer(engines, prompts, time.process_time)
-        for engine in engines.values():
-            engine.llama.close()
-    report(base, options, paths[PATH], rows, num_equal)
-
-
-def report(
-    base: BaseModel,
-    options: Any,
-    path: StaticPath,
-    rows: Sequence[Seconds],
-    num_equal: Mapping[str, int],
-) -> None:
-    """Print the figures, and write them if `--json` asks for it."""
+    shorter = common.load_shorter_path(options, base)
+    path = shorter.path_for(base.identity)
     least = bound.share_of_work(base, path.decisions(base.num_layers), num_tokens=1)
-    for name, number in num_equal.items():
-        print(f"{name} path: {number} of {len(rows)} texts of llama.cpp are those of transformers")
-    shares = {}
-    comparisons = []
-    for engine in (TRANSFORMERS, LLAMA_CPP):
-        share = statistics.median(row[engine, PATH] / row[engine, FULL] for row in rows)
-        shares[engine] = share
-        comparison = Comparison(f"write along a shorter path, {engine}", 1 / share, 1 / least)
-        comparisons.append(comparison)
-        print(
-            f"{engine}: the path takes {share:.3f} of the full path's time, its multiply-adds are "
-            f"{least:.3f} (share of the bound {comparison.share:.0%})"
-        )
-    faster = statistics.median(row[TRANSFORMERS, PATH] / row[LLAMA_CPP, PATH] for row in rows)
-    print(f"llama.cpp is {faster:.2f} times as fast as transformers along the path")
+    # What is exported is the file's path, whose adapter is merged if it is healed.
+    paths = {FULL: StaticPath(range(base.num_layers)), PATH: shorter}
+    rows, num_equal = answer_along_paths(base, paths, options.llama_cpp, sizes)
+    comparisons = compare_with_full(rows, least)
+    faster = compare_engines(rows)
+    report(comparisons, least, faster, num_equal, len(rows))
     figures = {
         **common.describe_run(base, options),
         "prompts": len(rows),
         "layers": list(path.layers),
-        "equal": dict(num_equal),
+        "equal": num_equal,
         "repeats": 1,
-        "overhead": shares,
+        "overhead": {engine: 1 / each.speedup for engine, each in comparisons.items()},
         "llama_cpp_speedup": faster,
         "ours": OURS,
         "theirs": THEIRS,
     }
-    common.write_figures(options, figures, comparisons)
+    common.write_figures(options, figures, list(comparisons.values()))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from drllm.config import ModelConfig, SearchConfig
 from drllm.models.base.load import load
@@ -784,6 +786,46 @@ def test_everything_is_measured_in_steps_that_are_not_repeated(everything):
     assert steps["routing"]["figures"]["num_questions"] == 8
     steps, status = everything("--only", names)
     assert {row["ended"] for row in steps.values()} == {"done before"}
+
+
+@pytest.fixture
+def serve(benchmark, figures_of, tmp_path, monkeypatch):
+    """A function that runs the benchmark of serving, in which transformers stands in for llama.cpp.
+
+    It returns the figures.
+    """
+    engine = benchmark("serving").llama_cpp
+
+    def load_stand_in(file):
+        model = AutoModelForCausalLM.from_pretrained(file.parent).eval()
+        model.close = lambda: None
+        return model
+
+    @torch.no_grad()
+    def write(model, prompt, num_tokens):
+        tokens = list(prompt)
+        for _ in range(num_tokens):  # like llama.cpp, also past the end of the text
+            tokens.append(model(torch.tensor([tokens])).logits[0, -1].argmax().item())
+        return tokens[len(prompt) :]
+
+    monkeypatch.setattr(torch, "set_num_threads", lambda _number: None)
+    monkeypatch.setattr(engine, "check_checkout", lambda _parser, _folder: None)
+    monkeypatch.setattr(engine, "convert", lambda folder, _checkout: folder / "model.gguf")
+    monkeypatch.setattr(engine, "load", load_stand_in)
+    monkeypatch.setattr(engine, "generate", write)
+    return lambda *words: figures_of("serving", "--llama-cpp", str(tmp_path), *words)
+
+
+def test_a_path_in_a_file_is_served_and_reported(serve, tmp_path):
+    layers = [layer for layer in range(NUM_LAYERS) if layer not in (3, 5)]
+    file = tmp_path / "path.json"
+    file.write_text(json.dumps({"path": layers}))
+    figures = serve("--path", str(file))
+    assert figures["layers"] == layers
+    assert figures["equal"] == {"full": 3, "path": 3}
+    for row in figures["comparisons"]:
+        assert row["bound"] > 1
+        assert figures["overhead"][row["what"].split(", ")[1]] == 1 / row["speedup"]
 
 
 def test_the_shorter_path_is_the_named_one_or_lacks_a_sixth_of_the_layers(benchmark):
