@@ -63,7 +63,7 @@ def same_value(gold: str, answer: str) -> bool:
 class _Comparer:
     """Compares answers in a process of its own, the worker.
 
-    The worker is started on first use, and again after a time-out or a fork.
+    The worker is started on first use, and again after a time-out, a fork or its death.
     """
 
     def __init__(self) -> None:
@@ -81,8 +81,20 @@ class _Comparer:
         return bool(json.loads(result))
 
     def _ask(self, line: str) -> str:
-        """Send a line to the worker and return its answer; empty if the answer takes too long."""
-        process = self._start()
+        """Send a line to the worker and return its answer; empty if there is none.
+
+        A worker that was killed since the last comparison is started again, once.
+        """
+        for _ in range(2):
+            process = self._start()
+            try:
+                return self._exchange(process, line)
+            except OSError:  # nobody reads the line
+                self.end()
+        return ""
+
+    def _exchange(self, process: subprocess.Popen[str], line: str) -> str:
+        """Send a line and return the answer; end the worker if the answer takes too long."""
         assert process.stdin is not None
         assert process.stdout is not None
         is_late = threading.Event()

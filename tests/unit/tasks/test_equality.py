@@ -93,3 +93,21 @@ def test_an_answer_that_takes_for_ever_is_wrong_and_the_next_is_compared(monkeyp
     assert "counted as wrong" in caplog.text
     monkeypatch.undo()
     assert same_value("6", "3+3")
+
+
+def test_a_worker_that_was_killed_between_two_comparisons_is_started_again():
+    assert same_value("4", "1+3")
+    process = equality._comparer._process
+    assert process is not None
+    process.kill()
+    process.wait()
+    assert same_value("8", "3+5")
+
+
+def test_a_worker_that_dies_again_and_again_gives_no_answer_and_no_error(monkeypatch, caplog):
+    def fail(*_: object) -> str:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(equality._Comparer, "_exchange", fail)
+    assert same_value("8", "2+6") is False
+    assert "gave no answer: counted as wrong" in caplog.text
