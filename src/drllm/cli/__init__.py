@@ -1,8 +1,9 @@
 """The command line. `main` runs one command, `drllm VERB [flags]`, and turns errors into messages.
 
 After a mistake of the user, the command prints one line and ends with exit status 2. After an
-interruption, it prints one sentence and ends with status 130. Any other exception is a defect of
-drllm and keeps its traceback.
+interruption, it prints one sentence and ends with status 130. If the reader of its output closes
+the pipe (`drllm show … | head`), it ends silently with status 141. Any other exception is a defect
+of drllm and keeps its traceback.
 """
 
 import os
@@ -22,6 +23,8 @@ from drllm.config import ExecutorConfig
 from drllm.errors import ConfigError, DrllmError
 from drllm.extras import need
 
+OUTPUT_CLOSED = 141  # the status by which shells report a program that a closed pipe has ended
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command, and return its exit status.
@@ -30,15 +33,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The words after `drllm`; None for those in `sys.argv`.
 
     Returns:
-        0 or what the verb returns, 2 after a mistake of the user, 130 after an interruption.
+        0 or what the verb returns, 2 after a mistake of the user, 130 after an interruption, 141
+        if the reader of the output closed the pipe and the verb didn't return a status before.
     """
     if arguments is None:
         arguments = sys.argv[1:]
     words = list(arguments)
     terminal = Terminal()
+    status = 0
     try:
         with terminal.warnings():
-            return _run(words, terminal)
+            status = _run(words, terminal)
+        print(end="", flush=True)  # a closed pipe may show itself only now
+        return status
     except DrllmError as error:
         if not is_first_process():
             # If the first process failed too, it prints the error, and the launcher ends this
@@ -53,10 +60,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         terminal.fail(f"interrupted; {advice}")
         return 130
     except BrokenPipeError:
-        # The reader of our output has closed the pipe (`drllm show … | head`), which is no error.
+        if not _is_output_closed():
+            raise  # another pipe broke, such as that to a process of ours
         # Python would complain at its end, when it flushes standard output.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return status or OUTPUT_CLOSED
+
+
+def _is_output_closed() -> bool:
+    """Tell whether nobody reads standard output any more.
+
+    A line end is written to find out, since the failed write may have left nothing to flush.
+    """
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        return True
+    return False
 
 
 def _run(words: list[str], terminal: Terminal) -> int:

@@ -272,6 +272,10 @@ class _Console(Console):
             text = "\n".join(lines)
         self.print(text, soft_wrap=True)
 
+    def on_broken_pipe(self) -> None:
+        """Let `main` find out which pipe is closed; rich would end the command with status 1."""
+        raise  # the BrokenPipeError that rich is handling
+
     def _wrap(self, line: str, indent: int) -> str:
         """Break a line at words; indent the continuation less if a long word needs the room."""
         longest_word = max((len(word) for word in line.split()), default=0)

@@ -1,9 +1,12 @@
 import io
 import logging
+import os
 import re
+import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,9 +14,11 @@ import pytest
 from rich.console import Console
 
 import drllm
+from drllm.cli import main
 from drllm.cli import progress as progress_module
 from drllm.cli.progress import Progress
 from drllm.cli.terminal import Terminal
+from drllm.cli.verbs import VERBS, Verb
 
 
 @pytest.fixture
@@ -219,3 +224,51 @@ def test_what_goes_to_a_file_is_not_broken(capsys: pytest.CaptureFixture[str]):
     terminal.table("name|what", [["a", WORDS * 5]])
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert [line.split(maxsplit=1)[1] for line in (lines[0], lines[4])] == [WORDS * 5] * 2
+
+
+def set_verb(monkeypatch: pytest.MonkeyPatch, run: Callable[..., int | None]) -> None:
+    """Let `drllm toy` run a function."""
+    monkeypatch.setitem(VERBS.data, "toy", Verb("toy", "Do a thing.", "drllm toy", run))
+
+
+def run_unread(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Run `drllm toy` with a pipe that nobody reads as standard output; return its status."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as stream, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        return main(["toy"])
+
+
+def test_a_command_whose_output_nobody_reads_ends_silently_without_success():
+    words = [sys.executable, "-m", "drllm", "ls", "tasks"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+@pytest.mark.parametrize(("own_status", "status"), [(1, 1), (None, 141)])
+def test_a_verb_s_own_status_outlives_a_closed_output(own_status, status, monkeypatch):
+    def run(*_: object) -> int | None:
+        sys.stdout.write("NOT SHOWN")  # it stays in the buffer
+        return own_status
+
+    set_verb(monkeypatch, run)
+    assert run_unread(monkeypatch) == status
+
+
+def test_a_long_text_that_leaves_nothing_to_flush_is_a_closed_output_too(monkeypatch):
+    set_verb(monkeypatch, lambda command, terminal: terminal.say("x" * 100_000))
+    assert run_unread(monkeypatch) == 141
+
+
+def test_a_broken_pipe_to_something_else_is_an_error(monkeypatch):
+    def run(*_: object) -> None:
+        raise BrokenPipeError
+
+    set_verb(monkeypatch, run)
+    with pytest.raises(BrokenPipeError):
+        main(["toy"])
