@@ -1,8 +1,8 @@
 """Measure how much faster questions are scored and answered than by the harness' own class.
 
 Ours is `RoutedLM` in lm-evaluation-harness, with every layer executed once. All options of a
-question stand behind one copy of its context, and a beginning that prompts share is read once.
-Theirs is the harness' class `hf`, with one row for each option or answer.
+question stand behind one copy of its context, and a beginning that prompts share is read once in
+each repeat. Theirs is the harness' class `hf`, with one row for each option or answer.
 
 Both answer the same requests in one run with the same batch size, and take turns. Every
 log-probability and verdict is compared, or every text if answers are generated. Generated answers
@@ -35,6 +35,7 @@ from lm_eval.models.huggingface import HFLM
 from drllm.evaluation.lm_eval.model import RoutedLM
 from drllm.models.base.identity import fingerprint
 from drllm.models.base.load import BaseModel
+from drllm.models.routed_model import RoutedModel
 from drllm.models.routers.config import RouterConfig
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.policies import Policy, RouterPolicy
@@ -94,9 +95,12 @@ def make_option_requests(task_name: str, prompts: Sequence[Prompt]) -> list[Inst
 
 
 def find_bound(
-    base: BaseModel, lm: RoutedLM, requests: list[Instance], answers: list[Any], clock: common.Clock
+    base: BaseModel, lm: HFLM, requests: list[Instance], answers: list[Any], clock: common.Clock
 ) -> float:
-    """Return the seconds of a method that shares all that can be shared, see `common.bound`."""
+    """Return the seconds of a method that shares all that can be shared, see `common.bound`.
+
+    The language model only encodes the requests.
+    """
     full = full_decisions(base.num_layers)
     prompts: list[list[int]] = []
     num_after: list[int] = []  # tokens of options that are read behind each prompt
@@ -136,16 +140,30 @@ class TimedAnswers(NamedTuple):
     answers: list[Any]  # (log-probability, is it the likeliest text?) per option, or texts
 
 
-def time_answers(
-    lm: HFLM, policy: Policy | None, requests: list[Instance], clock: common.Clock
-) -> TimedAnswers:
-    """Let a language model of the harness answer all requests; None leaves its policy alone."""
-    if policy is not None:
-        lm.policy = policy
+def time_answers(lm: HFLM, requests: list[Instance], clock: common.Clock) -> TimedAnswers:
+    """Let a language model of the harness answer all requests."""
     answer = getattr(lm, requests[0].request_type)
     started = clock()
     answers = answer(requests, disable_tqdm=True)
     return TimedAnswers(clock() - started, answers)
+
+
+def time_ours(
+    routed: RoutedModel,
+    batch_size: int,
+    policy: Policy | None,
+    requests: list[Instance],
+    clock: common.Clock,
+) -> TimedAnswers:
+    """Let a new `RoutedLM` answer all requests under a policy; None executes every layer once.
+
+    One that has answered before keeps the beginning that the prompts share, and would read less
+    than theirs does. Making a new one isn't timed.
+    """
+    lm = RoutedLM(routed, batch_size=batch_size)
+    if policy is not None:
+        lm.policy = policy
+    return time_answers(lm, requests, clock)
 
 
 def compare(
@@ -158,20 +176,21 @@ def compare(
         tokenizer=base.tokenizer,
         batch_size=sizes["batch_size"],
     )
-    ours = RoutedLM(base, batch_size=sizes["batch_size"])
     routers = RouterPolicy(make_routers(base))
+    routed = RoutedModel(base.model, tokenizer=base.tokenizer)
+    ours = partial(time_ours, routed, sizes["batch_size"])
     ways = {
-        "theirs_s": partial(time_answers, theirs, None, requests, clock),
-        "ours_s": partial(time_answers, ours, ours.policy, requests, clock),
-        "routers_s": partial(time_answers, ours, routers, requests, clock),
+        "theirs_s": partial(time_answers, theirs, requests, clock),
+        "ours_s": partial(ours, None, requests, clock),
+        "routers_s": partial(ours, routers, requests, clock),
     }
     try:
         turns = common.run_in_turns(ways, sizes["repeats"])
     finally:
-        ours.routed.detach()
+        routed.detach()
     runs = [{name: timed.seconds for name, timed in turn.items()} for turn in turns]
     answers = {name: timed.answers for name, timed in turns[-1].items()}
-    bound_s = find_bound(base, ours, requests, answers["ours_s"], clock)
+    bound_s = find_bound(base, theirs, requests, answers["ours_s"], clock)
     result: dict[str, Any] = {
         "task": task,
         "bound": statistics.median(run["theirs_s"] / bound_s for run in runs),

@@ -384,6 +384,42 @@ def test_two_checkouts_are_compared_by_medians_of_runs_in_turns(
     assert (tmp_path / "runs.txt").read_text().split() == [f"search-{turn}" for turn in turns]
 
 
+def test_both_evaluators_read_the_worked_examples_anew_in_each_repeat(
+    benchmark, tiny_folder, monkeypatch
+):
+    script = benchmark("evaluation")
+    base = load(ModelConfig(model=str(tiny_folder), dtype="float32", device="cpu"))
+    sizes = {"repeats": 2, "questions": 4, "answers": 4, "answer_tokens": 2, "batch_size": 2}
+    time_answers = script.time_answers
+    num_read = {script.RoutedLM: [], script.HFLM: []}  # tokens of each run
+
+    def count_tokens(lm, *arguments):
+        count = 0
+
+        def add(_model, _arguments, inputs):
+            nonlocal count
+            count += inputs["input_ids"].numel()
+
+        hook = lm.model.register_forward_pre_hook(add, with_kwargs=True)
+        timed = time_answers(lm, *arguments)
+        hook.remove()
+        num_read[type(lm)].append(count)
+        return timed
+
+    monkeypatch.setattr(script, "SHOTS", 1)  # the tiny model has no room for more
+    monkeypatch.setattr(script, "time_answers", count_tokens)
+    result = script.compare(
+        base, "builtin_arithmetic", sizes, None, script.common.time.process_time
+    )
+    assert result["verdicts_that_differ"] == 0
+    theirs, ours = num_read[script.HFLM], num_read[script.RoutedLM]
+    assert len(set(theirs)) == 1
+    assert len(theirs) == 3
+    # Of each repeat one run is without routers and shares what prompts begin with, one is with.
+    assert len(set(ours)) == 2
+    assert [ours.count(count) for count in set(ours)] == [3, 3]
+
+
 def test_baselines_give_up_the_layers_that_a_peer_library_does(figures_of):
     pytest.importorskip("economize", reason="the peer library isn't installed")
     figures = figures_of("baselines", "--skipped", "4")
