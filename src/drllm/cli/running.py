@@ -46,7 +46,7 @@ RECIPES = Path(__file__).with_name("recipes")  # the folder of the packaged reci
     ),
     resumes=True,
 )
-def run(command: CommandLine, terminal: Terminal) -> None:
+def run(command: CommandLine, terminal: Terminal) -> int:
     """Run all stages of a recipe, one after the other; finished stages are skipped."""
     place = command.path("recipe")
     if command.values["full"]:
@@ -65,6 +65,10 @@ def run(command: CommandLine, terminal: Terminal) -> None:
         terminal.fact(name, time)
     terminal.fact("page", folder / "report.html")
     show_next_steps(finished_run, terminal)
+    drop_tests = [evaluation.drop_test for evaluation in finished_run.evaluations]
+    if any(drop_test and not drop_test.chosen for drop_test in drop_tests):
+        return 1  # as `evaluate` does
+    return 0
 
 
 def _find_recipe(place: Path) -> Path:

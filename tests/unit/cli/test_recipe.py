@@ -1,11 +1,12 @@
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 import yaml
 
 import drllm
-from drllm.cli import main
+from drllm.cli import main, running
 from drllm.config import ModelConfig
 from drllm.errors import ConfigError, RecordError
 from drllm.pipeline.folder import begin_stage
@@ -16,6 +17,7 @@ from drllm.pipeline.stages import STAGES, Run
 from drllm.records.codec import sha256, write_json
 from drllm.tasks.registry import get_tasks
 from drllm.work.listener import Listener
+from run_folder import TESTED, RunFolderWriter
 
 RECIPES = Path(drllm.__file__).parent / "cli" / "recipes"
 FILES = sorted(RECIPES.glob("*.yaml"))
@@ -62,6 +64,23 @@ def test_the_driver_of_ray_loads_no_model(tmp_path, monkeypatch, capsys):
     path = write(tmp_path, f"model: {{model: {broken}}}\n" + EVALUATE + search)
     assert main(["run", str(path), "--output-dir", str(tmp_path / "out")]) == 2
     assert 'pip install "drllm[ray]"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("trials", "status"), [(TESTED.trials[:1], 0), (TESTED.trials[1:], 1), ((), 0)]
+)
+def test_the_status_of_a_run_says_whether_the_test_of_a_drop_passed(
+    trials, status, tmp_path, monkeypatch, capsys
+):
+    drop_test = None
+    if trials:
+        drop_test = msgspec.structs.replace(TESTED, trials=trials, untested=())
+    RunFolderWriter(tmp_path / "out", 4, 0).evaluation(drop_test=drop_test)
+    monkeypatch.setattr(running, "check_model", lambda settings: None)
+    monkeypatch.setattr(running, "run_recipe", lambda *_: {})
+    recipe = write(tmp_path, EVALUATE)
+    assert main(["run", str(recipe), "--output-dir", str(tmp_path / "out")]) == status
+    assert "arc_easy" in capsys.readouterr().out
 
 
 def test_names_may_have_dashes_and_the_published_spelling(tmp_path: Path):
