@@ -17,6 +17,7 @@ from typing import Any
 from drllm.config import SearchConfig
 from drllm.config.fields import replace_settings
 from drllm.errors import ConfigError, RecordError, TaskError
+from drllm.models.base.identity import describe_adapters
 from drllm.models.base.prompts import render
 from drllm.models.workers import Workers, open_workers
 from drllm.records.codec import hash_values
@@ -252,7 +253,7 @@ def _make_identity(workers: Workers, search: SearchPlan) -> dict[str, Any]:
     return {
         "settings": search.config.decisive(),
         "model": dict(workers.executor.identity),
-        "runtime": dict(workers.executor.runtime),
+        "runtime": {**workers.executor.runtime, **describe_adapters(workers.base.model)},
         "questions": len(search.questions),
         "prompts_sha256": hash_values(prompts),
         "chat_template_sha256": hash_values(search.texts),

@@ -24,6 +24,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from drllm.errors import RecordError
+from drllm.models.base.identity import ADAPTERS
 from drllm.records.codec import (
     delete_file,
     describe_invalid,
@@ -361,6 +362,7 @@ def _make_identity(manifest: _Manifest) -> dict[str, Any]:
         "config": manifest.config,
         "model": {name: manifest.model.get(name) for name in MODEL_FIELDS},
         "dtype": manifest.runtime.get("dtype"),
+        "adapters": manifest.runtime.get(ADAPTERS),
         "targets": manifest.targets,
         "feature_version": manifest.feature_version,
     }

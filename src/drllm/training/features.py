@@ -20,6 +20,7 @@ from torch import Tensor
 
 from drllm.errors import ModelError
 from drllm.models.base.batching import MemoryBatcher, PathSize, group_by_length
+from drllm.models.base.identity import describe_adapters
 from drllm.models.base.load import BaseModel
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.depth_control import run_prompts
@@ -107,7 +108,8 @@ class Features:
         labels: `[N, L]` int64, the target paths' decisions.
         questions: `[N]`, texts of the questions. They decide which targets are held out.
         tasks: `[N]`, names of the tasks.
-        made_from: Hash of the prompts, and dtype of the base model.
+        made_from: Hash of the prompts, dtype of the base model, and hash of its active adapters if
+            there are any.
         places: `[N]`, each target's row in `means`. None if M = N, where target n has row n.
         rejected: Targets that were set aside, and why.
     """
@@ -117,7 +119,7 @@ class Features:
     labels: Tensor
     questions: Sequence[str]
     tasks: Sequence[str]
-    made_from: tuple[str, str] = ("", "")
+    made_from: tuple[str, ...] = ("", "")
     places: Tensor | None = None
     rejected: tuple[RejectedQuestion, ...] = ()
 
@@ -214,6 +216,7 @@ def _make_manifest(workers: Workers, targets: EncodedTargets, num_windows: int) 
     """Return the manifest of the features: what they are made from."""
     identity = workers.executor.identity
     runtime = workers.executor.runtime
+    adapters = describe_adapters(workers.base.model)
     made_from = {
         "number": len(targets.records),
         "prompts_sha256": hash_values(targets.prompts),
@@ -225,7 +228,7 @@ def _make_manifest(workers: Workers, targets: EncodedTargets, num_windows: int) 
         model={"id": workers.base.model.name_or_path, **model},
         config={"num_windows": num_windows},
         extra={
-            "runtime": {"dtype": runtime["dtype"], "device": runtime["device"]},
+            "runtime": {"dtype": runtime["dtype"], "device": runtime["device"], **adapters},
             "targets": made_from,
         },
     )
@@ -303,13 +306,14 @@ def _build_features(base: BaseModel, targets: EncodedTargets, store: FeatureStor
     overflowing_rows = (~is_usable).nonzero().flatten().tolist()
     overflowing = [RejectedQuestion.of(targets.records[row], OVERFLOWS) for row in overflowing_rows]
     prompts = [targets.prompts[row] for row in rows]
+    adapters = describe_adapters(base.model)
     return Features(
         means=store.means,
         filled=store.filled[usable_rows],
         labels=torch.tensor(targets.decisions)[usable_rows],
         questions=tuple(targets.records[row].question for row in rows),
         tasks=tuple(targets.records[row].task for row in rows),
-        made_from=(hash_values(prompts), base.runtime["dtype"]),
+        made_from=(hash_values(prompts), base.runtime["dtype"], *adapters.values()),
         places=usable_rows if overflowing else None,
         rejected=(*targets.rejected, *overflowing),
     )

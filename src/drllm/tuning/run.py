@@ -16,6 +16,7 @@ import numpy as np
 from drllm.config import TuneConfig
 from drllm.config.fields import make_settings, replace_settings
 from drllm.config.heal import NO_REPAIR, REFIT
+from drllm.models.base.identity import describe_adapters
 from drllm.models.workers import Workers, open_workers
 from drllm.paths import StaticPath
 from drllm.records.codec import hash_values, write_json
@@ -144,7 +145,7 @@ def _make_identity(
     identity = {
         "settings": config.decisive(),
         "model": workers.base.identity,
-        "runtime": workers.base.runtime,
+        "runtime": {**workers.base.runtime, **describe_adapters(workers.base.model)},
         "questions_sha256": hash_values(task.digest_values() for task in splits),
     }
     if repair == REFIT:

@@ -8,6 +8,7 @@ import subprocess
 
 import pytest
 from listeners import RecordingListener
+from peft import LoraConfig, inject_adapter_in_model
 
 import drllm
 from drllm.config import SearchConfig
@@ -189,6 +190,13 @@ def earlier(request, routed, facts, unbroken, tmp_path_factory):
 def test_another_search_does_not_resume_a_run(routed, facts, earlier, changed, named):
     with pytest.raises(ConfigError, match=f"{named}.*choose another --output-dir"):
         run(routed, earlier, [facts], **changed)
+
+
+def test_an_adapter_does_not_resume_a_run_without_one(routed, facts, earlier, tiny_llama):
+    config = LoraConfig(target_modules=["q_proj"])
+    adapted = inject_adapter_in_model(config, tiny_llama(max_position_embeddings=1024))
+    with pytest.raises(ConfigError, match=r"no runtime adapters, now \"[0-9a-f]{16}\""):
+        run(RoutedModel(adapted, tokenizer=routed.tokenizer), earlier, [facts])
 
 
 def test_other_questions_do_not_resume_a_run(routed, earlier):

@@ -23,6 +23,7 @@ from killable import (
     pooled,
     run_script,
 )
+from peft import LoraConfig, inject_adapter_in_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small import BrokenOffError, W, files_of, means_of, stop_at
@@ -153,6 +154,10 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "windows": ({"num_windows": 5}, "num_windows 4, now 5"),
     "model": ({"model": make_model(1)}, r"model fingerprint \"[\w-]{25}\", now \"[\w-]{25}\""),
     "dtype": ({"model": make_model().bfloat16()}, "dtype .float32., now .bfloat16."),
+    "adapter": (
+        {"model": inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), make_model())},
+        r"adapters none, now \"[0-9a-f]{16}\"",
+    ),
     "stored dtype": ({"dtype": "bfloat16"}, "feature_dtype .float32., now .bfloat16."),
     "number": ({"records": RECORDS[:-1]}, "targets number 7, now 6; other targets prompts"),
     "prompt": (

@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from killable import BASE, CONFIG, MODEL, N, make_records
+from killable import BASE, CONFIG, MODEL, N, make_model, make_records
+from peft import LoraConfig, inject_adapter_in_model
 
 import drllm
-from drllm.errors import ConfigError
+from drllm.errors import CheckpointError, ConfigError
 from drllm.models.routers.checkpoint import load_routers
 from drllm.training import stage
 
@@ -49,6 +50,13 @@ def test_without_a_folder_the_routers_are_only_returned(tmp_path):
     assert torch.equal(routers.hidden_weight, load_routers(tmp_path).hidden_weight)
     with pytest.raises(ConfigError, match="--num-seeds 2 needs a folder"):
         drllm.train(BASE, make_records(N), replace(ONCE, num_seeds=2))
+
+
+def test_routers_are_not_returned_for_a_training_of_the_model_with_an_adapter(tmp_path):
+    drllm.train(BASE, make_records(N), ONCE, tmp_path)
+    adapted = inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), make_model())
+    with pytest.raises(CheckpointError, match="holds trained routers of another run"):
+        drllm.train(replace(BASE, model=adapted), make_records(N), ONCE, tmp_path)
 
 
 def test_a_model_of_transformers_needs_its_tokenizer():

@@ -7,9 +7,11 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
+from peft import LoraConfig, inject_adapter_in_model
 
 from drllm.config import ModelConfig
 from drllm.errors import ConfigError, PathError
+from drllm.models.routed_model import RoutedModel
 from drllm.paths import StaticPath
 from drllm.records.static_paths import load_path, read_paths
 from drllm.statistics.words import signed
@@ -237,6 +239,15 @@ def test_a_finished_tuning_in_another_precision_is_refused(unbroken, routed, tmp
     (tmp_path / "paths.json").write_text(json.dumps(written))
     with pytest.raises(ConfigError, match="bfloat16"):
         tuned(routed, tmp_path, max_loss=10.0)
+
+
+def test_a_finished_tuning_is_not_returned_for_the_model_with_an_adapter(
+    unbroken, routed, tiny_llama
+):
+    config = LoraConfig(target_modules=["q_proj"])
+    adapted = inject_adapter_in_model(config, tiny_llama(max_position_embeddings=1024))
+    with pytest.raises(ConfigError, match=r"no runtime adapters, now \"[0-9a-f]{16}\""):
+        tuned(RoutedModel(adapted, tokenizer=routed.tokenizer), unbroken[1], max_loss=10.0)
 
 
 def test_the_loss_of_right_options_can_be_what_is_kept_high(routed):

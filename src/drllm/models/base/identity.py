@@ -1,7 +1,8 @@
 """Identify a base model by its class, its L and D, and a fingerprint of its weights.
 
-A PEFT adapter that isn't merged doesn't change the identity. Weights that accelerate has offloaded
-are loaded for the fingerprint.
+A PEFT adapter that isn't merged doesn't change the identity, so routers may be used with one. What
+a stage measures isn't the same with an adapter, so `describe_adapters` identifies the adapters on
+their own. Weights that accelerate has offloaded are loaded for both.
 
 Axes: D hidden, L layers.
 """
@@ -14,13 +15,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from drllm.errors import ModelError
 from drllm.models.base.layers import find_layers, unwrap_peft
 from drllm.records.identity import QUANTISED
 
 FINGERPRINT_VALUES = 2**20  # values to read from each tensor, enough to tell fine-tunes apart
+ADAPTERS = "adapters"
+"""The key of the hash of the active adapters. Without an adapter the key is missing."""
 PEFT_NAMES = ("base_layer", "original_module")
 """The names under which PEFT's layers hold the module that they replace."""
 
@@ -35,6 +38,44 @@ def describe(model: Any) -> dict[str, Any]:
         "hidden_size": int(text.hidden_size),
         "fingerprint": fingerprint(base),
     }
+
+
+def describe_adapters(model: Any) -> dict[str, str]:
+    """Describe the active adapters of PEFT that run in a model's modules.
+
+    Returns:
+        `ADAPTERS` → a hash of their tensors and of what they are scaled by; empty without adapters.
+    """
+    base: nn.Module = unwrap_peft(model)
+    digest = hashlib.sha256()
+    has_adapters = False
+    for place, module in base.named_modules():
+        for name in _list_active_adapters(module):
+            has_adapters = True
+            scaling: Any = getattr(module, "scaling", None)
+            if isinstance(scaling, dict):
+                digest.update(f"{place} {scaling.get(name)}\n".encode())
+            for path, _ in module.named_parameters():
+                if name not in path.split("."):
+                    continue  # of the module that is adapted, or of another adapter
+                with _loaded(module, path) as tensor:
+                    content = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
+                    digest.update(f"{place}.{path} {list(tensor.shape)} {tensor.dtype}\n".encode())
+                    digest.update(content.numpy().data)
+    if not has_adapters:
+        return {}
+    return {ADAPTERS: digest.hexdigest()[:16]}
+
+
+def _list_active_adapters(module: nn.Module) -> list[str]:
+    """Return the names of the active adapters of a module of PEFT; none for other modules."""
+    # Models of transformers also have attributes of the other two names.
+    if not hasattr(module, "adapter_layer_names"):
+        return []
+    peft_module: Any = module
+    if peft_module.disable_adapters:
+        return []
+    return list(peft_module.active_adapters)
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -97,21 +138,12 @@ def _read_signs(place: str, module: nn.Module) -> bytes | None:
     path = _find_first_matrix(module)
     if path is None:
         return None
-    *parents, attribute = path.split(".")
     name = place
     if place != "embedding":
         # Without PEFT's names, so that a model has the same fingerprint with and without adapter.
         parts = [part for part in path.split(".") if part not in PEFT_NAMES]
         name = ".".join([place, *parts])
-    # The module itself, then its submodules down to the owner of the weight.
-    modules = [module.get_submodule(".".join(parents[:n])) for n in range(len(parents) + 1)]
-    with _load_offloaded(modules, attribute):
-        weight = modules[-1].get_parameter(attribute).detach()
-        if weight.is_meta:
-            raise ModelError(
-                f"the weight {name!r} is on the meta device, so the model can't be identified; "
-                f"load its weights first"
-            )
+    with _loaded(module, path, name) as weight:
         values = weight.reshape(-1)[:FINGERPRINT_VALUES].float()  # float8 has no signbit
         signs = np.packbits(torch.signbit(values).cpu().numpy()).tobytes()
     return f"{name} {list(weight.shape)}\n".encode() + signs
@@ -127,6 +159,31 @@ def _find_first_matrix(module: nn.Module) -> str | None:
         if weight.dim() == 2 and weight.is_floating_point() and not is_packed:
             return path
     return None
+
+
+@contextmanager
+def _loaded(module: nn.Module, path: str, name: str = "") -> Iterator[Tensor]:
+    """Yield a weight inside a module, and let accelerate load it inside the block.
+
+    Args:
+        module: The module.
+        path: The weight's place in the module.
+        name: The weight's name for an error; empty for its place.
+
+    Raises:
+        ModelError: The weight is on the meta device, and accelerate doesn't know its values.
+    """
+    *parents, attribute = path.split(".")
+    # The module itself, then its submodules down to the owner of the weight.
+    modules = [module.get_submodule(".".join(parents[:n])) for n in range(len(parents) + 1)]
+    with _load_offloaded(modules, attribute):
+        weight = modules[-1].get_parameter(attribute).detach()
+        if weight.is_meta:
+            raise ModelError(
+                f"the weight {name or path!r} is on the meta device, so the model can't be "
+                f"identified; load its weights first"
+            )
+        yield weight
 
 
 @contextmanager

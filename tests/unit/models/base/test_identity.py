@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from drllm.errors import ModelError
-from drllm.models.base.identity import describe, fingerprint
+from drllm.models.base.identity import describe, describe_adapters, fingerprint
 
 pytestmark = [
     # PEFT asks transformers by a name that the newest versions call old.
@@ -80,6 +80,45 @@ def offloaded(model):
 def test_an_adapter_changes_nothing_that_a_model_is_recognised_by(tiny, kind):
     adapt = kind if callable(kind) else lambda model: peft.get_peft_model(model, ADAPTERS[kind]())
     assert describe(tiny()) == describe(adapt(tiny()))
+
+
+def draw_adapters(model, seed=1):
+    """Give the adapters random values, since some do nothing to begin with."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in model.named_parameters():
+        if ".default" in name:
+            weight.data.normal_(generator=generator)
+    return model
+
+
+MODULES = [kind for kind in ADAPTERS if kind != "soft prompt"]  # which isn't in any module
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_active_adapters_are_told_from_others_and_from_none(tiny, kind):
+    adapted = draw_adapters(peft.get_peft_model(tiny(), ADAPTERS[kind]()))
+    found = describe_adapters(adapted)
+    assert list(found) == ["adapters"]
+    assert describe_adapters(adapted) == found
+    with adapted.disable_adapter():
+        assert describe_adapters(adapted) == {}
+    assert describe_adapters(draw_adapters(adapted, seed=2)) != found
+    assert describe_adapters(tiny()) == {}
+
+
+def test_an_adapter_with_another_scale_is_another_one(tiny):
+    found = []
+    for alpha in (8, 16):
+        config = peft.LoraConfig(target_modules=["q_proj"], lora_alpha=alpha)
+        found.append(describe_adapters(draw_adapters(peft.get_peft_model(tiny(), config))))
+    assert found[0] != found[1]
+
+
+def test_an_adapter_is_the_same_around_the_model_and_inside_of_it_and_offloaded(tiny):
+    around = draw_adapters(peft.get_peft_model(tiny(), ADAPTERS["LoRA"]()))
+    found = describe_adapters(around)
+    assert describe_adapters(draw_adapters(inside(tiny()))) == found
+    assert describe_adapters(accelerate.cpu_offload(around, execution_device=CPU)) == found
 
 
 def test_an_adapter_merged_into_the_weights_makes_another_model(tiny):
