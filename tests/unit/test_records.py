@@ -1,5 +1,6 @@
 import json
 import os
+import unicodedata
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
@@ -87,6 +88,15 @@ def test_questions_are_divided_by_where_they_come_from(origin, expected):
 
 def test_copies_of_a_question_differ_in_white_space_and_case_alone():
     assert question_key("  What is \n ICE? ") == question_key("what is ice?") == "what is ice?"
+
+
+def test_a_question_in_another_unicode_form_is_a_copy_in_the_same_split():
+    for number in range(20):
+        question = f"Où est le café numéro {number} ?"
+        decomposed = unicodedata.normalize("NFD", question)
+        assert decomposed != question
+        assert question_key(decomposed) == question_key(question)
+        assert find_split(decomposed, "own") == find_split(question, "own")
 
 
 def test_a_question_stays_in_the_split_it_was_in_when_this_was_written():

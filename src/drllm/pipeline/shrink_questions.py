@@ -4,6 +4,7 @@ What a task calls `test` is held out: no path is chosen or healed on it. Of othe
 held out by the hash of each text. This module doesn't import torch.
 """
 
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -221,7 +222,8 @@ def _divide_texts(source: TextSource, seed: int) -> tuple[TextSource, list[str]]
     """
     parts: dict[str, list[str]] = {part: [] for part in TEXT_BOUNDS}
     for text in dict.fromkeys(source.texts):
-        parts[part_by_hash(f"shrink:{text}", TEXT_BOUNDS)].append(text)
+        composed = unicodedata.normalize("NFC", text)  # copies in another form fall into one part
+        parts[part_by_hash(f"shrink:{composed}", TEXT_BOUNDS)].append(text)
     to_find, held_out = parts.values()
     if len(to_find) < MIN_TEXTS or not held_out:
         raise TaskError(

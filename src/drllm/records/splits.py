@@ -1,6 +1,7 @@
 """Finds the split of a question from its text alone."""
 
 import hashlib
+import unicodedata
 from collections.abc import Mapping
 
 BOUNDS = {
@@ -25,7 +26,7 @@ def find_split(question: str, origin: str) -> str:
     """Return the split of a question: `search`, `fit`, `select` or `test`.
 
     The same text is always in the same split, whatever its file and place. So a question that was
-    trained on is never reported on. White space and case don't matter.
+    trained on is never reported on. White space, case and the Unicode form don't matter.
 
     Args:
         question: The text of the question.
@@ -54,8 +55,10 @@ def hash_text(text: str) -> int:
 
 
 def question_key(question: str) -> str:
-    """Return the key of a question: its text with white space and case normalised.
+    """Return the key of a question: its text with Unicode form, white space and case normalised.
 
     Questions with equal keys count as copies of one question.
     """
-    return " ".join(question.split()).casefold()
+    # First, so that the key of a text in NFC, as nearly all texts are, is what it always was.
+    composed = unicodedata.normalize("NFC", question)
+    return " ".join(composed.split()).casefold()

@@ -1,6 +1,7 @@
 """A shrink of a tiny model: what it chooses, what it says, what it writes, and how it resumes."""
 
 import json
+import unicodedata
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -220,6 +221,16 @@ def test_what_is_held_out_finds_no_path(prompts, tmp_path):
     [text_task] = questions.make_text_tasks(64, str)
     tuned_on = {example.question for part in text_task.examples.values() for example in part}
     assert tuned_on <= set(texts_source.texts)
+
+
+def test_no_copy_of_a_held_out_text_in_another_unicode_form_finds_a_path(prompts, tmp_path):
+    composed = [f"Où est le café numéro {number} ?" for number in range(120)]
+    copies = [unicodedata.normalize("NFD", text) for text in composed]
+    rows = [{"text": text} for text in composed + copies]
+    questions = read_questions(ShrinkConfig(), prompts, write_rows(tmp_path / "cafe.jsonl", rows))
+    held_out = {unicodedata.normalize("NFC", text) for text in questions.held_out_texts["cafe"]}
+    assert held_out
+    assert not held_out & set(questions.sources[1].texts)
 
 
 def test_the_parts_of_a_text_task_are_disjoint(prompts, tmp_path):
