@@ -108,7 +108,9 @@ def check_output(output: Path | None, command: CommandLine) -> None:
     if output is None:
         return
     check_file(output, "--output-dir")
-    if output.exists() and output.samefile(command.path("file")):
+    file = command.path("file")
+    # If there is no such file, the error comes when it is read.
+    if output.exists() and file.exists() and output.samefile(file):
         raise ConfigError(
             f"--output-dir {command.values['output_dir']} is the file of prompts itself; give "
             f"another name"

@@ -113,3 +113,12 @@ def test_a_prompt_that_is_not_utf_8_is_refused(drllm):
     assert (
         r"PROMPT '\udcff bad' is not a UTF-8 text" in drllm("generate", "\udcff bad", status=2).err
     )
+
+
+def test_a_file_of_prompts_that_is_missing_is_one_line_beside_an_older_output(drllm, tmp_path):
+    output = write(tmp_path / "answers.jsonl", {"answer": "42"})
+    missing = tmp_path / "missing.jsonl"
+    words = ["--file", missing, "--output-dir", output]
+    [line] = drllm("generate", *words, status=2).err.splitlines()
+    assert f"{missing} doesn't exist" in line
+    assert json.loads(output.read_text()) == {"answer": "42"}
