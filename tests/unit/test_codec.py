@@ -135,10 +135,21 @@ def test_files_come_back_and_name_the_line_that_is_wrong(tmp_path):
     lines = tmp_path / "plans.jsonl"
     write_atomically(lines, encode(PLAN) + b"\r\n" + encode(PLAN) + b"\n")
     assert list(read_json_lines(lines, Plan)) == [(1, PLAN), (2, PLAN)]
-    lines.write_bytes(encode(PLAN) + b"\n\n")
-    with pytest.raises(RecordError, match=r"plans\.jsonl, line 2"):
+    lines.write_bytes(encode(PLAN) + b"\n\n" + encode(PLAN)[:-1])
+    with pytest.raises(RecordError, match=r"plans\.jsonl, line 3"):
         list(read_json_lines(lines, Plan))
-    lines.write_bytes(b"")
+
+
+def test_a_byte_order_mark_and_blank_lines_are_left_out(tmp_path):
+    lines = tmp_path / "plans.jsonl"
+    lines.write_bytes(b"\xef\xbb\xbf" + encode(PLAN) + b"\n \r\n" + encode(PLAN) + b"\n\n")
+    assert list(read_json_lines(lines, Plan)) == [(1, PLAN), (3, PLAN)]
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"\xef\xbb\xbf"])
+def test_a_file_without_a_line_is_empty(content, tmp_path):
+    lines = tmp_path / "plans.jsonl"
+    lines.write_bytes(content)
     with pytest.raises(RecordError, match="empty"):
         list(read_json_lines(lines, Plan))
 

@@ -28,6 +28,8 @@ T = TypeVar("T")
 SCHEMA_VERSION = 2
 """The schema version that we write, and the newest version that we read."""
 
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some programs write it at the beginning of a file
+
 _ENCODER = msgspec.json.Encoder()
 _decoder = functools.lru_cache(maxsize=256)(msgspec.json.Decoder)  # a decoder for each type
 _NOT_FINITE = re.compile(rb"\xcb[\x7f\xff][\xf0-\xff]")
@@ -114,13 +116,29 @@ def read_json(path: Path | str, kind: type[T]) -> T:
 
 
 def read_json_lines(path: Path | str, kind: type[T]) -> Iterator[tuple[int, T]]:
-    """Yield the number and the value of each line; the first line has number 1."""
-    number = 0
+    """Yield the number and the value of each line; the first line has number 1.
+
+    Blank lines are left out. Editors and users write them; a manifest's hash tells if the file was
+    changed.
+    """
+    is_empty = True
     with _open_file(Path(path)) as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in number_lines(file):
+            is_empty = False
             yield number, decode(line, kind, f"{path}, line {number}")
-    if number == 0:
+    if is_empty:
         raise RecordError(f"{path} is empty; run the stage that writes it again")
+
+
+def number_lines(file: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+    """Yield the number and the bytes of each line that isn't blank; the first has number 1.
+
+    A byte order mark at the beginning of the file is left out.
+    """
+    for number, line in enumerate(file, start=1):
+        content = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
+        if content.strip():
+            yield number, content
 
 
 def read_text(path: Path | str) -> str:

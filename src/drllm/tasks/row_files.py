@@ -14,13 +14,12 @@ from typing import IO, Any, TypeAlias
 
 from drllm.errors import RecordError, TaskError
 from drllm.extras import need
-from drllm.records.codec import decode, file_exists
+from drllm.records.codec import BYTE_ORDER_MARK, decode, file_exists, number_lines
 
 NumberedRows: TypeAlias = Iterator[tuple[int, dict[str, Any]]]
 
 EXAMPLE_ROW = '{"question": "2 + 2?", "choices": ["3", "4"], "answer": 1}'  # shown in messages
 REMEDY = f"give a file of JSON lines, one object a line, for example {EXAMPLE_ROW}"
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some programs write it at the beginning of a file
 
 
 def read_rows(path: Path) -> NumberedRows:
@@ -88,9 +87,7 @@ def _read_json_lines(path: Path) -> NumberedRows:
     """Read one object a line; blank lines are left out."""
     is_first_row = True
     with _open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
+        for number, line in number_lines(file):
             if is_first_row and line.lstrip().startswith(b"["):
                 raise TaskError(
                     f"{path} is one JSON list and not JSON lines; rename it to "

@@ -50,6 +50,12 @@ def test_json_lines_may_be_in_a_json_file(tmp_path, expected):
     assert read(file) == expected
 
 
+def test_json_lines_may_begin_with_a_byte_order_mark(tmp_path, expected):
+    file = tmp_path / "mine.jsonl"
+    file.write_text("\ufeff" + "\n".join(map(json.dumps, QUESTIONS)), encoding="utf-8")
+    assert read(file) == expected
+
+
 def write_table(file: Path, delimiter: str, dump) -> None:
     opener = gzip.open if file.suffix == ".gz" else open
     with opener(file, "wt", encoding="utf-8-sig", newline="") as stream:
