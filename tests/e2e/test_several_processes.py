@@ -14,6 +14,7 @@ import drllm
 from drllm.cli import main
 from drllm.cli.verbs import VERBS
 from drllm.config import ModelConfig
+from drllm.evaluation.lm_eval.model import _join_processes
 
 MOST_S = 240.0
 ONE_OF_SEVERAL = """
@@ -97,3 +98,8 @@ def test_one_of_the_two_variables_alone_means_nothing(name, value, monkeypatch, 
     monkeypatch.setenv(name, value)
     assert main(["ls", "tasks"]) == 0
     assert "builtin_facts" in capsys.readouterr().out
+
+
+def test_the_harness_model_joins_no_others_where_the_world_size_alone_is_set(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert _join_processes("cpu") is None

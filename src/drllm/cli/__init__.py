@@ -15,13 +15,13 @@ from itertools import takewhile
 
 from drllm import __version__
 from drllm.cli.help import print_help, print_overview
-from drllm.cli.launcher import count_processes, is_first_process
 from drllm.cli.parser import parse
 from drllm.cli.terminal import Terminal
 from drllm.cli.verbs import FOREIGN, HELP, VERBS, Verb, find_verb
 from drllm.config import ExecutorConfig
 from drllm.errors import ConfigError, DrllmError
 from drllm.extras import need
+from drllm.work.launcher import count_processes, is_first_process
 
 OUTPUT_CLOSED = 141  # the status by which shells report a program that a closed pipe has ended
 

@@ -20,13 +20,13 @@ from lm_eval._cli import HarnessCLI
 from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.utils import setup_logging
 
-from drllm.cli.launcher import count_processes, is_first_process
 from drllm.errors import ConfigError, TaskError, nearest_name
 from drllm.evaluation.lm_eval.folders import FolderFiles, make_own_task_folder
 from drllm.evaluation.lm_eval.leaves import HarnessTask
 from drllm.records.codec import hash_values
 from drllm.records.places import check_folder
 from drllm.tasks.registry import is_task_name
+from drllm.work.launcher import count_processes, is_first_process
 from drllm.work.listener import logger, quiet
 
 FOLDER = "tasks"  # the folder in `--output_path` with the tasks of the runs

@@ -8,4 +8,5 @@ A stage makes a list of independent blocks and a function of one block, and call
     ray.py           `RayExecutor`: runs them in worker processes of Ray
     listener.py      `Listener`: receives progress and notes
     first_block.py   `FirstBlock`: estimates time and memory from the first block
+    launcher.py      which process this is, if torchrun or `accelerate launch` started several
 """

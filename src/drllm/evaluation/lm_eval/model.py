@@ -4,7 +4,6 @@ Axes: P prompts, L layers.
 """
 
 import datetime
-import os
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from inspect import signature
@@ -51,6 +50,7 @@ from drllm.models.routing.depth_control import encode_calibration, make_policy, 
 from drllm.models.routing.policies import PathPolicy, Policy
 from drllm.paths import Decisions
 from drllm.records.static_paths import PathFile, load_path
+from drllm.work.launcher import count_processes
 from drllm.work.listener import logger, quiet
 
 MAX_ROWS = 64  # the harness' default of `max_batch_size`
@@ -354,8 +354,7 @@ def _join_processes(device: str | None) -> Accelerator | None:
 
     Return None if there is only one process.
     """
-    num_launched = int(os.environ.get("WORLD_SIZE") or 1)  # by torchrun or accelerate
-    if num_launched <= 1:
+    if count_processes() <= 1:
         return None
     return Accelerator(
         cpu=device == "cpu" or not torch.cuda.is_available(),
