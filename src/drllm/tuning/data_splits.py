@@ -2,10 +2,11 @@
 
 A *split* of a task is `search`, `fit`, `select` or `test`, as everywhere in drllm. A *part* is
 `fit`, `select` or `test` of a tuning. No path is reported on questions that it was fitted or chosen
-on. This module doesn't import torch.
+on, also if they are of another task. This module doesn't import torch.
 """
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -20,6 +21,7 @@ from drllm.tasks.examples import OPTIONS_REWARD, Example, choose
 from drllm.tasks.registry import get_tasks
 from drllm.tasks.rewards import check_installed
 from drllm.tuning.objectives import LOSS, choose_objective, choose_reward
+from drllm.work.listener import logger
 
 BOUNDS = {FIT: 0.2, SELECT: 0.6, TEST: 1.0}
 """Where each part ends, as a share of all questions, if the parts aren't made from splits."""
@@ -79,6 +81,9 @@ TasksArgument: TypeAlias = "Task | str | Sequence[Task | str] | Sequence[TaskSpl
 def split_tasks(config: TuneConfig, tasks: TasksArgument = None) -> list[TaskSplits]:
     """Check that tasks can be tuned on, and return them with their questions by part.
 
+    A question that several tasks have stays in the last of its parts: no task is fitted on
+    questions that another one chooses or tests on, or chooses on those that another one tests on.
+
     Args:
         config: The settings.
         tasks: Tasks, or their names; None takes the tasks of the settings. A result of this
@@ -87,7 +92,8 @@ def split_tasks(config: TuneConfig, tasks: TasksArgument = None) -> list[TaskSpl
     Raises:
         ConfigError: A setting has no effect, an objective doesn't fit a task, or a reward isn't
             installed.
-        TaskError: A task is unknown, or has too few questions.
+        TaskError: A task is unknown, has too few questions, or has none left in a part, since they
+            are in later parts of other tasks.
     """
     if isinstance(tasks, Sequence) and not isinstance(tasks, str):
         earlier_result = [task for task in tasks if isinstance(task, TaskSplits)]
@@ -101,7 +107,63 @@ def split_tasks(config: TuneConfig, tasks: TasksArgument = None) -> list[TaskSpl
         objective = choose_objective(task, config)
         if task.has_answers:
             check_installed(choose_reward(task, objective))
-    return [split_task(task, config.data_dir, config.num_fit, config.seed) for task in all_tasks]
+    all_splits = [
+        split_task(task, config.data_dir, config.num_fit, config.seed) for task in all_tasks
+    ]
+    if len(all_splits) > 1:
+        all_splits = _leave_out_shared(all_splits)
+    return all_splits
+
+
+def _leave_out_shared(all_splits: Sequence[TaskSplits]) -> list[TaskSplits]:
+    """Leave out of each task's parts the questions that a later part of any task has.
+
+    Raises TaskError if a part has no questions left.
+    """
+    tested = _collect_keys(all_splits, TEST)
+    tested_or_chosen = tested | _collect_keys(all_splits, SELECT)
+    results = []
+    num_left_out = 0
+    for splits in all_splits:
+        examples = {
+            FIT: _without(splits.examples[FIT], tested_or_chosen),
+            SELECT: _without(splits.examples[SELECT], tested),
+            TEST: splits.examples[TEST],
+        }
+        for part, remaining in examples.items():
+            num_left_out += len(splits.examples[part]) - len(remaining)
+            if not remaining:
+                raise TaskError(
+                    f"all {len(splits.examples[part])} questions of {splits.task.name!r} in the "
+                    f"part {part!r} are also questions that paths are chosen or tested on, of "
+                    f"another task; give these tasks apart"
+                )
+        result = dataclasses.replace(
+            splits,
+            examples=examples,
+            spare=_without(splits.spare, tested_or_chosen),
+            all_to_fit=_without(splits.all_to_fit, tested_or_chosen),
+        )
+        results.append(result)
+    if num_left_out > 0:
+        logger.warning(
+            "questions to fit or to choose on that are left out, since another task chooses or "
+            "tests on them: %d",
+            num_left_out,
+        )
+    return results
+
+
+def _collect_keys(all_splits: Sequence[TaskSplits], part: str) -> set[str]:
+    """Return the keys of the questions that are in a part of any task."""
+    return {
+        question_key(example.question) for splits in all_splits for example in splits.examples[part]
+    }
+
+
+def _without(examples: Sequence[Example], keys: Collection[str]) -> list[Example]:
+    """Return the examples whose questions have other keys."""
+    return [example for example in examples if question_key(example.question) not in keys]
 
 
 def _list_tasks(

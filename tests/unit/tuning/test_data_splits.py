@@ -5,10 +5,11 @@ import pytest
 from drllm.config import TuneConfig
 from drllm.errors import ConfigError, TaskError
 from drllm.records.codec import hash_values
-from drllm.records.splits import part_by_hash, question_key
+from drllm.records.splits import find_split, part_by_hash, question_key
 from drllm.records.static_paths import FIT, PARTS, SELECT, TEST
 from drllm.tasks.base import NoSplitError, Task
 from drllm.tasks.examples import Example, with_options
+from drllm.tasks.files import FileTask
 from drllm.tasks.registry import get_task
 from drllm.tuning.beam import make_rungs
 from drllm.tuning.data_splits import assign_part, split_task, split_tasks
@@ -86,6 +87,62 @@ def test_a_file_that_cannot_be_read_is_an_error_and_no_missing_split():
 
     with pytest.raises(TaskError, match="line 3"):
         split_task(Broken(2000), None, 100, 0)
+
+
+def read_tasks(folder, *numbers):
+    """Return tasks of files whose questions have these numbers."""
+    tasks = []
+    for place, own_numbers in enumerate(numbers):
+        rows = [
+            {"question": f"Is {n} even?", "choices": ["yes", "no"], "answer": n % 2}
+            for n in own_numbers
+        ]
+        tasks.append(FileTask(folder / f"{place}.jsonl", (), enumerate(rows, 1)))
+    return tasks
+
+
+def overlapping_tasks(folder):
+    """Return a task with four splits, and one without `fit`, which is divided by other hashes."""
+    others = [n for n in range(60) if find_split(f"Is {n} even?", "own") != "fit"]
+    return read_tasks(folder, range(400), others)
+
+
+def test_no_question_of_a_task_is_in_an_earlier_part_of_another_one(tmp_path, caplog):
+    tasks = overlapping_tasks(tmp_path)
+    alone = [split_task(task, None, 10_000, 0) for task in tasks]
+    assert [splits.is_divided for splits in alone] == [False, True]
+    found = split_tasks(TuneConfig(num_fit=10_000), tasks)
+    tested = set.union(*(keys(splits.examples[TEST]) for splits in found))
+    chosen = set.union(*(keys(splits.examples[SELECT]) for splits in found))
+    num_left_out = 0
+    for before, after in zip(alone, found, strict=True):
+        assert after.examples[TEST] == before.examples[TEST]
+        assert not keys(after.examples[SELECT]) & tested
+        for examples in (after.examples[FIT], after.spare, after.all_to_fit):
+            assert not keys(examples) & (tested | chosen)
+        assert keys(before.examples[FIT]) - keys(after.examples[FIT]) <= tested | chosen
+        for part in (FIT, SELECT):
+            num_left_out += len(before.examples[part]) - len(after.examples[part])
+    [warning] = caplog.records
+    assert num_left_out > 0
+    assert warning.getMessage().endswith(f"tests on them: {num_left_out}")
+
+
+def test_tasks_without_common_questions_are_divided_as_each_alone(tmp_path, caplog):
+    tasks = read_tasks(tmp_path, range(200), range(200, 400))
+    alone = [split_task(task, None, 20, 0).digest_values() for task in tasks]
+    found = split_tasks(TuneConfig(num_fit=20), tasks)
+    assert [splits.digest_values() for splits in found] == alone
+    assert not caplog.records
+
+
+def test_a_task_whose_questions_are_all_tested_on_by_another_one_is_refused(tmp_path):
+    first, _ = overlapping_tasks(tmp_path)
+    tested = keys(split_task(first, None, 10_000, 0).examples[TEST])
+    numbers = [n for n in range(400) if f"is {n} even?" in tested]
+    [second] = read_tasks(tmp_path, numbers)
+    with pytest.raises(TaskError, match=r"in the part 'fit' are also questions .*; give these"):
+        split_tasks(TuneConfig(), [first, second])
 
 
 def test_right_options_that_are_only_read_are_not_generated():
