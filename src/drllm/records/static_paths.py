@@ -127,6 +127,7 @@ class StaticPaths(Header, frozen=True, kw_only=True, forbid_unknown_fields=True)
         num_layers: L of the model.
         runtime: Device and precision of the scores.
         questions_sha256: The digest of all questions of all parts.
+        prompts_sha256: The digest of the questions as the model read them; empty in older files.
         is_cut: Whether the search ended early because its time was over.
         repair: How paths were repaired when they were chosen: `refit`, or an empty text.
         refit_tokens: The number of tokens of the texts that paths were refitted on.
@@ -141,6 +142,7 @@ class StaticPaths(Header, frozen=True, kw_only=True, forbid_unknown_fields=True)
     num_layers: int
     runtime: dict[str, Any] = msgspec.field(default_factory=dict)
     questions_sha256: str = ""
+    prompts_sha256: str = ""
     is_cut: bool = False
     repair: str = ""
     refit_tokens: int = 0

@@ -115,14 +115,22 @@ def tune(
         repair = choose_tuning_repair(config, workers.executor, listener)
         identity = _make_identity(config, workers, splits, repair, sources)
         beam = make_beam(config, splits, workers.base.num_layers, keeps_first=repair == REFIT)
+        with listener.busy("reading the questions"):
+            tasks = [
+                tokenize_task(workers.base, task_splits, config, number)
+                for number, task_splits in enumerate(splits)
+            ]
+        prompts = {"prompts_sha256": hash_values(task.digest_values() for task in tasks)}
         store = ResultStore(folder / PARTIAL_FOLDER, identity, stage="tuning")
+        identity.update(prompts)
         finished = _read_finished(folder / PATHS_FILE, identity, config)
         if finished is not None:
             if not finished.is_cut:  # a cut search may go on from its kept results
                 store.remove()  # a killed run may have left them
             return finished
         store.open()
-        run = _TuningRun(workers, splits, beam, store, identity, config, listener)
+        store.expect("tuning", prompts)  # results of earlier versions were kept without it
+        run = _TuningRun(workers, tasks, beam, store, identity, config, listener)
         result = run.find_paths(sources)
         write_json(folder / PATHS_FILE, result)
         if not result.is_cut:
@@ -167,9 +175,10 @@ def _read_finished(
     stored = {
         "settings": make_settings(TuneConfig, record.config).decisive(),
         "model": record.model,
-        # Older files have no runtime and no digest, so these aren't compared.
+        # Older files have no runtime and no digests, so these aren't compared.
         "runtime": record.runtime or identity["runtime"],
         "questions_sha256": record.questions_sha256 or identity["questions_sha256"],
+        "prompts_sha256": record.prompts_sha256 or identity["prompts_sha256"],
     }
     if record.repair:
         stored["repair"] = record.repair
@@ -200,7 +209,7 @@ class _TuningRun:
 
     Attributes:
         workers: The model, and who runs it.
-        splits: The tasks with their questions.
+        tasks: The tasks with their questions, tokenised.
         beam: How to search.
         store: Keeps scores.
         identity: The values by which a run recognises its own files.
@@ -209,7 +218,7 @@ class _TuningRun:
     """
 
     workers: Workers
-    splits: Sequence[TaskSplits]
+    tasks: Sequence[TaskQuestions]
     beam: Beam
     store: ResultStore
     identity: Mapping[str, Any]
@@ -234,20 +243,17 @@ class _TuningRun:
         if self.is_repaired:
             repair = make_repair(self.workers, sources, config, self.store, self.listener)
         with self.listener.progress("tuning", "") as on_progress:
-            tasks = []
-            for number, splits in enumerate(self.splits):
-                tasks.append(tokenize_task(base, splits, config, number))
             max_seconds = None if config.minutes is None else 60 * config.minutes
             first_block = FirstBlock(self.listener, base.model.device, max_seconds)
             progress = TuningProgress(on_progress, first_block)
             table = ScoreTable(
                 self.workers.executor, self.store, config.state_cache_gb, progress.add, repair
             )
-            gains = Gains(table, tasks, full, config.max_loss, config.seed)
+            gains = Gains(table, self.tasks, full, config.max_loss, config.seed)
             search = self.search(gains, progress)
             named_paths = make_named_paths([full, *search.paths], self.as_used(gains))
             progress.finish()
-        return self.make_record(tasks, named_paths, repair, is_cut=search.is_cut)
+        return self.make_record(named_paths, repair, is_cut=search.is_cut)
 
     def as_used(self, gains: Gains) -> Gains:
         """Return the gains of paths as they will be used: with their refits, if repaired."""
@@ -339,7 +345,6 @@ class _TuningRun:
 
     def make_record(
         self,
-        tasks: Sequence[TaskQuestions],
         paths: Sequence[NamedPath],
         repair: Repair | None,
         *,
@@ -353,12 +358,13 @@ class _TuningRun:
             num_tokens = sum(map(len, repair.texts))
         return StaticPaths(
             **header,
-            tasks=tuple(task.name for task in tasks),
-            divided=tuple(task.name for task in tasks if task.is_divided),
-            objective={task.name: task.objective for task in tasks},
+            tasks=tuple(task.name for task in self.tasks),
+            divided=tuple(task.name for task in self.tasks if task.is_divided),
+            objective={task.name: task.objective for task in self.tasks},
             num_layers=base.num_layers,
             runtime=self.identity["runtime"],
             questions_sha256=self.identity["questions_sha256"],
+            prompts_sha256=self.identity["prompts_sha256"],
             is_cut=is_cut,
             repair=self.identity.get("repair", ""),
             refit_tokens=num_tokens,

@@ -48,6 +48,23 @@ class TaskQuestions:
         """Whether accuracy is measured by generating and grading answers."""
         return bool(self.prompts)
 
+    def digest_values(self) -> list[object]:
+        """Return the values for the digest by which a tuning recognises what the model reads.
+
+        They are the tokens that are scored, and how answers are asked for and graded.
+        """
+        values: list[object] = [self.key]
+        for part, items in self.items.items():
+            values.append(part)
+            for item in items:
+                request = item.request
+                continuations = [tuple(tokens) for tokens in request.continuations]
+                tokens = (tuple(request.context), continuations, tuple(request.num_unscored))
+                values.append((tokens, item.gold))
+        for part, prompts in self.prompts.items():
+            values += [part, *prompts]
+        return values
+
     def objective_on(self, part: str) -> str:
         """Return the objective that a part is scored by: `LOSS` on texts, else the task's own."""
         return LOSS if part.startswith(TEXTS_OF) else self.objective

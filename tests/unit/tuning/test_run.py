@@ -15,6 +15,7 @@ from drllm.models.routed_model import RoutedModel
 from drllm.paths import StaticPath
 from drllm.records.static_paths import load_path, read_paths
 from drllm.statistics.words import signed
+from drllm.tasks.files import FileTask
 from drllm.tuning.beam import Beam
 from drllm.tuning.level_lines import draw_interval
 from drllm.tuning.path_scorer import score_paths
@@ -142,6 +143,43 @@ def test_a_finished_tuning_on_other_questions_is_refused(routed, tmp_path):
     assert run(0) == run(0)
     with pytest.raises(ConfigError, match="other questions"):
         run(1)
+
+
+TEMPLATE = "{{ messages[0]['content'] }}!"
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+@pytest.mark.parametrize("changed", ["grader", "chat template"])
+def test_results_of_other_prompts_are_refused(routed, tmp_path, monkeypatch, changed, is_finished):
+    def run(grader, listener=None):
+        rows = (
+            {"question": f"Letter number {n}?", "answer": "AB"[n % 2], "grader": grader}
+            for n in range(60)
+        )
+        task = FileTask(tmp_path / "mine.jsonl", (), enumerate(rows, 1))
+        settings = {"num_fit": 4, "num_judged": 4, "max_skipped": 1, "beam": 1}
+        return tune(
+            routed, task, None, tmp_path / "out", repair="none", listener=listener, **settings
+        )
+
+    if is_finished:
+        assert run("exact") == run("exact")
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            run("exact", Stopped())
+    if changed == "chat template":
+        monkeypatch.setattr(routed.tokenizer, "chat_template", TEMPLATE)
+    with pytest.raises(ConfigError, match=r"was made with other (tuning )?prompts"):
+        run("letter" if changed == "grader" else "exact")
+
+
+def test_a_finished_tuning_without_a_digest_of_its_prompts_is_known_again(
+    unbroken, routed, tmp_path
+):
+    written = json.loads((unbroken[1] / "paths.json").read_text())
+    del written["prompts_sha256"]
+    (tmp_path / "paths.json").write_text(json.dumps(written))
+    assert tuned(routed, tmp_path, max_loss=10.0).paths == unbroken[0].paths
 
 
 def test_a_path_is_read_by_its_name(unbroken):
