@@ -195,6 +195,7 @@ class BypassSolver:
             λ.
         rank: The rank of the maps, at most the hidden size.
         on_progress: Receives the progress after each batch of texts.
+        layers: The layers to solve; None solves all.
 
     Attributes:
         groups: The layers that are solved together, since their sums fit into memory.
@@ -209,6 +210,7 @@ class BypassSolver:
         texts: Sequence[Tokens],
         rank: int,
         on_progress: OnProgress | None = None,
+        layers: Sequence[int] | None = None,
     ) -> None:
         if len(texts) < MIN_TEXTS:
             raise TaskError(
@@ -218,7 +220,9 @@ class BypassSolver:
         self.routed = routed
         self.hidden_size = int(routed.config.get_text_config().hidden_size)
         self.rank = min(rank, self.hidden_size)
-        self.groups = group_layers(routed.num_layers, self.hidden_size)
+        if layers is None:
+            layers = range(routed.num_layers)
+        self.groups = group_layers(layers, self.hidden_size)
         fit_texts, held_out_texts = split_for_ridge(texts)
         self._batches = [(batch, False) for batch in make_batches(fit_texts, routed.device)]
         self._batches += [(batch, True) for batch in make_batches(held_out_texts, routed.device)]
@@ -237,11 +241,6 @@ class BypassSolver:
                 self._num_done += 1
                 self._report()
         return [solve_layer(fit[layer], held_out[layer], self.rank) for layer in group]
-
-    def skip(self) -> None:
-        """Count a group that an interrupted run has solved as done."""
-        self._num_done += len(self._batches)
-        self._report()
 
     def _report(self) -> None:
         if self._on_progress is not None:
@@ -262,9 +261,9 @@ def join_solutions(solutions: Sequence[LayerSolution], model: Mapping[str, Any])
     return Bypass(**tensors, model=model)
 
 
-def group_layers(num_layers: int, hidden_size: int) -> list[range]:
-    """Divide the layers into groups whose sums fit into memory together."""
+def group_layers(layers: Sequence[int], hidden_size: int) -> list[Sequence[int]]:
+    """Divide layers into groups whose sums fit into memory together."""
     layer_bytes = MATRICES_PER_LAYER * hidden_size**2 * torch.float64.itemsize
     room = SHARE_OF_MEMORY * free_bytes(torch.device("cpu"))
     size = max(1, int(room // layer_bytes))
-    return [range(start, min(start + size, num_layers)) for start in range(0, num_layers, size)]
+    return [layers[start : start + size] for start in range(0, len(layers), size)]

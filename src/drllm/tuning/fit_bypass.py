@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import partial
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from drllm.config import BypassConfig
 from drllm.config.fields import replace_settings
 from drllm.errors import ConfigError
 from drllm.models.base.load import BaseModel
+from drllm.models.base.prompts import encode, render
 from drllm.models.routed_model import RoutedModel, unrouted
 from drllm.models.routing.bypass import TENSORS, Bypass, LayerMap
 from drllm.models.routing.bypass_file import (
@@ -27,6 +28,7 @@ from drllm.models.routing.bypass_file import (
     load_bypass_with_record,
     save_bypass,
 )
+from drllm.records.codec import hash_values
 from drllm.records.places import only_writer
 from drllm.tasks.base import Task
 from drllm.tuning.bypass_solver import BypassSolver, LayerSolution, join_solutions
@@ -40,22 +42,24 @@ from drllm.tuning.heal_texts import (
     read_bypass_sources,
     warn_of_texts,
 )
-from drllm.tuning.heal_tokens import TextTokenizer
+from drllm.tuning.heal_tokens import TextTokenizer, tokenize_source
 from drllm.work.listener import Listener
 from drllm.work.store import ResultStore, refuse_other_run
 
 PARTIAL_FOLDER = "bypass.partial"
+PROMPTS = "prompts_sha256"  # the key of the digest of what the model reads
+MAX_DIGESTED = 1000  # texts of a source that are in this digest; each shows the chat template
 
 
-class SolvedLayers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The maps of some layers, as they are kept for a resumed run.
+class SolvedLayer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The map of a layer, as it is kept for a resumed run.
 
     Attributes:
-        unexplained: As in `LayerSolution`, by layer.
+        unexplained: As in `LayerSolution`.
         weights: The tensors, as a file of safetensors.
     """
 
-    unexplained: tuple[float, ...]
+    unexplained: float
     weights: bytes
 
 
@@ -78,7 +82,7 @@ def fit_bypass(
     Args:
         model: As for `tune`, without Ray.
         texts: As for `heal`.
-        tasks: As for `heal`; tasks need right answers.
+        tasks: As for `heal`.
         config: The settings; None takes the defaults.
         output_dir: The folder for `bypass.safetensors`; None writes nothing.
         tokenizer: As for `tune`.
@@ -127,14 +131,19 @@ def _fit(
         "runtime": base.runtime,
         "texts_sha256": digest_sources(sources),
     }
+    prompts_sha256 = _digest_prompts(base, sources)
+    made_from = {**identity, PROMPTS: prompts_sha256}
     file = folder / BYPASS_FILE
     if file.exists():
         bypass, record = load_bypass_with_record(file)
+        # Older files have no digest of the prompts, so it isn't compared.
+        stored = {PROMPTS: prompts_sha256, **record.made_from}
         remedy = "choose another --output-dir, or delete the old one"
-        refuse_other_run(f"the bypass in {file}", record.made_from, identity, remedy)
+        refuse_other_run(f"the bypass in {file}", stored, made_from, remedy)
         return bypass
     store = ResultStore(folder / PARTIAL_FOLDER, identity, stage="bypass")
     store.open()
+    store.expect("bypass", {PROMPTS: prompts_sha256})
     tokenizer = TextTokenizer(routed, config.max_tokens, store, listener)
     by_source = tokenizer.tokenize_sources(sources)
     chosen = choose_calibration_texts(
@@ -153,12 +162,32 @@ def _fit(
         texts=tuple(chosen),
         num_tokens=num_tokens,
         unexplained=tuple(solution.unexplained for solution in solutions),
-        made_from=identity,
+        made_from=made_from,
         drllm_version=version("drllm"),
     )
     save_bypass(file, bypass, record)
     store.remove()
     return load_bypass(file)
+
+
+def _digest_prompts(base: BaseModel, sources: Sequence[TextSource]) -> str:
+    """Return the digest by which a run recognises the tokenizer and the chat template.
+
+    It is a hash of the tokens that the model reads of the first texts or prompts of each source.
+    """
+    tokenizer = base.tokenizer
+    tokens: list[Tokens] = []
+    for source in sources:
+        source = replace(
+            source, prompts=source.prompts[:MAX_DIGESTED], texts=source.texts[:MAX_DIGESTED]
+        )
+        if source.is_open:
+            for prompt in source.prompts:
+                text = render(tokenizer, prompt.content, chat=True)
+                tokens.append(tuple(encode(tokenizer, text)))
+        else:
+            tokens += tokenize_source(base, source)
+    return hash_values(tokens)
 
 
 def _solve(
@@ -169,36 +198,36 @@ def _solve(
     listener: Listener,
 ) -> list[LayerSolution]:
     """Solve the maps of all layers; those that are kept aren't solved again."""
-    solutions: list[LayerSolution] = []
+    solutions: dict[int, LayerSolution] = {}
+    for layer in range(routed.num_layers):
+        kept = store.get(_name_layer(layer), SolvedLayer)
+        if kept is not None:
+            solutions[layer] = _decode(kept)
+    missing = [layer for layer in range(routed.num_layers) if layer not in solutions]
     with listener.progress("fitting the bypass", "") as on_progress:
-        solver = BypassSolver(routed, texts, rank, on_progress)
+        solver = BypassSolver(routed, texts, rank, on_progress, layers=missing)
         for group in solver.groups:
-            key = f"layers {group.start} to {group.stop}"
-            if store.has(key):
-                solver.skip()
-            kept = store.get_or_make(key, SolvedLayers, partial(_solve_group, solver, group))
-            solutions += _decode(kept)
-    return solutions
+            for layer, solution in zip(group, solver.solve(group), strict=True):
+                solved = store.of(SolvedLayer).put(_name_layer(layer), _encode(solution))
+                solutions[layer] = _decode(solved)
+    return [solutions[layer] for layer in range(routed.num_layers)]
 
 
-def _solve_group(solver: BypassSolver, group: range) -> SolvedLayers:
-    """Solve the maps of some layers, as they are kept."""
-    solutions = solver.solve(group)
+def _name_layer(layer: int) -> str:
+    """Return the name of a layer's map among the kept results."""
+    return f"layer {layer}"
+
+
+def _encode(solution: LayerSolution) -> SolvedLayer:
+    """Return a map as it is kept."""
     tensors = {}
-    for number, solution in enumerate(solutions):
-        for name, tensor in zip(TENSORS, solution.layer_map, strict=True):
-            tensors[f"{number} {name}"] = tensor.contiguous()
-    return SolvedLayers(
-        unexplained=tuple(solution.unexplained for solution in solutions),
-        weights=to_safetensors(tensors),
-    )
+    for name, tensor in zip(TENSORS, solution.layer_map, strict=True):
+        tensors[name] = tensor.contiguous()
+    return SolvedLayer(unexplained=solution.unexplained, weights=to_safetensors(tensors))
 
 
-def _decode(kept: SolvedLayers) -> list[LayerSolution]:
-    """Return maps that are kept."""
+def _decode(kept: SolvedLayer) -> LayerSolution:
+    """Return a map that is kept."""
     tensors = from_safetensors(kept.weights)
-    solutions = []
-    for number, unexplained in enumerate(kept.unexplained):
-        layer_map = LayerMap(*(tensors[f"{number} {name}"] for name in TENSORS))
-        solutions.append(LayerSolution(layer_map, unexplained))
-    return solutions
+    layer_map = LayerMap(*(tensors[name] for name in TENSORS))
+    return LayerSolution(layer_map, kept.unexplained)

@@ -1,5 +1,6 @@
 """The stage that fits a bypass: what it writes, how it resumes, and what it is refused for."""
 
+import msgspec
 import pytest
 import torch
 
@@ -7,9 +8,10 @@ import drllm
 from drllm.config import BypassConfig
 from drllm.errors import ConfigError
 from drllm.models.routed_model import attach
-from drllm.models.routing.bypass_file import BYPASS_FILE, load_bypass_with_record
+from drllm.models.routing.bypass_file import BYPASS_FILE, load_bypass_with_record, save_bypass
 from drllm.tuning import bypass_solver
 from drllm.tuning import fit_bypass as stage
+from drllm.tuning.bypass_solver import MATRICES_PER_LAYER, SHARE_OF_MEMORY
 from drllm.tuning.fit_bypass import fit_bypass
 
 TEXTS = [f"text number {number} of a hundred, with some more words" for number in range(100)]
@@ -63,26 +65,67 @@ class KilledError(Exception):
     """Stands for a kill."""
 
 
-def test_a_killed_fit_resumes_with_the_layers_that_are_solved(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(bypass_solver, "group_layers", lambda *_: [range(3), range(3, 6)])
+def test_a_killed_fit_resumes_with_the_layers_that_are_solved_also_with_more_memory(
+    base, tmp_path, monkeypatch
+):
     expected = fit_bypass(base, TEXTS, **SMALL)
+    layer_bytes = MATRICES_PER_LAYER * base.model.config.hidden_size**2 * 8
+    room = [2 * layer_bytes / SHARE_OF_MEMORY]  # of two layers
+    monkeypatch.setattr(bypass_solver, "free_bytes", lambda _device: room[0])
     solve = bypass_solver.BypassSolver.solve
     solved = []
 
     def solve_some(self, group):
-        if len(solved) == 1 and self.fails:
+        if len(solved) == 1:
             raise KilledError
-        solved.append(group)
+        solved.append(list(group))
         return solve(self, group)
 
-    monkeypatch.setattr(bypass_solver.BypassSolver, "solve", solve_some)
-    monkeypatch.setattr(bypass_solver.BypassSolver, "fails", True, raising=False)
-    with pytest.raises(KilledError):
-        fit_bypass(base, TEXTS, output_dir=tmp_path, **SMALL)
-    monkeypatch.setattr(bypass_solver.BypassSolver, "fails", False)
+    with monkeypatch.context() as patched:
+        patched.setattr(bypass_solver.BypassSolver, "solve", solve_some)
+        with pytest.raises(KilledError):
+            fit_bypass(base, TEXTS, output_dir=tmp_path, **SMALL)
+    room[0] *= 1.5
+
+    def solve_all(self, group):
+        solved.append(list(group))
+        return solve(self, group)
+
+    monkeypatch.setattr(bypass_solver.BypassSolver, "solve", solve_all)
     found = fit_bypass(base, TEXTS, output_dir=tmp_path, **SMALL)
-    assert solved == [range(3), range(3, 6)]
+    assert solved == [[0, 1], [2, 3, 4], [5]]
     assert found.sha256 == expected.sha256
+    assert not (tmp_path / stage.PARTIAL_FOLDER).exists()
+
+
+def test_a_bypass_of_prompts_through_another_chat_template_is_refused(base, tmp_path, monkeypatch):
+    rows = "".join(
+        f'{{"question": "What is {n} and {n}?", "answer": "{2 * n}", "grader": "exact"}}\n'
+        for n in range(60)
+    )
+    (tmp_path / "mine.jsonl").write_text(rows)
+
+    def fit():
+        return fit_bypass(
+            base, [], str(tmp_path / "mine.jsonl"), output_dir=tmp_path / "out", **SMALL
+        )
+
+    bypass = fit()
+    assert fit().sha256 == bypass.sha256
+    monkeypatch.setattr(base.tokenizer, "chat_template", "{{ messages[0]['content'] }}!")
+    with pytest.raises(ConfigError, match="was made with other prompts"):
+        fit()
+
+
+def test_a_bypass_of_an_older_version_is_not_compared_by_its_prompts(base, tmp_path):
+    bypass = fit_bypass(base, TEXTS, output_dir=tmp_path, **SMALL)
+    _, record = load_bypass_with_record(tmp_path)
+    made_from = {key: value for key, value in record.made_from.items() if key != stage.PROMPTS}
+    assert len(made_from) == len(record.made_from) - 1
+    save_bypass(
+        tmp_path / BYPASS_FILE, bypass, msgspec.structs.replace(record, made_from=made_from)
+    )
+    assert fit_bypass(base, TEXTS, output_dir=tmp_path, **SMALL).sha256 == bypass.sha256
 
 
 def test_a_rank_above_the_hidden_size_is_the_full_rank(base):
