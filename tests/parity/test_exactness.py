@@ -182,7 +182,9 @@ def check_answers(base, prompts, found, sample):
             last = alone.slow.logits([*alone.context, *ours[:same]])[-1]
             assert abs(float(last[said[same]] - last[ours[same]])) < TIE, (place, decisions)
         if number % MARGINS_CHECKED == 0 and outcome.margin is not None:
-            gold = encode_continuation(base.tokenizer, alone.text, gold_text(prompt))
+            gold = encode_continuation(
+                base.tokenizer, alone.text, gold_text(prompt, base.tokenizer)
+            )
             if outcome.reward < 1:
                 other = outcome.logprob
                 # An answer that no verdict cut short went on to its end, which counts as a token.

@@ -9,8 +9,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
-from drllm.errors import ModelError
+from drllm.errors import ModelError, TaskError
 from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import context_length, encode, encode_continuation, render
 from drllm.models.routed_model import RoutedModel
@@ -92,9 +93,11 @@ class TokenizedPrompt:
 def tokenize_prompt(model: RoutedModel | BaseModel, prompt: Prompt) -> TokenizedPrompt:
     """Render and tokenise a prompt and its continuations; the model's weights aren't needed.
 
-    Raises ModelError if the prompt and its longest continuation don't fit the model's context.
-    Beyond the context some models fail, and others run at positions that they were never trained
-    on.
+    Raises:
+        ModelError: The prompt and its longest continuation don't fit the model's context. Beyond
+            the context some models fail, and others run at positions that they were never trained
+            on.
+        TaskError: The model would read nothing before the continuations.
     """
     tokenizer = model.tokenizer
     context = context_length(model.model)
@@ -105,7 +108,12 @@ def tokenize_prompt(model: RoutedModel | BaseModel, prompt: Prompt) -> Tokenized
     is_generated = not prompt.continuations
     continuation_texts = prompt.continuations
     if is_generated:
-        continuation_texts = (gold_text(prompt),)
+        continuation_texts = (gold_text(prompt, tokenizer),)
+    if not text.strip():
+        raise TaskError(
+            f"a prompt of the question is {text!r}, so the model reads nothing before "
+            f"{continuation_texts[0]!r}; put text before it, or leave the question out"
+        )
     continuations = [
         encode_continuation(tokenizer, text, continuation) for continuation in continuation_texts
     ]
@@ -139,10 +147,18 @@ def _refuse_overlong(tokenizer: object, text: str, context: int) -> None:
         )
 
 
-def gold_text(prompt: Prompt) -> str:
-    """Return the gold answer as the model would write it right after the prompt."""
+def gold_text(prompt: Prompt, tokenizer: Any) -> str:
+    """Return the gold answer as the model would write it right after the prompt.
+
+    After a plain text it begins with a space. It is empty if the question has no gold answer.
+
+    Args:
+        prompt: The prompt.
+        tokenizer: The model's tokenizer; without a chat template prompts are plain texts.
+    """
     answer = get_reward(prompt).gold_text(prompt)
-    return answer if prompt.chat else f" {answer}"
+    is_turn = prompt.chat and getattr(tokenizer, "chat_template", None)
+    return answer if is_turn or not answer else f" {answer}"
 
 
 def judge_options(
@@ -263,8 +279,8 @@ class Evaluator:
         path: that of the gold answer minus that of a wrong answer. If the path answered wrong, the
         wrong answer is its own answer. If the path answered right, the wrong answer is the
         likeliest rival; the rivals of a question are the most frequent wrong answers of all paths.
-        The margin is None if no path answered wrong, or if there is no gold answer because a
-        function grades.
+        The margin is None if no path answered wrong, or if the question has no gold answer because
+        a function grades.
 
         Args:
             pairs: All pairs of the batch so far.
@@ -272,14 +288,13 @@ class Evaluator:
             wrong_only: Only wrong answers get margins. Their margins don't depend on later paths,
                 and are cheaper to compute while the states of the paths are still in memory.
         """
-        has_gold = all(prompt.continuations[0] for prompt in self.prompts)
-        if self.scores_options or not has_gold:
+        if self.scores_options:
             return list(outcomes)
         completed_outcomes = list(outcomes)
         right: list[int] = []  # numbers of the pairs with a right answer and no margin
         wrong: list[int] = []  # numbers of the pairs with a wrong answer and no margin
-        for number, outcome in enumerate(outcomes):
-            if outcome.margin is not None:
+        for number, ((place, _), outcome) in enumerate(zip(pairs, outcomes, strict=True)):
+            if outcome.margin is not None or not self._has_gold(place):
                 continue
             if outcome.is_right:
                 right.append(number)
@@ -290,6 +305,10 @@ class Evaluator:
             rivals = self._find_rivals(pairs, outcomes)
             self._add_margins_of_right(pairs, right, rivals, completed_outcomes)
         return completed_outcomes
+
+    def _has_gold(self, place: int) -> bool:
+        """Tell whether a prompt whose answer is generated has a gold answer."""
+        return bool(self.prompts[place].continuations[0])
 
     def _add_margins_of_wrong(
         self,
@@ -347,8 +366,8 @@ class Evaluator:
         if not numbers:
             return []
         continuations = [
-            [*prompt.continuations, *answers]
-            for prompt, answers in zip(self.prompts, rivals, strict=True)
+            [*prompt.continuations, *answers] if self._has_gold(place) else []
+            for place, (prompt, answers) in enumerate(zip(self.prompts, rivals, strict=True))
         ]
         outcomes = self._scorer.score_continuations(
             [pairs[number] for number in numbers], continuations

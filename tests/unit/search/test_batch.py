@@ -21,7 +21,7 @@ from drllm.search.batch import (
 )
 from drllm.search.evaluator import Evaluator, gold_text, tokenize_prompt
 from drllm.search.questions import Batch, build_question, collect_questions
-from drllm.tasks.examples import Prompt
+from drllm.tasks.examples import Example, Prompt
 from drllm.tasks.registry import get_task
 from drllm.work.run import BlockSteps
 from drllm.work.store import ResultStore
@@ -142,7 +142,10 @@ def test_an_interrupted_re_test_resumes_at_the_questions_that_it_was_at(
 
 def length(prompt, tokenizer):
     """Return what a prompt needs with the longest of what follows; a character is a token."""
-    behind = [*map(len, prompt.continuations)] or [prompt.max_new_tokens, len(gold_text(prompt))]
+    behind = [*map(len, prompt.continuations)] or [
+        prompt.max_new_tokens,
+        len(gold_text(prompt, tokenizer)),
+    ]
     return len(render(tokenizer, prompt.text, chat=prompt.chat)) + max(behind)
 
 
@@ -170,7 +173,7 @@ def test_a_gold_answer_that_is_longer_than_answers_may_be_must_fit_too(tiny_llam
     prompt = task.prompt(example, "boxed")
     context = length(prompt, tiny_tokenizer) - 1
     tight = RoutedModel(tiny_llama(max_position_embeddings=context), tokenizer=tiny_tokenizer)
-    assert prompt.max_new_tokens < len(gold_text(prompt))
+    assert prompt.max_new_tokens < len(gold_text(prompt, tiny_tokenizer))
     with pytest.raises(ModelError, match="up to 68 follow"):
         tokenize_prompt(tight, prompt)
 
@@ -233,6 +236,29 @@ def test_a_question_is_tried_three_times_before_it_is_set_aside(routed, batch):
         attempts=ATTEMPTS,
     )
     assert [record.id for record in result.records] == [q.example.id for q in batch.questions[1:]]
+
+
+def test_a_question_whose_prompt_is_blank_is_set_aside(tiny_llama, tiny_tokenizer, monkeypatch):
+    """Its gap is at the beginning; and the tokenizer begins each text with a token of its own."""
+    monkeypatch.setattr(evaluator, "encode", lambda tokenizer, text: [1, *encode(tokenizer, text)])
+    routed = RoutedModel(tiny_llama(), tokenizer=tiny_tokenizer)
+    texts = ["_ is taller than Bo in the class.", "Ann thanked _ for the cake."]
+    examples = [
+        Example(
+            id=str(number),
+            task="winogrande",
+            question=text,
+            choices=("Ann", "Bo"),
+            gold=0,
+            answer="Ann",
+        )
+        for number, text in enumerate(texts)
+    ]
+    records = drllm.search_paths(routed, examples, CONFIG)
+    assert [record.id for record in records] == ["1"]
+    [failed] = records.failed
+    assert failed.id == "0"
+    assert failed.error.startswith("TaskError: a prompt of the question is ''")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ZeroDivisionError()])

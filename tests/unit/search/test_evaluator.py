@@ -15,7 +15,7 @@ from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.injection import LayerCall
 from drllm.models.scoring import answers
 from drllm.models.scoring.score import Outcome
-from drllm.search.evaluator import Evaluator, gold_text
+from drllm.search.evaluator import Evaluator, gold_text, tokenize_prompt
 from drllm.tasks.examples import Prompt
 from drllm.tasks.rewards import grade
 from slow_way import FULL, ListedModel, kls_alone
@@ -40,6 +40,7 @@ CHOICES = [
         ("wet", ["the sea", "sand", "dust", "ash"], 0),
     ]
 ]
+CHAT_TEMPLATE = "user: {{ messages[0]['content'] }}\\nassistant: "
 QUESTIONS = [("Say something:", False), ("And now:", True), ("At last", False)]
 NUM_NEW = 6
 
@@ -122,7 +123,7 @@ def test_answers_get_the_grade_of_plain_generation_and_margins_against_wrong_one
     for (place, decisions), outcome in zip(pairs, outcomes, strict=True):
         plain = ListedModel(model, decisions)
         text = render(tiny_tokenizer, prompts[place].text, chat=prompts[place].chat)
-        gold = gold_text(prompts[place])
+        gold = gold_text(prompts[place], tiny_tokenizer)
         context, tokens = encoded(tiny_tokenizer, text, gold)
         expected = plain.sums(context, tokens)[0] / len(gold)
         if outcome.reward < 1:
@@ -196,6 +197,39 @@ def test_an_answered_row_that_is_run_on_with_never_goes_beyond_the_context(
         for p in prompts
     ]
     assert [[*outcome.tokens] for outcome in found] == [[*tokens] for tokens in expected]
+
+
+@pytest.mark.parametrize(("template", "expected"), [(None, " 42"), (CHAT_TEMPLATE, "42")])
+@pytest.mark.parametrize("reward", ["boxed", "exact"])
+def test_a_gold_answer_is_glued_to_the_prompt_only_as_a_turn_of_the_chat_template(
+    tiny_llama, tiny_tokenizer, monkeypatch, template, expected, reward
+):
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", template)
+    routed = RoutedModel(tiny_llama(), tokenizer=tiny_tokenizer)
+    prompt = Prompt(text="Think.", reward=reward, answer="42", chat=True)
+    [gold] = tokenize_prompt(routed, prompt).continuations
+    if reward == "boxed":
+        expected = expected.replace("42", r"\boxed{42}")
+    assert tiny_tokenizer.decode(gold) == expected
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_the_margins_of_a_question_do_not_depend_on_a_question_without_a_gold_answer(
+    tiny_llama, tiny_tokenizer, chat
+):
+    routed = RoutedModel(tiny_llama(), tokenizer=tiny_tokenizer)
+    with_gold, without_gold = (
+        Prompt(text=text, reward="exact", answer=answer, chat=chat, max_new_tokens=3)
+        for text, answer in (("What is ice?", "water"), ("Name a metal.", ""))
+    )
+    found = []
+    for prompts in ([with_gold], [with_gold, without_gold]):
+        evaluator = Evaluator(routed, prompts, 1.0)
+        pairs = [(place, FULL) for place in range(len(prompts))]
+        found.append(evaluator.with_margins(pairs, evaluator.evaluate(pairs)))
+    [alone], [beside, other] = found
+    assert alone.margin == pytest.approx(beside.margin, abs=MARGIN_TOLERANCE)
+    assert other.margin is None
 
 
 def test_a_right_answer_that_nobody_got_wrong_has_no_margin(tiny_llama, tiny_tokenizer):
