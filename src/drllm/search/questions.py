@@ -6,9 +6,10 @@ are searched together. This module doesn't import torch.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -26,6 +27,8 @@ from drllm.tasks.registry import get_task, get_tasks
 from drllm.tasks.rewards import check_installed
 from drllm.tasks.worked import WorkedTask
 from drllm.work.listener import logger
+
+MAX_QUESTION = 60  # maximum characters of a question in a message
 
 QuestionSource: TypeAlias = "Path | str | Sequence[Task] | Sequence[Example] | Sequence[Row]"
 """Where the questions of a search come from.
@@ -103,12 +106,13 @@ def collect_questions(source: QuestionSource | None, config: SearchConfig) -> li
     Args:
         source: Where the questions come from. Of a task, the questions in `config.split` are
             loaded; examples and rows are all used. None stands for the tasks of `config.dataset`.
+            A question without an id gets one from its text.
         config: The settings.
 
     Raises:
         ConfigError: A setting has no effect, or a package is missing.
         TaskError: A task is unknown, a task or a shard has no questions, or a reward doesn't fit a
-            task.
+            task. Or two questions of a task have the same id.
     """
     shard = _check_settings(config)
     if source is None:
@@ -153,6 +157,7 @@ def _draw_questions(
     """Choose the questions of each task in the three steps of `collect_questions`."""
     questions: list[SearchQuestion] = []
     earlier_keys: set[str] = set()  # keys of the questions of earlier tasks
+    first_questions: dict[tuple[str, str], str] = {}  # (task, id) → the question with this id
     num_copies = 0
     for group, reward in zip(groups, rewards, strict=True):
         examples = choose(group.examples, config.limit, config.seed)
@@ -162,6 +167,10 @@ def _draw_questions(
             if question_key(example.question) in earlier_keys:
                 num_copies += 1
                 continue
+            if not example.id:
+                example = replace(example, id=_make_id(example))
+            _refuse_same_id(group.task, example, first_questions)
+            first_questions[group.task.name, example.id] = example.question
             question = build_question(group.task, example, reward, place=len(questions))
             questions.append(question)
         earlier_keys.update(question_key(example.question) for example in examples)
@@ -170,6 +179,24 @@ def _draw_questions(
             "questions left out, since an earlier task of this search has them too: %d", num_copies
         )
     return questions
+
+
+def _make_id(example: Example) -> str:
+    """Return an id for a question without one, as targets without one get it."""
+    return hashlib.sha256(example.question.encode()).hexdigest()[:16]
+
+
+def _refuse_same_id(
+    task: Task, example: Example, first_questions: Mapping[tuple[str, str], str]
+) -> None:
+    """Refuse a question with the id of an earlier one, since their records can't be told apart."""
+    first = first_questions.get((task.name, example.id))
+    if first is not None:
+        raise TaskError(
+            f"two questions of task {task.name!r} have the id {example.id!r}, "
+            f"{first[:MAX_QUESTION]!r} and {example.question[:MAX_QUESTION]!r}; give each an id of "
+            f"its own, or leave one out"
+        )
 
 
 def build_question(task: Task, example: Example, reward: str, place: int = 0) -> SearchQuestion:

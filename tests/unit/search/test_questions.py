@@ -1,6 +1,8 @@
 """Which questions are asked, in which blocks: limits, lengths, shards."""
 
 import itertools
+from dataclasses import replace
+from hashlib import sha256
 
 import pytest
 
@@ -49,6 +51,22 @@ def test_examples_are_asked_as_their_tasks_ask_them(facts):
     asked = collect_questions(examples, SearchConfig())
     assert [question.example for question in asked] == examples
     assert [question.prompt.reward for question in asked] == ["loglikelihood"] * 3 + ["boxed"] * 3
+
+
+def test_questions_without_ids_get_them_from_their_texts(facts):
+    examples = [replace(example, id="") for example in facts.examples("search")[:4]]
+    found = ids(collect_questions(examples, SearchConfig()))
+    assert found == [sha256(example.question.encode()).hexdigest()[:16] for example in examples]
+    assert ids(collect_questions(examples[1:2], SearchConfig())) == found[1:2]
+
+
+@pytest.mark.parametrize("same_id", ["7", ""])
+def test_two_questions_of_a_task_with_the_same_id_are_refused(facts, same_id):
+    first, second = (replace(each, id=same_id) for each in facts.examples("search")[:2])
+    if not same_id:
+        second = replace(second, question=first.question)
+    with pytest.raises(TaskError, match="two questions of task 'builtin_facts' have the id"):
+        collect_questions([first, second], SearchConfig())
 
 
 @pytest.mark.parametrize("parts", [2, 5])
