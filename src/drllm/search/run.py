@@ -20,7 +20,7 @@ from drllm.errors import ConfigError, RecordError, TaskError
 from drllm.models.base.identity import describe_adapters
 from drllm.models.base.prompts import render
 from drllm.models.workers import Workers, open_workers
-from drllm.records.codec import hash_values
+from drllm.records.codec import hash_values, read_json_lines
 from drllm.records.manifest import new_manifest, read_manifest, write_or_remove, write_records
 from drllm.records.places import only_writer
 from drllm.records.search import (
@@ -218,6 +218,7 @@ def _search_into(
     if manifest is not None:
         _refuse_other_search(file, manifest, identity)
         records_on_disk = read_search(file)
+        records_on_disk.failed = _read_failed(folder / FAILED_FILE)
         store.remove()  # a process that was killed just after it wrote the manifest left it
         return records_on_disk
     has_results = store.open()
@@ -243,6 +244,13 @@ def _search_into(
     return SearchRecords.of(
         result.records, workers.executor.identity, file=file, failed=result.failed
     )
+
+
+def _read_failed(file: Path) -> tuple[FailedQuestion, ...]:
+    """Return the questions that a complete search has set aside; there may be no file."""
+    if not file.exists():
+        return ()
+    return tuple(question for _, question in read_json_lines(file, FailedQuestion))
 
 
 def _make_identity(workers: Workers, search: SearchPlan) -> dict[str, Any]:

@@ -537,6 +537,13 @@ def test_a_question_beyond_the_context_is_set_aside_and_its_neighbours_are_searc
     assert_same_run(result, alone)
 
 
+def test_a_finished_search_is_returned_with_what_was_set_aside(some_fail, tmp_path):
+    routed, task = some_fail
+    first = run(routed, tmp_path, [task], limit=None)
+    assert first.failed
+    assert run(routed, tmp_path, [task], limit=None).failed == first.failed
+
+
 def test_a_resumed_run_keeps_what_was_set_aside(some_fail, tmp_path, assert_same_run):
     routed, task = some_fail
     unbroken = run(routed, tmp_path / "unbroken", [task], limit=None)
