@@ -68,8 +68,17 @@ def test_records_and_routers_name_the_bypass(bypass, records, routers):
     assert routers.config.bypass == bypass.sha256
 
 
-def test_a_search_with_a_bypass_finds_other_values(base, bypass, records):
-    plain = drllm.search_paths(route(base, None), ROWS, **SEARCH)
+@pytest.fixture(scope="module")
+def plain(base):
+    return drllm.search_paths(route(base, None), ROWS, **SEARCH)
+
+
+def test_searches_with_and_without_a_bypass_are_refused_by_their_numbers(records, plain):
+    with pytest.raises(RecordError, match=r"search 1 and search 3 were made with no bypass, and n"):
+        drllm.supervise([plain, plain, records])
+
+
+def test_a_search_with_a_bypass_finds_other_values(records, plain):
     assert "bypass" not in plain.model
     kls = [
         {path.decisions: path.kl for record in found for path in record.paths}

@@ -100,8 +100,8 @@ def supervise_to_file(
         if isinstance(source, Path):
             source = read_search(source)
         all_records.append(source)
-    for first, second in itertools.combinations(all_records, 2):
-        _check_same_model(first, second)
+    for (name, first), (other_name, second) in itertools.combinations(_name_all(all_records), 2):
+        _check_same_model(name, first, other_name, second)
     _check_ids(all_records)
     records = list(itertools.chain.from_iterable(all_records))
     supervision = pick_targets(records, config)
@@ -396,31 +396,48 @@ def _describe_no_targets(summary: Mapping[str, Any]) -> str:
     )
 
 
-def _check_same_model(first: SearchRecords, second: SearchRecords) -> None:
+def _name_all(sources: Sequence[SearchRecords]) -> list[tuple[str, SearchRecords]]:
+    """Return searches with their names for messages: their files, or their numbers from 1."""
+    named = []
+    for number, source in enumerate(sources, start=1):
+        name = f"search {number}" if source.file is None else str(source.file)
+        named.append((name, source))
+    return named
+
+
+def _check_same_model(
+    name: str, first: SearchRecords, other_name: str, second: SearchRecords
+) -> None:
     """Refuse searches of different base models.
 
     Models are compared by the fingerprint of their weights, since the same weights may have two
     ids. Without fingerprints they are compared by id and revision.
+
+    Args:
+        name: The first search's name in messages.
+        first: A search.
+        other_name: The second search's name in messages.
+        second: Another search.
     """
     difference = compare_bypass(first.model, second.model)
     if difference:
         raise RecordError(
-            f"{first.file} and {second.file} were searched with {difference}; make one supervision "
-            f"file for each"
+            f"{name} and {other_name} were made with {difference}; make one supervision file for "
+            f"each"
         )
-    common_names = first.model.keys() & second.model.keys()
-    names = ["fingerprint", "num_layers", "hidden_size", "class"]
-    if "fingerprint" not in common_names:
-        names += ["id", "revision"]
-    for name in names:
-        if name not in common_names:
+    common_keys = first.model.keys() & second.model.keys()
+    keys = ["fingerprint", "num_layers", "hidden_size", "class"]
+    if "fingerprint" not in common_keys:
+        keys += ["id", "revision"]
+    for key in keys:
+        if key not in common_keys:
             continue
-        first_value = first.model[name]
-        second_value = second.model[name]
-        if differ(name, first_value, second_value, str(second.file)):
+        first_value = first.model[key]
+        second_value = second.model[key]
+        if differ(key, first_value, second_value, other_name):
             raise RecordError(
-                f"{first.file} and {second.file} are of different base models ({name} "
-                f"{first_value!r} and {second_value!r}); make one supervision file for each"
+                f"{name} and {other_name} are of different base models ({key} {first_value!r} and "
+                f"{second_value!r}); make one supervision file for each"
             )
 
 
@@ -429,16 +446,16 @@ def _check_ids(sources: Sequence[SearchRecords]) -> None:
 
     Readers of the targets couldn't tell them apart.
     """
-    # (task, id) → key of the first question with this id, and its file
-    first_questions: dict[tuple[str, str], tuple[str, Path | None]] = {}
-    for source in sources:
+    # (task, id) → key of the first question with this id, and the name of its search
+    first_questions: dict[tuple[str, str], tuple[str, str]] = {}
+    for name, source in _name_all(sources):
         for record in source:
             key = question_key(record.question)
-            first_key, first_file = first_questions.setdefault(
-                (record.task, record.id), (key, source.file)
+            first_key, first_name = first_questions.setdefault(
+                (record.task, record.id), (key, name)
             )
             if first_key != key:
                 raise RecordError(
-                    f"{first_file} and {source.file} have different questions with id "
-                    f"{record.id!r} of task {record.task!r}; rename the task of one of them"
+                    f"{first_name} and {name} have different questions with id {record.id!r} of "
+                    f"task {record.task!r}; rename the task of one of them"
                 )

@@ -108,8 +108,13 @@ def make_beam(
         keeps_first: As in `Beam`.
 
     Raises:
-        ConfigError: `max_skipped` is below 1, or leaves no layer.
+        ConfigError: `max_skipped` is below 1, or leaves no layer; or the model has one layer.
     """
+    if num_layers == 1:
+        raise ConfigError(
+            "the model has one layer, and a model of one layer has none to skip; tune a model with "
+            "more layers"
+        )
     max_skipped = config.max_skipped or max(1, int(MAX_SHARE_SKIPPED * num_layers))
     if max_skipped >= num_layers:
         raise ConfigError(

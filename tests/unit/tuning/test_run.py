@@ -374,6 +374,12 @@ def test_what_makes_no_sense_is_refused_before_anything_is_scored(
         tuned(routed, **settings)
 
 
+def test_a_model_of_one_layer_is_refused_since_it_has_none_to_skip(tiny_base):
+    base = tiny_base(num_layers=1)
+    with pytest.raises(ConfigError, match="the model has one layer, and a model of one layer has"):
+        tune(base, "builtin_facts", repair="none")
+
+
 def test_gold_answers_of_a_task_without_options_are_refused(routed):
     with pytest.raises(ConfigError, match="next_token_loss"):
         tune(routed, "builtin_arithmetic", objective="gold_logprob")
