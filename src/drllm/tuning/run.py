@@ -116,11 +116,11 @@ def tune(
         identity = _make_identity(config, workers, splits, repair, sources)
         beam = make_beam(config, splits, workers.base.num_layers, keeps_first=repair == REFIT)
         with listener.busy("reading the questions"):
-            tasks = [
+            questions = [
                 tokenize_task(workers.base, task_splits, config, number)
                 for number, task_splits in enumerate(splits)
             ]
-        prompts = {"prompts_sha256": hash_values(task.digest_values() for task in tasks)}
+        prompts = {"prompts_sha256": hash_values(task.digest_values() for task in questions)}
         store = ResultStore(folder / PARTIAL_FOLDER, identity, stage="tuning")
         identity.update(prompts)
         finished = _read_finished(folder / PATHS_FILE, identity, config)
@@ -130,7 +130,7 @@ def tune(
             return finished
         store.open()
         store.expect("tuning", prompts)  # results of earlier versions were kept without it
-        run = _TuningRun(workers, tasks, beam, store, identity, config, listener)
+        run = _TuningRun(workers, questions, beam, store, identity, config, listener)
         result = run.find_paths(sources)
         write_json(folder / PATHS_FILE, result)
         if not result.is_cut:
