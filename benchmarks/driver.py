@@ -192,7 +192,7 @@ class ReadyWorker:
 
 def make_workers(executor: Any) -> Workers:
     """Return an executor with a base model that is never run."""
-    model: Any = SimpleNamespace(device=torch.device("meta"))
+    model: Any = SimpleNamespace(device=torch.device("meta"), named_modules=list)
     return Workers(BaseModel(model, None, "ready-made"), model, executor)
 
 
