@@ -22,7 +22,7 @@ from drllm.models.routing.injection import LayerCall
 REPOSITORY = Path(__file__).resolve().parents[3]
 PAGE = (REPOSITORY / "docs" / "architectures.md").read_text(encoding="utf-8")
 DOCUMENTED = dict(re.findall(r"^ (\w+) +\w+ +(exact|refused|broken|absent|differs) ", PAGE, re.M))
-DOCUMENTED_REFITS = dict(re.findall(r"^ (\w+) +\w+ +\w+ +\S+ +\S+ +(yes|no|–) ", PAGE, re.M))
+DOCUMENTED_REFITS = dict(re.findall(r"^ (\w+) +\w+ +\w+ +\S+ +\S+ +(yes|no|–)(?= |$)", PAGE, re.M))
 DOCUMENTED_VERSION = re.search(r"with transformers ([\d.]+)", PAGE)[1]
 
 
