@@ -387,7 +387,12 @@ def _pin_reward(reward: str | None) -> str | None:
     """Return the name of a reward, with the hash of its file if it is a function in a file."""
     if reward is None or SUFFIX not in reward:
         return reward
-    return ",".join(pin_reward(name) if SUFFIX in name else name for name in reward.split(","))
+    names = []
+    for name in reward.split(","):
+        if SUFFIX in name:
+            name = pin_reward(name)
+        names.append(name)
+    return ",".join(names)
 
 
 _MAKERS: dict[str, Callable[[Run], Stage]] = {

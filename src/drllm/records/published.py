@@ -40,9 +40,9 @@ def hide_places(config: Mapping[str, Any]) -> dict[str, Any]:
 def _shorten(word: str) -> str:
     """Return a word in which a file has no folder; columns or a function may follow the file."""
     for mark in ("?", ":"):
-        file, found, rest = word.partition(mark)
-        if found and file.endswith(FILE_ENDINGS):
-            return f"{Path(file).name}{mark}{rest}"
+        file, separator, rest = word.partition(mark)
+        if separator and file.endswith(FILE_ENDINGS):
+            return f"{Path(file).name}{separator}{rest}"
     if word.endswith(FILE_ENDINGS) or word.startswith(("/", "~", ".")):
         return Path(word).name
     return word

@@ -298,7 +298,7 @@ def exclude_together(verdict: Verdict, num_candidates: int) -> Verdict:
     """
     if verdict.won is None or verdict.lost is None or verdict.excluded_loss is None:
         return verdict
-    confidence = 1 - power.ALPHA / max(1, num_candidates)
+    confidence = 1 - power.ALPHA / num_candidates
     low, _ = paired_interval(verdict.won, verdict.lost, verdict.n, confidence)
     return replace(verdict, excluded_loss=max(0.0, -low))
 

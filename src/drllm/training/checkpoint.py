@@ -94,10 +94,10 @@ def resume_training(output: Path, identity: Mapping[str, Any], trainer: Trainer)
     path = output / CHECKPOINT_FILE
     if not path.exists():
         return
-    with _broken_named(path):
+    with _name_broken_file(path):
         header = _read_header(path)
     _refuse_other_checkpoint(path, header, identity)
-    with _broken_named(path):
+    with _name_broken_file(path):
         _restore(trainer, header, _read_tensors(path))
 
 
@@ -113,7 +113,7 @@ def is_done(output: Path, identity: Mapping[str, Any]) -> bool:
     """
     path = output / CHECKPOINT_FILE
     if path.exists():
-        with _broken_named(path):
+        with _name_broken_file(path):
             header = _read_header(path)
         _refuse_other_checkpoint(path, header, identity)
         return False
@@ -136,6 +136,7 @@ def is_done(output: Path, identity: Mapping[str, Any]) -> bool:
 
 
 def _refuse_other_checkpoint(path: Path, header: _Header, identity: Mapping[str, Any]) -> None:
+    """Refuse the checkpoint of another training."""
     different_values = _compare(header.identity, identity)
     if different_values:
         raise CheckpointError(
@@ -152,7 +153,7 @@ def _compare(stored: Mapping[str, Any], identity: Mapping[str, Any]) -> list[str
 
 
 @contextmanager
-def _broken_named(path: Path) -> Iterator[None]:
+def _name_broken_file(path: Path) -> Iterator[None]:
     """Turn the errors of a broken checkpoint into a CheckpointError that names the file."""
     try:
         yield
@@ -161,6 +162,7 @@ def _broken_named(path: Path) -> Iterator[None]:
 
 
 def _read_header(path: Path) -> _Header:
+    """Return the header of a checkpoint, without its tensors."""
     with safe_open(path, framework="pt") as file:
         return decode(file.metadata()[HEADER], _Header, str(path))
 

@@ -287,17 +287,17 @@ def _find_unfinished(
     Raises CheckpointError if a folder holds another training. The temporary features, which may be
     large, are deleted then.
     """
-    digest = inputs.features.digest
+    unfinished = {}
     try:
-        return {
-            folder: config
-            for folder, config in seeds.items()
-            if not is_done(folder, make_identity(config, inputs.base_identity, digest))
-        }
+        for folder, config in seeds.items():
+            identity = make_identity(config, inputs.base_identity, inputs.features.digest)
+            if not is_done(folder, identity):
+                unfinished[folder] = config
     except CheckpointError:
         if temporary_store is not None:
             temporary_store.remove()
         raise
+    return unfinished
 
 
 def _write_rejected(

@@ -52,19 +52,25 @@ def describe_adapters(model: Any) -> dict[str, str]:
     for place, module in base.named_modules():
         for name in _list_active_adapters(module):
             has_adapters = True
-            scaling: Any = getattr(module, "scaling", None)
-            if isinstance(scaling, dict):
-                digest.update(f"{place} {scaling.get(name)}\n".encode())
-            for path, _ in module.named_parameters():
-                if name not in path.split("."):
-                    continue  # of the module that is adapted, or of another adapter
-                with _loaded(module, path) as tensor:
-                    content = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
-                    digest.update(f"{place}.{path} {list(tensor.shape)} {tensor.dtype}\n".encode())
-                    digest.update(content.numpy().data)
+            for part in _list_adapter_parts(module, place, name):
+                digest.update(part)
     if not has_adapters:
         return {}
     return {ADAPTERS: digest.hexdigest()[:16]}
+
+
+def _list_adapter_parts(module: nn.Module, place: str, name: str) -> Iterator[bytes]:
+    """Yield what an adapter of a module is hashed from: its scaling, and its tensors."""
+    scaling: Any = getattr(module, "scaling", None)
+    if isinstance(scaling, dict):
+        yield f"{place} {scaling.get(name)}\n".encode()
+    for path, _ in module.named_parameters():
+        if name not in path.split("."):
+            continue  # of the module that is adapted, or of another adapter
+        with _loaded(module, path) as tensor:
+            content = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
+            yield f"{place}.{path} {list(tensor.shape)} {tensor.dtype}\n".encode()
+            yield content.numpy().tobytes()
 
 
 def _list_active_adapters(module: nn.Module) -> list[str]:
