@@ -3,12 +3,10 @@
 import copy
 import dataclasses
 import gc
-import math
 from functools import cache
 
 import pytest
 import torch
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.policies import FixedPolicy, FullPolicy
@@ -73,54 +71,6 @@ def test_scores_across_calls_reuse_states_and_stay_equal(tiny_llama):
     batch = ChoiceBatch(routed, QUESTIONS, 1.0)
     assert_sums(at_once, [batch.logprobs([pair])[0] for pair in pairs])
     assert len(prefixes(pairs)) == batch.states.executions_run, "every state is run exactly once"
-
-
-KINDS = ("llama", "olmo2", "gpt2", "gpt_neox", "olmoe", "qwen2_moe")
-"""Also norms behind the MLP, parallel attention, and experts."""
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_only_scored_tokens_pass_the_mlp_where_a_path_ends(tiny_model, kind):
-    slow_model = tiny_model(kind)
-    routed = RoutedModel(tiny_model(kind))
-    [mlp] = routed.injection.last_mlps
-    counts = []
-    hook = mlp.register_forward_pre_hook(lambda _module, inputs: counts.append(inputs[0].shape))
-    pairs = [(0, FULL), (1, FULL), (1, (1, 1, 0, 1, 1, 1))]
-    scores = ChoiceBatch(routed, QUESTIONS, 1.0).logprobs(pairs)
-    hook.remove()
-    num_scored = max(1 + question.num_after for question in QUESTIONS)
-    assert 0 < sum(math.prod(shape[:-1]) for shape in counts) <= len(pairs) * num_scored
-    assert_sums(sums_alone(slow_model, QUESTIONS, pairs), scores)
-
-
-class MlpFirst(LlamaDecoderLayer):
-    """A layer whose attention reads the output of its MLP."""
-
-    def forward(self, hidden_states, *args, **kwargs):
-        hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-        attended, *_ = self.self_attn(self.input_layernorm(hidden_states), *args, **kwargs)
-        return hidden_states + attended
-
-
-def test_a_layer_whose_attention_needs_its_mlp_runs_it_on_all_tokens(tiny_llama):
-    model = tiny_llama()
-    routed = RoutedModel(model)
-    assert routed.injection.last_mlps == (model.model.layers[-1].mlp,)
-    routed.detach()
-    model.model.layers[-1].__class__ = MlpFirst
-    assert RoutedModel(model).injection.last_mlps == ()
-
-
-def test_a_path_that_goes_on_where_another_ended_reads_all_tokens(tiny_llama):
-    routed = RoutedModel(tiny_llama())
-    ends = (1, 1, 1, 1, 1, 1)
-    goes_on = (1, 1, 1, 1, 1, 2)
-    batch = ChoiceBatch(routed, QUESTIONS, 1.0)
-    found = [batch.logprobs([(0, path)])[0] for path in (ends, goes_on, ends)]
-    pairs = [(0, ends), (0, goes_on), (0, ends)]
-    assert_sums(sums_alone(tiny_llama(), QUESTIONS, pairs), found)
-    assert batch.states.executions_run == 6 + 2, "the end is run again, then its repeat"
 
 
 def test_a_state_cache_that_is_too_small_costs_time_and_nothing_else(tiny_llama):

@@ -47,9 +47,6 @@ from drllm.models.routing.forward_override import ForwardOverride, find_override
 from drllm.models.routing.lora import LoraAdapters, LoraWeights
 from drllm.models.routing.recomputation import RoutedRecomputation
 from drllm.models.routing.refits import ModuleHandle, Refit, Refits
-from drllm.models.routing.short_mlp import list_mlps, shorten_mlps
-
-NUM_COMPARED_TOKENS = 6  # to see whether the last MLP needs all tokens
 
 REFUSED_OUTPUTS = ("output_attentions", "output_router_logits")
 """Options of a forward pass that request outputs which routing can't return."""
@@ -250,25 +247,6 @@ class Injection:
                 return False
         return bool(output[0].shape[1] == 1)
 
-    @cached_property
-    def last_mlps(self) -> tuple[nn.Module, ...]:
-        """The MLPs of the last layer, which need only the tokens whose logits are needed.
-
-        A pass with a few tokens shows whether the layer's output at the last ones stays the same.
-        It doesn't in a layer whose attention comes after the MLP. There are none either where
-        something else overrides the layer, as accelerate does to move weights.
-        """
-        handle = self.handles[-1]
-        mlps = tuple(list_mlps(handle.module))
-        if not mlps or handle.previous is not None:
-            return ()
-        comparison = _CompareLastTokens(mlps)
-        vocabulary = self.model.config.get_text_config().vocab_size
-        ids = torch.arange(NUM_COMPARED_TOKENS, device=self.model.device)[None] % vocabulary
-        with torch.no_grad(), self.driven_by(comparison):
-            self.decoder(input_ids=ids, use_cache=False)
-        return mlps if comparison.is_equal else ()
-
     def _before(self, _module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Begin a forward pass of the decoder."""
         for handle in self.handles:
@@ -329,29 +307,6 @@ class _DropToken(Driver):
 
     def layer(self, call: LayerCall, hidden: Tensor) -> Tensor:
         return hidden[:, :1] if call.is_last else hidden
-
-
-class _CompareLastTokens(Driver):
-    """Runs each layer, and the last one with short MLPs too.
-
-    Attributes:
-        is_equal: Whether both outputs at the last tokens are equal, up to rounding.
-    """
-
-    def __init__(self, mlps: Collection[nn.Module]) -> None:
-        self.mlps = mlps
-        self.is_equal = False
-
-    def layer(self, call: LayerCall, hidden: Tensor) -> Tensor:
-        output = call.run(hidden)
-        if call.is_last:
-            num_tokens = NUM_COMPARED_TOKENS // 2
-            last = output[:, -num_tokens:].float()
-            short = call.run_for_last_tokens(hidden, num_tokens, self.mlps).float()
-            difference = (short - last).abs().max()
-            tolerance = torch.finfo(hidden.dtype).eps ** 0.5 * last.abs().max()
-            self.is_equal = bool(difference <= tolerance)  # false if something isn't finite
-        return output
 
 
 class DecoderHandle(ForwardOverride):
@@ -480,37 +435,11 @@ class LayerCall:
             hidden: The layer's input for R rows of the batch.
             rows: The numbers of these rows; None means all rows.
         """
-        return self._run(self._handle.original(), hidden, rows)
-
-    def run_for_last_tokens(
-        self,
-        hidden: Tensor,
-        num_tokens: int,
-        mlps: Collection[nn.Module],
-        rows: tuple[int, ...] | None = None,
-    ) -> Tensor:
-        """Execute the layer; return its output at each row's last tokens, `[R, N, D]`.
-
-        Only these tokens pass the MLPs. K and V in the cache are those of all tokens.
-
-        Args:
-            hidden: The layer's input for R rows of the batch, `[R, T, D]`.
-            num_tokens: N, at least one.
-            mlps: The layer's MLPs; see `Injection.last_mlps`.
-            rows: The numbers of the rows; None means all rows.
-        """
-        layer = shorten_mlps(self.module, mlps, num_tokens)
-        output = self._run(partial(type(self.module).forward, layer), hidden, rows)
-        return output[:, -num_tokens:]
-
-    def _run(
-        self, function: Callable[..., Any], hidden: Tensor, rows: tuple[int, ...] | None
-    ) -> Tensor:
         args = self._args
         kwargs = self._kwargs
         if rows is not None:
             args, kwargs = self._cut(rows, partial(self._select_rows, rows))
-        output = function(hidden, *args, **kwargs)
+        output = self._handle.original()(hidden, *args, **kwargs)
         if isinstance(output, tuple):
             self.extras = output[1:]
             output = output[0]

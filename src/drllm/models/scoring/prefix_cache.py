@@ -28,7 +28,7 @@ Key: TypeAlias = tuple[int, str, int, Path]
 class PrefixState:
     """The state of a row of tokens after some executions."""
 
-    hidden: Tensor  # [T, D]; of a path's end maybe only the last tokens, whose logits are needed
+    hidden: Tensor  # [T, D]
     keys: Tensor | None = None  # [H, T, E], K of the last execution; None if K/V isn't kept
     values: Tensor | None = None  # [H, T, E], V of the last execution; None like `keys`
 

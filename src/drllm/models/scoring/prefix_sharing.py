@@ -227,7 +227,6 @@ class PrefixSharingDriver(Driver):
             own + after for own, after in zip(packed.num_own, packed.num_after, strict=True)
         ]
         self._paths = {plan: get_layers(plan) for _, plan in self.pairs}
-        self._num_needed = self._count_needed()
         self._adapter = find_common_adapter([plan for _, plan in self.pairs])
         self._crossings = self.rows.crossings
         if self._crossings is None and not self._adapter:  # a healed path has a repair of its own
@@ -286,11 +285,8 @@ class PrefixSharingDriver(Driver):
         ready = self._find_ready(index)
         while ready:
             for layer, states in ready.items():
-                ends = [state for state in states if state in self._num_needed]
-                others = [state for state in states if state not in self._num_needed]
-                for part in (ends, others):
-                    for group in self._group_by_length(part, embeddings.device):
-                        self._run_layer(layer, embeddings, group)
+                for group in self._group_by_length(list(states), embeddings.device):
+                    self._run_layer(layer, embeddings, group)
             ready = self._find_ready(index)
 
     def _find_ready(self, index: int) -> dict[int, dict[RowPath, None]]:
@@ -305,7 +301,7 @@ class PrefixSharingDriver(Driver):
             done = self._num_done[number]
             while done < len(path) and path[done] <= index:
                 state = (row, path[: done + 1])
-                if not self._is_held(state):
+                if state not in self._held:
                     ready.setdefault(path[done], {})[state] = None
                     break
                 done += 1
@@ -400,46 +396,15 @@ class PrefixSharingDriver(Driver):
         return num_saved
 
     def _hold(self, row: int, path: Path) -> bool:
-        """Hold a cached state until `release`; return whether the cache has all that is needed."""
-        if self._is_held((row, path)):
+        """Hold a cached state until `release`; return whether the cache has it."""
+        if (row, path) in self._held:
             return True
         state = self.states.get(self._key(row, path))
-        if state is None or not self._is_enough((row, path), state):
+        if state is None:
             return False
         self._held[row, path] = state
         self.states.protect(self._key(row, path))
         return True
-
-    def _count_needed(self) -> dict[RowPath, int]:
-        """Return how many last tokens of a state are needed, where not all of them are.
-
-        These are the states after a path's last execution, if this is one of the model's last layer
-        and no other path of the row runs more layers after it.
-        """
-        if not self.rows.routed.injection.last_mlps:
-            return {}
-        last_layer = self.rows.routed.num_layers - 1
-        needed: dict[RowPath, int] = {}
-        for (row, plan), num in zip(self.pairs, self.num_logits, strict=True):
-            path = self._paths[plan]
-            if path[-1] == last_layer:
-                needed[row, path] = max(num, needed.get((row, path), 0))
-        for row, plan in self.pairs:
-            path = self._paths[plan]
-            for length, layer in enumerate(path[:-1], start=1):
-                if layer == last_layer:
-                    needed.pop((row, path[:length]), None)
-        return {state: num for state, num in needed.items() if num < self.lengths[state[0]]}
-
-    def _is_enough(self, state: RowPath, found: PrefixState) -> bool:
-        """Tell whether a state has the tokens that this pass needs of it."""
-        row, _ = state
-        return len(found.hidden) >= self._num_needed.get(state, self.lengths[row])
-
-    def _is_held(self, state: RowPath) -> bool:
-        """Tell whether the pass holds all that it needs of a state."""
-        found = self._held.get(state)
-        return found is not None and self._is_enough(state, found)
 
     def _key(self, row: int, path: Path) -> tuple[int, str, int, Path]:
         """Return the key of a state in the cache; each adapter has states of its own."""
@@ -479,13 +444,7 @@ class PrefixSharingDriver(Driver):
             call.cache.layers[call.index] = entry
             if self.past is not None:
                 num_past = self._put_past(entry, states)
-        call_on_inputs = call.last_tokens(inputs.shape[1], num_past)
-        if states[0] in self._num_needed:
-            num_last = max(1, *(self._num_needed[state] for state in states))
-            mlps = self.rows.routed.injection.last_mlps
-            outputs = call_on_inputs.run_for_last_tokens(inputs, num_last, mlps, rows)
-        else:
-            outputs = call_on_inputs.run(inputs, rows)
+        outputs = call.last_tokens(inputs.shape[1], num_past).run(inputs, rows)
         self.states.executions_run += len(states)
         self.states.tokens_run += sum(self.lengths[row] for row in rows)
         tensors = [outputs]
@@ -565,10 +524,7 @@ class PrefixSharingDriver(Driver):
     def _keep(self, states: Sequence[RowPath], tensors: Sequence[Tensor]) -> None:
         """Cache the results of a run without padding: hidden states, and K and V if kept."""
         lengths = [self.lengths[row] for row, _ in states]
-        parts = []
-        for tensor in tensors:
-            num_tokens = tensor.shape[-2]  # fewer than a row has, if only the last ones are needed
-            parts.append(remove_padding(tensor, [min(length, num_tokens) for length in lengths]))
+        parts = [remove_padding(tensor, lengths) for tensor in tensors]
         new_states = {}
         for (row, path), *values in zip(states, *parts, strict=True):
             state = PrefixState(*values)
