@@ -28,7 +28,7 @@ NOT_OF_TWO_WAYS = {
     "quantised",  # several ways beside one
     *("pooled", "healing_curves"),  # accuracy and losses, not times
     "house",  # counts source
-    "make_builtin_texts",  # makes a file
+    *("make_builtin_texts", "make_texts"),  # make files
 }
 WITHOUT_COMPARISONS = {"driver", "search_quality"}  # figures other than times
 SCRIPTS = sorted(file for file in BENCHMARKS.glob("*.py") if file.stem not in NOT_OF_TWO_WAYS)
