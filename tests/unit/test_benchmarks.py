@@ -554,9 +554,9 @@ def test_a_cheap_choice_is_compared_with_the_best_path_after_its_refit(figures_o
 
     def make_row(layers, **losses):
         losses = {
-            "stand-in": losses["stand_in"],
-            "plain": losses["plain"],
-            "refit": losses["refit"],
+            "stand-in": {"text": losses["stand_in"]},
+            "plain": {"text": losses["plain"]},
+            "refit": {"text": losses["refit"]},
         }
         return script.PathLosses(layers=layers, losses=losses, seconds=dict.fromkeys(losses, 1.0))
 
