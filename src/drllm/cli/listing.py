@@ -40,7 +40,7 @@ def _list_tasks(terminal: Terminal) -> None:
     terminal.table("task|rewards (default first)|what it asks", rows)
     terminal.say(
         "Or name a file (.jsonl, .json, .csv, .tsv, .parquet), or OWNER/NAME of the hub "
-        "(docs/formats.md)."
+        "(docs/questions.md)."
     )
 
 

@@ -1,7 +1,7 @@
 """Constants and help texts of settings that several stages have."""
 
 SPLITS = ("search", "fit", "select", "test")
-"""The parts that a task's questions are divided into (docs/formats.md, "Splits").
+"""The parts that a task's questions are divided into (docs/questions.md, "Splits").
 
 Targets are searched on `search`, other things are fitted on `fit`, settings are chosen on `select`,
 and results are reported on `test`.
