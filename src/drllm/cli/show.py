@@ -182,8 +182,8 @@ def _read_first_row(path: Path) -> dict[str, Any]:
 
 def _show_samples(path: Path, terminal: Terminal) -> None:
     """Print what a `samples.jsonl` holds, and the command that prints its tables."""
-    rows = [row for _, row in read_json_lines(path, dict[str, Any])]
-    terminal.fact("samples", f"{len(rows)}; systems {', '.join(rows[0]['systems'])}")
+    samples = [sample for _, sample in read_json_lines(path, results.Sample)]
+    terminal.fact("samples", f"{len(samples)}; systems {', '.join(samples[0].systems)}")
     terminal.fact("tables", f"drllm show {path.parent}")
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -15,6 +15,13 @@ from drllm.reporting.numbers import write_number
 
 METRICS_FILE = "metrics.jsonl"
 NO_METRICS = ("epoch", "split", "learning_rate")  # fields of metrics.jsonl that aren't metrics
+
+
+class MetricsHead(msgspec.Struct, frozen=True, kw_only=True):
+    """The part of a line of `metrics.jsonl` that says to what its metrics belong."""
+
+    epoch: int
+    split: Literal["train", "validation"]
 
 
 class RouterSummary(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,12 +76,24 @@ def _describe_training(training: Mapping[str, Any]) -> str:
 
 def show_metrics(path: Path, terminal: Terminal) -> None:
     """Print the metrics of the last epoch on each part of the targets (trained on, held out)."""
-    rows = [row for _, row in read_json_lines(path, dict[str, Any])]
-    last_epoch = max(row["epoch"] for row in rows)
-    last_rows = [row for row in rows if row["epoch"] == last_epoch]
-    names = [name for name in last_rows[0] if name not in NO_METRICS]
-    parts = {str(row["split"]): row for row in last_rows}
+    heads = [head for _, head in read_json_lines(path, MetricsHead)]
+    rows = [row for _, row in read_json_lines(path, dict[str, float | str | None])]
+    last_epoch = max(head.epoch for head in heads)
+    parts: dict[str, dict[str, float | None]] = {}
+    for head, row in zip(heads, rows, strict=True):
+        if head.epoch == last_epoch:
+            parts[head.split] = _select_metrics(row)
+    names = list(next(iter(parts.values())))  # every part has the same metrics
     _print_metrics(names, parts, f"epoch {last_epoch}", terminal)
+
+
+def _select_metrics(row: Mapping[str, float | str | None]) -> dict[str, float | None]:
+    """Return the metrics in a line of `metrics.jsonl`."""
+    return {
+        name: value
+        for name, value in row.items()
+        if name not in NO_METRICS and not isinstance(value, str)
+    }
 
 
 def show_agreement(path: Path, terminal: Terminal) -> None:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from drllm.config import SPLITS
 from drllm.errors import ConfigError, TaskError, unknown_name
@@ -68,6 +68,7 @@ FIELDS = ("question", "choices", "answer", "grader", "prompt", "messages")
 WITH_CHOICES = "'choices'"
 WITHOUT_ANSWER = "a prompt alone"
 
+MAX_INDEX_DIGITS = 9  # of the index of an option in a table; Python refuses to read 5,000 digits
 _NUMBERS_AS_TEXTS = json.JSONDecoder(parse_int=str, parse_float=str)
 """Reads a list in a cell of a table, where options that are numbers are texts too."""
 
@@ -417,9 +418,14 @@ def _parse_cells(row: Row) -> Row:
             values[name] = _parse_list(values[name])
     choices = values.get("choices")
     answer = values.get("answer")
-    if choices is not None and answer not in choices and str(answer).isdecimal():
-        values["answer"] = int(str(answer))
+    if isinstance(choices, list) and answer not in choices and _is_index(answer):
+        values["answer"] = int(answer)
     return values
+
+
+def _is_index(cell: Any) -> TypeGuard[str]:
+    """Tell whether a cell may be the index of an option: a number of few digits."""
+    return isinstance(cell, str) and cell.isdecimal() and len(cell) <= MAX_INDEX_DIGITS
 
 
 def _parse_list(text: Any) -> Any:

@@ -16,6 +16,7 @@ from drllm.cli.show_results import (
     show_written,
 )
 from drllm.cli.terminal import Terminal, draw_route
+from drllm.errors import RecordError
 from drllm.records.codec import read_json
 from drllm.records.layers import Layers
 from drllm.records.results import Evaluation, WrittenAnswers
@@ -187,6 +188,39 @@ def test_a_folder_of_routers_shows_its_layers_too(layers: Path, capsys: pytest.C
     layers.unlink()
     show(layers.parent, Terminal())
     assert "held-out" not in capsys.readouterr().out
+
+
+def test_of_metrics_the_last_epoch_is_printed_for_both_parts(tmp_path, capsys):
+    file = tmp_path / "metrics.jsonl"
+    lines = []
+    for epoch in (1, 2):
+        for split in ("train", "validation"):
+            row = {"epoch": epoch, "split": split, "learning_rate": 1e-3, "macro_f1": epoch / 4}
+            lines.append(json.dumps(row) + "\n")
+    file.write_text("".join(lines))
+    show(file, Terminal())
+    out = capsys.readouterr().out
+    assert "epoch 2" in out
+    assert ["macro_f1", "0.500", "0.500"] in [line.split() for line in out.splitlines()]
+    assert "learning_rate" not in out
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"epoch": 1}',
+        '{"epoch": "first", "split": "train"}',
+        '{"epoch": 1, "split": "a|b"}',
+        '{"epoch": 1, "split": "train", "macro_f1": [1]}',
+        '{"systems": null}',
+        '{"systems": [1]}',
+    ],
+)
+def test_a_line_that_only_looks_like_a_record_is_refused_in_one_line(tmp_path, line):
+    file = tmp_path / "mine.jsonl"
+    file.write_text(line + "\n")
+    with pytest.raises(RecordError, match=r"mine\.jsonl, line 1"):
+        show(file, Terminal())
 
 
 def test_answers_in_words_stand_below_their_question_each_on_a_line(capsys):

@@ -215,3 +215,19 @@ def test_a_file_of_another_name_is_offered_or_is_to_be_renamed(tmp_path, file, n
     with pytest.raises(TaskError) as caught:
         get_task(name)
     assert message.format(name, name) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("question,choices\nWhy?,so\n", "'choices' is 'so'; expected a list of texts"),
+        (f"question,choices,answer\nWhy?,\"['a','b']\",{5000 * '9'}\n", "is not among the choices"),
+    ],
+    ids=["no answer", "a huge index"],
+)
+def test_a_row_of_a_table_without_a_right_option_is_named(tmp_path, table, message):
+    file = tmp_path / "mine.csv"
+    file.write_text(table)
+    with pytest.raises(TaskError, match=message) as caught:
+        get_task(str(file))
+    assert str(caught.value).startswith(f"{file}, line 2: ")
