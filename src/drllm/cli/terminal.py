@@ -141,7 +141,7 @@ class Terminal(Listener):
     def busy(self, what: str) -> AbstractContextManager[Any]:
         """Show what is being done inside a block whose progress can't be measured."""
         if self.err.is_terminal:
-            return self.err.status(what)
+            return self.err.status(Text(what))  # rich reads markup in a str, such as "[old]"
         return busy_lines(self.err, what)
 
     def progress(self, title: str, unit: str) -> Progress:

@@ -197,6 +197,13 @@ def on_a_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> Terminal:
     return Terminal()
 
 
+def test_brackets_in_a_name_are_shown_while_work_goes_on(monkeypatch):
+    terminal = on_a_terminal(80, monkeypatch)
+    with terminal.busy("loading runs[/old]/[a]"):
+        pass
+    assert "loading runs[/old]/[a]" in sys.stderr.getvalue()
+
+
 @pytest.mark.parametrize("width", [30, 60, 80, 200])
 def test_on_a_terminal_lines_and_tables_break_at_words(width: int, monkeypatch):
     terminal = on_a_terminal(width, monkeypatch)
