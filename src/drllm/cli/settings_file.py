@@ -15,6 +15,7 @@ from drllm.config.files import (
     normalise_settings,
     read_sections,
     read_yaml,
+    replace_aliases,
     with_preset,
 )
 from drllm.config.removed import REMOVED_FLAGS
@@ -37,15 +38,11 @@ def read_settings(name: str, verb: Verb) -> dict[str, Any]:
     check_text("--config", name)
     path = PRESETS.get(name) or Path(name).expanduser()
     values = _read_values(path, verb)
-    # Aliases become names: first those of settings, then those of the verb's own flags.
-    for group in verb.settings:
-        values = normalise_settings(group, values)
-    names_by_alias = {flag.alias: flag.name for flag in verb.flags if flag.alias is not None}
-    values = {names_by_alias.get(key, key): value for key, value in values.items()}
     known_names = [flag.name for flag in list_flags(verb) if not flag.positional]
-    values = drop_null_of_removed(values, known_names)
-    _refuse_unknown(path, values, known_names, verb)
     try:
+        values = _name_settings(values, verb)
+        values = drop_null_of_removed(values, known_names)
+        _refuse_unknown(values, known_names, verb)
         for flag in verb.flags:
             if flag.name in values:
                 values[flag.name] = check_value(flag, values[flag.name])
@@ -54,6 +51,15 @@ def read_settings(name: str, verb: Verb) -> dict[str, Any]:
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     return values
+
+
+def _name_settings(values: Mapping[str, Any], verb: Verb) -> dict[str, Any]:
+    """Replace aliases with names: first those of settings, then those of the verb's own flags."""
+    settings = dict(values)
+    for group in verb.settings:
+        settings = normalise_settings(group, settings)
+    names_by_alias = {flag.alias: flag.name for flag in verb.flags if flag.alias is not None}
+    return replace_aliases(settings, names_by_alias)
 
 
 def check_value(flag: Flag, value: Any) -> Any:
@@ -104,14 +110,12 @@ def _section_name(group: type[Settings]) -> str:
     return group.__name__.removesuffix("Config").lower()
 
 
-def _refuse_unknown(
-    path: Path, values: Mapping[str, Any], known_names: Sequence[str], verb: Verb
-) -> None:
+def _refuse_unknown(values: Mapping[str, Any], known_names: Sequence[str], verb: Verb) -> None:
     """Raise ConfigError for a setting that the verb doesn't have."""
     for key in values:
         if key in known_names:
             continue
         if to_flag(key) in REMOVED_FLAGS:
-            raise ConfigError(f"{path}: {REMOVED_FLAGS[to_flag(key)]}")
+            raise ConfigError(REMOVED_FLAGS[to_flag(key)])
         message = nearest_name("setting", key, known_names)
-        raise ConfigError(f"{path}: {message} {see_all_flags(verb)}")
+        raise ConfigError(f"{message} {see_all_flags(verb)}")

@@ -98,7 +98,7 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
             f"{path} holds {type(values).__name__}, not names and values; {remedy}, written "
             f"'name: value'"
         )
-    return with_underscores(values)
+    return with_underscores(path, values)
 
 
 def with_preset(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def with_preset(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     for section, preset in read_yaml(PRESETS[name], "settings").items():
         settings = sections.get(section) or {}
         if isinstance(settings, dict):  # `read_sections` refuses any other value
-            settings = {**preset, **with_underscores(settings)}
+            settings = {**preset, **with_underscores(path, settings)}
         sections[section] = settings
     return sections
 
@@ -139,29 +139,65 @@ def read_sections(
     """
     known_names = list(names)
     sections = {}
-    for name, section in with_underscores(values).items():
+    for name, section in with_underscores(path, values).items():
         if name not in known_names:
             raise ConfigError(f"{path}: " + unknown_name("section", name, known_names))
         if not isinstance(section, dict | None):
             raise ConfigError(
                 f"{path}: section {name!r} is {section}; give settings, written 'name: value'"
             )
-        sections[name] = with_underscores(section or {})
+        sections[name] = with_underscores(path, section or {})
     return sections
 
 
-def with_underscores(values: Mapping[Any, Any]) -> dict[str, Any]:
-    """Replace the dashes in the names of settings with underscores."""
-    return {str(name).replace("-", "_"): value for name, value in values.items()}
+def with_underscores(path: Path, values: Mapping[Any, Any]) -> dict[str, Any]:
+    """Replace the dashes in the names of settings with underscores.
+
+    Args:
+        path: The file, for messages.
+        values: The settings by name.
+
+    Raises:
+        ConfigError: A setting is given with dashes and with underscores.
+    """
+    settings = {}
+    for name, value in values.items():
+        new_name = str(name).replace("-", "_")
+        if new_name in settings:
+            raise ConfigError(f"{path}: {new_name!r} is given twice; give it once")
+        settings[new_name] = value
+    return settings
+
+
+def replace_aliases(values: Mapping[str, Any], names_by_alias: Mapping[Any, str]) -> dict[str, Any]:
+    """Replace aliases with the names of settings.
+
+    Args:
+        values: The settings by name or alias.
+        names_by_alias: Alias → name.
+
+    Raises:
+        ConfigError: A setting is given by its name and by its alias.
+    """
+    settings = {}
+    for name, value in values.items():
+        new_name = names_by_alias.get(name, name)
+        if new_name in settings:
+            raise ConfigError(
+                f"{new_name!r} is given twice, by its name and by its alias; give it once"
+            )
+        settings[new_name] = value
+    return settings
 
 
 def normalise_settings(group: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
     """Replace aliases with the names of a group's settings, and convert its numbers from text.
 
-    Returns a copy. Settings of other groups stay as they are.
+    Returns a copy. Settings of other groups stay as they are. Raises ConfigError if a setting is
+    given by its name and by its alias.
     """
     names_by_alias = {field.metadata["alias"]: field.name for field in dataclasses.fields(group)}
-    settings = {names_by_alias.get(name, name): value for name, value in values.items()}
+    settings = replace_aliases(values, names_by_alias)
     for name, kinds in list_kinds(group).items():
         if name in settings:
             settings[name] = convert_text(settings[name], kinds)

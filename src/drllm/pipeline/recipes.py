@@ -22,9 +22,10 @@ from drllm.config.files import (
 )
 from drllm.config.heal import NO_REPAIR
 from drllm.errors import ConfigError
-from drllm.evaluation.questions import select_tasks, without_routers
+from drllm.evaluation.questions import select_tasks
+from drllm.evaluation.request import complete_settings, name_paths, refuse_tuning_questions
 from drllm.extras import need
-from drllm.records.static_paths import PATHS_FILE, load_path
+from drllm.records.static_paths import PATHS_FILE, PathFile, load_path
 from drllm.search.questions import SearchQuestion, collect_questions
 from drllm.supervision.select import check_settings
 from drllm.tasks.base import Task
@@ -116,15 +117,26 @@ class Recipe:
         need("eval,report", "a run")
         self._check_tasks_are_named()
         _ = self.tasks  # reads and checks them
+        self._check_evaluation()
         if self.has_routers:
             self._check_routers()
-        else:
-            paths = self.evaluate.paths or PATHS_FILE  # by default the paths of this run
-            without_routers(dataclasses.replace(self.evaluate, paths=paths))
         if self.tune is not None:
             self._check_tuning()
         if self.heal is not None:
             self._check_healing(self.heal)
+
+    def _check_evaluation(self) -> None:
+        """Check the section `evaluate`, and the static paths that it names."""
+        makes_paths = self.tune is not None or self.heal is not None
+        settings = self.evaluate
+        if settings.paths is None and makes_paths:
+            settings = dataclasses.replace(settings, paths=PATHS_FILE)  # those of this run
+        complete_settings(settings, None, has_routers=self.has_routers)
+        if makes_paths:  # a named path may be one that this run makes
+            return
+        for path in name_paths(None, settings).values():
+            if isinstance(path, PathFile):
+                refuse_tuning_questions(path, self.tasks, settings)
 
     def _check_routers(self) -> None:
         """Check the sections that train routers."""
@@ -137,6 +149,8 @@ class Recipe:
         """Check the section `tune`, and that the evaluation fits it."""
         _ = self.tuning_tasks  # reads and checks them
         _ = self.tuning_texts
+        if self.evaluate.paths is None:  # the paths of this run are evaluated
+            self._check_tuned_tasks()
         if self.evaluate.max_drop is not None and self.evaluate.paths is None:
             raise ConfigError(
                 f"evaluate: 'max_drop' is {self.evaluate.max_drop:g}, which tests paths in an "
@@ -144,14 +158,39 @@ class Recipe:
                 f"and after the run give 'drllm evaluate --paths RUN/paths.json:NAME --max-drop N'"
             )
 
+    def _check_tuned_tasks(self) -> None:
+        """Refuse to evaluate paths on questions that `tune` chooses them on."""
+        names = [task.name for task in self.tasks]
+        for splits in self.tuning_tasks:
+            name = splits.task.name
+            if name not in names:
+                continue
+            if splits.is_divided:
+                raise ConfigError(
+                    f"evaluate: tune divides the questions of {name}, and chooses paths on some of "
+                    f"them; evaluate on another task, since tune reports the others"
+                )
+            split = self.evaluate.get_split(name)
+            if split != "test":
+                raise ConfigError(
+                    f"evaluate: tune chooses paths on questions of {name}, and its split is "
+                    f"{split!r}; evaluate it on test"
+                )
+
     def _check_healing(self, heal: config.HealConfig) -> None:
         """Check the section `heal`, and that it names a path."""
+        heal.check()
         _ = self.healing_texts  # reads and checks them
         if self.tune is None:
             load_path(heal.require_path())
         elif heal.path is None:
             raise ConfigError(
                 "heal: no path is named; name one that tune will find, for example 'path: skip1'"
+            )
+        elif ":" in heal.path:
+            raise ConfigError(
+                f"heal: 'path' is {heal.path!r}, but tune finds the paths of this run; give the "
+                f"name of the path alone, for example 'path: skip1'"
             )
 
     def _check_tasks_are_named(self) -> None:

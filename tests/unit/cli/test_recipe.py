@@ -25,6 +25,7 @@ FILES = sorted(RECIPES.glob("*.yaml"))
 TUNE = "tune: {tasks: builtin_facts, max_skipped: 1}\n"
 EVALUATE = "evaluate: {tasks: builtin_facts}\n"
 PATHS_ALONE = f"{TUNE}heal: {{path: skip1, tasks: builtin_facts}}\n{EVALUATE}"
+ROUTERS = "search: {tasks: builtin_facts, limit: 2}\n"
 CURVE = PATHS_ALONE.replace("evaluate: {", "evaluate: {curve: '0.1', ")
 
 
@@ -126,11 +127,28 @@ def test_a_recipe_of_paths_alone_makes_no_routers_also_when_written_out(tmp_path
         (TUNE, "evaluate: no task is given"),
         (f"{EVALUATE}search: {{limit: 2}}\n", "search: no task is given"),
         (CURVE, "no effect without routers"),
+        (f"{ROUTERS}{EVALUATE[:-2]}, latency: true, executor: ray}}", "--latency times the model"),
+        (f"{ROUTERS}{EVALUATE[:-2]}, num_written: 2, executor: ray}}", "'num_written' answers"),
+        (f"{TUNE}{EVALUATE[:-2]}, split: select}}", "evaluate it on test"),
+        (
+            f"{TUNE}{EVALUATE}heal: {{path: skip1, tasks: builtin_facts, minutes: 0, rank: 8}}",
+            "rank",
+        ),
+        (
+            PATHS_ALONE.replace("heal: {", "heal: {minutes: 0, repair: none, "),
+            "leave nothing to do",
+        ),
     ],
 )
 def test_a_recipe_that_makes_no_sense_is_refused_before_anything_is_loaded(tmp_path, text, says):
     with pytest.raises(ConfigError, match=says):
         read_recipe(write(tmp_path, text)).check()
+
+
+def test_a_path_that_is_not_there_is_refused_before_anything_is_loaded(tmp_path):
+    recipe = read_recipe(write(tmp_path, f"{ROUTERS}{EVALUATE[:-2]}, paths: missing.json}}"))
+    with pytest.raises(RecordError, match=r"missing\.json doesn't exist"):
+        recipe.check()
 
 
 @pytest.mark.parametrize(
@@ -141,6 +159,8 @@ def test_a_recipe_that_makes_no_sense_is_refused_before_anything_is_loaded(tmp_p
         ("on: {}\n", "unknown section 'True'"),  # true to YAML
         ("train: 3\n", "section 'train' is 3"),
         ("evaluate: {limit: few}\n", "'few'"),
+        ("search: {tasks: a, dataset: b}\n", "'dataset' is given twice"),
+        ("train: {num-epochs: 1, num_epochs: 2}\n", "'num_epochs' is given twice"),
     ],
 )
 def test_a_recipe_that_does_not_fit_is_refused_with_its_name(tmp_path: Path, text: str, says: str):
