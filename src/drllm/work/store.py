@@ -85,6 +85,9 @@ class ResultStore:
     def open(self) -> bool:
         """Check the folder; return whether an earlier start left results there.
 
+        Results without a marker are deleted, since nothing says which run they belong to. A worker
+        that outlives its run can leave such results.
+
         Raises:
             ConfigError: The folder belongs to another run.
             RecordError: The folder is a link, or holds files that drllm didn't write.
@@ -92,6 +95,7 @@ class ResultStore:
         marker = _read_marker(self.folder, self.stage)
         if marker is None:
             _refuse_foreign_files(self.folder)
+            _delete_ours(self.folder)
             return False
         stored = {"drllm_version": marker.drllm_version, **marker.identity}
         self._refuse_other(stored, {"drllm_version": _VERSION, **self._identity})

@@ -140,6 +140,19 @@ def test_a_result_that_cannot_be_read_is_done_again(tmp_path, content, caplog):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_results_without_a_marker_are_not_read_by_another_run(tmp_path):
+    ended = make_store(tmp_path)
+    ended.put("a", 1)
+    steps = ended.within("block 1")
+    ended.remove()
+    steps.put("round 0", 7)  # by a worker that outlives its run
+    other = make_store(tmp_path, seed=1)
+    assert not other.open()
+    assert other.within("block 1").get("round 0", int) is None
+    other.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
 # Hostile folders.
 
 
