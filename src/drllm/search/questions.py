@@ -112,7 +112,7 @@ def collect_questions(source: QuestionSource | None, config: SearchConfig) -> li
     Raises:
         ConfigError: A setting has no effect, or a package is missing.
         TaskError: A task is unknown, a task or a shard has no questions, or a reward doesn't fit a
-            task. Or two questions of a task have the same id.
+            task. Or two questions of a task have the same id, or the list holds something else.
     """
     shard = _check_settings(config)
     if source is None:
@@ -287,6 +287,11 @@ def _load_examples(
             examples_by_task.setdefault(item.task, []).append(item)
         elif isinstance(item, Mapping):
             rows.append(item)
+        else:
+            raise TaskError(
+                f"the questions hold {str(item)[:MAX_QUESTION]!r} ({type(item).__name__}); give a "
+                f"list of tasks, examples or rows, or names of tasks in one text with commas"
+            )
     for name, examples in examples_by_task.items():
         groups.append(TaskExamples(get_task(name), examples))
     if rows:

@@ -12,7 +12,7 @@ import importlib.metadata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from drllm.config import SearchConfig
 from drllm.config.fields import replace_settings
@@ -113,10 +113,10 @@ def _collect(
     examples: QuestionSource | Sequence[SearchQuestion] | None, config: SearchConfig
 ) -> list[SearchQuestion]:
     """Return the questions of a search; the result of `collect_questions` stays as it is."""
-    questions: list[SearchQuestion] = []
-    if examples is not None and not isinstance(examples, (str, Path)):
-        questions = [item for item in examples if isinstance(item, SearchQuestion)]
-    if questions:
+    if examples is None or isinstance(examples, (str, Path)):
+        return collect_questions(examples, config)
+    questions = [item for item in examples if isinstance(item, SearchQuestion)]
+    if questions and len(questions) == len(examples):
         return questions
     return collect_questions(examples, config)  # type: ignore[arg-type]
 
@@ -219,6 +219,7 @@ def _search_into(
         _refuse_other_search(file, manifest, identity)
         records_on_disk = read_search(file)
         records_on_disk.failed = _read_failed(folder / FAILED_FILE)
+        _refuse_other_names(file, records_on_disk, search.questions)
         store.remove()  # a process that was killed just after it wrote the manifest left it
         return records_on_disk
     has_results = store.open()
@@ -281,6 +282,23 @@ def _refuse_other_search(
     )
 
 
+def _refuse_other_names(
+    file: Path, records: SearchRecords, questions: Sequence[SearchQuestion]
+) -> None:
+    """Refuse a complete search whose questions have other ids or are of other tasks.
+
+    The prompts may be the same. But the ids decide the random numbers of a search, and records are
+    found by both names.
+    """
+    names = {(question.task, question.example.id) for question in questions}
+    for record in (*records, *records.failed):
+        if (record.task, record.id) not in names:
+            raise ConfigError(
+                f"{file} was made with other ids or tasks, such as question {record.id!r} of task "
+                f"{record.task!r}; choose another --output-dir, or the same questions"
+            )
+
+
 def _run_blocks(
     workers: Workers, search: SearchPlan, listener: Listener, store: ResultStore | None
 ) -> BatchRecords:
@@ -288,7 +306,7 @@ def _run_blocks(
 
     Batches that `store` holds already aren't searched again.
 
-    Raises TaskError if all of the first questions fail.
+    Raises TaskError if all of the first questions fail, or all questions.
     """
     _show_prompts(search, listener)
     config = _share_memory(search.config, workers.executor.num_sharing)
@@ -308,6 +326,8 @@ def _run_blocks(
             on_step=watch.progress.report_step,
         )
     records, failed = _sort_by_question(results, search.questions)
+    if failed and not records:  # a process was killed just after it kept the last of them
+        watch.end(failed[-1])
     warn_of_no_right_answer(records, listener)
     return BatchRecords(tuple(records), tuple(failed))
 
@@ -355,12 +375,16 @@ class SearchWatch:
             self.first_block.finish(block.size / num_left)
         self.progress.add(block, result, is_new=is_new)
         if is_new and self.progress.has_only_failed:
-            if self.store is not None:
-                self.store.remove()  # so that the next call tries these questions again
-            raise TaskError(
-                f"none of the first {self.progress.num_done} questions could be searched; the "
-                f"last one failed with: {result.failed[-1].error}"
-            )
+            self.end(result.failed[-1])
+
+    def end(self, last: FailedQuestion) -> NoReturn:
+        """End a search of which every question failed so far; `last` is the last of them."""
+        if self.store is not None:
+            self.store.remove()  # so that the next call tries these questions again
+        raise TaskError(
+            f"none of the first {self.progress.num_done} questions could be searched; the last one "
+            f"failed with: {last.error}"
+        )
 
 
 def _show_prompts(search: SearchPlan, listener: Listener) -> None:

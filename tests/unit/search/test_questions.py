@@ -6,6 +6,7 @@ from hashlib import sha256
 
 import pytest
 
+import drllm
 from drllm.config import SearchConfig
 from drllm.errors import ConfigError, TaskError
 from drllm.records.splits import question_key
@@ -165,3 +166,14 @@ def test_shards_leave_out_the_same_copies_as_the_whole(overlapping, limit):
         return sorted((question.task, question.example.id) for question in questions)
 
     assert places(whole) == places([*parts[0], *parts[1]])
+
+
+def test_an_item_that_is_no_question_is_refused_and_not_left_out(facts):
+    with pytest.raises(TaskError, match=r"the questions hold 'builtin_sums' \(str\); give"):
+        collect_questions([facts, "builtin_sums"], SearchConfig())
+
+
+def test_collected_questions_and_a_task_are_not_searched_as_the_questions_alone(facts):
+    questions = collect_questions([facts], SearchConfig(limit=2))
+    with pytest.raises(TaskError, match=r"\(SearchQuestion\); give a list of tasks"):
+        drllm.search_paths("no/model", [*questions, facts])

@@ -25,7 +25,7 @@ from drllm.search import CHUNKS_FOLDER, count_kept_batches, retest
 from drllm.search import targets as search_targets
 from drllm.search.evaluator import Evaluator
 from drllm.search.questions import collect_questions, split_into_batches
-from drllm.search.run import run_search
+from drllm.search.run import SearchWatch, run_search
 from drllm.tasks.examples import choose
 from drllm.tasks.registry import get_task
 from drllm.work.local import LocalExecutor
@@ -609,3 +609,42 @@ def test_a_search_without_targets_says_so_and_leaves_no_file(with_targets, tmp_p
     *_, note = with_targets()
     assert note.startswith("no question has a target path, so supervision.jsonl was not written")
     assert not (tmp_path / "supervision.jsonl").exists()
+
+
+def write_facts(file, num_rows=14):
+    rows = [
+        {"question": f"What is {n}?", "choices": ["odd", "even"], "answer": n % 2}
+        for n in range(num_rows)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_a_finished_search_is_not_returned_for_the_same_questions_of_another_task(routed, tmp_path):
+    file = write_facts(tmp_path / "first.jsonl")
+    run(routed, tmp_path / "out", str(file), limit=None)
+    copy = shutil.copy(file, tmp_path / "second.jsonl")
+    with pytest.raises(ConfigError, match=r"other ids or tasks, .* of task 'first'; choose"):
+        run(routed, tmp_path / "out", str(copy), limit=None)
+    assert {record.task for record in run(routed, tmp_path / "out", str(file), limit=None)} == {
+        "first"
+    }
+
+
+def test_a_search_killed_after_its_last_failed_batch_writes_no_empty_file(
+    tiny_llama, tiny_tokenizer, facts, tmp_path, monkeypatch
+):
+    model = tiny_llama(max_position_embeddings=1024)
+    model.get_input_embeddings().weight.data.fill_(float("nan"))
+    routed = RoutedModel(model, tokenizer=tiny_tokenizer)
+
+    def kill(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SearchWatch, "on_result", kill)
+        with pytest.raises(KeyboardInterrupt):
+            run(routed, tmp_path, [facts], limit=2)
+    with pytest.raises(TaskError, match="none of the first 2 questions could be searched"):
+        run(routed, tmp_path, [facts], limit=2)
+    assert list(tmp_path.iterdir()) == []
