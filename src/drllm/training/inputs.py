@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from drllm.config import TrainConfig
+from drllm.errors import RecordError
 from drllm.records.supervision import SupervisionRecord, TargetSet, read_targets
 from drllm.training.trackers import check_trackers
 
@@ -21,13 +22,16 @@ def collect_targets(source: TargetSource, config: TrainConfig) -> TargetSet:
 
     Raises:
         ConfigError: A setting has no effect, or a tracker isn't installed.
-        RecordError: A file is missing or damaged, or files don't fit together.
+        RecordError: A file is missing or damaged, files don't fit together, or the source has both
+            files and records.
     """
     config.check_effects()
     check_trackers(config.trackers)
     if isinstance(source, str | Path):
         return read_targets([Path(source)])
     files = [Path(item) for item in source if isinstance(item, str | Path)]
+    if files and len(files) < len(source):
+        raise RecordError("targets are given both as files and as records; give one of the two")
     if files:
         return read_targets(files)
     records: Any = source  # not copied, since the result of `supervise` has attributes

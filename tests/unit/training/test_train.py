@@ -8,7 +8,7 @@ from killable import BASE, CONFIG, MODEL, N, make_model, make_records
 from peft import LoraConfig, inject_adapter_in_model
 
 import drllm
-from drllm.errors import CheckpointError, ConfigError
+from drllm.errors import CheckpointError, ConfigError, RecordError
 from drllm.models.routers.checkpoint import load_routers
 from drllm.training import stage
 
@@ -36,6 +36,11 @@ def test_settings_that_cannot_be_used_are_refused_before_anything_is_pooled_or_w
     with pytest.raises(ConfigError, match=message):
         drllm.train(BASE, make_records(number), replace(ONCE, **changes), tmp_path / "routers")
     assert not (tmp_path / "routers").exists()
+
+
+def test_records_beside_files_of_targets_are_refused_and_not_left_out(no_pass, tmp_path):
+    with pytest.raises(RecordError, match="both as files and as records"):
+        drllm.train(BASE, [tmp_path / "supervision.jsonl", *make_records(N)], ONCE)
 
 
 def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_pooled(no_pass, tmp_path):
