@@ -205,6 +205,13 @@ def test_targets_that_answer_wrong_are_counted():
     assert pick_targets(found, config).summary["wrong_targets"] == 1
 
 
+def test_a_target_is_not_wrong_because_a_later_search_of_its_question_graded_otherwise():
+    first = record("1111 1100")
+    second = record("1111 1100!", reward="exact")
+    config = SuperviseConfig(target="released")
+    assert pick_targets([first, second], config).summary["wrong_targets"] == 0
+
+
 def test_the_summary_tells_the_tasks_apart():
     found = [
         record(SAVING, question="a?", task="one"),

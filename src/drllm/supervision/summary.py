@@ -134,14 +134,15 @@ def _count_paths(record: SearchRecord) -> dict[str, int]:
 def _count_wrong(records: Sequence[SearchRecord], targets: Sequence[SupervisionRecord]) -> int:
     """Count the targets whose path answered wrong.
 
-    Targets aren't counted if their question has no right answer or no search record.
+    Targets aren't counted if their question has no right answer or no search record. Of the records
+    of a question the first counts, which its target comes from.
     """
     is_wrong: dict[tuple[str, str, Decisions], bool] = {}  # by task, id and path
     for record in records:
         has_answer = record.reward != KL_REWARD
         for path in record.paths:
             key = (record.task, record.id, path.decisions)
-            is_wrong[key] = has_answer and not is_valid(path)
+            is_wrong.setdefault(key, has_answer and not is_valid(path))
     keys = [(target.task, target.id, target.optimal_layer_config) for target in targets]
     return sum(is_wrong.get(key, False) for key in keys)
 
