@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from numbers import Integral
 from typing import NamedTuple, TypeAlias
 
 from drllm.errors import PathError
@@ -250,7 +251,8 @@ def get_adapter(plan: Plan) -> str:
 
 def _check_index(layer: object, place: int) -> int:
     """Check a value without knowing the model's number of layers, and return it as an int."""
-    if not isinstance(layer, int) or isinstance(layer, bool) or layer < 0:
+    # `Integral` has NumPy's integers too.
+    if isinstance(layer, bool) or not isinstance(layer, Integral) or layer < 0:
         raise PathError(
             f"{layer!r} at position {place} of the path (counted from 0) isn't a layer; give an "
             f"index from 0"
@@ -275,11 +277,11 @@ def _describe_edits(layers: Path, num_layers: int) -> str:
         elif num_repeats > 2:
             part += f" {num_repeats} times"
         parts.append(part)
-    if parts:
-        return ", ".join(parts)
-    if list(layers) == sorted(layers):
+    if list(layers) != sorted(layers):
+        parts.append("runs the layers in another order")
+    if not parts:
         return "runs every layer once"
-    return "runs the layers in another order"
+    return ", ".join(parts)
 
 
 def _name_layers(layers: Sequence[int]) -> str:

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 
 from drllm.errors import PathError
@@ -43,6 +44,23 @@ def test_edits_name_the_layers_that_are_skipped_and_repeated(decisions, words):
 def test_edits_say_how_often_a_layer_is_repeated(layers, words):
     assert StaticPath(layers).edits(2) == words
     assert StaticPath(layers, "name").edits(2) == f"{words}, with healed weights"
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [
+        ([1, 0, 2], "skips layer 3, runs the layers in another order"),
+        ([0, 1, 0, 2, 3], "repeats layer 0, runs the layers in another order"),
+    ],
+)
+def test_edits_name_another_order_beside_what_is_skipped_or_repeated(layers, words):
+    assert StaticPath(layers).edits(4) == words
+
+
+def test_layers_may_be_integers_of_numpy():
+    path = StaticPath(np.array([0, 2]))
+    assert path == StaticPath([0, 2])
+    assert all(type(layer) is int for layer in path.layers)
 
 
 def test_a_healed_path_is_another_path_than_the_plain_one():
