@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from drllm.config import HealConfig
 from drllm.errors import ConfigError, RecordError
 from drllm.records import codec, manifest
 from drllm.records.codec import SCHEMA_VERSION, decode, encode, sha256, write_atomically
 from drllm.records.identity import have_same_weights
 from drllm.records.manifest import manifest_path, new_manifest, read_manifest, write_records
 from drllm.records.places import check_file, choose_file
+from drllm.records.published import hide_places
 from drllm.records.search import Retest, SearchRecord, TriedPath, read_search
 from drllm.records.splits import find_split, question_key
 from drllm.records.supervision import (
@@ -475,3 +477,8 @@ def test_results_may_be_named_by_their_folder_or_their_file(tmp_path: Path):
     places = {"new": "new/a.jsonl", "v1.2": "v1.2/a.jsonl", "b.jsonl": "b.jsonl", "old": "old"}
     for place, file in places.items():
         assert choose_file(tmp_path / place, "a.jsonl") == tmp_path / file
+
+
+def test_the_place_of_a_healed_path_is_not_published():
+    config = HealConfig(path="/home/me/runs/paths.json:skip2")
+    assert hide_places(config.to_dict())["path"] == "paths.json:skip2"

@@ -6,7 +6,7 @@ from typing import Any
 
 PLACES = ("data_dir", "output_dir", "ray_address")
 """Settings that name a place, and nothing else."""
-FILE_LISTS = ("dataset", "tasks", "text", "paths", "reward")
+FILE_LISTS = ("dataset", "tasks", "text", "path", "paths", "reward")
 """Settings that may name files, separated by commas. Of a file, its name is published."""
 FILE_ENDINGS = (
     ".jsonl",
