@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -73,3 +74,38 @@ def test_a_new_folder_to_which_a_refused_stage_wrote_nothing_is_deleted(tmp_path
     with only_writer(new, "tuning", "--output-dir"):
         (new / "kept").write_text("x")
     assert [path.name for path in new.iterdir()] == ["kept"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows deletes no file that is open")
+def test_a_lock_file_that_was_deleted_in_the_meantime_lets_no_third_writer_in(
+    tmp_path, monkeypatch
+):
+    """The second run opens the file, the first ends, and only then the second locks it."""
+    import fcntl
+
+    is_opened, has_ended = threading.Event(), threading.Event()
+    lock = fcntl.flock
+
+    def wait_and_lock(*arguments):
+        if threading.current_thread() is second and not has_ended.is_set():
+            is_opened.set()
+            has_ended.wait()
+        return lock(*arguments)
+
+    def write():
+        try:
+            with only_writer(tmp_path, *SEARCH):
+                results.append((tmp_path / ".search.lock").exists())
+        except RecordError as error:
+            results.append(str(error))
+
+    results = []
+    second = threading.Thread(target=write)
+    monkeypatch.setattr(fcntl, "flock", wait_and_lock)
+    with only_writer(tmp_path, *SEARCH):
+        second.start()
+        is_opened.wait()
+    has_ended.set()
+    second.join()
+    [result] = results
+    assert result is True or "another search is writing" in result

@@ -125,3 +125,9 @@ def test_layers_to_leave_out_may_stand_in_a_list_beside_files(tmp_path):
     assert list(read_path_list(places)) == ["without 1,2", "4.00", "without 3-5"]
     with pytest.raises(PathError, match="'without 1,2' is there twice"):
         read_path_list("without:1,2,without:2,1")
+
+
+def test_a_name_that_the_system_refuses_is_answered_in_one_line():
+    for read in (load_path, read_path_list):
+        with pytest.raises(RecordError, match=r"can't read x*: File name too long"):
+            read("x" * 300)

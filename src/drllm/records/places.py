@@ -151,6 +151,11 @@ def only_writer(folder: Path, stage: str, flag: str) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
+        if not path.exists():
+            # Another run has ended and deleted the file after this one opened it. A lock on a file
+            # that is gone keeps nobody out. Newer versions of filelock see this themselves.
+            lock.release()
+            raise Timeout(str(path))
     except Timeout:
         raise RecordError(
             f"another {stage} is writing to {folder}; wait until it ends, or choose another {flag}"

@@ -436,7 +436,17 @@ class _Content:
 
 
 def _read_content(place: str) -> _Content:
-    """Read the file in `FILE` or `FILE:NAME`, or the layers in `without:LAYERS`."""
+    """Read the file in `FILE` or `FILE:NAME`, or the layers in `without:LAYERS`.
+
+    Raises RecordError also if the system refuses to look for the file.
+    """
+    try:
+        return _find_content(place)
+    except OSError as error:
+        raise RecordError(f"can't read {place}: {error.strerror or error}") from error
+
+
+def _find_content(place: str) -> _Content:
     layers = WITHOUT.fullmatch(place)
     if layers is not None and not Path(place).exists():
         file = Path(place.strip())
