@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from drllm.config import EvaluateConfig, ExecutorConfig, HealConfig, ModelConfig
+from drllm.config import EvaluateConfig, ExecutorConfig, HealConfig, ModelConfig, TuneConfig
 from drllm.evaluation.baselines.base import needs_targets
 from drllm.evaluation.questions import choose_fitting_split, find_sources, needs_fitting
 from drllm.models.routers.places import CONFIG_FILE, WEIGHTS_FILE
@@ -22,7 +22,13 @@ from drllm.pipeline.recipes import Recipe
 from drllm.records import codec
 from drllm.records.healed import ADAPTER_CONFIG_FILE, ADAPTER_FILE, HEALED_FILE
 from drllm.records.search import SEARCH_FILE
-from drllm.records.static_paths import PATHS_FILE, PathFile, load_path, read_path_list
+from drllm.records.static_paths import (
+    PATHS_FILE,
+    PathFile,
+    load_path,
+    read_path_list,
+    read_paths,
+)
 from drllm.records.supervision import SUPERVISION_FILE, rejected_path
 from drllm.tasks.base import NoSplitError, Task
 from drllm.tasks.examples import Example, choose
@@ -98,10 +104,12 @@ class Stage:
     Attributes:
         made_from: The settings and the hashes of inputs that the stage's results depend on.
         run: A function that runs the stage, and returns the files that it wrote.
+        goes_on: Whether the finished stage goes on, since it may take longer than before.
     """
 
     made_from: dict[str, Any]
     run: Callable[[], list[Path]]
+    goes_on: bool = False
 
 
 def make_stage(name: str, run: Run) -> Stage:
@@ -128,6 +136,9 @@ def _make_search(run: Run) -> Stage:
         "questions": codec.hash_values(examples),
         "reward": _pin_reward(recipe.search.reward),
     }
+    if recipe.search.num_fewshot is not None:  # the prompts have worked examples of other splits
+        prompts = [question.prompt for question in recipe.questions]
+        made_from["prompts"] = codec.hash_values(prompts)
     return Stage(made_from, partial(_run_search, run))
 
 
@@ -201,7 +212,16 @@ def _make_tune(run: Run) -> Stage:
     if texts:
         made_from["texts"] = codec.hash_values(texts)
         made_from["repair"] = config.repair
-    return Stage(made_from, partial(_run_tune, run))
+    return Stage(made_from, partial(_run_tune, run), goes_on=_is_cut_otherwise(run, config))
+
+
+def _is_cut_otherwise(run: Run, config: TuneConfig) -> bool:
+    """Tell whether the time of a finished tuning was up, and other minutes are given now."""
+    state = run.manifest.stages.get("tune")
+    if state is None or state.outputs.get(PATHS_FILE) != hash_file(run.paths_file):
+        return False  # then the stage runs again anyway
+    record = read_paths(run.paths_file)
+    return record.is_cut and record.config.get("minutes") != config.minutes
 
 
 def _run_tune(run: Run) -> list[Path]:

@@ -3,11 +3,15 @@
 import json
 
 import pytest
+from msgspec.structs import replace
 
-from drllm.pipeline.manifest import RunManifest
+from drllm.pipeline.manifest import RunManifest, StageState
 from drllm.pipeline.recipes import read_recipe
 from drllm.pipeline.stages import Run, make_stage
+from drllm.records.codec import sha256, write_json
+from drllm.records.static_paths import PATHS_FILE, read_paths
 from drllm.work.listener import Listener
+from paths_json import written_paths
 
 RECIPE = """
 search: {tasks: QUESTIONS, limit: 2, reward: 'grade.py:right'}
@@ -30,6 +34,17 @@ def write_questions(file, changed=None):
     return file
 
 
+def new_run(folder, manifest=None):
+    """Return a run of `recipe.yaml` in a folder."""
+    return Run(
+        recipe=read_recipe(folder / "recipe.yaml"),
+        folder=folder / "run",
+        manifest=manifest or RunManifest(),
+        load=lambda: None,
+        listener=Listener(),
+    )
+
+
 @pytest.fixture
 def made_from(tmp_path, monkeypatch):
     """A function that says what a stage is made from, in a folder with the files of a recipe."""
@@ -40,16 +55,9 @@ def made_from(tmp_path, monkeypatch):
     write_questions(tmp_path / "sums.jsonl")
 
     def make(stage, questions="sums.jsonl"):
-        file = tmp_path / "recipe.yaml"
-        file.write_text(RECIPE.replace("QUESTIONS", str(questions)))
-        run = Run(
-            recipe=read_recipe(file),
-            folder=tmp_path / "run",
-            manifest=RunManifest(),
-            load=lambda: None,
-            listener=Listener(),
-        )
-        return make_stage(stage, run).made_from
+        text = RECIPE.replace("QUESTIONS", str(questions))
+        (tmp_path / "recipe.yaml").write_text(text)
+        return make_stage(stage, new_run(tmp_path)).made_from
 
     return make
 
@@ -82,3 +90,46 @@ def test_other_questions_to_fit_on_run_an_evaluation_again(made_from, tmp_path):
         if not is_reported and after["other questions"] != before["other questions"]:
             return
     pytest.fail("no question that is only fitted on makes a difference")
+
+
+def test_other_worked_examples_run_a_search_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = "search: {tasks: sums.jsonl, num_fewshot: 1}\nevaluate: {tasks: sums.jsonl}\n"
+    (tmp_path / "recipe.yaml").write_text(recipe)
+
+    def make():
+        return make_stage("search", new_run(tmp_path)).made_from
+
+    write_questions(tmp_path / "sums.jsonl")
+    before = make()
+    for changed in range(60):
+        write_questions(tmp_path / "sums.jsonl", changed)
+        after = make()
+        if after["questions"] == before["questions"] and after != before:
+            return
+    pytest.fail("no worked example makes a difference")
+
+
+@pytest.mark.parametrize(
+    ("is_cut", "minutes", "goes_on"), [(True, 3, True), (True, 2, False), (False, 3, False)]
+)
+def test_a_tuning_whose_time_was_up_goes_on_with_more_minutes(tmp_path, is_cut, minutes, goes_on):
+    tune = f"tune: {{tasks: builtin_facts, minutes: {minutes}}}"
+    text = f"{tune}\nevaluate: {{tasks: builtin_facts}}\n"
+    (tmp_path / "recipe.yaml").write_text(text)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    file = written_paths(folder / PATHS_FILE, {"id": "tiny", "num_layers": 6})
+    write_json(file, replace(read_paths(file), is_cut=is_cut, config={"minutes": 2.0}))
+    outputs = {PATHS_FILE: sha256(file)}
+    manifest = RunManifest(stages={"tune": StageState(made_from={}, outputs=outputs)})
+    assert make_stage("tune", new_run(tmp_path, manifest)).goes_on == goes_on
+
+
+def test_a_damaged_result_of_a_tuning_is_no_reason_to_stop(tmp_path):
+    text = "tune: {tasks: builtin_facts, minutes: 1}\nevaluate: {tasks: builtin_facts}\n"
+    (tmp_path / "recipe.yaml").write_text(text)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / PATHS_FILE).write_text("{")
+    manifest = RunManifest(stages={"tune": StageState(made_from={}, outputs={PATHS_FILE: "0"})})
+    assert not make_stage("tune", new_run(tmp_path, manifest)).goes_on
