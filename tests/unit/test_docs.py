@@ -18,7 +18,10 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 DOCS = REPOSITORY / "docs"
 README = "../README.md"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-TOO_LONG = {"concepts.md", "decisions/0003-progressive-widening.md"}
+TOO_LONG = {
+    "results/studies/2026-11-26-depth-control.md",
+    "decisions/0003-progressive-widening.md",
+}
 """Pages whose blocks say how a table was made, in minutes and from the files of a run."""
 
 
