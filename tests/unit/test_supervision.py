@@ -14,7 +14,7 @@ from drllm.errors import ConfigError, RecordError
 from drllm.paths import Decision
 from drllm.records.codec import read_json_lines, sha256
 from drllm.records.manifest import manifest_path, new_manifest, write_records
-from drllm.records.search import Retest, SearchRecord, TriedPath
+from drllm.records.search import Retest, SearchRecord, SearchRecords, TriedPath
 from drllm.records.supervision import (
     RejectedQuestion,
     SupervisionRecord,
@@ -460,6 +460,20 @@ def test_files_of_different_depths_are_refused_even_without_manifests(tmp_path):
 def test_two_depths_in_one_search_are_refused(tmp_path, kinds, changes, message):
     with pytest.raises(RecordError, match=message):
         supervised(search_file(tmp_path, *kinds, **changes))
+
+
+def test_single_records_of_two_depths_are_refused():
+    deep = record("11111 11011", question="What is ice?")
+    with pytest.raises(RecordError, match=r"'What is ice\?' was searched on 5 layers, .* on 4;"):
+        supervise([record("1111 1101"), deep], target="released")
+
+
+def test_single_records_keep_their_place_among_searches():
+    first = record("1111 1101")
+    copy = SearchRecords.of([record("1111 1110")])
+    for searches, expected in (([first, copy], (1, 1, 0, 1)), ([copy, first], (1, 1, 1, 0))):
+        [target] = supervise(searches, target="released")
+        assert target.optimal_layer_config == expected
 
 
 def test_two_questions_under_one_id_are_refused(tmp_path):

@@ -116,7 +116,7 @@ def supervise_to_file(
 def _list_sources(
     searches: SearchSource | Sequence[SearchRecord | SearchSource],
 ) -> list[SearchRecords | Path]:
-    """Return all sources as a list; single records become one source at its end."""
+    """Return all sources as a list, in their order; neighbouring single records are one source."""
     if isinstance(searches, SearchRecords):
         return [searches]
     if isinstance(searches, (str, Path)):
@@ -126,13 +126,26 @@ def _list_sources(
     for item in searches:
         if isinstance(item, SearchRecord):
             single_records.append(item)
-        elif isinstance(item, SearchRecords):
-            sources.append(item)
-        else:
-            sources.append(Path(item))
+            continue
+        if single_records:
+            sources.append(_join_records(single_records))
+            single_records = []
+        sources.append(item if isinstance(item, SearchRecords) else Path(item))
     if single_records:
-        sources.append(SearchRecords.of(single_records))
+        sources.append(_join_records(single_records))
     return sources
+
+
+def _join_records(records: Sequence[SearchRecord]) -> SearchRecords:
+    """Return single records as one source; refuse records of different numbers of layers."""
+    first = records[0]
+    for record in records:
+        if record.num_layers != first.num_layers:
+            raise RecordError(
+                f"question {record.id!r} was searched on {record.num_layers} layers, but question "
+                f"{first.id!r} on {first.num_layers}; give paths of one model"
+            )
+    return SearchRecords.of(records)
 
 
 def _check_files(sources: Sequence[SearchRecords | Path], output: Path | None) -> None:
