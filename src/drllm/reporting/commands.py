@@ -35,7 +35,9 @@ def evaluate_command(manifest: Mapping[str, Any], **changes: Any) -> str:
         changes: Values to use instead, for settings of `EvaluateConfig` or flags (`output_dir`).
     """
     values = _model_values(manifest)
-    values["routers"] = manifest.get("routers")
+    routers = manifest.get("routers")
+    if routers is not None:
+        values["routers"] = [routers, *(manifest.get("other_seeds") or {})]
     config = dict(manifest.get("config") or {})
     if config.get("latency") is False:
         for name in TIMING:  # older files have values for all of them
@@ -60,16 +62,27 @@ def supervise_command(manifest: Mapping[str, Any], **changes: Any) -> str:
 
 def train_command(router_config: Mapping[str, Any], **changes: Any) -> str:
     """Write the command that trains with the settings in the config of routers."""
-    values = {"model": router_config.get("base_model") or None}
+    values = {
+        "model": router_config.get("base_model") or None,
+        "revision": router_config.get("base_revision"),
+    }
     training = router_config.get("training") or {}
     settings = _list_changed_settings(TrainConfig, training.get("settings") or {})
     return write_command("train", values | settings | changes)
 
 
 def _model_values(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    model = manifest.get("model") or {}
+    """Return the flags of the model in a manifest, and how it ran."""
     runtime = find_runtime(manifest)
-    return {"model": model.get("id") or None, **{name: runtime.get(name) for name in RUNTIME}}
+    values = name_model(manifest.get("model") or {})
+    for name in RUNTIME:
+        values[name] = runtime.get(name)
+    return values
+
+
+def name_model(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the flags that name a model: the model itself, and the commit of a hub model."""
+    return {"model": identity.get("id") or None, "revision": identity.get("revision")}
 
 
 def _list_changed_settings(group: type[Settings], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,7 +123,8 @@ def write_command(verb: str, values: Mapping[str, Any]) -> str:
 
     Args:
         verb: The verb, such as "evaluate".
-        values: Flag or setting → value. Flags with the value None are left out.
+        values: Flag or setting → value. Flags with the value None are left out. A list has the
+            values of a flag that takes several.
     """
     words = ["drllm", verb]
     by_task: dict[str, Any] = {}
@@ -120,6 +134,8 @@ def write_command(verb: str, values: Mapping[str, Any]) -> str:
             words.append(to_flag(switch))
         elif isinstance(value, Mapping):
             by_task[name] = value
+        elif isinstance(value, list):
+            words += [to_flag(name), *map(str, value)]
         elif value is not None:
             words += [to_flag(name), str(value)]
     if not by_task:

@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 from msgspec.structs import asdict
 
-from drllm.config import TIMING
+from drllm.config import TIMING, EvaluateConfig
 from drllm.config.constants import MAX_DROP
 from drllm.records.healed import HEALED_FILE
 from drllm.records.results import PERMUTED, Evaluation, Result, System
@@ -16,6 +16,7 @@ from drllm.records.static_paths import PATHS_FILE, WITHOUT, load_path, split_pat
 from drllm.records.supervision import SUPERVISION_FILE
 from drllm.reporting.commands import (
     evaluate_command,
+    name_model,
     search_command,
     supervise_command,
     train_command,
@@ -27,6 +28,7 @@ from drllm.statistics.differences import Verdict
 from drllm.statistics.power import round_up
 from drllm.supervision.rules import MIN_SAVING
 from drllm.tasks.builtin import BUILTIN_TASKS
+from drllm.tasks.registry import find_place
 
 Step: TypeAlias = tuple[str, str]  # (what to do, the command)
 
@@ -63,6 +65,7 @@ def _step_before_evaluation(run: Run) -> Step:
                 values = {
                     "path": path,
                     "tasks": run.paths.config.get("tasks") or tasks,
+                    "data_dir": run.paths.config.get("data_dir"),
                     "minutes": 0,
                     "output_dir": folder / "healed",
                 }
@@ -183,8 +186,13 @@ def _suggest_other_questions(run: Run, evaluation: Result, accuracy: Verdict) ->
         )
         yield what, _evaluate_command(run, evaluation, "fewshot", num_fewshot=5)
     needed = _find_needed_questions(evaluation, accuracy)
-    if needed is not None:
-        yield _more_questions_step(run, evaluation, round_up(needed))
+    if needed is None:
+        return
+    needed = round_up(needed)
+    if needed <= evaluation.num_questions and _lacks_texts(evaluation, needed):
+        yield _more_texts_step(run, evaluation, needed)
+    else:
+        yield _more_questions_step(run, evaluation, needed)
 
 
 def _find_needed_questions(evaluation: Result, accuracy: Verdict) -> int | None:
@@ -198,6 +206,26 @@ def _find_needed_questions(evaluation: Result, accuracy: Verdict) -> int | None:
         if test.task == evaluation.task:
             return test.needed
     return None
+
+
+def _lacks_texts(evaluation: Result, needed: int) -> bool:
+    """Tell whether the loss of text is tested on fewer questions than are needed."""
+    drop_test = evaluation.drop_test
+    if drop_test is None or drop_test.limits.max_loss_increase is None:
+        return False
+    return _read_num_texts(evaluation) < needed
+
+
+def _read_num_texts(evaluation: Result) -> int:
+    """Return how many questions' text had its loss measured, at most."""
+    return int(evaluation.config.get("num_texts", EvaluateConfig().num_texts))
+
+
+def _more_texts_step(run: Run, evaluation: Result, needed: int) -> Step:
+    """Suggest to measure the loss of text on more of the same questions."""
+    number = write_count(_read_num_texts(evaluation))
+    what = f"Measure the text of {write_count(needed)} questions instead of {number}:"
+    return what, _evaluate_command(run, evaluation, "more", num_texts=needed)
 
 
 def _more_questions_step(run: Run, evaluation: Result, needed: int) -> Step:
@@ -221,10 +249,24 @@ def _more_questions_step(run: Run, evaluation: Result, needed: int) -> Step:
             f"Ask all {write_count(available)} questions of {task}, which may still be too few "
             f"(about {write_count(needed)} would do):"
         )
-        return what, _evaluate_command(run, evaluation, "more", limit=available)
+        return what, _ask_more_command(run, evaluation, available)
     number = write_count(evaluation.num_questions)
     what = f"Ask {write_count(needed)} questions of {task} instead of {number}:"
-    return what, _evaluate_command(run, evaluation, "more", limit=needed)
+    return what, _ask_more_command(run, evaluation, needed)
+
+
+def _ask_more_command(run: Run, evaluation: Result, number: int) -> str:
+    """Write the command that asks more questions, and measures the text of all if it is tested.
+
+    `--limit` has no effect on a task with a limit of its own.
+    """
+    changes: dict[str, object] = {"limit": number}
+    limits = evaluation.config.get("limits") or {}
+    if evaluation.task in limits:
+        changes = {"limits": {**limits, evaluation.task: number}}
+    if _lacks_texts(evaluation, number):
+        changes["num_texts"] = number
+    return _evaluate_command(run, evaluation, "more", **changes)
 
 
 def _suggest_healing(run: Run, evaluation: Result, path: System) -> Iterator[Step]:
@@ -234,8 +276,7 @@ def _suggest_healing(run: Run, evaluation: Result, path: System) -> Iterator[Ste
         return
     values = {
         "path": file,
-        "tasks": evaluation.task,
-        "data_dir": evaluation.config.get("data_dir"),
+        **_name_task(evaluation),
         "minutes": HEALING_MINUTES,
         "output_dir": _name_folder(run, "healed"),
     }
@@ -260,7 +301,7 @@ def _drop_step(run: Run, evaluation: Result, system: System) -> Step:
 
 def _compare_step(run: Run, evaluation: Evaluation) -> Step:
     """Suggest a comparison with base on a task."""
-    values = {"tasks": evaluation.task, "output_dir": run.folder / "eval"}
+    values = {**_name_task(evaluation), "output_dir": run.folder / "eval"}
     if run.router_config:
         command = write_command("evaluate", {"routers": run.folder / "routers", **values})
         return f"Compare the routed model on {evaluation.task} too:", command
@@ -277,12 +318,21 @@ def _shrink_step(evaluation: Evaluation) -> Step:
 
 def _tune_command(run: Run, evaluation: Evaluation) -> str:
     values = {
-        "model": evaluation.model.get("id"),
-        "tasks": evaluation.task,
-        "data_dir": evaluation.config.get("data_dir"),
+        **name_model(evaluation.model),
+        **_name_task(evaluation),
         "output_dir": _name_folder(run, "tuned"),
     }
     return write_command("tune", values)
+
+
+def _name_task(evaluation: Evaluation) -> dict[str, object]:
+    """Return the flags that name the questions of an evaluation, which may be in a file."""
+    config = evaluation.config
+    return {
+        "tasks": find_place(config.get("tasks") or "", evaluation.task),
+        "data_dir": config.get("data_dir"),
+        "trust_task_code": config.get("trust_task_code") or None,
+    }
 
 
 def _evaluate_command(run: Run, evaluation: Result, folder: str, **changes: object) -> str:

@@ -110,6 +110,17 @@ class DropTest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 chosen = trial.name
         return chosen
 
+    def remedy(self) -> str:
+        """Say how many questions would probably be enough for the candidate that was tested last.
+
+        The loss of text is measured on at most `--num-texts` questions, so the sentence names this
+        setting where the loss is tested. It is empty if no number would be enough.
+        """
+        what = "questions"
+        if self.limits.max_loss_increase is not None:
+            what = "questions and texts (--num-texts)"
+        return self.trials[-1].remedy(what)
+
     def sentence(self) -> str:
         """Say in one sentence what is shown.
 
@@ -118,7 +129,7 @@ class DropTest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         last = self.trials[-1]
         if self.chosen is None:
             reason = last.reason()
-            remedy = last.remedy()
+            remedy = self.remedy()
             if remedy:
                 reason += f"; {remedy}"
             return f"Not shown that {last.name} loses less than {self.limits}: {reason}."

@@ -194,7 +194,7 @@ def _advise_after_test(drop_test: DropTest, candidate: Candidate | None) -> str:
         name = candidate.full_name
     if drop_test.chosen is None:
         sentence = f"Don't use {name}: it isn't shown to lose less than {limits}"
-        remedy = last.remedy()
+        remedy = drop_test.remedy()
         if remedy:
             sentence += f"; {remedy}"
         return f"{sentence}."

@@ -291,6 +291,16 @@ class FileTask(Task):
         return description
 
 
+def name_source(name: str, reserved_names: Collection[str]) -> str:
+    """Return the name of the task of a file or of a hub set, without reading it.
+
+    Args:
+        name: The file or the hub set, as for `load_source`.
+        reserved_names: Names of other tasks; see `FileTask`.
+    """
+    return _task_name(Path(name.partition("?")[0]), reserved_names)
+
+
 def _task_name(path: Path, reserved_names: Collection[str]) -> str:
     stem = path.name
     for ending in FILE_ENDINGS:

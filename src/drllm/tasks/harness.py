@@ -58,7 +58,7 @@ class LmEvalTask(Task):
 
     def __init__(self, name: str, known_names: tuple[str, ...] = ()) -> None:
         self.tasks = load_harness_tasks(name, known_names)
-        self.name = name_for_harness(name.removesuffix(".yaml").split("/")[-1])
+        self.name = name_harness_task(name)
         self.description = f"{name} of lm-evaluation-harness"
         # Leaf → number of worked examples.
         self.num_shots = {leaf: task.config.num_fewshot or 0 for leaf, task in self.tasks.items()}
@@ -219,6 +219,11 @@ class LmEvalTask(Task):
             answer=first_answer,
             other_answers=tuple(answers[1:]),
         )
+
+
+def name_harness_task(name: str) -> str:
+    """Return the name of the task that a name of the harness, or a task file, stands for."""
+    return name_for_harness(name.removesuffix(".yaml").split("/")[-1])
 
 
 def _choose_kind_and_metric(name: str, tasks: Mapping[str, Any]) -> tuple[str, str]:

@@ -15,10 +15,11 @@ from drllm.tasks.base import Task
 from drllm.tasks.files import (
     is_source,
     load_source,
+    name_source,
     refuse_other_formats,
     refuse_wrong_file_name,
 )
-from drllm.tasks.harness import LmEvalTask
+from drllm.tasks.harness import LmEvalTask, name_harness_task
 
 TASKS: Registry[Task] = Registry(
     "task", ["drllm.tasks.published.*", "drllm.tasks.builtin"], error=TaskError
@@ -116,6 +117,22 @@ def get_tasks(names: str, *, trust_code: bool = False) -> list[Task]:
         if count > 1:
             raise TaskError(f"two tasks in {names!r} have the name {name!r}; rename a file")
     return tasks
+
+
+def find_place(names: str, task: str) -> str:
+    """Return how a comma list names a task: as a file, as a hub set, or by its name.
+
+    Args:
+        names: The names, as for `get_tasks`. The files aren't read.
+        task: The name of the task, which for a file is the file's stem.
+    """
+    for part in names.split(","):
+        place = part.strip()
+        if is_source(place) and name_source(place, task_names()) == task:
+            return place
+        if place.endswith(".yaml") and name_harness_task(place) == task:
+            return place
+    return task
 
 
 def describe_tasks() -> list[tuple[str, str, str]]:

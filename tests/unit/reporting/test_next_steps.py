@@ -23,6 +23,7 @@ from drllm.records.results import StepRecord
 from drllm.reporting.commands import SETTINGS_FILE, evaluate_command
 from drllm.reporting.next_steps import DEPTHS, suggest_steps
 from drllm.reporting.run import Run, read_run
+from drllm.statistics.exclusion import DropTest, Limits, TaskTest, Trial
 from drllm.statistics.power import round_up
 from drllm.statistics.verdicts import judge_counts
 from run_folder import add_paths
@@ -209,6 +210,58 @@ def test_no_more_questions_are_to_be_asked_than_there_are(run, evaluation, avail
         expected = round_up(few.needed) if limit == "needed" else limit
         assert line.get_settings(EvaluateConfig).limit == expected
     assert str(round_up(few.needed)) in text
+
+
+def test_questions_of_a_file_are_named_by_the_file(run, evaluation, even):
+    last = evaluation.system("last layers")
+    rival = replace(last, routed_against=even, executions=evaluation.routed.executions)
+    changes = {
+        "systems": (*evaluation.systems[:2], rival),
+        "task": "mine",
+        "config": {"tasks": "builtin_facts,data/mine.jsonl?question=ticket"},
+    }
+    [tune] = commands(run, "tune", **changes)
+    assert tune.get_settings(TuneConfig).tasks == "data/mine.jsonl?question=ticket"
+
+
+def test_a_task_with_a_limit_of_its_own_gets_a_higher_one(run, evaluation, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    few = judge_counts(3, 6, 60)
+    against = replace(evaluation.routed.against_base, accuracy=few)
+    routed = replace(evaluation.routed, against_base=against)
+    config = {"tasks": evaluation.task, "limits": {evaluation.task: 60, "other": 5}}
+    result = replace(
+        evaluation, systems=(evaluation.base, routed), curve=(), drop_test=None, config=config
+    )
+    command = suggest_steps(dataclasses.replace(run, evaluations=[result]))[0][1]
+    write, rest = command.split(" && ")
+    subprocess.run(write, shell=True, check=True)
+    settings = parse_command(rest).get_settings(EvaluateConfig)
+    assert settings.limit is None
+    assert settings.limits == {evaluation.task: round_up(few.needed), "other": 5}
+
+
+@pytest.mark.parametrize(("num_questions", "limit"), [(1000, None), (200, 400)])
+def test_where_texts_are_too_few_more_of_them_are_to_be_measured(
+    run, evaluation, num_questions, limit
+):
+    failed = TaskTest(task=evaluation.task, failures=("the text may get worse",), needed=400)
+    trial = Trial(name="routed", tasks=(failed,))
+    drop_test = DropTest(limits=Limits(max_drop=3, max_loss_increase=0.05), trials=(trial,))
+    result = replace(evaluation, num_questions=num_questions, drop_test=drop_test, curve=())
+    text, command = suggest_steps(dataclasses.replace(run, evaluations=[result]))[0]
+    settings = parse_command(command).get_settings(EvaluateConfig)
+    assert (settings.limit, settings.num_texts) == (limit, 400)
+    assert ("Measure the text of 400 questions instead of 100" in text) == (limit is None)
+
+
+def test_an_evaluation_of_several_seeds_of_a_model_s_commit_is_repeated_with_them():
+    seeds = {"r/seed_1": "hash", "r/seed_2": "hash"}
+    model = {"id": "owner/name", "revision": "abc"}
+    manifest = {"model": model, "routers": "r", "other_seeds": seeds, "config": {"tasks": "a"}}
+    line = parse_command(evaluate_command(manifest))
+    assert line.values["routers"] == ["r", "r/seed_1", "r/seed_2"]
+    assert line.get_settings(ModelConfig).revision == "abc"
 
 
 def test_beside_a_folder_of_results_alone_new_folders_stand_beside_it(run, evaluation):

@@ -4,10 +4,12 @@ import functools
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from drllm.statistics.differences import Differences
 from drllm.statistics.exclusion import DropTest, Limits, exclude_drop, pass_in_order
 from drllm.statistics.paired import paired_interval
+from drllm.statistics.power import round_up
 from drllm.statistics.verdicts import judge_counts, judge_means
 
 N = 1000
@@ -52,6 +54,16 @@ def test_a_candidate_fails_where_it_does_not_and_the_number_of_questions_is_give
     assert "a loss of up to 2.8 points is not excluded" in found.sentence()
     assert "questions would probably show it" in found.sentence()
     assert found.sentence().count(". ") == 0
+
+
+def test_where_text_is_tested_the_number_is_one_of_questions_whose_text_is_measured():
+    texts = [loss + (place % 5) / 20 for place, loss in enumerate(FLAT)]
+    wide = replace(differences(), text_loss=judge_means("text_loss", texts, FLAT, 0))
+    found = result_of(wide, max_loss_increase=0.11)
+    needed = round_up(found.trials[0].tasks[0].needed)
+    assert len(FLAT) < needed < N  # more texts, but no more questions
+    assert f"about {needed} questions and texts (--num-texts) would" in found.sentence()
+    assert "--num-texts" not in result_of(differences(60, 66)).sentence()
 
 
 def test_no_number_is_given_where_the_loss_itself_is_the_limit_or_more():
