@@ -14,7 +14,13 @@ from drllm.errors import ConfigError, RecordError
 from drllm.records import codec, manifest
 from drllm.records.codec import SCHEMA_VERSION, decode, encode, sha256, write_atomically
 from drllm.records.identity import have_same_weights
-from drllm.records.manifest import manifest_path, new_manifest, read_manifest, write_records
+from drllm.records.manifest import (
+    manifest_path,
+    new_manifest,
+    read_manifest,
+    to_lines,
+    write_records,
+)
 from drllm.records.places import check_file, choose_file
 from drllm.records.published import hide_places
 from drllm.records.search import Retest, SearchRecord, TriedPath, read_search
@@ -477,6 +483,23 @@ def test_results_may_be_named_by_their_folder_or_their_file(tmp_path: Path):
     places = {"new": "new/a.jsonl", "v1.2": "v1.2/a.jsonl", "b.jsonl": "b.jsonl", "old": "old"}
     for place, file in places.items():
         assert choose_file(tmp_path / place, "a.jsonl") == tmp_path / file
+
+
+def test_a_manifest_does_not_vouch_for_a_file_that_another_process_has_replaced(
+    tmp_path, monkeypatch
+):
+    file = tmp_path / "search.jsonl"
+    write = codec.write_atomically
+
+    def write_and_lose(path, content):
+        write(path, content)
+        if path == file:  # another process writes the same file before the manifest is written
+            write(path, to_lines([replace(RECORD, id="other")]))
+
+    monkeypatch.setattr(codec, "write_atomically", write_and_lose)
+    write_records(file, [RECORD], new_manifest("search", model={}, config={}))
+    with pytest.raises(RecordError, match="was changed or cut off"):
+        read_search(file)
 
 
 def test_the_place_of_a_healed_path_is_not_published():

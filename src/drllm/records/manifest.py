@@ -4,6 +4,7 @@ A manifest says how the records were made, and holds the hash of the records fil
 """
 
 import contextlib
+import hashlib
 import importlib.metadata
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
@@ -163,13 +164,15 @@ def write_records(path: Path, records: Iterable[Any], manifest: Mapping[str, Any
     """Write a records file and its manifest.
 
     The number of records and the hash of the file are added to the manifest. An old manifest is
-    deleted first, so that a kill never leaves it beside a new file.
+    deleted first, so that a kill never leaves it beside a new file. The hash is of what is written
+    here, so that the manifest doesn't fit the file of another process that writes there too.
     """
-    text = to_lines(records)
+    content = to_lines(records).encode()
     manifest_file = manifest_path(path)
     codec.refuse_special_file(path, "write")
     if codec.file_exists(manifest_file, "write"):
         codec.delete_file(manifest_file)
-    codec.write_atomically(path, text)
-    counts = {"num_records": text.count("\n"), "sha256": codec.sha256(path)}
+    codec.write_atomically(path, content)
+    digest = hashlib.sha256(content).hexdigest()
+    counts = {"num_records": content.count(b"\n"), "sha256": digest}
     codec.write_json(manifest_file, {**manifest, **counts})
