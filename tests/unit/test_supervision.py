@@ -21,7 +21,7 @@ from drllm.records.supervision import (
     read_supervision,
     rejected_path,
 )
-from drllm.supervision.rules import REASONS, find_candidates
+from drllm.supervision.rules import REASONS, TARGETS, find_candidates
 from drllm.supervision.select import (
     check_settings,
     find_surplus,
@@ -158,6 +158,16 @@ LUCKY, HOPELESS = "1111! 1110-", "1111! 1110!"
 
 def questions(*kinds: str) -> list[SearchRecord]:
     return [record(paths, question=f"Question {n}?") for n, paths in enumerate(kinds)]
+
+
+@pytest.mark.parametrize("returned", [[], "too hard"])
+def test_a_rule_that_returns_neither_paths_nor_a_known_reason_is_refused(monkeypatch, returned):
+    def rule(_):
+        return returned
+
+    monkeypatch.setattr(TARGETS, "get", lambda _: rule)
+    with pytest.raises(ConfigError, match=f"'own' returned {re.escape(repr(returned))} for quest"):
+        find_candidates(record("1111 1101"), "own")
 
 
 def test_a_target_carries_what_training_needs_and_improves_where_the_full_path_failed():

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 from typing import TypeAlias
 
+from drllm.errors import ConfigError
 from drllm.records.search import SearchRecord, TriedPath
 from drllm.registry import Registry
 
@@ -180,13 +181,22 @@ def find_candidates(
         record: The search of the question.
         target: The name of the rule.
         min_saving: The value of `--min-saving` for rules that read it; None for the default.
+
+    Raises:
+        ConfigError: A rule of the user returned no candidates and none of `REASONS`.
     """
     rule = TARGETS.get(target)
-    if not reads_min_saving(target):
-        return rule(record)
-    if min_saving is None:
-        min_saving = MIN_SAVING
-    return rule(record, min_saving=min_saving)
+    settings: dict[str, float] = {}
+    if reads_min_saving(target):
+        settings["min_saving"] = MIN_SAVING if min_saving is None else min_saving
+    candidates = rule(record, **settings)
+    has_unknown_reason = isinstance(candidates, str) and candidates not in REASONS
+    if has_unknown_reason or not candidates:
+        raise ConfigError(
+            f"the target rule {target!r} returned {candidates!r} for question {record.id!r}; let "
+            f"it return a path or more, or one of drllm.supervision.rules.REASONS"
+        )
+    return candidates
 
 
 def reads_min_saving(target: str) -> bool:
