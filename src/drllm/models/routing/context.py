@@ -45,13 +45,16 @@ class Override(_UseCount, Generic[Value]):
     @contextmanager
     def set(self, owner: object, value: Value) -> Iterator[None]:
         """Set the owner's value inside the block."""
-        token = self._blocks.set(((id(owner), value), *self._blocks.get()))
+        block = (id(owner), value)
+        self._blocks.set((block, *self._blocks.get()))
         self._count(1)
         try:
             yield
         finally:
             self._count(-1)
-            self._blocks.reset(token)
+            # Only this block: blocks of generators may end in another order than they began.
+            others = [other for other in self._blocks.get() if other is not block]
+            self._blocks.set(tuple(others))
 
     def get(self, owner: object) -> Value | None:
         """Return the owner's value in this thread, or None outside of its blocks."""

@@ -345,3 +345,13 @@ def test_what_can_not_be_answered_is_refused_in_one_line(
     with pytest.raises(ConfigError, match=message) as caught:
         generate_many(routed, prompts, **options)
     assert "\n" not in str(caught.value)
+
+
+def test_prompts_are_answered_by_the_base_model_where_routing_is_disabled(routed):
+    with routed.fixed([1] * 6):
+        expected = routed.generate_many(PROMPTS[:3], max_new_tokens=4)
+    with routed.fixed([1, 0, 1, 1, 1, 1]):
+        routed.generate_many(PROMPTS[:2], max_new_tokens=2)
+    with routed.disabled():
+        assert routed.generate_many(PROMPTS[:3], max_new_tokens=4) == expected
+    assert [answer.route for answer in expected] == [(1,) * 6] * 3

@@ -43,6 +43,25 @@ def test_an_error_inside_the_block_ends_it():
     assert (kind.get(owner), kind.in_use) == (None, False)
 
 
+def test_blocks_of_generators_may_end_in_another_order_than_they_began():
+    kind = Override("kind")
+    owner = Owner()
+
+    def read_inside(value):
+        with kind.set(owner, value):
+            while True:
+                yield kind.get(owner)
+
+    first = read_inside(1)
+    second = read_inside(2)
+    assert [next(first), next(second)] == [1, 2]
+    first.close()
+    assert next(second) == 2
+    second.close()
+    with kind.set(Owner(), 3):
+        assert kind.get(owner) is None
+
+
 def test_a_value_is_current_from_begin_to_end_and_replaces_one_left_behind():
     current = ThreadValue()
     assert current.get() is None
