@@ -12,6 +12,8 @@ from peft import LoraConfig, get_peft_model
 
 import drllm
 from drllm.errors import CheckpointError, RoutingError
+from drllm.models.base.load import BaseModel
+from drllm.models.routed_model import unrouted
 from drllm.models.routers.checkpoint import complete_config
 from drllm.models.routing.policies import RouterPolicy
 from drllm.paths import StaticPath
@@ -256,3 +258,16 @@ def test_continuous_batching_is_refused_at_once_and_comes_back(tiny_llama, name)
     assert "\n" not in str(caught.value)
     routed.detach()
     assert name not in vars(model)
+
+
+def test_after_a_stage_the_model_is_in_the_mode_that_it_was_in(tiny_llama, tiny_tokenizer):
+    model = tiny_llama().train()
+    model.lm_head.eval()
+    modes = [module.training for module in model.modules()]
+    with unrouted(model, tiny_tokenizer) as base:
+        assert not any(module.training for module in base.model.modules())
+    assert [module.training for module in model.modules()] == modes
+    frozen = BaseModel(model, tiny_tokenizer, "tiny")
+    with unrouted(frozen):
+        assert not model.training
+    assert model.training

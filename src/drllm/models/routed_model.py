@@ -21,6 +21,7 @@ from drllm.config import ModelConfig
 from drllm.errors import CheckpointError, ConfigError, RoutingError
 from drllm.models.base import hub as base_hub
 from drllm.models.base import load as loading
+from drllm.models.base.layers import evaluation_mode
 from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import Prompt
 from drllm.models.export import Export, export_path
@@ -112,9 +113,9 @@ def load_with_bypass(config: ModelConfig | str) -> BaseModel:
 def unrouted(
     model: Any, tokenizer: Any = None, listener: Listener | None = None
 ) -> Iterator[BaseModel]:
-    """Yield a stage's base model, without routing inside the block.
+    """Yield a stage's base model, without routing and in evaluation mode inside the block.
 
-    The routing is put back after the block.
+    After the block the routing is put back, and the model is in the mode that it was in before.
 
     Args:
         model: The settings or the name of a model to load, or a loaded model: what `load` returns,
@@ -142,7 +143,8 @@ def unrouted(
                     "the model comes without a tokenizer or a name; give it as tokenizer="
                 )
             name = str(getattr(model, "name_or_path", "") or "in memory")
-            model = BaseModel(model.eval(), tokenizer, name, bypass=bypass)
+            model = BaseModel(model, tokenizer, name, bypass=bypass)
+        stack.enter_context(evaluation_mode(model.model))
         stack.callback(take_off_routing(model.model))
         yield model
 
