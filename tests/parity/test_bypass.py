@@ -231,3 +231,24 @@ def test_a_bypass_of_another_shape_is_refused_and_the_model_stays_as_it_was(llam
         with pytest.raises(RoutingError, match="this bypass is for a model of"):
             RoutedModel(llama, bypass=wrong)
     RoutedModel(llama)
+
+
+def test_gradients_flow_after_a_pass_in_inference_mode(llama):
+    """In float64, where the maps are copied, as they are to a GPU."""
+    routed = RoutedModel(llama.double(), bypass=random_bypass(width_of(llama)))
+    llama.requires_grad_(True)
+    with routed.fixed(MIXED[0]):
+        with torch.inference_mode():
+            expected = routed(torch.tensor(PROMPTS[:1])).logits
+        logits = routed(torch.tensor(PROMPTS[:1])).logits
+    assert torch.equal(logits, expected)
+    logits.sum().backward()
+    assert llama.model.embed_tokens.weight.grad.isfinite().all()
+
+
+def test_the_maps_run_in_float32_under_autocast():
+    bypass = random_bypass(16)
+    states = torch.randn(2, 5, 16)
+    expected = bypass.skip(1, states)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(bypass.skip(1, states), expected)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from drllm.errors import RoutingError
+from drllm.models.routing.policies import without_autocast
 
 
 def normalise(states: Tensor) -> Tensor:
@@ -122,8 +123,9 @@ class Bypass:
         """
         layer_map = self._find_map(layer, states)
         values = states.to(layer_map.down.dtype)
-        inner = nn.functional.linear(normalise(values), layer_map.down)
-        changes = nn.functional.linear(inner, layer_map.up, layer_map.bias)
+        with without_autocast(states.device):
+            inner = nn.functional.linear(normalise(values), layer_map.down)
+            changes = nn.functional.linear(inner, layer_map.up, layer_map.bias)
         if is_first is not None:
             is_first = is_first.to(states.device)
             changes = torch.where(is_first[..., None], layer_map.first, changes)
@@ -145,6 +147,9 @@ class Bypass:
         layer_map = self._copies.get(key)
         if layer_map is None:
             tensors = self.tensors().values()
-            layer_map = LayerMap(*(tensor[layer].to(states.device, dtype) for tensor in tensors))
+            with torch.inference_mode(False):  # a later pass may need gradients
+                layer_map = LayerMap(
+                    *(tensor[layer].to(states.device, dtype) for tensor in tensors)
+                )
             self._copies[key] = layer_map
         return layer_map

@@ -280,7 +280,7 @@ class RouterPolicy(Policy):
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Switch autocast off inside the block, so that routers compute in float32.
+    """Switch autocast off inside the block, so that routers and a bypass compute in float32.
 
     If it is off already, this costs nothing.
     """
