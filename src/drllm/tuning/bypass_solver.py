@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from drllm.errors import TaskError
+from drllm.errors import ModelError, TaskError
 from drllm.models.base.batching import free_bytes
 from drllm.models.base.devices import on_device
 from drllm.models.routed_model import RoutedModel
@@ -29,6 +29,7 @@ from drllm.models.routing.injection import Driver, LayerCall
 from drllm.tuning.heal_texts import MIN_TEXTS, Tokens
 from drllm.tuning.layer_states import StatesBatch, make_batches
 from drllm.tuning.refit import high_precision, split_for_ridge
+from drllm.tuning.ridge import share_of_error
 from drllm.tuning.stand_in import RIDGES, SMALLEST_DEVIATION
 from drllm.work.listener import OnProgress
 
@@ -88,6 +89,12 @@ class LayerSums:
         self.num_tokens += other.num_tokens
         self.num_first += other.num_first
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether all sums are finite."""
+        sums = (self.inner, self.cross, self.first)
+        return all(bool(values.isfinite().all()) for values in sums)
+
     def error(self, weight: Tensor, bias: Tensor) -> float:
         """Return Σ ‖d − W x − b‖² over the tokens, with W `[D, D]` and b `[D]`."""
         explained = 2 * float((weight.T * self.cross).sum() + bias @ self.changes)
@@ -109,16 +116,26 @@ class LayerSolution(NamedTuple):
 
 
 class _CenteredSums:
-    """Sums about the means, with inputs of variance 1."""
+    """Sums about the means, with inputs of variance 1.
+
+    An input that is the same in every token counts as 0. Its covariances are rounding errors.
+    """
 
     def __init__(self, sums: LayerSums) -> None:
         n = sums.num_tokens
         self.input_mean = sums.inputs / n
         self.change_mean = sums.changes / n
-        covariance = sums.inner / n - torch.outer(self.input_mean, self.input_mean)
-        self.deviation = covariance.diagonal().clamp_min(SMALLEST_DEVIATION**2).sqrt()
-        self.inner = covariance / torch.outer(self.deviation, self.deviation)  # [D, D]
+        squares = sums.inner / n
+        covariance = squares - torch.outer(self.input_mean, self.input_mean)
         cross = sums.cross / n - torch.outer(self.input_mean, self.change_mean)
+        variance = covariance.diagonal()
+        smallest = SMALLEST_DEVIATION**2 * squares.diagonal().clamp_min(1.0)
+        is_constant = variance <= smallest
+        self.deviation = torch.where(is_constant, 1.0, variance).sqrt()
+        covariance[is_constant] = 0.0
+        covariance[:, is_constant] = 0.0
+        cross[is_constant] = 0.0
+        self.inner = covariance / torch.outer(self.deviation, self.deviation)  # [D, D]
         self.cross = cross / self.deviation[:, None]  # [D, D]
 
     def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
@@ -161,7 +178,7 @@ def solve_layer(fit: LayerSums, held_out: LayerSums, rank: int) -> LayerSolution
         errors[ridge] = held_out.error(*centered.solve(ridge))
     best = min(errors, key=errors.__getitem__)
     down, up, bias = centered.solve_with_rank(best, rank)
-    unexplained = held_out.error(up @ down, bias) / held_out.squares
+    unexplained = share_of_error(held_out.error(up @ down, bias), held_out.squares)
     fit.merge(held_out)
     down, up, bias = _CenteredSums(fit).solve_with_rank(best, rank)
     first = fit.first / max(1, fit.num_first)
@@ -230,7 +247,11 @@ class BypassSolver:
         self._num_done = 0
 
     def solve(self, group: Sequence[int]) -> list[LayerSolution]:
-        """Solve the maps of some layers, with one pass over the texts."""
+        """Solve the maps of some layers, with one pass over the texts.
+
+        Raises:
+            ModelError: The states aren't finite.
+        """
         fit = {layer: LayerSums(self.hidden_size) for layer in group}
         held_out = {layer: LayerSums(self.hidden_size) for layer in group}
         with torch.no_grad(), high_precision(self.routed):
@@ -240,6 +261,12 @@ class BypassSolver:
                     self.routed.injection.decoder(input_ids=batch.ids, use_cache=False)
                 self._num_done += 1
                 self._report()
+        for layer in group:
+            if not (fit[layer].is_finite and held_out[layer].is_finite):
+                raise ModelError(
+                    f"layer {layer} can't have a bypass, since the states of the texts aren't "
+                    f"finite; load the model with --dtype float32"
+                )
         return [solve_layer(fit[layer], held_out[layer], self.rank) for layer in group]
 
     def _report(self) -> None:

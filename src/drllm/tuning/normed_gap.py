@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from drllm.tuning.ridge import RidgeSolver, TokenSums, weigh_first_tokens
+from drllm.tuning.ridge import RidgeSolver, TokenSums, share_of_error, weigh_first_tokens
 
 MAX_STEPS = 6
 READS_PER_STEP = 2  # of the tokens to fit: for the weight, and for the gain
@@ -133,7 +133,7 @@ def solve_normed_change(
             best = gain
         if best.error > error * (1 - LEAST_GAIN):
             break
-    return NormedSolution(best.map, ridge, best.error / first_error)
+    return NormedSolution(best.map, ridge, share_of_error(best.error, first_error))
 
 
 @dataclass(frozen=True, slots=True)

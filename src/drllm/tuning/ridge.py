@@ -49,6 +49,14 @@ LARGEST_WEIGHT = 1000.0
 0."""
 
 
+def share_of_error(error: float, plain_error: float) -> float:
+    """Return an error as a share of the error without a change.
+
+    The share is 0 if that is 0: a layer that does nothing leaves nothing to explain.
+    """
+    return 0.0 if plain_error == 0 else error / plain_error
+
+
 def weigh_first_tokens(squares: Tensor, mean_square: float, weight: float | None) -> Tensor:
     """Return the weights of first tokens, `[n]`.
 
@@ -196,7 +204,8 @@ def solve_change(
     fit.merge(held_out)
     change = RidgeSolver(fit, first_token_weight).solve(best)
     on_solved()
-    return Solution(change.T.contiguous(), best, errors[best] / error_without_change)
+    unexplained = share_of_error(errors[best], error_without_change)
+    return Solution(change.T.contiguous(), best, unexplained)
 
 
 def _ignore() -> None: ...
@@ -211,7 +220,8 @@ class RidgeSolver:
     def __init__(self, sums: TokenSums, first_token_weight: float | None) -> None:
         inner, cross, self.num_tokens = sums.with_first_tokens(first_token_weight)
         with_first = (inner.diagonal() / self.num_tokens).sqrt()
-        self.scales = sums.scales().maximum(SMALLEST_SHARE * with_first)
+        scales = sums.scales().maximum(SMALLEST_SHARE * with_first)
+        self.scales = scales.masked_fill(scales == 0, 1.0)  # all inputs are 0 in every token
         self.inner = inner.div_(self.scales[:, None]).div_(self.scales)  # [F, F]
         self.cross = cross.div_(self.scales[:, None])  # [F, D]
 

@@ -35,6 +35,7 @@ from drllm.paths import Gap
 from drllm.tuning.heal_texts import Tokens
 from drllm.tuning.layer_states import make_batches
 from drllm.tuning.refit import high_precision, split_for_ridge
+from drllm.tuning.ridge import share_of_error
 
 RIDGES = tuple(10.0**exponent for exponent in range(-5, 2))
 """The values of λ to choose from, for inputs of variance 1."""
@@ -166,7 +167,7 @@ class _Regression:
                 best_error = error
                 weight = ((self.axes @ solution) / self.deviation[:, None]).T
                 bias = mean - weight @ self.mean
-        return weight, bias, best_error / plain_error
+        return weight, bias, share_of_error(best_error, plain_error)
 
     def _standardise(self, states: Tensor) -> Tensor:
         """Return n(h) with mean 0 and variance 1, in float64."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from drllm.errors import TaskError
+from drllm.errors import ModelError, TaskError
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.bypass import normalise
 from drllm.tuning import bypass_solver
@@ -109,3 +109,35 @@ def test_groups_of_layers_that_fit_into_memory_give_the_same_bypass(tiny_llama, 
 def test_one_text_is_too_few(tiny_llama):
     with pytest.raises(TaskError, match="a bypass needs at least 2 texts"):
         BypassSolver(RoutedModel(tiny_llama()), make_texts(1), rank=4)
+
+
+def test_a_layer_that_does_nothing_gets_a_map_that_does_nothing(tiny_llama):
+    model = tiny_llama()
+    model.model.layers[2].self_attn.o_proj.weight.data.zero_()
+    model.model.layers[2].mlp.down_proj.weight.data.zero_()
+    bypass, solutions = solve_all(RoutedModel(model), make_texts(60), rank=4)
+    states = torch.randn(5, bypass.hidden_size)
+    assert torch.equal(bypass.skip(2, states), states)
+    assert solutions[2].unexplained == 0
+
+
+def test_inputs_that_are_the_same_in_all_tokens_are_left_to_the_bias(tiny_llama):
+    texts = [(7,) * length for length in range(10, 20)]  # one token, so one state at layer 0
+    routed = RoutedModel(tiny_llama())
+    bypass, solutions = solve_all(routed, texts, rank=4)
+    state = routed.model.model.embed_tokens(torch.tensor([7]))
+    recorded = []
+    hook = routed.model.model.layers[0].register_forward_hook(
+        lambda _layer, _args, output: recorded.append(output)
+    )
+    routed(torch.tensor([texts[0]]))
+    hook.remove()
+    assert torch.allclose(bypass.skip(0, state)[0], recorded[0][0, -1], atol=1e-4)
+    assert solutions[0].unexplained < 1e-3
+
+
+def test_states_that_are_not_finite_are_refused(tiny_llama):
+    model = tiny_llama()
+    model.model.layers[3].mlp.down_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(ModelError, match="layer 3 can't have a bypass, since the states"):
+        solve_all(RoutedModel(model), make_texts(60), rank=4)

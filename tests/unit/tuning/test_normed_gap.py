@@ -118,3 +118,14 @@ def test_first_tokens_have_the_weight_that_is_given(weight):
         )
         weights.append(solution.map.weight)
     assert torch.equal(*weights) == (weight == 0)
+
+
+def test_a_gap_that_lacks_nothing_is_left_as_it_is():
+    start = make_map()
+    held_out = NormedTokens(torch.randn(6, NUM_INPUTS), torch.zeros(6, NUM_OUTPUTS), *([None] * 2))
+    normed, _ = start.run(held_out.inputs.double())
+    is_first = torch.tensor([True] + [False] * 5)
+    tokens = held_out._replace(targets=start.gain * normed, is_first=is_first)
+    solution = solve(start, tokens, tokens)
+    assert solution.map == start
+    assert solution.unexplained == 0

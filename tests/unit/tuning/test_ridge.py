@@ -150,3 +150,19 @@ def test_a_first_token_without_a_target_has_a_finite_weight(weight):
     inner, cross, _ = sum_up(tokens).with_first_tokens(weight)
     assert torch.isfinite(inner).all()
     assert torch.isfinite(cross).all()
+
+
+def test_a_gap_that_lacks_nothing_gets_no_change():
+    inputs, residuals, targets, is_first = make_tokens()
+    tokens = inputs, torch.zeros_like(residuals), targets, is_first
+    solution = solve_change(sum_up(tokens), sum_up(tokens))
+    assert not solution.change.any()
+    assert solution.unexplained == 0
+
+
+def test_inputs_that_are_0_in_all_tokens_get_no_change():
+    inputs, residuals, targets, is_first = make_tokens()
+    tokens = torch.zeros_like(inputs), residuals, targets, is_first
+    solution = solve_change(sum_up(tokens), sum_up(tokens))
+    assert not solution.change.any()
+    assert solution.unexplained == 1

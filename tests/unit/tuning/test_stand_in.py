@@ -138,3 +138,13 @@ def test_states_that_do_not_fit_into_memory_are_refused(routed, texts, monkeypat
     monkeypatch.setattr(stand_in, "free_bytes", lambda _device: 1000)
     with pytest.raises(ConfigError, match="--refit-tokens"):
         fit_stand_in(routed, texts)
+
+
+def test_a_layer_that_does_nothing_needs_no_map(tiny_llama, texts):
+    model = tiny_llama()
+    model.model.layers[2].self_attn.o_proj.weight.data.zero_()
+    model.model.layers[2].mlp.down_proj.weight.data.zero_()
+    gap_map = fit_stand_in(RoutedModel(model), texts).find_map(Gap(1, 3))
+    assert not gap_map.weight.any()
+    assert not gap_map.bias.any()
+    assert gap_map.unexplained == 0
