@@ -85,6 +85,8 @@ class HealedPath(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
         texts: The names of other sources of texts that the adapter was trained on, such as files.
         divided: The tasks whose own splits weren't used. Their questions were divided again.
         questions_sha256: The hash of all questions and texts.
+        prompts_sha256: The hash of the first questions and texts as the model read them; empty in
+            older files.
         curve: The measurements during the training, in order.
         held_out: The losses, by the name of the task or of the source of texts.
     """
@@ -104,6 +106,7 @@ class HealedPath(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
     texts: tuple[str, ...] = ()
     divided: tuple[str, ...] = ()
     questions_sha256: str = ""
+    prompts_sha256: str = ""
     runtime: dict[str, Any] = msgspec.field(default_factory=dict)
     curve: tuple[HealPoint, ...] = ()
     held_out: dict[str, Losses] = msgspec.field(default_factory=dict)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ from safetensors.torch import save as to_safetensors
 from drllm.config import BypassConfig
 from drllm.config.fields import replace_settings
 from drllm.errors import ConfigError
+from drllm.models.base.identity import describe_adapters
 from drllm.models.base.load import BaseModel
-from drllm.models.base.prompts import encode, render
 from drllm.models.routed_model import RoutedModel, unrouted
 from drllm.models.routing.bypass import TENSORS, Bypass, LayerMap
 from drllm.models.routing.bypass_file import (
@@ -28,7 +27,6 @@ from drllm.models.routing.bypass_file import (
     load_bypass_with_record,
     save_bypass,
 )
-from drllm.records.codec import hash_values
 from drllm.records.places import only_writer
 from drllm.tasks.base import Task
 from drllm.tuning.bypass_solver import BypassSolver, LayerSolution, join_solutions
@@ -42,13 +40,16 @@ from drllm.tuning.heal_texts import (
     read_bypass_sources,
     warn_of_texts,
 )
-from drllm.tuning.heal_tokens import TextTokenizer, tokenize_source
+from drllm.tuning.heal_tokens import (
+    PROMPTS,
+    TextTokenizer,
+    check_max_tokens,
+    digest_prompts,
+)
 from drllm.work.listener import Listener
 from drllm.work.store import ResultStore, refuse_other_run
 
 PARTIAL_FOLDER = "bypass.partial"
-PROMPTS = "prompts_sha256"  # the key of the digest of what the model reads
-MAX_DIGESTED = 1000  # texts of a source that are in this digest; each shows the chat template
 
 
 class SolvedLayer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -93,7 +94,9 @@ def fit_bypass(
         The bypass; give it to `attach`.
 
     Raises:
-        ConfigError: The folder belongs to another run, or there is nothing to fit on.
+        ConfigError: The folder belongs to another run, there is nothing to fit on, or `max_tokens`
+            is more than the model reads.
+        ModelError: The states of the texts aren't finite.
         TaskError: A task is unknown, there are too few texts, or a file can't be read.
 
     Source: ours.
@@ -110,6 +113,7 @@ def fit_bypass(
         base = stack.enter_context(unrouted(model, tokenizer, listener))
         if base.bypass is not None:
             raise ConfigError("the model has a bypass already; fit another one without --bypass")
+        check_max_tokens(base.model, config.max_tokens)
         routed = RoutedModel(base.model, tokenizer=base.tokenizer)
         stack.callback(routed.detach)
         stack.enter_context(only_writer(folder, "fitting the bypass", "--output-dir"))
@@ -128,10 +132,10 @@ def _fit(
     identity = {
         "settings": config.decisive(),
         "model": base.identity,
-        "runtime": base.runtime,
+        "runtime": {**base.runtime, **describe_adapters(base.model)},
         "texts_sha256": digest_sources(sources),
     }
-    prompts_sha256 = _digest_prompts(base, sources)
+    prompts_sha256 = digest_prompts(base, sources)
     made_from = {**identity, PROMPTS: prompts_sha256}
     file = folder / BYPASS_FILE
     if file.exists():
@@ -168,26 +172,6 @@ def _fit(
     save_bypass(file, bypass, record)
     store.remove()
     return load_bypass(file)
-
-
-def _digest_prompts(base: BaseModel, sources: Sequence[TextSource]) -> str:
-    """Return the digest by which a run recognises the tokenizer and the chat template.
-
-    It is a hash of the tokens that the model reads of the first texts or prompts of each source.
-    """
-    tokenizer = base.tokenizer
-    tokens: list[Tokens] = []
-    for source in sources:
-        source = replace(
-            source, prompts=source.prompts[:MAX_DIGESTED], texts=source.texts[:MAX_DIGESTED]
-        )
-        if source.is_open:
-            for prompt in source.prompts:
-                text = render(tokenizer, prompt.content, chat=True)
-                tokens.append(tuple(encode(tokenizer, text)))
-        else:
-            tokens += tokenize_source(base, source)
-    return hash_values(tokens)
 
 
 def _solve(

@@ -25,9 +25,9 @@ from drllm.config.heal import NO_REPAIR, REFIT
 from drllm.cost import path_executions
 from drllm.errors import ConfigError
 from drllm.extras import need
+from drllm.models.base.identity import describe_adapters
 from drllm.models.base.layers import parse_layer
 from drllm.models.base.load import BaseModel
-from drllm.models.base.prompts import context_length
 from drllm.models.routed_model import RoutedModel, unrouted
 from drllm.models.routing.healed import save_healed
 from drllm.paths import StaticPath
@@ -56,7 +56,7 @@ from drllm.tuning.heal_texts import (
     read_sources,
     split_texts,
 )
-from drllm.tuning.heal_tokens import TextTokenizer
+from drllm.tuning.heal_tokens import PROMPTS, TextTokenizer, check_max_tokens, digest_prompts
 from drllm.tuning.heal_training import AdapterTraining, make_batches
 from drllm.work.first_block import FirstBlock
 from drllm.work.listener import Listener, OnProgress
@@ -201,6 +201,8 @@ class HealRun:
             return finished
         self.check_lora()
         store.open()
+        # Results of earlier versions were kept without it.
+        store.expect("prompts", {PROMPTS: record.prompts_sha256})
         texts = self.prepare_texts(store)
         if repair == REFIT:
             record = self.repair(record, texts, store)
@@ -216,17 +218,11 @@ class HealRun:
 
     def check_settings(self) -> None:
         """Refuse settings that don't fit the model or the path."""
-        config = self.config
-        context = context_length(self.base.model)
-        if context and config.max_tokens > context:
-            raise ConfigError(
-                f"--max-tokens is {config.max_tokens}, and this model reads {context} tokens; give "
-                f"at most {context}"
-            )
+        check_max_tokens(self.base.model, self.config.max_tokens)
         if self.config.is_trained and not self.adapted_layers:
             raise ConfigError(
-                f"--first-layer {config.first_layer} leaves no layer that can have an adapter; "
-                f"give at most {max(self.plain.layers)}"
+                f"--first-layer {self.config.first_layer} leaves no layer that can have an "
+                f"adapter; give at most {max(self.plain.layers)}"
             )
 
     def make_record(self, repair: str) -> HealedPath:
@@ -234,7 +230,11 @@ class HealRun:
 
         `repair` is `REFIT` or `NO_REPAIR`.
         """
-        autocast = str(self.low_precision).removeprefix("torch.")
+        runtime = {
+            **self.base.runtime,
+            **describe_adapters(self.base.model),
+            "autocast": str(self.low_precision).removeprefix("torch."),
+        }
         config = self.config.to_dict() | {"repair": repair}
         manifest = new_manifest("healed_path", model=self.base.identity, config=config)
         rank = self.config.rank if self.config.is_trained else 0
@@ -252,7 +252,8 @@ class HealRun:
             texts=tuple(source.name for source in self.sources if source.texts),
             divided=tuple(source.name for source in self.sources if source.is_divided),
             questions_sha256=digest_sources(self.sources),
-            runtime={**self.base.runtime, "autocast": autocast},
+            prompts_sha256=digest_prompts(self.base, self.sources),
+            runtime=runtime,
         )
 
     def read_finished(self, record: HealedPath) -> HealedPath | None:
@@ -263,7 +264,10 @@ class HealRun:
         healed = read_healed(file)
         remedy = "choose another --output-dir, or delete the old one"
         name = f"the healed path in {file}"
-        refuse_other_run(name, _identity(healed), _identity(record), remedy)
+        # Older records have no digest of the prompts, so it isn't compared.
+        stored = _identity(healed) | {PROMPTS: healed.prompts_sha256 or record.prompts_sha256}
+        current = _identity(record) | {PROMPTS: record.prompts_sha256}
+        refuse_other_run(name, stored, current, remedy)
         return healed
 
     def check_lora(self) -> None:

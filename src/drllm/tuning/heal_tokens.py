@@ -1,9 +1,11 @@
 """Turns the texts that `heal` trains on into tokens, and answers the prompts without answers."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
+from drllm.errors import ConfigError
 from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import Prompt as Conversation
 from drllm.models.base.prompts import context_length, encode, render
@@ -16,6 +18,38 @@ from drllm.work.listener import Listener
 from drllm.work.store import ResultStore
 
 ANSWERS_AT_ONCE = 32  # prompts that are answered, and kept, together
+PROMPTS = "prompts_sha256"  # the key of the result of `digest_prompts` in the identity of a run
+MAX_DIGESTED = 1000  # texts of a source that are in this digest; each shows the chat template
+
+
+def check_max_tokens(model: Any, max_tokens: int) -> None:
+    """Raise ConfigError if a model can't read sequences of `max_tokens` tokens."""
+    context = context_length(model)
+    if context is not None and max_tokens > context:
+        raise ConfigError(
+            f"--max-tokens is {max_tokens}, and this model reads {context} tokens; give at most "
+            f"{context}"
+        )
+
+
+def digest_prompts(base: BaseModel, sources: Sequence[TextSource]) -> str:
+    """Return the digest by which a run recognises the tokenizer and the chat template.
+
+    It is a hash of the tokens that the model reads of the first texts or prompts of each source.
+    """
+    tokenizer = base.tokenizer
+    tokens: list[Tokens] = []
+    for source in sources:
+        first = replace(
+            source, prompts=source.prompts[:MAX_DIGESTED], texts=source.texts[:MAX_DIGESTED]
+        )
+        if not first.is_open:
+            tokens += tokenize_source(base, first)
+            continue
+        for prompt in first.prompts:
+            text = render(tokenizer, prompt.content, chat=True)
+            tokens.append(tuple(encode(tokenizer, text)))
+    return hash_values(tokens)
 
 
 @dataclass(frozen=True, slots=True)

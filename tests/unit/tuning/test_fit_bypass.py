@@ -3,6 +3,7 @@
 import msgspec
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 import drllm
 from drllm.config import BypassConfig
@@ -115,6 +116,29 @@ def test_a_bypass_of_prompts_through_another_chat_template_is_refused(base, tmp_
     monkeypatch.setattr(base.tokenizer, "chat_template", "{{ messages[0]['content'] }}!")
     with pytest.raises(ConfigError, match="was made with other prompts"):
         fit()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_bypass_of_another_adapter_is_refused(base, tmp_path):
+    adapter = LoraConfig(r=4, target_modules=["down_proj"], init_lora_weights=False)
+    model = get_peft_model(base.model, adapter)
+
+    def fit():
+        return fit_bypass(model, TEXTS, output_dir=tmp_path, tokenizer=base.tokenizer, **SMALL)
+
+    bypass = fit()
+    assert fit().sha256 == bypass.sha256
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data.mul_(2)
+    with pytest.raises(ConfigError, match="was made with runtime adapters"):
+        fit()
+
+
+def test_sequences_longer_than_what_the_model_reads_are_refused(tiny_base):
+    base = tiny_base(max_position_embeddings=16)
+    with pytest.raises(ConfigError, match="--max-tokens is 20, and this model reads 16 tokens"):
+        fit_bypass(base, TEXTS, max_tokens=20, **SMALL)
 
 
 def test_a_bypass_of_an_older_version_is_not_compared_by_its_prompts(base, tmp_path):

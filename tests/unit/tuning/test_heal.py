@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from drllm import extras
 from drllm.config import EvaluateConfig, HealConfig
@@ -33,6 +34,7 @@ from drllm.tuning import heal as healing
 from drllm.tuning import refit as refit_module
 from drllm.tuning.distillation import Distillation
 from drllm.tuning.heal import PARTIAL_FOLDER, HealRun, heal
+from drllm.tuning.heal_checks import LossesBefore
 from drllm.tuning.heal_repair import choose_path_repair
 from drllm.tuning.heal_texts import (
     TextSource,
@@ -740,6 +742,55 @@ def test_another_healing_in_the_same_folder_is_refused(unbroken, routed, tmp_pat
         healed(routed, tmp_path, listener=StopAt(3))
     with pytest.raises(ConfigError, match="other texts"):
         healed(routed, tmp_path, texts=["A text.", "Another text."])
+
+
+def test_a_healing_of_prompts_through_another_chat_template_is_refused(
+    routed, tmp_path, monkeypatch
+):
+    rows = "".join(
+        f'{{"question": "What is {n} and {n}?", "answer": "{2 * n}", "grader": "exact"}}\n'
+        for n in range(60)
+    )
+    questions = tmp_path / "mine.jsonl"
+    questions.write_text(rows)
+    finished = tmp_path / "finished"
+    interrupted = tmp_path / "interrupted"
+    found = healed(routed, finished, tasks=str(questions), steps=2)
+    assert healed(routed, finished, tasks=str(questions), steps=2) == found
+    with pytest.raises(StoppedError):
+        healed(routed, interrupted, tasks=str(questions), steps=2, listener=StopAt(2))
+    monkeypatch.setattr(routed.tokenizer, "chat_template", "{{ messages[0]['content'] }}!")
+    with pytest.raises(ConfigError, match=r"the healed path in .* was made with other prompts"):
+        healed(routed, finished, tasks=str(questions), steps=2)
+    with pytest.raises(ConfigError, match=r"the interrupted healing in .* with other prompts"):
+        healed(routed, interrupted, tasks=str(questions), steps=2)
+
+
+def test_a_healed_path_of_an_older_version_is_not_compared_by_its_prompts(
+    unbroken, routed, tmp_path
+):
+    found, folder, _ = unbroken
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    record = json.loads((tmp_path / HEALED_FILE).read_text())
+    del record["prompts_sha256"]
+    (tmp_path / HEALED_FILE).write_text(json.dumps(record))
+    assert healed(routed, tmp_path).adapter_sha256 == found.adapter_sha256
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_refit_beside_another_adapter_is_refused(
+    tiny_llama, tiny_tokenizer, tmp_path, monkeypatch
+):
+    adapter = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    model = get_peft_model(tiny_llama(), adapter)
+    handle = RoutedModel(model, tokenizer=tiny_tokenizer)
+    monkeypatch.setattr(LossesBefore, "is_improved", True)  # a tiny model's refit may not be
+    refitted(handle, tmp_path)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data.mul_(2)
+    with pytest.raises(ConfigError, match="was made with runtime adapters"):
+        refitted(handle, tmp_path)
 
 
 def test_it_ends_where_the_held_out_kl_has_not_fallen_for_long(routed, monkeypatch):
