@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from drllm.cli.base_model import check_model
+from drllm.cli.base_model import check_model, choose_model
 from drllm.cli.command_line import CommandLine
 from drllm.cli.terminal import LOADING, Terminal
 from drllm.cli.verbs import Flag, verb
@@ -42,9 +42,12 @@ def bundle_verb(command: CommandLine, terminal: Terminal) -> None:
     check_folder(output, "--output-dir")
     check_new_folder(output)
     with terminal.busy(LOADING):
-        from drllm.pipeline.bundle import bundle
+        from drllm.pipeline.bundle import bundle, find_healed
 
-    model = command.get_settings(ModelConfig) if command.names_model else None
+    model = None
+    path = find_healed(sources)
+    if path is not None:
+        model = choose_model(command, path=path)
     artefacts = bundle(sources, output, model=model, llama_cpp=llama_cpp, listener=terminal)
 
     for artefact in artefacts:

@@ -34,7 +34,7 @@ from drllm.records.places import check_new_folder, create_folder
 from drllm.records.published import hide_places
 from drllm.records.search import SEARCH_FILE, SearchRecord, read_search
 from drllm.records.shrink import SHRINK_FILE, read_shrink
-from drllm.records.static_paths import load_path
+from drllm.records.static_paths import PathFile, load_path
 from drllm.supervision.rules import is_saving, is_valid
 from drllm.work.listener import Listener
 
@@ -167,6 +167,19 @@ def _find_in_folder(source: Path) -> dict[str, Path]:
     return places
 
 
+def find_healed(sources: Sequence[Path]) -> PathFile | None:
+    """Return the healed path that is exported; None if no source has one.
+
+    Raises:
+        ConfigError: As for `find_artefacts`.
+        RecordError: The file of the path can't be read.
+    """
+    source = find_artefacts(sources).get(CHECKPOINT)
+    if source is None or (source / SHRINK_FILE).is_file():  # a checkpoint is copied
+        return None
+    return load_path(source)
+
+
 def write_checkpoint(source: Path, folder: Path, model: Any, listener: Listener) -> None:
     """Copy a checkpoint that `shrink` wrote, or export a healed path."""
     if (source / SHRINK_FILE).is_file():
@@ -180,7 +193,8 @@ def write_checkpoint(source: Path, folder: Path, model: Any, listener: Listener)
     path = load_path(source)
     if model is None:
         assert path.record is not None
-        model = ModelConfig(model=path.record.model["id"])
+        identity = path.record.model
+        model = ModelConfig(model=identity["id"], revision=identity.get("revision"))
     with unrouted(model, None, listener) as base:
         export_path(base, path, folder)
 

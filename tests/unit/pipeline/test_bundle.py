@@ -3,8 +3,10 @@
 import pytest
 from transformers import AutoModelForCausalLM
 
+from drllm.config import ModelConfig
 from drllm.errors import ConfigError, ModelError
 from drllm.models.base.cards import CARD_FILE
+from drllm.models.base.load import load
 from drllm.models.routed_model import attach, detach
 from drllm.models.routers.checkpoint import save_routers
 from drllm.models.routers.config import RouterConfig
@@ -218,3 +220,15 @@ def test_the_command_says_what_it_made(drllm, searched, tmp_path):
     output = drllm("bundle", searched, "--output-dir", tmp_path / "publish").out
     assert "search-log" in output
     assert f"hf upload OWNER/NAME {tmp_path / 'publish' / 'search-log'}" in output
+
+
+def test_the_command_loads_the_model_that_a_healed_path_names_as_its_flags_say(
+    drllm, model_folder, tmp_path
+):
+    base = load(ModelConfig(model=str(model_folder(num_layers=NUM_LAYERS)), device="cpu"))
+    written_refit(tmp_path / "healed", base.model, base.identity)
+    for dtype in ("float32", "bfloat16"):
+        output = tmp_path / dtype
+        drllm(f"bundle --device cpu --dtype {dtype}", tmp_path / "healed", "--output-dir", output)
+        exported = AutoModelForCausalLM.from_pretrained(output / "checkpoint", dtype="auto")
+        assert str(exported.dtype) == f"torch.{dtype}"
