@@ -243,11 +243,7 @@ def _group_by_question(block: QuestionBlock, scores: Sequence[OptionScore]) -> A
     for question_id, requests in zip(block.ids, block.requests, strict=True):
         end = start + len(requests)
         for logprob, _ in scores[start:end]:
-            if not math.isfinite(logprob):  # refused here, before the block's result is stored
-                raise ModelError(
-                    f"a log-probability of question {question_id} is {logprob}; load the model "
-                    f"with --dtype float32"
-                )
+            _refuse_infinite(logprob, f"question {question_id}")
         by_question.append([*scores[start:end]])
         start = end
     return by_question
@@ -284,5 +280,14 @@ class ScoreTexts(BlockFunction[TextBlock, list[float]]):
         [scores] = prepared.lm.scorer.score_plans(data.texts, [data.paths])
         losses = []
         for text, (logprob, _) in zip(data.texts, scores, strict=True):
+            _refuse_infinite(logprob, f"the text of {data.system}")
             losses.append(-logprob / len(text.continuation))
         return losses
+
+
+def _refuse_infinite(logprob: float, what: str) -> None:
+    """Refuse a log-probability that isn't finite, before the result of its block is stored."""
+    if not math.isfinite(logprob):
+        raise ModelError(
+            f"a log-probability of {what} is {logprob}; load the model with --dtype float32"
+        )

@@ -1,9 +1,14 @@
 """Questions in blocks: each in one, of like length, and put back into their own order."""
 
+import math
+from types import SimpleNamespace
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drllm.evaluation.answers import BatchResult
+from drllm.errors import ModelError
+from drllm.evaluation.answers import BatchResult, ModelSettings, ScoreTexts, TextBlock
 from drllm.evaluation.plan import separate_repeats
 from drllm.evaluation.systems import join_blocks
 from drllm.models.base.batching import group_by_length
@@ -33,6 +38,16 @@ def test_a_batch_has_so_many_tokens_with_padding_or_one_prompt(lengths, size, ma
         padded = len(rows) * max(lengths[row] for row in rows)
         assert len(rows) == 1 or padded <= max_tokens
         assert len(rows) <= size
+
+
+@pytest.mark.parametrize("logprob", [math.nan, -math.inf])
+def test_a_text_without_a_finite_loss_is_refused_with_what_to_do(logprob):
+    """Otherwise a NaN among the losses ends the evaluation without a word on what to do."""
+    scorer = SimpleNamespace(score_plans=lambda texts, paths: [[(logprob, False)]])
+    model = SimpleNamespace(lm=SimpleNamespace(scorer=scorer))
+    block = TextBlock("base", [SimpleNamespace(continuation=[1, 2])], {})
+    with pytest.raises(ModelError, match=r"the text of base is -?(nan|inf); load the model with"):
+        ScoreTexts(ModelSettings(1))(model, block, SimpleNamespace(report=None))
 
 
 def test_no_part_of_a_block_has_a_prompt_twice():
