@@ -226,9 +226,9 @@ def split_into_batches(questions: Sequence[SearchQuestion], size: int) -> list[B
 
 
 def _count_characters(question: SearchQuestion) -> int:
-    """Count the characters of a question's prompt and its continuations."""
+    """Count the characters of a question's prompt and its continuations; at least 1."""
     texts = [question.prompt.text, *question.prompt.continuations]
-    return sum(len(text) for text in texts)
+    return max(1, sum(len(text) for text in texts))  # progress is a share of them
 
 
 def parse_shard(text: str) -> Shard:

@@ -24,9 +24,9 @@ from drllm.records.splits import find_split
 from drllm.search import CHUNKS_FOLDER, count_kept_batches, retest
 from drllm.search import targets as search_targets
 from drllm.search.evaluator import Evaluator
-from drllm.search.questions import collect_questions, split_into_batches
-from drllm.search.run import SearchWatch, run_search
-from drllm.tasks.examples import choose
+from drllm.search.questions import SearchQuestion, collect_questions, split_into_batches
+from drllm.search.run import SearchWatch, run_search, search_questions
+from drllm.tasks.examples import Example, Prompt, choose
 from drllm.tasks.registry import get_task
 from drllm.work.local import LocalExecutor
 
@@ -648,3 +648,11 @@ def test_a_search_killed_after_its_last_failed_batch_writes_no_empty_file(
     with pytest.raises(TaskError, match="none of the first 2 questions could be searched"):
         run(routed, tmp_path, [facts], limit=2)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_question_whose_prompt_is_empty_is_set_aside_with_the_reason(routed):
+    example = Example(id="1", task="own", question="What is this?", answer="a")
+    prompt = Prompt(text="", reward="exact", answer="a")
+    question = SearchQuestion(place=0, task="own", example=example, prompt=prompt, retests=())
+    with pytest.raises(TaskError, match=r"could be searched; .*the model reads nothing before"):
+        search_questions(routed, [question], settings())
