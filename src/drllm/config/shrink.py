@@ -1,10 +1,13 @@
 """Settings of `drllm shrink`, which writes a smaller checkpoint and says what it loses."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from drllm.config.constants import DATA_DIR_HELP, MAX_DROP, TASKS_HELP, TRUST_HELP
-from drllm.config.fields import Settings, basic, incidental, setting
+from drllm.config.fields import Settings, basic, incidental, setting, to_flag
 from drllm.errors import ConfigError
+
+LIMITS = ("max_drop", "max_loss_increase")
+"""The settings that say what may be lost."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +77,7 @@ class ShrinkConfig(Settings):
     seed: int = setting(0, minimum=0, help="seed of all draws")
 
     def check(self) -> None:
-        """Refuse a share that isn't a percentage, and two numbers of layers."""
+        """Refuse two numbers of layers, a wrong percentage, and limits without effect."""
         if self.save is not None and self.layers is not None:
             raise ConfigError(
                 f"--save {self.save} and --layers {self.layers} both say how many layers stay; "
@@ -82,6 +85,20 @@ class ShrinkConfig(Settings):
             )
         if self.save is not None:
             self._read_share(self.save)
+            self._refuse_limits(f"--save {self.save}")
+        if self.layers is not None:
+            self._refuse_limits(f"--layers {self.layers}")
+
+    def _refuse_limits(self, request: str) -> None:
+        """Refuse limits of the loss, which isn't tested if the number of layers is given."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in LIMITS and value != field.default:
+                flag = to_flag(field.name)
+                raise ConfigError(
+                    f"{flag} {value:g} has no effect with {request}, which writes the checkpoint "
+                    f"however much is lost; leave {flag} out, or that"
+                )
 
     def choose_num_skipped(self, num_layers: int) -> int | None:
         """Return how many layers to leave out of `num_layers`; None if the losses decide.

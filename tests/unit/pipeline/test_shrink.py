@@ -278,6 +278,15 @@ def test_two_numbers_of_layers_are_refused():
         ShrinkConfig(save="10%", layers=5).check()
 
 
+@pytest.mark.parametrize("settings", [{"max_drop": 1}, {"max_loss_increase": 0.1}])
+@pytest.mark.parametrize("number", [{"save": "10%"}, {"layers": 5}])
+def test_a_limit_is_refused_where_the_number_of_layers_is_given(settings, number):
+    with pytest.raises(ConfigError, match="has no effect with --"):
+        ShrinkConfig(**settings, **number).check()
+    ShrinkConfig(max_drop=3, **number).check()  # the default
+    ShrinkConfig(**settings).check()
+
+
 @pytest.mark.parametrize(
     ("tuning_minutes", "expected"),
     [(0, 15), (9, 15), (14, 11), (25, 10), (100, 10)],
