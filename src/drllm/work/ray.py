@@ -486,7 +486,7 @@ class Jobs:
     def _split_up(self, block: Block[Any]) -> list[Job]:
         """Return one job for each part of a block."""
         parts = list(self._function.split(block.data))
-        logger.warning("a worker died on %s, which is run again in %d parts", block.key, len(parts))
+        logger.warning("a worker died on %s; parts to run again: %d", block.key, len(parts))
         self._split[block.key] = SplitBlock(parts)
         return [Job(block, data, part=number) for number, data in enumerate(parts)]
 
