@@ -84,13 +84,13 @@ def add_late_margins(
     """Add the margins of right generated answers, now that all wrong answers are known."""
     if evaluator.scores_options:
         return outcomes
-    pairs = list(outcomes)
 
-    def add_margins(_: Sequence[Pair]) -> list[JudgedOutcome]:
-        return evaluator.with_margins(pairs, list(outcomes.values()))
+    def add_margins(right_pairs: Sequence[Pair]) -> list[JudgedOutcome]:
+        completed_outcomes = evaluator.with_margins(list(outcomes), list(outcomes.values()))
+        by_pair = dict(zip(outcomes, completed_outcomes, strict=True))
+        return [by_pair[pair] for pair in right_pairs]
 
-    # Only right answers are scored, so only they count as work. The result has all outcomes.
     right_pairs = [pair for pair, outcome in outcomes.items() if outcome.is_right]
-    completed_outcomes = steps.run("margins", right_pairs, add_margins)
+    right_outcomes = steps.run("late margins", right_pairs, add_margins)
     steps.progress.report("scoring answers")
-    return dict(zip(pairs, completed_outcomes, strict=True))
+    return {**outcomes, **dict(zip(right_pairs, right_outcomes, strict=True))}

@@ -19,8 +19,10 @@ from drllm.search.batch import (
     search_batch,
     search_in_step,
 )
-from drllm.search.evaluator import Evaluator, gold_text, tokenize_prompt
+from drllm.search.evaluator import Evaluator, JudgedOutcome, gold_text, tokenize_prompt
 from drllm.search.questions import Batch, build_question, collect_questions
+from drllm.search.rounds import add_late_margins
+from drllm.search.steps import BatchProgress, BatchSteps
 from drllm.tasks.examples import Example, Prompt
 from drllm.tasks.registry import get_task
 from drllm.work.run import BlockSteps
@@ -302,3 +304,34 @@ def test_the_key_of_a_batch_names_its_questions(batch):
     }
     assert len(keys) == 4
     assert Batch(0, batch.questions).key == batch.key
+
+
+class MarginOfOne:
+    """An evaluator of generated answers that gives every right answer the margin 1."""
+
+    scores_options = False
+
+    def with_margins(self, pairs, outcomes):
+        return [
+            dataclasses.replace(outcome, margin=1.0) if outcome.is_right else outcome
+            for outcome in outcomes
+        ]
+
+
+def test_kept_margins_of_right_answers_never_replace_other_outcomes(facts, tmp_path):
+    question = build_question(facts, facts.examples("search")[0], "loglikelihood")
+    right, wrong, other = (0, (1, 1)), (0, (1, 0)), (0, (0, 1))
+
+    def add_margins(pairs):
+        outcomes = {
+            pair: JudgedOutcome(reward=float(pair == right), margin=None, answer=str(pair))
+            for pair in pairs
+        }
+        store = ResultStore(tmp_path / "kept", {}, stage="search")
+        progress = BatchProgress(1, [0], has_late_margins=True, on_step=None)
+        return add_late_margins(MarginOfOne(), outcomes, BatchSteps([question], store, progress))
+
+    for pairs in ([right, wrong], [right, other], [right, wrong, other]):
+        outcomes = add_margins(pairs)
+        assert [outcome.answer for outcome in outcomes.values()] == [str(pair) for pair in pairs]
+        assert outcomes[right].margin == 1.0
