@@ -126,6 +126,18 @@ def test_inside_disabled_the_model_is_the_base_model(tiny_llama):
     assert routed.last_route.tolist() == [PLAN]
 
 
+def test_a_plan_inside_disabled_is_followed(tiny_llama):
+    routed = drllm.attach(tiny_llama())
+    with routed.fixed(PLAN):
+        expected = routed(IDS).logits
+    with routed.disabled():
+        base = routed(IDS).logits
+        with routed.fixed(PLAN):
+            assert torch.equal(routed(IDS).logits, expected)
+        assert torch.equal(routed(IDS).logits, base)
+    assert routed.last_route.tolist() == [PLAN]
+
+
 @pytest.mark.filterwarnings(  # transformers renames it; PEFT still asks by the old name
     "ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"
 )
@@ -234,7 +246,8 @@ def test_the_repr_shows_what_decides_now(tiny_llama):
     routed = drllm.attach(tiny_llama(), routers)
     assert show(routed) == f"RoutedModel(routers with {routers.config.num_windows} windows)"
     with routed.fixed(StaticPath([0, 2, 1, 3])):
-        assert show(routed) == "RoutedModel(skips layers 4 and 5)"
+        path = "skips layers 4 and 5, runs the layers in another order"
+        assert show(routed) == f"RoutedModel({path})"
     with routed.fixed([0, 1, 2, 1, 1, 1]):
         assert show(routed) == "RoutedModel(skips layer 0, repeats layer 2)"
     with routed.fixed([PLAN, PLAN]):

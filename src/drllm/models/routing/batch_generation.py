@@ -195,29 +195,20 @@ def _answer_batch(
         return_dict_in_generate=False,
         **options,
     )
-    routes = _read_routes(routed, len(rows))
+    routes = routed.last_route.tolist()  # a row for each beam or answer
+    num_copies = len(routes) // len(rows)
     outputs = output[:, ids.shape[1] :].tolist()
     num_answers = len(outputs) // len(rows)
     answers: list[list[GeneratedAnswer]] = []
     for number, prompt in enumerate(prompts):
+        route = tuple(routes[number * num_copies])
         prompt_answers = []
         for row in outputs[number * num_answers : (number + 1) * num_answers]:
             tokens = _cut_at_end(row, ends)
             text = routed.tokenizer.decode(tokens, skip_special_tokens=True)
-            answer = GeneratedAnswer(prompt, text, tuple(tokens), routes[number])
-            prompt_answers.append(answer)
+            prompt_answers.append(GeneratedAnswer(prompt, text, tuple(tokens), route))
         answers.append(prompt_answers)
     return answers
-
-
-def _read_routes(routed: Routing, num_prompts: int) -> list[Decisions]:
-    """Return the route of each prompt of the batch that was answered last."""
-    policy = routed.policy
-    if type(policy) is FixedPolicy:  # `last_route` stays as it was where routing is disabled
-        return policy.plan
-    routes = routed.last_route.tolist()  # a row for each beam or answer
-    num_copies = len(routes) // num_prompts
-    return [tuple(route) for route in routes[::num_copies]]
 
 
 def _cut_at_end(tokens: list[int], ends: Sequence[int]) -> list[int]:

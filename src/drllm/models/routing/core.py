@@ -196,10 +196,16 @@ class Routing:
         """Let another policy decide inside the block.
 
         The block is for the thread that entered it. A thread that is started inside doesn't
-        inherit the policy: give the policy to `RoutedModel`, or open a block in that thread.
+        inherit the policy: give the policy to `RoutedModel`, or open a block in that thread. Inside
+        a block of `disabled`, it puts the routing on again.
         """
         self.check_attached()
-        return self.driver.using(policy)
+        return self._decide_by(policy)
+
+    @contextmanager
+    def _decide_by(self, policy: Policy) -> Iterator[None]:
+        with self.driver.using(policy), self.injection.driven_by(self.driver):
+            yield
 
     def fixed(self, plan: Plan | str) -> AbstractContextManager[None]:
         """Pin decisions or a static path inside the block.
@@ -236,7 +242,8 @@ class Routing:
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Run the base model inside the block. As with `using`, the block is for one thread."""
-        with self.using(FullPolicy()), self.injection.driven_by(Driver()):
+        self.check_attached()
+        with self.driver.using(FullPolicy()), self.injection.driven_by(Driver()):
             yield
 
     def prompt_lengths(self, lengths: Sequence[int] | Tensor) -> AbstractContextManager[None]:
