@@ -4,9 +4,13 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from drllm.errors import RoutingError
+from drllm.errors import CheckpointError, RoutingError
+from drllm.models.base.load import BaseModel, load
 from drllm.models.base.prompts import pad_left
 from drllm.models.routed_model import RoutedModel, attach, detach
+from drllm.models.routers.checkpoint import save_routers
+from drllm.models.routers.config import RouterConfig
+from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.bypass import Bypass
 from drllm.models.scoring.score import Request, score
 from drllm.paths import StaticPath
@@ -252,3 +256,23 @@ def test_the_maps_run_in_float32_under_autocast():
     expected = bypass.skip(1, states)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(bypass.skip(1, states), expected)
+
+
+def test_what_is_loaded_with_a_bypass_is_attached_with_it(llama, tiny_tokenizer):
+    bypass = random_bypass(width_of(llama))
+    base = BaseModel(llama, tiny_tokenizer, "tiny", bypass=bypass)
+    assert attach(base).bypass is bypass
+    other = random_bypass(width_of(llama))
+    assert attach(base, bypass=other).bypass is other
+
+
+def test_routers_are_loaded_with_the_bypass_that_they_were_trained_with(model_folder, tmp_path):
+    base = load(str(model_folder()), device="cpu")
+    width = base.model.config.hidden_size
+    bypass = random_bypass(width, base.num_layers)
+    config = RouterConfig(num_layers=base.num_layers, hidden_size=width, bypass=bypass.sha256)
+    save_routers(RouterStack(config), tmp_path)
+    with pytest.raises(CheckpointError, match="trained with"):
+        RoutedModel.from_pretrained(tmp_path, base)
+    routed = RoutedModel.from_pretrained(tmp_path, base, bypass=bypass)
+    assert routed.bypass is bypass

@@ -57,7 +57,7 @@ def attach(
         routers: Trained routers, their folder, or OWNER/NAME on the hub; None for no routers.
         tokenizer: As for `RoutedModel`.
         policy: As for `RoutedModel`.
-        bypass: As for `RoutedModel`, or its file.
+        bypass: As for `RoutedModel`, or its file. None takes the bypass of a `BaseModel`.
 
     Raises:
         DrllmError: `RoutedModel` or `load_routers` raises it. The model is then as it was before.
@@ -69,6 +69,8 @@ def attach(
     if isinstance(model, (RoutedModel, BaseModel)):
         if tokenizer is None:
             tokenizer = vars(model).get("tokenizer")  # None if it isn't loaded yet
+        if isinstance(model, BaseModel) and bypass is None:
+            bypass = model.bypass
         model = model.model
     with ExitStack() as undo:
         undo.callback(
@@ -103,9 +105,9 @@ def load_with_bypass(config: ModelConfig | str) -> BaseModel:
     Raises:
         DrllmError: `load` or `load_bypass` raises it.
     """
-    base = loading.load(config)
     if isinstance(config, str) or config.bypass is None:
-        return base
+        return loading.load(config)
+    base = loading.load(dataclasses.replace(config, bypass=None))
     return dataclasses.replace(base, bypass=load_bypass(config.bypass))
 
 
@@ -283,6 +285,7 @@ class RoutedModel(Routing):
         base: Any = None,
         *,
         tokenizer: Any = None,
+        bypass: Bypass | Path | str | None = None,
         revision: str | None = None,
         **options: Any,
     ) -> RoutedModel:
@@ -294,6 +297,7 @@ class RoutedModel(Routing):
             base: The base model, or its id or folder. None loads the base model that the routers
                 name.
             tokenizer: The base model's tokenizer; None loads it.
+            bypass: The bypass that the routers were trained with, or its file.
             revision: Branch, tag or commit of the routers on the hub.
             options: How the base model is loaded, as for `load`: `dtype`, `device`, `device_map`,
                 `quantization_config`, `attn_implementation`, ...; `token`, `cache_dir` and
@@ -318,7 +322,7 @@ class RoutedModel(Routing):
         stack = load_routers(folder)
         identity = {"id": stack.config.base_model, "revision": stack.config.base_revision}
         model = _load_base(base, identity, folder, options)
-        return attach(model, stack, tokenizer)
+        return attach(model, stack, tokenizer, bypass=bypass)
 
     def generate_many(
         self,

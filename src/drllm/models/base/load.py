@@ -119,11 +119,16 @@ def load(model: ModelConfig | str, **options: Any) -> BaseModel:
 
     Raises:
         ConfigError: A device, an attention implementation or a revision is unavailable, or has no
-            effect.
+            effect; or a bypass is given, which belongs to `attach`.
         ModelError: The model doesn't exist, is gated or incomplete, isn't a decoder-only language
             model, or needs code of its own; or the network is needed but can't be reached.
     """
     config, options = _split_options(model, options)
+    if config.bypass is not None:
+        raise ConfigError(
+            f"bypass={config.bypass!r} has no effect on loading; load the model without it, then "
+            f"give it to attach(model, bypass=...)"
+        )
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     if options.get("device_map") is not None and config.device != "auto":

@@ -64,6 +64,11 @@ def test_a_local_folder_gives_its_model_frozen(saved, tiny_llama):
     }
 
 
+def test_a_bypass_is_refused_where_it_has_no_effect(saved):
+    with pytest.raises(ConfigError, match=r"give it to attach\(model, bypass="):
+        load(str(saved), bypass="bypass")
+
+
 def test_the_tokenizer_pads_on_the_left_with_its_end_token_if_it_has_no_other(copied):
     edit(copied / "tokenizer_config.json", pad_token=None)
     tokenizer = load(copied).tokenizer
