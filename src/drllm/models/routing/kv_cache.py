@@ -263,8 +263,8 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Put `repeats` copies of each row next to one another."""
-        assert self.decisions is not None
-        self.reorder_cache(torch.arange(len(self.decisions)).repeat_interleave(repeats))
+        if self.decisions is not None:
+            self.reorder_cache(torch.arange(len(self.decisions)).repeat_interleave(repeats))
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         """Cut every pass to the same length. At length 0 the decisions are dropped too."""

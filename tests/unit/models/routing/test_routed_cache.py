@@ -64,3 +64,11 @@ def test_copies_of_entries_grow_by_themselves(tiny_llama, plan):
     assert torch.equal(found[1], expected[1][0])
     assert torch.equal(found[2], expected[0][1])
     assert torch.equal(found[3], expected[1][1])
+
+
+def test_the_rows_of_an_empty_cache_can_be_repeated(tiny_llama):
+    routed = RoutedModel(tiny_llama())
+    cache = read(routed, [1, 0, 2, 1, 1, 1])
+    cache.reset()
+    cache.batch_repeat_interleave(2)
+    assert [layer.get_seq_length() for layer in cache.layers] == [0] * 6
