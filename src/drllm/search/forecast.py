@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from drllm.config import SearchConfig
+from drllm.errors import TaskError
 from drllm.models.routed_model import RoutedModel
 from drllm.records.manifest import to_lines
 from drllm.records.search import SearchRecord
-from drllm.search.batch import search_in_step
-from drllm.search.questions import SearchQuestion, split_into_batches
+from drllm.search.batch import BatchRecords, search_batch
+from drllm.search.questions import Batch, SearchQuestion, split_into_batches
+from drllm.work.run import BlockSteps
 
 SAMPLE_QUESTIONS = 8  # maximum number of questions in a task's sample, which is one batch
 SAMPLE_SIMULATIONS = 10  # maximum number of simulations of a question in the sample
@@ -32,7 +34,7 @@ class TaskForecast:
     executions: float
     seconds: float  # time on this device
     size_bytes: float  # size of the records on disk
-    sample_questions: int  # number of questions in the sample
+    sample_questions: int  # number of questions in the sample, without those that failed
     sample_paths: int  # number of paths in the sample
     prompt: str  # one prompt, as the model reads it
 
@@ -43,7 +45,10 @@ def forecast_search(
     """Search a few questions of each task, and scale the result to all questions.
 
     Nothing is written. The whole search usually takes less per path than the sample: its paths
-    share more of their work, and larger batches generate answers faster.
+    share more of their work, and larger batches generate answers faster. Questions that fail are
+    left out of the sample, but their time counts.
+
+    Raises TaskError if all questions in the sample of a task fail.
     """
     by_task: dict[str, list[SearchQuestion]] = {}
     for batch in split_into_batches(questions, config.block_size):
@@ -60,13 +65,19 @@ def _forecast_task(
     sample = _draw_sample(questions, min(SAMPLE_QUESTIONS, config.block_size))
     # A first search that isn't timed, since the first passes of a model are slow.
     warm_up_config = dataclasses.replace(config, num_simulations=1)
-    search_in_step(routed, sample[:1], warm_up_config)
+    _search_sample(routed, sample[:1], warm_up_config)
     num_simulations = min(SAMPLE_SIMULATIONS, config.num_simulations)
     sample_config = dataclasses.replace(config, num_simulations=num_simulations)
     started = time.perf_counter()
-    records = search_in_step(routed, sample, sample_config)
+    result = _search_sample(routed, sample, sample_config)
     seconds = time.perf_counter() - started
 
+    records = result.records
+    if not records:
+        raise TaskError(
+            f"none of the {len(sample)} questions of {task} in the sample could be searched; the "
+            f"last one failed with: {result.failed[-1].error}"
+        )
     sample_paths = sum(len(record.paths) for record in records)
     num_paths = len(questions) * (config.num_simulations + 1)
     factor = num_paths / sample_paths
@@ -77,10 +88,17 @@ def _forecast_task(
         executions=_count_executions(records) * factor,
         seconds=seconds * factor,
         size_bytes=len(to_lines(records).encode()) * factor,
-        sample_questions=len(sample),
+        sample_questions=len(records),
         sample_paths=sample_paths,
         prompt=records[0].prompt,
     )
+
+
+def _search_sample(
+    routed: RoutedModel, questions: Sequence[SearchQuestion], config: SearchConfig
+) -> BatchRecords:
+    """Search a sample, and set aside questions that fail, as the search will do."""
+    return search_batch(routed, Batch(0, tuple(questions)), config, BlockSteps())
 
 
 def _draw_sample(questions: Sequence[SearchQuestion], maximum: int) -> list[SearchQuestion]:
