@@ -40,6 +40,7 @@ DEPTHS = "0.02,0.05,0.1"
 OWN_QUESTIONS = "questions.jsonl"
 ALLOWED_DROP = 2  # points of accuracy
 HEALING_MINUTES = 10
+NUM_FEWSHOT = 5
 
 
 def suggest_steps(run: Run) -> list[Step]:
@@ -129,13 +130,15 @@ def _suggest_for_path(run: Run, evaluation: Result, path: System) -> Iterator[St
         yield from _suggest_healing(run, evaluation, path)
     if not saves_layers:
         return
-    if not _is_worse(differences.accuracy) and not is_text_worse:
+    is_worse = _is_worse(differences.accuracy) or is_text_worse
+    if not is_worse and _may_be_used(evaluation, differences.accuracy):
         yield _use_path_step(run, evaluation, path)
     if evaluation.drop_test is None and _may_pass(differences.accuracy):
         yield _drop_step(run, evaluation, path)
     file = _find_path_file(run, evaluation, path)
     if file is not None:
-        yield f"Read an answer of {path.name} yourself:", _generate_command(path=file)
+        command = _generate_command(**name_model(evaluation.model), path=file)
+        yield f"Read an answer of {path.name} yourself:", command
     if evaluation.routed and run.search:
         yield _search_more_step(run)
 
@@ -164,6 +167,13 @@ def _suggest_for_routing(run: Run, evaluation: Result, routed: System) -> Iterat
         yield _more_seeds_step(run)
 
 
+def _may_be_used(evaluation: Result, accuracy: Verdict) -> bool:
+    """Tell whether the headline lets a path be used that isn't shown to be worse."""
+    drop_test = evaluation.drop_test
+    has_failed = drop_test is not None and drop_test.chosen is None
+    return accuracy.shown != "guessing" and not has_failed
+
+
 def _is_refused(system: System) -> bool:
     """Tell whether a system is shown to be worse than base."""
     differences = system.against_base
@@ -180,11 +190,7 @@ def _is_worse(verdict: Verdict | None) -> bool:
 def _suggest_other_questions(run: Run, evaluation: Result, accuracy: Verdict) -> Iterator[Step]:
     """Suggest how to ask questions that can show more about the accuracy."""
     if accuracy.shown == "guessing":
-        what = (
-            f"Take a task that the base model can do; on {evaluation.task} it may be guessing. Or "
-            f"show it worked examples:"
-        )
-        yield what, _evaluate_command(run, evaluation, "fewshot", num_fewshot=5)
+        yield _other_task_step(run, evaluation)
     needed = _find_needed_questions(evaluation, accuracy)
     if needed is None:
         return
@@ -193,6 +199,15 @@ def _suggest_other_questions(run: Run, evaluation: Result, accuracy: Verdict) ->
         yield _more_texts_step(run, evaluation, needed)
     else:
         yield _more_questions_step(run, evaluation, needed)
+
+
+def _other_task_step(run: Run, evaluation: Result) -> Step:
+    """Suggest another task, or worked examples if there were fewer."""
+    what = f"Take a task that the base model can do; on {evaluation.task} it may be guessing"
+    if (evaluation.num_fewshot or 0) >= NUM_FEWSHOT:
+        return f"{what}:", "drllm ls tasks"
+    command = _evaluate_command(run, evaluation, "fewshot", num_fewshot=NUM_FEWSHOT)
+    return f"{what}. Or show it worked examples:", command
 
 
 def _find_needed_questions(evaluation: Result, accuracy: Verdict) -> int | None:
@@ -275,6 +290,7 @@ def _suggest_healing(run: Run, evaluation: Result, path: System) -> Iterator[Ste
     if file is None:
         return
     values = {
+        **name_model(evaluation.model),
         "path": file,
         **_name_task(evaluation),
         "minutes": HEALING_MINUTES,
@@ -442,8 +458,12 @@ def _use_path(run: Run, evaluation: Evaluation, system: System) -> Step:
     path = _find_path_file(run, evaluation, system)
     if path is None:
         return "look for one that does as well:", _tune_command(run, evaluation)
-    output = _name_folder(run, "exported")
-    command = write_command("export", {"path": path, "output_dir": output})
+    values = {
+        **name_model(evaluation.model),
+        "path": path,
+        "output_dir": _name_folder(run, "exported"),
+    }
+    command = write_command("export", values)
     return "it can be an ordinary, smaller checkpoint:", command
 
 

@@ -116,6 +116,36 @@ def test_a_path_of_whole_layers_is_offered_for_export(run, evaluation, even):
     changes = {"systems": (base, replace(path, against_base=even)), "paths": result.paths}
     [export] = commands(run, "export", **changes, config=config, curve=())
     assert export.values["path"] == "tuned/paths.json:skip1"
+    assert export.get_settings(ModelConfig).model == evaluation.model["id"]
+
+
+@pytest.mark.parametrize("reason", ["base may be guessing", "the test failed"])
+def test_a_path_that_the_headline_advises_against_is_not_offered(run, evaluation, even, reason):
+    result = add_paths(evaluation, 1, routed=False)
+    base, path = result.systems
+    drop_test = None
+    if reason == "the test failed":
+        failed = TaskTest(task=evaluation.task, failures=("a loss isn't excluded",))
+        trial = Trial(name=path.name, tasks=(failed,))
+        drop_test = DropTest(limits=Limits(max_drop=3), trials=(trial,))
+    else:
+        even = replace(even, accuracy=judge_counts(9, 9, 60, above_chance=False))
+    changes = {"systems": (base, replace(path, against_base=even)), "paths": result.paths}
+    config = {"paths": "without:1"}
+    lines = {"config": config, "curve": (), "drop_test": drop_test}
+    assert commands(run, "export", **changes, **lines) == []
+    [generate] = commands(run, "generate", **changes, **lines)
+    assert generate.get_settings(ModelConfig).model == evaluation.model["id"]
+
+
+def test_worked_examples_are_not_offered_where_there_are_some(run, evaluation, even):
+    guessing = replace(even, accuracy=judge_counts(9, 9, 60, above_chance=False))
+    systems = (evaluation.base, replace(evaluation.routed, against_base=guessing))
+    changes = {"systems": systems, "drop_test": None, "curve": ()}
+    lines = commands(run, "evaluate", **changes)
+    assert 5 in [line.get_settings(EvaluateConfig).num_fewshot for line in lines]
+    assert commands(run, "ls", **changes) == []
+    assert len(commands(run, "ls", **changes, num_fewshot=5)) == 1
 
 
 @pytest.mark.parametrize(
