@@ -171,6 +171,10 @@ def _write_caption(evaluation: results.Evaluation) -> str:
     correction = "not corrected for the number of rows"
     if evaluation.routed is None and len(evaluation.paths) > 1:
         correction = "corrected for the number of paths"
+    if evaluation.is_graded:  # an interval of grades may have no width
+        return (
+            f"95 % intervals; the loss that is excluded may be larger than they say; {correction}"
+        )
     return f"losses beyond the interval are excluded (95 %); {correction}"
 
 

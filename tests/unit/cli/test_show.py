@@ -21,6 +21,7 @@ from drllm.records.codec import read_json
 from drllm.records.layers import Layers
 from drllm.records.results import Evaluation, WrittenAnswers
 from drllm.reporting.numbers import write_number
+from drllm.statistics.verdicts import judge_means
 
 
 def test_a_route_stands_under_its_layers_numbers():
@@ -105,6 +106,19 @@ def test_the_table_has_every_number_and_the_findings_follow(capsys: pytest.Captu
     assert "base 30.00 50.0 – 3.750 –" in out
     assert "random decisions ×5 27.55 25.0 " in out
     assert out.endswith("It is worse.")
+
+
+def test_a_table_of_grades_does_not_say_that_losses_beyond_an_interval_are_excluded(capsys):
+    """If no grade differs, the interval has no width, and yet a loss isn't excluded."""
+    even = judge_means("accuracy", [0.5] * 38, [0.5] * 38, seed=0)
+    assert even.interval == (0, 0)
+    assert even.excluded_loss > 0.05
+    base = EVALUATION.base
+    routed = EVALUATION.routed
+    graded = replace(routed, against_base=replace(routed.against_base, accuracy=even))
+    out = shown(capsys, replace(EVALUATION, systems=(base, graded)), 100)
+    assert "losses beyond the interval are excluded" not in out
+    assert "the loss that is excluded may be larger" in out
 
 
 def test_other_depths_stand_below_each_with_its_differences(capsys: pytest.CaptureFixture[str]):
