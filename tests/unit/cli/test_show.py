@@ -19,7 +19,7 @@ from drllm.cli.terminal import Terminal, draw_route
 from drllm.errors import RecordError
 from drllm.records.codec import read_json
 from drllm.records.layers import Layers
-from drllm.records.results import Evaluation, WrittenAnswers
+from drllm.records.results import Evaluation, StepRecord, WrittenAnswers
 from drllm.reporting.numbers import write_number
 from drllm.statistics.verdicts import judge_means
 
@@ -113,10 +113,11 @@ def test_a_table_of_grades_does_not_say_that_losses_beyond_an_interval_are_exclu
     even = judge_means("accuracy", [0.5] * 38, [0.5] * 38, seed=0)
     assert even.interval == (0, 0)
     assert even.excluded_loss > 0.05
-    base = EVALUATION.base
-    routed = EVALUATION.routed
-    graded = replace(routed, against_base=replace(routed.against_base, accuracy=even))
-    out = shown(capsys, replace(EVALUATION, systems=(base, graded)), 100)
+    base, drawn = EVALUATION.systems
+    against_base = replace(drawn.against_base, accuracy=even)
+    path = replace(drawn, name="skip1", draws=1, against_base=against_base)
+    steps = {"skip1": (StepRecord(layer=0),)}
+    out = shown(capsys, replace(EVALUATION, systems=(base, path), paths=steps), 100)
     assert "losses beyond the interval are excluded" not in out
     assert "the loss that is excluded may be larger" in out
 
