@@ -203,6 +203,14 @@ def test_a_supervision_line_is_refused_with(what):
         read_row(json.loads(encode(TARGET)) | values, SupervisionRecord)
 
 
+def test_blank_lines_are_counted_where_a_message_names_a_line(tmp_path):
+    deep = replace(TARGET, id="deep", optimal_layer_config=(1,) * 9, executions=9.0)
+    file = tmp_path / "mine.jsonl"
+    file.write_text(f"\n{encode(TARGET).decode()}\n\n{encode(deep).decode()}\n")
+    with pytest.raises(RecordError, match=r"line 4: .* for 9 layers, but .*line 2 is for 3;"):
+        read_supervision(file)
+
+
 def test_a_supervision_file_can_be_loaded_by_the_datasets_library(tmp_path):
     datasets = pytest.importorskip("datasets")
     file = written(tmp_path / "supervision.jsonl", TARGET, schema="supervision")

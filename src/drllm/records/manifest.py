@@ -116,7 +116,12 @@ def read_manifest(path: Path, schema: str) -> dict[str, Any] | None:
 
 
 def read_records(path: Path, kind: type[T], schema: str) -> list[T]:
-    """Read and check a whole records file.
+    """Read and check a whole records file; as `read_numbered_records`, without the numbers."""
+    return [record for _, record in read_numbered_records(path, kind, schema)]
+
+
+def read_numbered_records(path: Path, kind: type[T], schema: str) -> list[tuple[int, T]]:
+    """Read and check a whole records file; return each record with the number of its line.
 
     Args:
         path: The file.
@@ -128,7 +133,7 @@ def read_records(path: Path, kind: type[T], schema: str) -> list[T]:
             that its manifest was written for.
     """
     manifest = read_manifest(path, schema)
-    records: list[T] = []
+    records: list[tuple[int, T]] = []
     lines: dict[tuple[str, str], int] = {}  # (task, id) → first line with this question
     for line, record in codec.read_json_lines(path, kind):
         first_line = lines.setdefault((record.task, record.id), line)
@@ -137,7 +142,7 @@ def read_records(path: Path, kind: type[T], schema: str) -> list[T]:
                 f"{path}, line {line}: question {record.id!r} of task {record.task!r} is in line "
                 f"{first_line} already; keep one of the two lines"
             )
-        records.append(record)
+        records.append((line, record))
     if manifest is not None and manifest.get("sha256") != codec.sha256(path):
         raise RecordError(
             f"{path} was changed or cut off after it was written (its manifest has another hash); "

@@ -11,7 +11,7 @@ import msgspec
 
 from drllm.errors import RecordError
 from drllm.paths import Decisions, check_decisions
-from drllm.records.manifest import read_manifest, read_records
+from drllm.records.manifest import read_manifest, read_numbered_records
 
 SEARCH_FILE = "search.jsonl"
 
@@ -156,14 +156,17 @@ def read_search(file: Path) -> SearchRecords:
     Raises RecordError if the file can't be trusted, or if the numbers of layers in its records and
     in its manifest differ.
     """
-    records = read_records(file, SearchRecord, "search")
-    num_layers = records[0].num_layers
-    for line, record in enumerate(records, start=1):
+    numbered_records = read_numbered_records(file, SearchRecord, "search")
+    first_line, first = numbered_records[0]
+    num_layers = first.num_layers
+    for line, record in numbered_records:
         if record.num_layers != num_layers:
             raise RecordError(
                 f"{file}, line {line}: the question was searched on {record.num_layers} layers, "
-                f"but the question of line 1 on {num_layers}; give a file with paths of one model"
+                f"but the question of line {first_line} on {num_layers}; give a file with paths of "
+                f"one model"
             )
+    records = [record for _, record in numbered_records]
     manifest = read_manifest(file, "search") or {}
     search_records = SearchRecords.of(records, manifest.get("model"), file=file, is_new=False)
     if search_records.model["num_layers"] != num_layers:

@@ -17,7 +17,7 @@ import msgspec
 from drllm.errors import PathError, RecordError
 from drllm.paths import Decisions, check_decisions, num_executions
 from drllm.records.identity import compare_bypass, differ
-from drllm.records.manifest import read_manifest, read_records
+from drllm.records.manifest import read_manifest, read_numbered_records
 from drllm.records.search import Question
 from drllm.records.splits import question_key
 
@@ -104,8 +104,7 @@ def join_supervision(paths: Sequence[Path]) -> list[SupervisionRecord]:
         if path.resolve() in resolved:
             raise RecordError(f"{path} is given twice; name each supervision file once")
         resolved.append(path.resolve())
-        records = read_records(path, SupervisionRecord, "supervision")
-        for line, record in enumerate(records, start=1):
+        for line, record in read_numbered_records(path, SupervisionRecord, "supervision"):
             merger.add(_Target(record, path, line))
     return [target.record for target in merger.targets]
 
