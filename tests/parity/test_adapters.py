@@ -5,6 +5,7 @@ import pickle
 import threading
 
 import accelerate
+import peft
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -410,3 +411,26 @@ def test_a_model_with_peft_layers_of_its_own_is_refused(tiny_llama):
     routed = RoutedModel(get_peft_model(tiny_llama(), config))
     with pytest.raises(RoutingError, match="merge_and_unload"):
         routed.injection.add_adapter("a", tiny_adapter(routed, [2]))
+
+
+@pytest.mark.parametrize("num_before", [0, 2])
+def test_an_adapter_that_peft_puts_in_halfway_is_taken_out_again(
+    tiny_llama, routed, monkeypatch, num_before
+):
+    model = routed if num_before else RoutedModel(tiny_llama())
+    names = model.injection.lora.names
+    keys = list(model.model.state_dict())
+    inject = peft.inject_adapter_in_model
+
+    def fail(*args):
+        inject(*args)
+        raise MemoryError
+
+    monkeypatch.setattr(peft, "inject_adapter_in_model", fail)
+    with pytest.raises(MemoryError):
+        model.injection.create_lora("c", rank=2, alpha=2, layers=[1, 2], seed=0)
+    assert len(names) == num_before
+    assert model.injection.lora.names == names
+    assert list(model.model.state_dict()) == keys
+    monkeypatch.undo()
+    assert model.injection.create_lora("c", rank=2, alpha=2, layers=[1, 2], seed=0)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -274,13 +274,34 @@ class LoraAdapters:
         target_maps: Mapping[str, nn.Module],
         excluded: Collection[str],
     ) -> None:
-        """Let PEFT put LoRA layers around linear maps, and leave everything else as it was."""
+        """Let PEFT put LoRA layers around linear maps, and leave everything else as it was.
+
+        If that fails, for lack of memory for example, the model is as it was before.
+        """
         self._check_new(name)
+        config = make_config(self._base, rank, alpha, target_maps, excluded)
+        with ExitStack() as undo:
+            self._configs[name] = config
+            undo.callback(self.drop, name)
+            self._call_peft(name, config)
+            places = self._find_places(name)
+            for place in places.values():
+                _allocate_adapter(place.lora, name)
+            for parameter in self.parameters(name):
+                parameter.requires_grad_(False)
+            if places.keys() != target_maps.keys():
+                examples = ", ".join(sorted(places.keys() ^ target_maps.keys())[:3])
+                raise ArchitectureError(
+                    f"PEFT can't tell the linear maps of {type(self._base).__name__} apart by "
+                    f"their names ({examples}), so this model can't have an adapter"
+                )
+            undo.pop_all()
+
+    def _call_peft(self, name: str, config: Any) -> None:
+        """Let PEFT put in LoRA layers, and record their places, also if PEFT fails halfway."""
         from peft import inject_adapter_in_model
 
-        config = make_config(self._base, rank, alpha, target_maps, excluded)
         gradients = [(weight, weight.requires_grad) for weight in self._base.parameters()]
-        self._configs[name] = config
         try:
             inject_adapter_in_model(config, self._base, name)
         finally:
@@ -289,18 +310,6 @@ class LoraAdapters:
                 weight.requires_grad_(requires_grad)
             self._record_places()
             self._switch("")
-        places = self._find_places(name)
-        for place in places.values():
-            _allocate_adapter(place.lora, name)
-        for parameter in self.parameters(name):
-            parameter.requires_grad_(False)
-        if places.keys() != target_maps.keys():
-            self.drop(name)
-            examples = ", ".join(sorted(places.keys() ^ target_maps.keys())[:3])
-            raise ArchitectureError(
-                f"PEFT can't tell the linear maps of {type(self._base).__name__} apart by their "
-                f"names ({examples}), so this model can't have an adapter"
-            )
 
     def _check_new(self, name: str) -> None:
         """Refuse a name that can't be used, and a model with PEFT layers of its own."""
