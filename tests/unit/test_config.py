@@ -95,6 +95,7 @@ UNKNOWN_DEVICE = "unknown device .*Valid: auto, cpu, cuda, mps"
         (ModelConfig, "trust_remote_code", 1, "give true or false"),
         *((ModelConfig, "device", value, UNKNOWN_DEVICE) for value in ("cdua", "gpu", "cuda:")),
         *((ModelConfig, "device", value, UNKNOWN_DEVICE) for value in ("cpu:x", "meta")),
+        (GenerateConfig, "temperature", 1e-40, "or 0 for greedy decoding"),  # overflows
     ],
 )
 def test_a_value_that_does_not_fit_is_refused(group, name, value, said):

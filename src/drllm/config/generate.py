@@ -9,6 +9,8 @@ from typing import Any
 from drllm.config.fields import Settings, basic, setting, to_flag
 from drllm.errors import ConfigError
 
+MIN_TEMPERATURE = 1e-6  # logits divided by far less aren't finite, and can't be sampled from
+
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig(Settings):
@@ -40,6 +42,14 @@ class GenerateConfig(Settings):
         no_effect_if=("temperature", 0.0),
         help="seed of the sampling; default: 0",
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if 0 < self.temperature < MIN_TEMPERATURE:
+            raise ConfigError(
+                f"--temperature is {self.temperature:g}; give at least {MIN_TEMPERATURE:g}, or 0 "
+                f"for greedy decoding"
+            )
 
     def sampling_options(self) -> dict[str, Any]:
         """Return the options of transformers' `generate` that say how tokens are chosen.

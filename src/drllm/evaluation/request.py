@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TypeAlias
 
 from drllm.config import EvaluateConfig
@@ -19,7 +20,8 @@ from drllm.records.static_paths import PathFile, read_path_list
 from drllm.tasks.base import Task
 from drllm.tasks.graded import pin_reward
 
-Paths: TypeAlias = "str | Sequence[str] | Mapping[str, StaticPath]"
+Paths: TypeAlias = "str | Path | Sequence[str | Path] | Mapping[str, StaticPath]"
+TextPaths: TypeAlias = "str | Sequence[str] | Mapping[str, StaticPath]"
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ def read_request(
         RecordError: A file of paths can't be read.
         TaskError: A task is unknown, or has no questions.
     """
+    paths = _write_places(paths)
     config = complete_settings(config, paths, has_routers=has_routers)
     named_paths = name_paths(paths, config)  # before the questions, which may take long to read
     selected_tasks = select_tasks(config, tasks)
@@ -72,8 +75,17 @@ def read_request(
     return EvaluationRequest(config, selected_tasks, named_paths)
 
 
+def _write_places(paths: Paths | None) -> TextPaths | None:
+    """Return paths with the places of files as texts."""
+    if isinstance(paths, Path):
+        return [str(paths)]  # a list, since the name of a file may have a comma
+    if paths is None or isinstance(paths, (str, Mapping)):
+        return paths
+    return [str(place) for place in paths]
+
+
 def complete_settings(
-    config: EvaluateConfig, paths: Paths | None, *, has_routers: bool
+    config: EvaluateConfig, paths: TextPaths | None, *, has_routers: bool
 ) -> EvaluateConfig:
     """Return the settings as records have them, with the paths and the hash of the reward's file.
 
@@ -103,7 +115,9 @@ def complete_settings(
     return config
 
 
-def name_paths(paths: Paths | None, config: EvaluateConfig) -> Mapping[str, StaticPath | PathFile]:
+def name_paths(
+    paths: TextPaths | None, config: EvaluateConfig
+) -> Mapping[str, StaticPath | PathFile]:
     """Return the static paths by name; raise PathError if a path has another system's name."""
     named_paths: Mapping[str, StaticPath | PathFile]
     if isinstance(paths, Mapping):

@@ -82,6 +82,8 @@ def pin_reward(reward: str) -> str:
     if _HASH.search(reward):
         load_function(reward)
         return reward
+    if SUFFIX not in reward:
+        raise ConfigError(f"--reward {reward} names no function in a file; give FILE.py:FUNCTION")
     file = Path(reward.rpartition(":")[0])
     if not file.is_file():
         raise ConfigError(

@@ -11,6 +11,7 @@ from drllm.errors import ConfigError, PathError
 from drllm.evaluation import systems
 from drllm.evaluation.answers import AnswerQuestions
 from drllm.evaluation.outcomes import TaskRuns
+from drllm.evaluation.request import read_request
 from drllm.evaluation.stage import evaluate
 from drllm.models.base.identity import fingerprint
 from drllm.models.base.load import BaseModel, load
@@ -287,6 +288,16 @@ def test_all_paths_of_a_file_are_systems_but_the_full_one_unless_it_is_named(bas
     assert [each.name for each in result.systems] == ["base", "5.00", "4.00", "again", "plan"]
     result = run(base, tmp_path / "one", f"{file}:full", **few)
     assert [each.name for each in result.systems] == ["base", "full"]
+
+
+def test_a_file_of_paths_may_be_given_as_a_path_of_python(tmp_path):
+    file = tmp_path / "a,b.json"
+    file.write_text('{"path": [0, 1, 2, 4, 5]}')
+    config = EvaluateConfig(tasks="builtin_facts", limit=2)
+    for paths in (file, [file], [str(file)]):
+        request = read_request(config, paths=paths, has_routers=False)
+        assert list(request.paths) == ["a,b"]
+        assert request.config.paths == str(file)
 
 
 def test_paths_that_cannot_be_systems_are_refused(base, tmp_path):

@@ -87,6 +87,14 @@ def test_whatever_is_a_number_counts(value, tmp_path):
     assert grade(returning(value, folder), "") == 1.0
 
 
+def test_an_evaluation_by_a_reward_that_is_no_function_says_what_to_give(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("")
+    for reward in ("mine.py", "exact"):
+        with pytest.raises(ConfigError, match="names no function in a file; give FILE"):
+            pin_reward(reward)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
