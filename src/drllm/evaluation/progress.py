@@ -1,7 +1,5 @@
 """The progress of an evaluation: how many of the planned tokens are done."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,10 +48,3 @@ class EvaluationProgress:
         self._unplanned[block.key] = num_tokens
         self.total += unplanned
         self.finish(note or block.data.system, unplanned)
-
-    @contextmanager
-    def correcting(self, planned_cost: float) -> Iterator[None]:
-        """Correct the planned tokens after the block, which may need more or less than planned."""
-        cost_after_block = self.total - self.done - planned_cost
-        yield
-        self.total = self.done + cost_after_block
