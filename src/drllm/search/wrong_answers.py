@@ -28,7 +28,7 @@ class FullAnswer:
     Attributes:
         question: The question.
         answer: The generated answer, or the option that the model prefers; None if unknown.
-        right_answer: The right answer.
+        right_answer: The right answer; empty if there is none, because a function grades.
         is_right: Whether the answer gets any reward.
     """
 
@@ -38,13 +38,16 @@ class FullAnswer:
     is_right: bool
 
     def describe(self) -> str:
-        """Show the question and both answers in a line."""
+        """Show the question and its answers in a line."""
         question = self.question[:MAX_TEXT_CHARACTERS]
         right_answer = self.right_answer[:MAX_TEXT_CHARACTERS]
         if self.answer is None:
             return f"to {question!r}, {right_answer!r} is right"
         answer = self.answer[:MAX_TEXT_CHARACTERS]
-        return f"to {question!r} it answers {answer!r}, and {right_answer!r} is right"
+        sentence = f"to {question!r} it answers {answer!r}"
+        if right_answer:
+            sentence += f", and {right_answer!r} is right"
+        return sentence
 
 
 @dataclass

@@ -69,10 +69,13 @@ def encode_targets(
             usable.append(record)
             prompts.append(tokens)
     if are_too_many(len(rejected), len(records)):
+        reasons = describe_reasons(rejected)
+        if context is not None:
+            reasons += f"; its context holds {context} tokens"
         raise RecordError(
             f"{len(rejected)} of {len(records)} targets can't be used with this base model "
-            f"({describe_reasons(rejected)}; its context holds {context} tokens); the first is "
-            f"question {rejected[0].id!r}; give targets that were searched with this model"
+            f"({reasons}); the first is question {rejected[0].id!r}; give targets that were "
+            f"searched with this model"
         )
     return EncodedTargets(records=usable, prompts=prompts, rejected=rejected)
 

@@ -26,6 +26,7 @@ from drllm.search import targets as search_targets
 from drllm.search.evaluator import Evaluator
 from drllm.search.questions import SearchQuestion, collect_questions, split_into_batches
 from drllm.search.run import SearchWatch, run_search, search_questions
+from drllm.search.wrong_answers import FullAnswer
 from drllm.tasks.examples import Example, Prompt, choose
 from drllm.tasks.registry import get_task
 from drllm.work.local import LocalExecutor
@@ -438,6 +439,10 @@ def test_first_answers_are_counted_over_batches_and_noted_once(routed, write_row
     run(routed, None, [task], listener, limit=10, block_size=2)
     [note] = [note for note in listener.notes if "of the first" in note]
     assert note.startswith("the full model answers none of the first 6 questions")
+
+
+def test_where_a_function_grades_no_right_answer_is_shown():
+    assert FullAnswer("What?", "x", "", is_right=False).describe() == "to 'What?' it answers 'x'"
 
 
 def test_first_answers_that_are_options_are_shown_as_texts(routed, write_rows):

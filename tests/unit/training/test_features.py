@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from drllm.records.codec import read_json_lines
 from drllm.records.manifest import write_or_remove
 from drllm.records.supervision import RejectedQuestion
 from drllm.training.feature_store import FeatureStore
+from drllm.training.targets import encode_targets
 from slow_way import inputs_alone
 
 BASE = make_model().double()
@@ -230,3 +232,14 @@ def test_the_digest_tells_targets_apart_and_not_last_bits():
     labels[0, 0] = (labels[0, 0] + 1) % 3
     assert features.digest != replace(features, labels=labels).digest
     assert features.digest == replace(features, means=features.means * 1.1).digest
+
+
+def test_a_model_without_a_limit_of_its_context_is_not_said_to_hold_none_tokens():
+    model = SimpleNamespace(config=SimpleNamespace(get_text_config=SimpleNamespace))
+
+    def tokenizer(text, **_):
+        return {"input_ids": []}
+
+    message = r"\([0-9]+ prompt without tokens\); the first is question"
+    with pytest.raises(RecordError, match=message):
+        encode_targets(model, tokenizer, L, RECORDS)
