@@ -13,7 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from drllm.config import EvaluateConfig, ExecutorConfig, HealConfig, ModelConfig, TuneConfig
+from drllm.config import (
+    TIMING,
+    EvaluateConfig,
+    ExecutorConfig,
+    HealConfig,
+    ModelConfig,
+    TuneConfig,
+)
 from drllm.evaluation.baselines.base import needs_targets
 from drllm.evaluation.questions import choose_fitting_split, find_sources, needs_fitting
 from drllm.models.routers.places import CONFIG_FILE, WEIGHTS_FILE
@@ -294,6 +301,9 @@ def _make_evaluate(run: Run) -> Stage:
         "other questions": _hash_other_questions(run.recipe.tasks, config),
         "reward": _pin_reward(config.reward),
     }
+    changed_times = _list_time_settings(config) if _is_timed(run) else {}
+    if changed_times:
+        made_from["time"] = changed_times
     if config.supervision is not None:
         made_from["supervision"] = hash_file(Path(config.supervision))
     for name, path in read_path_list(config.paths or "").items():
@@ -310,6 +320,13 @@ def _make_evaluate(run: Run) -> Stage:
 def _is_timed(run: Run) -> bool:
     """Tell whether the evaluation measures time; only a routed model is timed."""
     return run.recipe.evaluate.latency and run.recipe.has_routers
+
+
+def _list_time_settings(config: EvaluateConfig) -> dict[str, Any]:
+    """Return how time is measured, as far as it differs from the default."""
+    default = EvaluateConfig(latency=True)
+    settings = {name: getattr(config, name) for name in TIMING}
+    return {name: value for name, value in settings.items() if value != getattr(default, name)}
 
 
 def _list_path_files(run: Run) -> list[Path]:

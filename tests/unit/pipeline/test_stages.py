@@ -133,3 +133,19 @@ def test_a_damaged_result_of_a_tuning_is_no_reason_to_stop(tmp_path):
     (tmp_path / "run" / PATHS_FILE).write_text("{")
     manifest = RunManifest(stages={"tune": StageState(made_from={}, outputs={PATHS_FILE: "0"})})
     assert not make_stage("tune", new_run(tmp_path, manifest)).goes_on
+
+
+def test_more_seconds_for_the_measurement_of_time_run_an_evaluation_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_questions(tmp_path / "sums.jsonl")
+
+    def make(settings):
+        evaluate = f"evaluate: {{tasks: sums.jsonl, {settings}}}"
+        text = f"search: {{tasks: sums.jsonl}}\n{evaluate}\n"
+        (tmp_path / "recipe.yaml").write_text(text)
+        return make_stage("evaluate", new_run(tmp_path)).made_from
+
+    timed = make("latency: true")
+    assert "time" not in timed  # an older run with the default isn't repeated
+    assert make("latency: true, latency_seconds: 60") != timed
+    assert make("latency: false, latency_seconds: 60") == make("latency: false")
