@@ -341,10 +341,10 @@ def _describe_change(name: str, old: Any, new: Any) -> str:
     new_setting = None if new is _ABSENT else new
     if old_setting == new_setting:
         return ""
-    if old is _ABSENT:
-        return f"no {name}, now {_shorten(new)}"
     if name.endswith("_sha256"):
         return f"other {name.removesuffix('_sha256').replace('_', ' ')}"
+    if old is _ABSENT:
+        return f"no {name}, now {_shorten(new)}"
     return f"{name} {_shorten(old)}, now {_shorten(new)}"
 
 

@@ -72,6 +72,7 @@ def test_a_start_without_a_result_leaves_nothing(tmp_path):
         ({"model": {"class": "Gemma"}}, 'model class "Llama", now "Gemma"'),
         ({"prompts_sha256": "bb"}, "with other prompts;"),
         ({"seed": 1}, "no seed, now 1"),
+        ({"texts_sha256": "bb"}, "with other texts;"),
     ],
 )
 def test_another_run_is_refused_by_what_differs(tmp_path, changes, said):
