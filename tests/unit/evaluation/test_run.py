@@ -225,6 +225,14 @@ def test_labels_that_cannot_reach_the_routed_executions_are_said_not_to(base, ru
     ) in result["notes"]
 
 
+def test_routers_without_label_counts_are_compared_with_all_other_baselines(run, base, tmp_path):
+    routers = new_routers(base, label_counts=())
+    baselines = "label-frequency,last-layers"
+    [result] = run(tmp_path, routers=routers, baselines=baselines, limit=8)
+    assert list(by_name(result)) == ["base", "routed", "last layers"]
+    assert any("carry no label counts" in note for note in result["notes"])
+
+
 def test_routes_left_in_place_by_the_permutation_are_counted(evaluated):
     result, samples, _ = evaluated
     routes = torch.tensor([sample["systems"]["routed"]["decisions"] for sample in samples])

@@ -78,6 +78,12 @@ class LabelFrequency(base.Baseline):
     order = 30
     is_drawn = True
 
+    def find_obstacle(self, executions: float) -> str | None:
+        """Return an obstacle if the routers have no targets at some layer, else None."""
+        if not _has_all_counts(self.material.label_counts):
+            return "the routers carry no label counts for some layer; 'drllm train' writes them"
+        return super().find_obstacle(executions)
+
     def make_run(self, routes: Tensor, generator: torch.Generator) -> base.BaselineRun:
         """Return decisions that are drawn for each question and layer independently."""
         executions = base.average_executions(routes)
@@ -110,6 +116,11 @@ def permute_routes(routes: Tensor, generator: torch.Generator) -> Tensor:
     return routes[order]
 
 
+def _has_all_counts(label_counts: Sequence[Sequence[int]]) -> bool:
+    """Tell whether there are label counts, and every layer has a target."""
+    return len(label_counts) > 0 and all(sum(counts) > 0 for counts in label_counts)
+
+
 def tilt_frequencies(label_counts: Sequence[Sequence[int]], executions: float) -> Tensor:
     """Tilt the targets' frequencies at each layer to reach given mean executions, `[L, 3]`.
 
@@ -130,12 +141,12 @@ def tilt_frequencies(label_counts: Sequence[Sequence[int]], executions: float) -
     """
     import torch
 
-    counts = torch.tensor(label_counts, dtype=torch.float64)
-    if counts.numel() == 0 or bool((counts.sum(dim=1) == 0).any()):
+    if not _has_all_counts(label_counts):
         raise CheckpointError(
             "these routers carry no label counts for some layer, so decisions can't be drawn by "
             "label frequency; use routers that 'drllm train' has written"
         )
+    counts = torch.tensor(label_counts, dtype=torch.float64)
     frequencies = counts / counts.sum(dim=1, keepdim=True)
     decisions = torch.arange(3, dtype=torch.float64)
 
