@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from drllm.cli.base_model import check_model, choose_model
 from drllm.cli.command_line import CommandLine
 from drllm.cli.terminal import LOADING, Terminal
@@ -53,4 +55,4 @@ def bundle_verb(command: CommandLine, terminal: Terminal) -> None:
     for artefact in artefacts:
         terminal.fact(artefact.kind, f"{artefact.folder}, from {artefact.source}")
     terminal.say("\nread each README.md before you publish; then, for example:")
-    terminal.command(f"hf upload OWNER/NAME {artefacts[0].folder}")
+    terminal.command(shlex.join(["hf", "upload", "OWNER/NAME", str(artefacts[0].folder)]))

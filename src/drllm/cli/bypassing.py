@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from statistics import fmean
 
 from drllm.cli.base_model import check_model
@@ -60,4 +61,5 @@ def bypass_verb(command: CommandLine, terminal: Terminal) -> None:
     )
     terminal.say()
     terminal.say("Give it to the stages of routing as --bypass:")
-    terminal.command(f"drllm search --bypass {output} --tasks TASKS --output-dir runs/mine")
+    place = shlex.quote(str(output))
+    terminal.command(f"drllm search --bypass {place} --tasks TASKS --output-dir runs/mine")

@@ -4,6 +4,7 @@ The training command that the Dr.LLM paper's code documents names no files. Its 
 and `--with-commonsense` add the targets of a task (docs/differences.md, D-31).
 """
 
+import shlex
 from pathlib import Path
 
 from drllm.cli.command_line import CommandLine
@@ -83,7 +84,9 @@ def _find_switch_file(flag: str, task: str, files: list[Path], command: CommandL
 
 def _search_command(command: CommandLine, dataset: str, folder: Path) -> str:
     """Return the command that searches a data set as the published command does."""
+    model = shlex.quote(command.get_settings(ModelConfig).model)
+    place = shlex.quote(str(folder))
     return (
-        f"drllm search --model {command.get_settings(ModelConfig).model} --tasks {dataset} "
-        f"--output-dir {folder} --num-simulations 50 --budget 2"
+        f"drllm search --model {model} --tasks {dataset} --output-dir {place} "
+        f"--num-simulations 50 --budget 2"
     )

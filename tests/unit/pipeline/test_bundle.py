@@ -222,6 +222,11 @@ def test_the_command_says_what_it_made(drllm, searched, tmp_path):
     assert f"hf upload OWNER/NAME {tmp_path / 'publish' / 'search-log'}" in output
 
 
+def test_the_command_at_the_end_of_a_bundle_can_be_pasted(drllm, searched, tmp_path):
+    output = drllm("bundle", searched, "--output-dir", tmp_path / "to publish").out
+    assert f"hf upload OWNER/NAME '{tmp_path / 'to publish' / 'search-log'}'" in output
+
+
 def test_the_command_loads_the_model_that_a_healed_path_names_as_its_flags_say(
     drllm, model_folder, tmp_path
 ):
