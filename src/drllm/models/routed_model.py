@@ -73,9 +73,8 @@ def attach(
             bypass = model.bypass
         model = model.model
     with ExitStack() as undo:
-        undo.callback(
-            take_off_routing(model)
-        )  # puts the earlier routing back if the next line fails
+        put_back = take_off_routing(model)
+        undo.callback(put_back)  # if the next line fails
         routed = RoutedModel(model, routers, policy=policy, tokenizer=tokenizer, bypass=bypass)
         undo.pop_all()
     return routed

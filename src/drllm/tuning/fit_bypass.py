@@ -150,20 +150,20 @@ def _fit(
     store.expect("bypass", {PROMPTS: prompts_sha256})
     tokenizer = TextTokenizer(routed, config.max_tokens, store, listener)
     by_source = tokenizer.tokenize_sources(sources)
-    chosen = choose_calibration_texts(
+    texts_to_fit = choose_calibration_texts(
         {name: cut_texts(texts, config.max_tokens) for name, texts in by_source.items()},
         config.tokens,
         config.seed,
     )
-    texts = [text for source_texts in chosen.values() for text in source_texts]
+    texts = [text for source_texts in texts_to_fit.values() for text in source_texts]
     num_tokens = sum(map(len, texts))
-    for warning in warn_of_texts(list(chosen), num_tokens, "bypass"):
+    for warning in warn_of_texts(list(texts_to_fit), num_tokens, "bypass"):
         listener.note(warning)
     solutions = _solve(routed, texts, config.rank, store, listener)
     bypass = join_solutions(solutions, base.identity)
     record = BypassRecord(
         model=dict(base.identity),
-        texts=tuple(chosen),
+        texts=tuple(texts_to_fit),
         num_tokens=num_tokens,
         unexplained=tuple(solution.unexplained for solution in solutions),
         made_from=made_from,

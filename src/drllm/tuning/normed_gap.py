@@ -214,9 +214,9 @@ def _choose_gain(
     trials = []
     for ridge in GAIN_RIDGES:
         penalty = ridge * squares.mean()
-        solved = (products + penalty * present.gain) / (squares + penalty)
+        solved_gain = (products + penalty * present.gain) / (squares + penalty)
         # A channel that is 0 in every token keeps its gain: nothing says what it should be.
-        gain = torch.where(squares > 0, solved, present.gain)
+        gain = torch.where(squares > 0, solved_gain, present.gain)
         changed = replace(present, gain=gain)
         trials.append(_Trial(changed, ridge, changed.error(held_out)))
     return min(trials, key=lambda trial: trial.error)

@@ -349,19 +349,22 @@ class _RefitRun:
         )
         works = []
         for gap, num_layers_run in zip(gaps, counts, strict=True):
-            projection = self.projections[gap.layer]
-            size = read_size(projection.module)
-            work = GapWork(num_layers_run, layer_size, size, self.num_tokens)
-            if projection.norm is not None:
-                num_layers_again = 1 if self.keeps_states else num_layers_run
-                work = replace(
-                    work,
-                    num_reads=READS_PER_STEP * MAX_STEPS,
-                    num_layers_again=num_layers_again,
-                    num_solutions=MAX_STEPS * len(NORMED_RIDGES),
-                )
-            works.append(work)
+            works.append(self._count_work(gap, num_layers_run, layer_size))
         self.progress = RefitProgress(works, gaps, on_progress)
+
+    def _count_work(self, gap: Gap, num_layers_run: int, layer_size: float) -> GapWork:
+        """Return the work of a gap; the numbers are as in `GapWork`."""
+        projection = self.projections[gap.layer]
+        size = read_size(projection.module)
+        work = GapWork(num_layers_run, layer_size, size, self.num_tokens)
+        if projection.norm is None:
+            return work
+        return replace(
+            work,
+            num_reads=READS_PER_STEP * MAX_STEPS,
+            num_layers_again=1 if self.keeps_states else num_layers_run,
+            num_solutions=MAX_STEPS * len(NORMED_RIDGES),
+        )
 
     @property
     def on_solved(self) -> Callable[[], None] | None:

@@ -105,8 +105,8 @@ def _answer_source(
     source: TextSource, executor: Executor, store: ResultStore, seed: int
 ) -> list[Tokens]:
     """Answer some prompts of a source along the full path, or read the kept answers."""
-    chosen = choose(source.prompts, MAX_OPEN_PROMPTS, seed)
-    prompts = [prompt.content for prompt in chosen]
+    prompts_to_answer = choose(source.prompts, MAX_OPEN_PROMPTS, seed)
+    prompts = [prompt.content for prompt in prompts_to_answer]
     blocks: list[Block[Sequence[Conversation]]] = []
     for start in range(0, len(prompts), ANSWERS_AT_ONCE):
         block = prompts[start : start + ANSWERS_AT_ONCE]

@@ -338,8 +338,9 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         length = int(self.get_seq_length())
         passes: list[CacheLayerMixin] = []
         rows: list[tuple[int, ...]] = []
-        for entry, stored in zip(self.passes, self.rows, strict=True):
-            places = {row: place for place, row in enumerate(stored)}  # of old rows in the entry
+        for entry, stored_rows in zip(self.passes, self.rows, strict=True):
+            # The place of each old row in the entry.
+            places = {row: place for place, row in enumerate(stored_rows)}
             new_rows = [row for row, old in enumerate(old_rows) if old in places]
             if new_rows:
                 order = [places[old_rows[row]] for row in new_rows]

@@ -132,16 +132,16 @@ class Refits:
         or converted once.
         """
         refit = self._refits.get(name, {})
-        moved: dict[str, Tensor] = {}
+        moved_weights: dict[str, Tensor] = {}
         for key, weight in refit.items():
             module = self._handles[key].module
             if weight.device != module.weight.device or weight.dtype != module.weight.dtype:
                 check_module(key, module)
-                moved[key] = move_weight(weight, module.weight)
-        if not moved:
+                moved_weights[key] = move_weight(weight, module.weight)
+        if not moved_weights:
             return refit
         # A new dict, since passes of other threads may read the earlier one.
-        self._refits[name] = {**refit, **moved}
+        self._refits[name] = {**refit, **moved_weights}
         return self._refits[name]
 
     def drop(self, name: str) -> None:

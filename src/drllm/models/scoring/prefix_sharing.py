@@ -490,7 +490,7 @@ class PrefixSharingDriver(Driver):
                 embeddings come from layer -1. Neighbouring layers have no gap between them.
             rows: The row of each state.
         """
-        crossed = list(parts)
+        crossed_states = list(parts)
         places_by_gap: dict[Gap, list[int]] = {}
         for place, gap in enumerate(gaps):
             if gap.next_layer > gap.layer + 1:
@@ -510,8 +510,8 @@ class PrefixSharingDriver(Driver):
                 gap.layer, gap.next_layer, states, on_device(is_first, states.device)
             )
             for place, part in zip(places, torch.split(outputs, lengths), strict=True):
-                crossed[place] = part
-        return crossed
+                crossed_states[place] = part
+        return crossed_states
 
     def _put_past(self, entry: DynamicLayer, states: Sequence[RowPath]) -> int:
         """Put the past K and V of some states into a cache entry; return the number of tokens."""
