@@ -64,13 +64,13 @@ def attach(
     """
     if isinstance(routers, (str, Path)):
         routers = load_routers(find_routers(routers))
+    if isinstance(model, BaseModel) and bypass is None:
+        bypass = model.bypass
     if isinstance(bypass, (str, Path)):
         bypass = load_bypass(bypass)
     if isinstance(model, (RoutedModel, BaseModel)):
         if tokenizer is None:
             tokenizer = vars(model).get("tokenizer")  # None if it isn't loaded yet
-        if isinstance(model, BaseModel) and bypass is None:
-            bypass = model.bypass
         model = model.model
     with ExitStack() as undo:
         put_back = take_off_routing(model)
