@@ -85,11 +85,10 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     def judge(self) -> dict[tuple[str, int], str]:
         """Return the verdict on the routed model's time, for each measured phase and batch size."""
-        measured = {timing.place for timing in self.timings}
-        sizes = sorted({size for _, size in measured})
-        places = [
-            place for place in itertools.product((PREFILL, DECODE), sizes) if place in measured
-        ]
+        measured_places = {timing.place for timing in self.timings}
+        sizes = sorted({size for _, size in measured_places})
+        possible_places = itertools.product((PREFILL, DECODE), sizes)
+        places = [place for place in possible_places if place in measured_places]
         labels = judge_times([self.compute_ratios(ROUTED, BASE, *place) for place in places])
         return dict(zip(places, labels, strict=True))
 
@@ -109,8 +108,8 @@ class Latency(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
         timings = self.measured.timings
         places = {timing.place for timing in timings}
         for name in (BASE, ROUTED):
-            measured = {timing.place for timing in timings if timing.system == name}
-            if not measured or measured != places:
+            measured_places = {timing.place for timing in timings if timing.system == name}
+            if not measured_places or measured_places != places:
                 raise ValueError(f"the times of {name!r} at some phase or batch size are missing")
 
 

@@ -100,7 +100,8 @@ def supervise_to_file(
         if isinstance(source, Path):
             source = read_search(source)
         all_records.append(source)
-    for (name, first), (other_name, second) in itertools.combinations(_name_all(all_records), 2):
+    pairs = itertools.combinations(_name_searches(all_records), 2)
+    for (name, first), (other_name, second) in pairs:
         _check_same_model(name, first, other_name, second)
     _check_ids(all_records)
     records = list(itertools.chain.from_iterable(all_records))
@@ -152,17 +153,17 @@ def _check_files(sources: Sequence[SearchRecords | Path], output: Path | None) -
     """Refuse an empty list, a file that is named twice, and an output that is also an input."""
     if not sources:
         raise RecordError("no search file is given; name at least one search.jsonl")
-    seen: set[Path] = set()
+    inputs: set[Path] = set()
     for source in sources:
         file = source.file if isinstance(source, SearchRecords) else source
         if file is None:
             continue
-        if file.resolve() in seen:
+        if file.resolve() in inputs:
             raise RecordError(f"{file} is given twice; name each search file once")
-        seen.add(file.resolve())
+        inputs.add(file.resolve())
     if output is not None:
         for file in (output, rejected_path(output)):
-            if file.resolve() in seen:
+            if file.resolve() in inputs:
                 raise RecordError(f"{file} is both read and written; choose another output file")
 
 
@@ -409,13 +410,13 @@ def _describe_no_targets(summary: Mapping[str, Any]) -> str:
     )
 
 
-def _name_all(sources: Sequence[SearchRecords]) -> list[tuple[str, SearchRecords]]:
+def _name_searches(sources: Sequence[SearchRecords]) -> list[tuple[str, SearchRecords]]:
     """Return searches with their names for messages: their files, or their numbers from 1."""
-    named = []
+    pairs = []
     for number, source in enumerate(sources, start=1):
         name = f"search {number}" if source.file is None else str(source.file)
-        named.append((name, source))
-    return named
+        pairs.append((name, source))
+    return pairs
 
 
 def _check_same_model(
@@ -461,7 +462,7 @@ def _check_ids(sources: Sequence[SearchRecords]) -> None:
     """
     # (task, id) → key of the first question with this id, and the name of its search
     first_questions: dict[tuple[str, str], tuple[str, str]] = {}
-    for name, source in _name_all(sources):
+    for name, source in _name_searches(sources):
         for record in source:
             key = question_key(record.question)
             first_key, first_name = first_questions.setdefault(
