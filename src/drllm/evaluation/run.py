@@ -29,7 +29,7 @@ def run_task(plan: TaskPlan, runner: Runner, shape: ModelShape | str) -> TaskRun
     # Base alone comes first, so that a task that can't be graded is refused soon.
     runs |= run_systems(plan, [ReadySystem(plan.base, [plan.base.decides])], runs, runner)
     depths = find_depths(plan, runner)
-    seeds = list_reached(plan, depths)
+    seeds = list_reachable(plan, depths)
     ready = [decide_by_routers(seed.routed, depths) for seed in seeds]
     ready += [ReadySystem(path, [path.decides]) for path in plan.paths]
     runs |= run_systems(plan, ready, runs, runner)
@@ -76,9 +76,9 @@ def search_depths(
 ) -> dict[str, DepthResult]:
     """Return the depth bias of each routed model; it is 0 at the depth of training."""
     results = {system.key: DepthResult(depth_bias=0.0) for system in systems}
-    searched = [system for system in systems if system.search_key]
+    systems_to_search = [system for system in systems if system.search_key]
     blocks = []
-    for system in searched:
+    for system in systems_to_search:
         search = DepthSearch(
             system=system.search_key,
             routers=system.routers,
@@ -86,21 +86,21 @@ def search_depths(
             prompts=plan.material.prompts,
         )
         blocks.append(Block(system.search_key, search, plan.search_cost))
-    found = runner.run(blocks, FindDepth(runner.settings), runner.store.of(DepthResult))
-    for system, result in zip(searched, found, strict=True):
+    search_results = runner.run(blocks, FindDepth(runner.settings), runner.store.of(DepthResult))
+    for system, result in zip(systems_to_search, search_results, strict=True):
         results[system.key] = result
     return results
 
 
-def list_reached(plan: TaskPlan, depths: Mapping[str, DepthResult]) -> list[SeedPlan]:
+def list_reachable(plan: TaskPlan, depths: Mapping[str, DepthResult]) -> list[SeedPlan]:
     """Return the routed models that reach their depth, with their baselines."""
-    reached = []
+    seeds = []
     for depth in plan.depths:
         for seed in depth.seeds:
             result = depths.get(seed.routed.key)
             if result is not None and result.depth_bias is not None:
-                reached.append(seed)
-    return reached
+                seeds.append(seed)
+    return seeds
 
 
 def decide_by_routers(system: RoutedSystem, depths: Mapping[str, DepthResult]) -> ReadySystem:

@@ -306,10 +306,10 @@ def convert_to_gguf(checkpoint: Path, file: Path, converter: Path, weights: str)
         ModelError: The converter fails.
     """
     command = [sys.executable, str(converter), str(checkpoint), "--outtype", weights]
-    done = subprocess.run(
+    process = subprocess.run(
         [*command, "--outfile", str(file)], capture_output=True, text=True, check=False
     )
-    if done.returncode != 0 or not file.is_file():
-        lines = (done.stderr or done.stdout).strip().splitlines()
-        reason = lines[-1] if lines else f"exit status {done.returncode}"
+    if process.returncode != 0 or not file.is_file():
+        lines = (process.stderr or process.stdout).strip().splitlines()
+        reason = lines[-1] if lines else f"exit status {process.returncode}"
         raise ModelError(f"{converter.name} can't convert the checkpoint: {reason}")

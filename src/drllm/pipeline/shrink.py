@@ -296,9 +296,9 @@ class ShrinkRun:
         if not file.exists():
             return None
         record = read_shrink(file)
-        stored = _make_identity(msgspec.structs.asdict(record))
+        identity_before = _make_identity(msgspec.structs.asdict(record))
         remedy = f"choose another folder, or delete {self.work}"
-        refuse_other_run(f"the work in {file}", stored, _make_identity(header), remedy)
+        refuse_other_run(f"the work in {file}", identity_before, _make_identity(header), remedy)
         return record
 
     def tune_paths(self, sources: Sequence[TextSource]) -> StaticPaths:
@@ -337,8 +337,8 @@ class ShrinkRun:
         tokens = encode(self.base.tokenizer, text)
         if len(tokens) < self.max_tokens:
             return text
-        kept = tokens[: self.max_tokens - 1]
-        return str(self.base.tokenizer.decode(kept, skip_special_tokens=True))
+        first_tokens = tokens[: self.max_tokens - 1]
+        return str(self.base.tokenizer.decode(first_tokens, skip_special_tokens=True))
 
     def choose_candidates(self, tuned: StaticPaths) -> list[NamedPath]:
         """Choose the paths to heal and to measure, from the most layers to the fewest."""
@@ -368,18 +368,22 @@ class ShrinkRun:
         file = self.work / TIMES_FILE
         minutes = self.config.minutes
         if file.exists():
-            kept = read_json(file, ShrinkTimes)
-            stored = {"minutes": kept.minutes, "candidates": kept.num_candidates}
-            wanted = {"minutes": minutes, "candidates": num_candidates}
-            remedy = f"give the same --minutes again, or delete {self.work}"
-            refuse_other_run(f"the work in {self.work}", stored, wanted, remedy)
-            return kept.minutes_to_heal
+            earlier_times = read_json(file, ShrinkTimes)
+            self.refuse_other_times(earlier_times, num_candidates)
+            return earlier_times.minutes_to_heal
         tuning_minutes = max(tuning_seconds / 60, SHARE_TO_TUNE * minutes)
         left = (1 - SHARE_TO_REFIT) * minutes - tuning_minutes
         each = max(left, LEAST_SHARE_TO_HEAL * minutes) / num_candidates
         times = ShrinkTimes(minutes=minutes, num_candidates=num_candidates, minutes_to_heal=each)
         write_json(file, times)
         return each
+
+    def refuse_other_times(self, earlier_times: ShrinkTimes, num_candidates: int) -> None:
+        """Refuse to go on with work whose time was divided otherwise."""
+        before = {"minutes": earlier_times.minutes, "candidates": earlier_times.num_candidates}
+        now = {"minutes": self.config.minutes, "candidates": num_candidates}
+        remedy = f"give the same --minutes again, or delete {self.work}"
+        refuse_other_run(f"the work in {self.work}", before, now, remedy)
 
     def heal_candidates(
         self, candidates: Sequence[NamedPath], sources: Sequence[TextSource], minutes: float

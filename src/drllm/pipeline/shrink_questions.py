@@ -147,6 +147,28 @@ def read_questions(
         TaskError: A task is unknown or has too few questions, a file can't be read, or two sources
             have the same name.
     """
+    all_splits = _read_tasks(config, tasks)
+    heal_config = HealConfig(data_dir=config.data_dir, seed=config.seed)
+    to_find = []
+    num_to_fit = {}
+    for splits in all_splits:
+        to_fit, to_choose = _divide_to_find(splits, config.seed)
+        num_to_fit[splits.task.name] = len(to_fit)
+        to_find.append(replace(splits, examples={**splits.examples, FIT: to_fit + to_choose}))
+    sources = read_sources(heal_config, to_find, [])
+    held_out_texts = {}
+    for source in _read_texts(config, heal_config, texts):
+        part_to_find, held_out = _divide_texts(source, config.seed)
+        sources.append(part_to_find)
+        held_out_texts[source.name] = held_out
+        num_texts = len(part_to_find.texts)
+        num_to_fit[source.name] = num_texts - sum(_count_judged_texts(num_texts))
+    _refuse_same_name([source.name for source in sources])
+    return ShrinkQuestions(all_splits, sources, num_to_fit, held_out_texts)
+
+
+def _read_tasks(config: ShrinkConfig, tasks: TasksArgument) -> list[TaskSplits]:
+    """Read the tasks with their questions by part; see `read_questions`."""
     tune_config = TuneConfig(
         data_dir=config.data_dir,
         trust_task_code=config.trust_task_code,
@@ -157,28 +179,18 @@ def read_questions(
     for splits in split_tasks(tune_config, tasks):
         _refuse_divided(splits)
         all_splits.append(_limit_held_out(splits, config.seed))
-    heal_config = HealConfig(data_dir=config.data_dir, seed=config.seed)
+    return all_splits
+
+
+def _read_texts(
+    config: ShrinkConfig, heal_config: HealConfig, texts: TextArgument
+) -> list[TextSource]:
+    """Read the texts beside the questions; an empty list if none are given."""
     if texts is None:
         texts = config.text
-    text_sources = []
-    if texts:
-        text_sources = read_sources(heal_config, [], texts)
-    to_find = []
-    num_to_fit = {}
-    for splits in all_splits:
-        to_fit, to_choose = _divide_to_find(splits, config.seed)
-        num_to_fit[splits.task.name] = len(to_fit)
-        to_find.append(replace(splits, examples={**splits.examples, FIT: to_fit + to_choose}))
-    sources = read_sources(heal_config, to_find, [])
-    held_out_texts = {}
-    for source in text_sources:
-        kept, held_out = _divide_texts(source, config.seed)
-        sources.append(kept)
-        held_out_texts[source.name] = held_out
-        num_texts = len(kept.texts)
-        num_to_fit[source.name] = num_texts - sum(_count_judged_texts(num_texts))
-    _refuse_same_name([source.name for source in sources])
-    return ShrinkQuestions(all_splits, sources, num_to_fit, held_out_texts)
+    if not texts:
+        return []
+    return read_sources(heal_config, [], texts)
 
 
 def _refuse_divided(splits: TaskSplits) -> None:

@@ -12,7 +12,13 @@ from drllm.config.constants import MAX_DROP
 from drllm.records.healed import HEALED_FILE
 from drllm.records.results import PERMUTED, Evaluation, Result, System
 from drllm.records.search import SEARCH_FILE
-from drllm.records.static_paths import PATHS_FILE, WITHOUT, load_path, split_path_list
+from drllm.records.static_paths import (
+    PATHS_FILE,
+    WITHOUT,
+    StaticPaths,
+    load_path,
+    split_path_list,
+)
 from drllm.records.supervision import SUPERVISION_FILE
 from drllm.reporting.commands import (
     evaluate_command,
@@ -57,22 +63,7 @@ def _step_before_evaluation(run: Run) -> Step:
     """Return the stage that comes next in a run without evaluations, and its command."""
     folder = run.folder
     if (run.paths or run.healed) and not run.has_training:
-        path = str(folder / run.sources[-1].name)  # a healed path is read last, so it is preferred
-        if run.paths and not run.healed:
-            last = run.paths.paths[-1]
-            path += f":{last.name}"
-            if last.repaired:
-                tasks = ",".join(run.paths.tasks)
-                values = {
-                    "path": path,
-                    "tasks": run.paths.config.get("tasks") or tasks,
-                    "data_dir": run.paths.config.get("data_dir"),
-                    "minutes": 0,
-                    "output_dir": folder / "healed",
-                }
-                what = "Solve the refit that the path was chosen with, in seconds to minutes:"
-                return what, write_command("heal", values)
-        return "Read an answer yourself:", _generate_command(path=path)
+        return _step_for_path(run)
     if run.router_config or run.epochs:
         values = {
             "routers": folder / "routers",
@@ -86,6 +77,30 @@ def _step_before_evaluation(run: Run) -> Step:
         return "Train routers on these targets:", write_command("train", values)
     values = {"search": folder / SEARCH_FILE, "output_dir": folder / SUPERVISION_FILE}
     return "Make a target path of each searched question:", write_command("supervise", values)
+
+
+def _step_for_path(run: Run) -> Step:
+    """Return what to do with the paths of a run without evaluations, and the command."""
+    path = str(run.folder / run.sources[-1].name)  # a healed path is read last, so it is preferred
+    if run.paths and not run.healed:
+        last = run.paths.paths[-1]
+        path += f":{last.name}"
+        if last.repaired:
+            what = "Solve the refit that the path was chosen with, in seconds to minutes:"
+            return what, _refit_command(run, run.paths, path)
+    return "Read an answer yourself:", _generate_command(path=path)
+
+
+def _refit_command(run: Run, paths: StaticPaths, path: str) -> str:
+    """Write the command that solves the refit of a tuned path."""
+    values = {
+        "path": path,
+        "tasks": paths.config.get("tasks") or ",".join(paths.tasks),
+        "data_dir": paths.config.get("data_dir"),
+        "minutes": 0,
+        "output_dir": run.folder / "healed",
+    }
+    return write_command("heal", values)
 
 
 def _list_searched_tasks(run: Run) -> str | None:
