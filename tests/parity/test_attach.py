@@ -180,6 +180,31 @@ def test_a_thread_reads_the_route_of_its_own_last_prompt(tiny_llama):
         assert one.submit(run, None).result() == [PLAN]
 
 
+def test_a_thread_that_ran_no_prompt_reads_the_last_route_of_any(tiny_llama):
+    """Also if the system has given it the number of a thread that ran one."""
+    routed = drllm.attach(tiny_llama())
+
+    def run(plan):
+        with routed.fixed(plan):
+            routed(IDS)
+
+    def in_a_thread(function, *args):
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(function, *args).result()
+
+    in_a_thread(run, [1, 0, 1, 1, 1, 1])
+    run(PLAN)
+    assert in_a_thread(lambda: routed.last_route.tolist()) == [PLAN]
+
+
+def test_what_was_attached_to_a_loaded_model_is_detached_from_it(tiny_base):
+    base = tiny_base()
+    before = state_of(base.model)
+    drllm.attach(base)
+    assert drllm.detach(base) is base.model
+    assert state_of(base.model) == before
+
+
 def test_the_routers_follow_the_model_to_another_device(tiny_llama):
     routed = drllm.attach(tiny_llama(), tiny_routers())
     assert routed.to("meta").routers.hidden_weight.is_meta

@@ -83,12 +83,13 @@ def attach(
 def detach(model: Any) -> Any:
     """Take the routing off a model, and return the model exactly as it was before.
 
-    A model that isn't routed is returned unchanged.
+    A model that isn't routed is returned unchanged. The model may be whatever `attach` takes.
 
     Raises:
         RoutingError: Other code has put an override over ours.
     """
-    model = model.model if isinstance(model, RoutedModel) else model
+    if isinstance(model, (RoutedModel, BaseModel)):
+        model = model.model
     take_off_routing(model)
     return model
 

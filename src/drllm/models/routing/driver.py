@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -64,8 +65,18 @@ class RoutingDriver(Driver):
         self.bypass = bypass
         # The last routes `[L]`: of any thread, of each thread, and of a compiled graph.
         self._last_of_all: list[RowDecisions] = []
-        self._last_by_thread: dict[int, list[RowDecisions]] = {}
+        self._last_by_thread: WeakKeyDictionary[threading.Thread, list[RowDecisions]]
+        self._last_by_thread = WeakKeyDictionary()
         self._last_traced: list[RowDecisions] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        del state["_last_by_thread"]  # threads can't be copied or pickled
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._last_by_thread = WeakKeyDictionary()
 
     @property
     def last_route(self) -> list[RowDecisions]:
@@ -75,7 +86,7 @@ class RoutingDriver(Driver):
         """
         if self._last_traced:
             return self._last_traced
-        return self._last_by_thread.get(threading.get_ident()) or self._last_of_all
+        return self._last_by_thread.get(threading.current_thread()) or self._last_of_all
 
     def set_last_route(self, route: list[RowDecisions]) -> None:
         """Set the last route of this thread."""
@@ -84,7 +95,7 @@ class RoutingDriver(Driver):
             return
         self._last_traced = []
         self._last_of_all = route
-        self._last_by_thread[threading.get_ident()] = route
+        self._last_by_thread[threading.current_thread()] = route
 
     def using(self, policy: Policy) -> AbstractContextManager[None]:
         """Let another policy decide inside the block."""
