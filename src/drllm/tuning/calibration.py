@@ -106,16 +106,16 @@ def choose_texts(
 def describe_calibration(
     names: Sequence[str], texts: Sequence[Tokens], num_bytes: int
 ) -> list[str]:
-    """Say what paths are repaired with and what the stand-in needs, and warn if that is little.
+    """Say what paths are repaired with and what the stand-in keeps, and warn if that is little.
 
     Args:
         names: The names of the sources.
         texts: The texts that paths are repaired with.
-        num_bytes: The memory of the states that are kept for this.
+        num_bytes: The memory of the states that the stand-in keeps.
     """
     num_tokens = sum(map(len, texts))
     lines = [
-        f"paths are refitted on {num_tokens:,} tokens of {', '.join(names)}, which takes "
-        f"{num_bytes / 1e9:.2g} GB of memory"
+        f"paths are refitted on {num_tokens:,} tokens of {', '.join(names)}; the states that "
+        f"candidates are compared by take {num_bytes / 1e9:.2g} GB of memory"
     ]
     return lines + warn_of_texts(names, num_tokens)

@@ -11,7 +11,8 @@ pass over the texts serve all gaps of all paths. A gap is solved when a path nee
 token of a text is apart: it becomes h + c, where c is the mean difference there, since the state of
 a first token may be 100 times as large as others.
 
-Memory: the states take L D 4 bytes a token, and each solved gap D² 4 bytes.
+Memory: the states take L D 4 bytes a token, the regression behind each layer D² 8 bytes, and each
+solved gap D² 4 bytes.
 
 Axes: n tokens, L layers, D hidden.
 

@@ -125,7 +125,7 @@ class Scorer:
     Raises:
         RoutingError: A request has no tokens to read or to score; only some requests generate
             answers; one of these has continuations too; the model has no tokenizer for them; or
-        answers are to be generated with crossings.
+            answers are to be generated with crossings.
     """
 
     def __init__(
