@@ -8,8 +8,8 @@ memory.
 Axes: B rows, T tokens, D hidden, N real tokens of a batch, n tokens of a part, V vocabulary.
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -23,12 +23,13 @@ from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.driver import PathPass
 from drllm.models.routing.injection import Driver, LayerCall
 from drllm.paths import StaticPath
+from drllm.tuning.cast_weights import CastWeights
 from drllm.tuning.heal_texts import Tokens
 from drllm.tuning.teacher_states import MAX_BYTES, SequenceStates, TeacherStates
 
-LOGITS_AT_ONCE = 2**25
-"""How many logits are computed at once. They take 128 MB in float32, and several times that with
-their gradients."""
+LOGITS_AT_ONCE = 2**26
+"""How many logits are computed at once. They take 256 MB in float32, and several times that with
+their gradients. Fewer take longer, since each part reads the whole head."""
 LOGITS_IN_CACHE = 2**18
 """How many logits' KL is computed at once on a CPU: 1 MB in float32, which a core's cache holds."""
 
@@ -64,6 +65,9 @@ class Distillation:
         self.full = StaticPath(range(routed.num_layers))
         self.parameters = parameters
         self.low_precision = low_precision
+        self._cast_weights: CastWeights | None = None
+        if low_precision is not None:
+            self._cast_weights = CastWeights(routed.model, low_precision)
         self._num_shared = num_shared_layers(self.full, path, first_layer)
         self.teacher = TeacherStates(self._run_teacher, self._count_kept_tokens())
 
@@ -139,11 +143,17 @@ class Distillation:
         num_bytes: int = torch.promote_types(self.routed.dtype, torch.float32).itemsize
         return MAX_BYTES // (num_states * size * num_bytes)
 
-    def precision(self) -> AbstractContextManager[Any]:
-        """Return a context manager in which the model computes in `low_precision`, if it is set."""
-        if self.low_precision is None:
-            return nullcontext()
-        return torch.autocast(self.routed.device.type, self.low_precision)
+    @contextmanager
+    def precision(self) -> Iterator[None]:
+        """Let the model compute in `low_precision` inside the block, if it is set."""
+        if self._cast_weights is None:
+            yield
+            return
+        with (
+            torch.autocast(self.routed.device.type, self.low_precision),
+            self._cast_weights.use(),
+        ):
+            yield
 
     def _num_tokens_at_once(self) -> int:
         """Return the number of tokens whose logits are computed at once."""
