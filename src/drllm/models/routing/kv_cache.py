@@ -207,9 +207,9 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         """Return an entry with the same tokens that grows independently."""
         new = type(self)(copy.copy(self.pristine))
         new.__dict__.update(self.__dict__)
-        new.passes = [copy.copy(entry) for entry in self.passes]
+        new.passes = [_copy_entry(entry) for entry in self.passes]
         new.rows = list(self.rows)
-        new.shadow = copy.copy(self.shadow)
+        new.shadow = _copy_entry(self.shadow)
         new.indices = {}
         return new
 
@@ -372,6 +372,13 @@ def _read_indices_once(indices: Tensor, version: int) -> list[int]:  # noqa: ARG
     the memory: every change of the tensor in place raises its version.
     """
     return indices.tolist()
+
+
+def _copy_entry(entry: CacheLayerMixin | None) -> CacheLayerMixin | None:
+    """Return an entry with the same tokens that grows independently."""
+    if isinstance(entry, DynamicLayer):
+        return copy.copy(entry)
+    return copy.deepcopy(entry)  # a static entry writes new tokens into its own tensors
 
 
 def _feed_ones(entry: CacheLayerMixin, num_tokens: int, like: Tensor) -> None:

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from drllm.errors import RoutingError
 from drllm.models.routed_model import RoutedModel
@@ -13,8 +13,10 @@ from drllm.models.routing.kv_cache import cache_argument
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 
 
-def read(routed, plan, ids=IDS):
+def read(routed, plan, ids=IDS, is_static=False):
     cache = DynamicCache()
+    if is_static:
+        cache = StaticCache(config=routed.config, max_cache_len=8)
     with routed.fixed(plan), torch.no_grad():
         routed(ids, **{cache_argument(routed.model): cache})
     return cache
@@ -40,8 +42,9 @@ def test_k_and_v_of_a_layer_that_rows_skip_can_not_be_set(tiny_llama):
             cache.layers[layer].keys = torch.zeros(1)
 
 
-@pytest.mark.parametrize("plan", [[1] * 6, [1, 0, 2, 1, 1, 1]])
-def test_copies_of_entries_grow_by_themselves(tiny_llama, plan):
+@pytest.mark.parametrize("is_static", [False, True])
+@pytest.mark.parametrize("plan", [[1] * 6, [1, 0, 2, 1, 1, 1], [0, 1, 1, 1, 1, 1]])
+def test_copies_of_entries_grow_by_themselves(tiny_llama, plan, is_static):
     routed = RoutedModel(tiny_llama())
     name = cache_argument(routed.model)
 
@@ -50,12 +53,12 @@ def test_copies_of_entries_grow_by_themselves(tiny_llama, plan):
             return routed(torch.full((2, 1), token), **{name: cache}).logits
 
     def steps(first, second):
-        cache = read(routed, plan)
+        cache = read(routed, plan, is_static=is_static)
         step(cache, 3)
         return step(cache, first), step(cache, second)
 
     expected = steps(20, 21), steps(30, 31)
-    cache = read(routed, plan)
+    cache = read(routed, plan, is_static=is_static)
     step(cache, 3)
     other = copy.copy(cache)
     other.layers = [copy.copy(entry) for entry in cache.layers]
