@@ -17,6 +17,7 @@ from drllm.records.manifest import read_manifest
 from drllm.records.search import FailedQuestion, SearchRecord, TriedPath, read_search
 from drllm.records.supervision import RejectedQuestion, read_supervision, rejected_path
 from drllm.reporting.numbers import write_count, write_count_with_share, write_number, write_percent
+from drllm.reporting.run import check_summary
 from drllm.search import count_kept_batches
 from drllm.supervision.rules import survived
 from drllm.supervision.summary import KINDS, summarise
@@ -187,7 +188,8 @@ def show_supervision(path: Path, terminal: Terminal) -> None:
     """Print a file of targets: the summary in its manifest, or the counts without a manifest."""
     records = read_supervision(path)
     manifest = read_manifest(path, "supervision") or {}
-    if "summary" in manifest:
+    check_summary(manifest, path)
+    if manifest.get("summary"):
         print_supervision(manifest["summary"], terminal)
     else:
         terminal.fact("targets", f"{len(records)}, no manifest (a file of your own)")

@@ -25,8 +25,9 @@ def show_models(record: ShrinkRecord, terminal: Terminal) -> None:
         if name in record.full.tasks:
             columns.insert(2, "accuracy")
         rows = [_make_row(record, model, name) for model in record.models]
-        title = f"{name}, {record.num_held_out[name]:,} held out"
-        terminal.table("|".join(columns), rows, title=title)
+        number = record.num_held_out.get(name)
+        held_out = NONE if number is None else f"{number:,}"
+        terminal.table("|".join(columns), rows, title=f"{name}, {held_out} held out")
     terminal.say(record.verdict)
 
 
@@ -38,8 +39,7 @@ def _make_row(record: ShrinkRecord, model: ShrunkModel, name: str) -> list[str]:
         cells.append(_write_accuracy(scores))
         cells.append(_write_loss(scores.text_loss, _read_text_verdict(scores)))
     else:
-        text_scores: TextScores = model.texts[name]
-        cells.append(_write_loss(text_scores.loss, text_scores.against_full))
+        cells.append(_write_text_scores(model.texts.get(name)))
     cells.append(NONE if model.speed is None else f"{model.speed:.2f}×")
     cells.append(_mark(record, model))
     return cells
@@ -57,6 +57,11 @@ def _write_accuracy(scores: TaskScores) -> str:
 
 def _read_text_verdict(scores: TaskScores) -> Verdict | None:
     return None if scores.against_full is None else scores.against_full.text_loss
+
+
+def _write_text_scores(scores: TextScores | None) -> str:
+    """Write the loss of a source of texts; a dash if a model's wasn't measured."""
+    return NONE if scores is None else _write_loss(scores.loss, scores.against_full)
 
 
 def _write_loss(loss: float | None, against_full: Verdict | None) -> str:

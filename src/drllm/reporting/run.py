@@ -14,12 +14,19 @@ from msgspec.structs import asdict
 
 from drllm.errors import RecordError
 from drllm.records import results
-from drllm.records.codec import Version, read_json, read_json_lines, read_text, sha256
+from drllm.records.codec import (
+    Version,
+    describe_invalid,
+    read_json,
+    read_json_lines,
+    read_text,
+    sha256,
+)
 from drllm.records.healed import HEALED_FILE, HEALED_SCHEMA, HealedPath, read_healed
 from drllm.records.identity import have_same_weights
 from drllm.records.latency import Latency, read_latency
 from drllm.records.layers import LAYERS_FILE, Layers
-from drllm.records.manifest import read_manifest
+from drllm.records.manifest import manifest_path, read_manifest
 from drllm.records.search import SEARCH_FILE, SearchRecord, read_search
 from drllm.records.static_paths import PATHS_FILE, StaticPaths, read_paths
 from drllm.records.supervision import SUPERVISION_FILE, SupervisionRecord, read_supervision
@@ -48,6 +55,32 @@ class Epoch(msgspec.Struct, frozen=True, kw_only=True):
     macro_f1: float | None = None
     accuracy: float | None = None
     routers_loss: float | None = None
+
+
+class TaskSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """The counts of a task, or of all tasks, in the summary of targets; others aren't read."""
+
+    questions: int
+    base_correct: int
+    valid_before_retest: int
+    valid_after_retest: int
+    saving_before_retest: int
+    saving_after_retest: int
+    improving_before_retest: int
+    improving_after_retest: int
+    targets: int
+    improving_targets: int | None = None
+
+
+class TargetSummary(TaskSummary, frozen=True, kw_only=True):
+    """The summary in the manifest of targets, as far as it is shown. Older files lack some."""
+
+    rejected: dict[str, int]
+    class_counts: tuple[int, int, int]
+    copies: int = 0
+    executions: float | None = None
+    wrong_targets: int | None = None
+    tasks: dict[str, TaskSummary] = {}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -170,6 +203,24 @@ def _read_records(run: Run) -> None:
     if _has_file(run, SUPERVISION_FILE, "the targets"):
         run.supervision = read_supervision(run.folder / SUPERVISION_FILE)
         _add_source(run, SUPERVISION_FILE)
+        check_summary(run.find_manifest(SUPERVISION_FILE), run.folder / SUPERVISION_FILE)
+
+
+def check_summary(manifest: Mapping[str, Any], file: Path) -> None:
+    """Raise RecordError if the summary in a manifest of targets lacks counts, or has wrong ones.
+
+    Args:
+        manifest: The manifest; a file of the user's own has none.
+        file: The file of targets, for the message.
+    """
+    if not manifest.get("summary"):
+        return
+    try:
+        msgspec.convert(manifest["summary"], TargetSummary)
+    except msgspec.ValidationError as error:
+        raise RecordError(
+            f"{manifest_path(file)}: 'summary': {describe_invalid(error)}; make {file.name} again"
+        ) from error
 
 
 def _read_routers(run: Run) -> None:

@@ -1,3 +1,4 @@
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from drllm.errors import RecordError
 from drllm.records.codec import write_atomically
 from drllm.records.manifest import new_manifest, to_lines, write_records
 from drllm.records.search import FailedQuestion, Retest, SearchRecord
+from drllm.reporting.run import read_run
 from drllm.search import CHUNKS_FOLDER
 from drllm.supervision.select import pick_targets, supervise, supervise_to_file
 from search_records import make_path, make_record
@@ -300,3 +302,21 @@ def test_a_summary_of_an_older_version_is_told_as_far_as_it_goes(printed):
     out = printed()
     assert "all 2 1 (50.0 %) 2 → 2 2 → 2 1 → 1 2 –" in out
     assert out.endswith("decisions skip 2 (25.0 %), execute 6 (75.0 %), repeat 0 (0.0 %)")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("questions", "x"), ("targets", None), ("class_counts", [1]), ("tasks", 3)]
+)
+def test_a_summary_that_was_changed_is_refused_in_one_line(tmp_path, name, value):
+    file = tmp_path / "supervision.jsonl"
+    write_records(tmp_path / SEARCH, FOUND, new_manifest("search", model={}, config={}))
+    supervise_to_file([tmp_path / SEARCH], SHORTEST, file)
+    show(file, Terminal())
+    manifest = file.with_name("supervision.manifest.json")
+    content = json.loads(manifest.read_text())
+    content["summary"][name] = value
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(RecordError, match=r"supervision\.manifest\.json: 'summary': .*make"):
+        show(file, Terminal())
+    with pytest.raises(RecordError, match=r"supervision\.manifest\.json: 'summary': .*make"):
+        read_run(tmp_path)

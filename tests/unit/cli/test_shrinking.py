@@ -4,6 +4,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from drllm.cli.parser import parse
 from drllm.cli.show_shrink import show_models
@@ -78,3 +79,8 @@ def test_the_commands_at_the_end_can_be_pasted(capsys):
     for command in commands:
         _, *words = shlex.split(command)
         assert parse(words).verb == words[0]
+
+
+def test_a_record_without_the_numbers_of_held_out_questions_is_shown(record, capsys):
+    show_models(replace(record, num_held_out={}), Terminal())
+    assert "– held out" in capsys.readouterr().out
