@@ -43,8 +43,8 @@ from drllm.evaluation.lm_eval.scoring import (
     RouteCounts,
 )
 from drllm.models.base.batching import MemoryBatcher, PathSize
-from drllm.models.base.load import BaseModel
-from drllm.models.routed_model import RoutedModel, load_with_bypass
+from drllm.models.base.load import BaseModel, load
+from drllm.models.routed_model import RoutedModel
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.depth_control import encode_calibration, make_policy, read_calibration
 from drllm.models.routing.policies import PathPolicy, Policy
@@ -376,7 +376,7 @@ def _load_base(source: ModelSource, device: str | None, loading: Mapping[str, An
         "revision": loading.get("revision") or source.revision,
         "device": device or "auto",
     }
-    return load_with_bypass(replace_settings(ModelConfig, None, settings))
+    return load(replace_settings(ModelConfig, None, settings))
 
 
 def _make_depth_policy(routed: RoutedModel, depth: DepthConfig, tokenizer: Any) -> Policy:
