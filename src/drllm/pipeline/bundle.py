@@ -8,6 +8,7 @@ Source: ours.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -29,9 +30,9 @@ from drllm.models.routers.checkpoint import load_routers, save_routers
 from drllm.models.routers.places import CONFIG_FILE
 from drllm.records.codec import write_atomically, write_json
 from drllm.records.healed import HEALED_FILE
-from drllm.records.manifest import manifest_path, read_manifest
+from drllm.records.manifest import read_manifest, to_lines, write_records
 from drllm.records.places import check_new_folder, create_folder
-from drllm.records.published import hide_places
+from drllm.records.published import hide_folder, hide_places
 from drllm.records.search import SEARCH_FILE, SearchRecord, read_search
 from drllm.records.shrink import SHRINK_FILE, read_shrink
 from drllm.records.static_paths import PathFile, load_path
@@ -201,7 +202,12 @@ def write_checkpoint(source: Path, folder: Path, model: Any, listener: Listener)
 
 def write_routers(source: Path, folder: Path) -> None:
     """Write routers with their card, without what else the training left in their folder."""
-    save_routers(load_routers(source), folder)
+    routers = load_routers(source)
+    training = dict(routers.config.training)
+    if "rewards" in training:
+        training["rewards"] = [hide_folder(reward) for reward in training["rewards"]]
+    config = dataclasses.replace(routers.config, training=training)
+    save_routers(routers, folder, config=config)
 
 
 def write_search_log(source: Path, folder: Path) -> None:
@@ -209,12 +215,15 @@ def write_search_log(source: Path, folder: Path) -> None:
     file = source / SEARCH_FILE
     records = read_search(file)
     manifest = read_manifest(file, "search") or {}
+    public = [replace(record, reward=hide_folder(record.reward)) for record in records]
     folder.mkdir()
-    shutil.copyfile(file, folder / SEARCH_FILE)
     if manifest:
         manifest["config"] = hide_places(manifest.get("config", {}))
-        write_json(manifest_path(folder / SEARCH_FILE), manifest)
-    write_atomically(folder / CARD_FILE, write_search_card(records, manifest))
+        manifest.pop("plan", None)  # by which a search resumes; it names the same places
+        write_records(folder / SEARCH_FILE, public, manifest)
+    else:
+        write_atomically(folder / SEARCH_FILE, to_lines(public))
+    write_atomically(folder / CARD_FILE, write_search_card(public, manifest))
 
 
 def write_search_card(records: Sequence[SearchRecord], manifest: dict[str, Any]) -> str:

@@ -32,13 +32,18 @@ def hide_places(config: Mapping[str, Any]) -> dict[str, Any]:
     public = {name: value for name, value in config.items() if name not in PLACES}
     for name in FILE_LISTS:
         if isinstance(public.get(name), str):
-            words = [_shorten(word) for word in public[name].split(",")]
+            words = [hide_folder(word) for word in public[name].split(",")]
             public[name] = ",".join(words)
     return public
 
 
-def _shorten(word: str) -> str:
-    """Return a word in which a file has no folder; columns or a function may follow the file."""
+def hide_folder(word: str) -> str:
+    """Return a word in which a file has no folder; columns or a function may follow the file.
+
+    Example:
+        >>> hide_folder("/home/me/grade.py:right@0123456789abcdef")
+        'grade.py:right@0123456789abcdef'
+    """
     for mark in ("?", ":"):
         file, separator, rest = word.partition(mark)
         if separator and file.endswith(FILE_ENDINGS):

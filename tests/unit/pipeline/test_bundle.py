@@ -1,5 +1,6 @@
 """What `bundle` collects from folders, which cards it writes, and what it refuses."""
 
+import msgspec
 import pytest
 from transformers import AutoModelForCausalLM
 
@@ -8,7 +9,7 @@ from drllm.errors import ConfigError, ModelError
 from drllm.models.base.cards import CARD_FILE
 from drllm.models.base.load import load
 from drllm.models.routed_model import attach, detach
-from drllm.models.routers.checkpoint import save_routers
+from drllm.models.routers.checkpoint import load_routers, save_routers
 from drllm.models.routers.config import RouterConfig
 from drllm.models.routers.stack import RouterStack
 from drllm.pipeline.bundle import bundle
@@ -43,7 +44,8 @@ def searched(tmp_path, base):
         make_record(make_path("111111", 1.0), make_path("110111", 1.0, kl=0.5), id="q1"),
         make_record(make_path("111111", 1.0), make_path("101111", 0.0), id="q2"),
     ]
-    manifest = new_manifest("search", model=base.identity, config=SETTINGS)
+    plan = {"plan": {"settings": SETTINGS}}
+    manifest = new_manifest("search", model=base.identity, config=SETTINGS, extra=plan)
     write_records(folder / "search.jsonl", records, manifest)
     return folder
 
@@ -140,7 +142,33 @@ def test_no_place_of_this_machine_is_published(searched, tmp_path):
         "dataset": "mine.jsonl?answer=a,arc_easy",
         "reward": "grade.py:right",
     }
-    assert "/home/me" not in (artefact.folder / CARD_FILE).read_text()
+    assert not any("/home/me" in file.read_text() for file in artefact.folder.iterdir())
+
+
+def test_a_reward_is_published_without_the_folder_of_its_file(searched, tmp_path):
+    reward = "/home/me/grade.py:right@0123456789abcdef"
+    manifest = read_manifest(searched / "search.jsonl", "search")
+    records = [
+        msgspec.structs.replace(record, reward=reward)
+        for record in read_search(searched / "search.jsonl")
+    ]
+    write_records(searched / "search.jsonl", records, manifest)
+    [artefact] = bundle([searched], tmp_path / "publish")
+    published = read_search(artefact.folder / "search.jsonl")
+    assert {record.reward for record in published} == {"grade.py:right@0123456789abcdef"}
+    assert not any("/home/me" in file.read_text() for file in artefact.folder.iterdir())
+
+
+def test_routers_name_no_folder_of_their_rewards(base, tmp_path):
+    config = RouterConfig(
+        num_layers=NUM_LAYERS,
+        hidden_size=base.model.config.hidden_size,
+        training={"rewards": ["/home/me/grade.py:right@0123456789abcdef", "letter"]},
+    )
+    save_routers(RouterStack(config), tmp_path / "routers")
+    [artefact] = bundle([tmp_path / "routers"], tmp_path / "publish")
+    training = load_routers(artefact.folder).config.training
+    assert training["rewards"] == ["grade.py:right@0123456789abcdef", "letter"]
 
 
 def test_the_record_of_a_shrunken_checkpoint_names_no_place(base, tmp_path):
