@@ -45,7 +45,7 @@ TENSORS = LayerMap._fields
 """The names of the tensors of a bypass, in the order of its arguments."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Bypass:
     """The maps of all layers of one model, in float32. It is a `Crossings`.
 
@@ -63,7 +63,7 @@ class Bypass:
     first: Tensor
     model: Mapping[str, Any] = field(default_factory=dict)
     _copies: dict[tuple[int, torch.device, torch.dtype], LayerMap] = field(
-        default_factory=dict, init=False, repr=False
+        default_factory=dict, init=False
     )
 
     def __post_init__(self) -> None:
@@ -76,6 +76,10 @@ class Bypass:
                     f"{name!r} of this bypass has the shape {list(shape)}; expected "
                     f"{list(expected)}"
                 )
+
+    def __repr__(self) -> str:
+        name = f" for {self.model['id']!r}" if self.model.get("id") else ""
+        return f"Bypass({self.num_layers} layers, rank {self.rank}{name})"
 
     @property
     def num_layers(self) -> int:

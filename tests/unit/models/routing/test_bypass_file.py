@@ -55,6 +55,11 @@ def test_a_bypass_is_read_as_it_was_written(bypass, file, model):
     assert repr(routed).endswith("bypass of rank 2)")
 
 
+def test_a_bypass_is_shown_by_its_size_and_not_by_its_numbers(bypass):
+    assert repr(bypass).startswith(f"Bypass({bypass.num_layers} layers, rank {bypass.rank}")
+    assert "tensor" not in repr(bypass)
+
+
 def test_another_bypass_has_another_hash(bypass):
     other = Bypass(bypass.down, bypass.up, bypass.bias + 1e-3, bypass.first)
     assert other.sha256 != bypass.sha256
