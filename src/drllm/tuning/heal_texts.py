@@ -214,15 +214,20 @@ def digest_sources(sources: Sequence[TextSource]) -> str:
 
 def _read_file(file: Path) -> list[str]:
     """Read the texts of a file: the paragraphs of a .txt file, or the fields `text` of rows."""
-    if file.suffix == ".txt":
-        paragraphs = re.split(r"\n\s*\n", read_text(file))
-        return [paragraph for paragraph in paragraphs if paragraph.strip()]
-    if not file.name.endswith(FILE_ENDINGS):
+    if not file.name.endswith(TEXT_FILE_NAMES):
         endings = ", ".join((*READERS, ".txt"))
         raise ConfigError(
             f"--text: the name of {file} ends in none of {endings}; give a file of this kind, or a "
             f"data set of the hub as OWNER/NAME[:CONFIG[:SPLIT]]"
         )
+    if not file.exists():
+        raise ConfigError(
+            f"--text: {file} doesn't exist; give a file of texts, a data set of the hub as "
+            f"OWNER/NAME[:CONFIG[:SPLIT]], or {BUILTIN_TEXTS}"
+        )
+    if file.suffix == ".txt":
+        paragraphs = re.split(r"\n\s*\n", read_text(file))
+        return [paragraph for paragraph in paragraphs if paragraph.strip()]
     texts = []
     for line, row in read_rows(file):
         text = row.get("text")

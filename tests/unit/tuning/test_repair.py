@@ -10,7 +10,7 @@ import pytest
 
 from drllm.cli.parser import parse
 from drllm.config import HealConfig, ModelConfig, TuneConfig
-from drllm.errors import ArchitectureError, ConfigError, RecordError, TaskError
+from drllm.errors import ArchitectureError, ConfigError, TaskError
 from drllm.models.routed_model import RoutedModel
 from drllm.paths import StaticPath
 from drllm.records.static_paths import load_path, read_paths
@@ -296,7 +296,7 @@ def test_other_texts_are_read_as_heal_reads_them(splits, tmp_path):
     assert questions.name == "builtin_facts"
     assert (notes.name, len(notes.texts)) == ("notes", 2)
     assert read_calibration(config, splits, [notes]) == [notes]
-    with pytest.raises(RecordError, match="doesn't exist"):
+    with pytest.raises(ConfigError, match="give a file of texts"):
         read_calibration(TuneConfig(text=str(tmp_path / "missing.txt")), splits)
 
 
