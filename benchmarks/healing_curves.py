@@ -4,10 +4,11 @@ The left panel has the increase of the next-token loss over the full path's by t
 tokens of a refit, from files of `benchmarks/repair.py --tokens … --json`. The right panel has the
 KL from the full path on held-out texts by the tokens that were trained on, a line for each healed
 folder, as `drllm heal` keeps it in its `path.json`. Either panel is left out if nothing is given
-for it. Nothing is measured here.
+for it. `--figures` adds the lines of a file that this script has written with `--json`. Nothing is
+measured here.
 
     python benchmarks/healing_curves.py --png FILE [--refits FILE,...] [--healed FOLDER,...]
-        [--labels TEXT,...] [--quick] [--json FILE]
+        [--labels TEXT,...] [--figures FILE] [--quick] [--json FILE]
 """
 
 from __future__ import annotations
@@ -53,22 +54,29 @@ def draw_curves(refits: Curves, trainings: Curves, colours: drawing.Colours, wid
     """Draw both panels."""
     panels = {}
     if refits:
-        panels["calibration tokens of a refit"] = ("loss of text, nats a token more", refits)
+        panels["calibration tokens of a refit, thousands"] = ("loss, nats a token more", refits)
     if trainings:
         panels["tokens trained on, thousands"] = ("KL on held-out texts, nats a token", trainings)
-    figure, all_axes = drawing.make_panels(1, len(panels), width, 2.8)
+    figure, all_axes = drawing.make_panels(1, len(panels), width, 3.4)
     for axes, (title, (quantity, curves)) in zip(all_axes, panels.items(), strict=True):
-        is_training = curves is trainings
         for (label, points), colour in zip(curves.items(), itertools.cycle(COLOURS)):
-            tokens = [number / 1000 if is_training else number for number, _ in points]
+            tokens = [number / 1000 for number, _ in points]
             values = [value for _, value in points]
             axes.plot(tokens, values, "o-", color=colours[colour], label=label, markersize=3)
         axes.set(xlabel=title, ylabel=quantity)
-        if not is_training:
-            axes.set_xscale("log")
+        if curves is refits:
+            use_powers(axes, refits)
         axes.axhline(0, color=colours["grid"], linewidth=0.8, zorder=0)
         drawing.add_legend(axes, columns=1)
     return figure
+
+
+def use_powers(axes: Any, refits: Curves) -> None:
+    """Let equal steps of the horizontal axis be equal factors, and name the tokens measured."""
+    tokens = sorted({number / 1000 for points in refits.values() for number, _ in points})
+    axes.set_xscale("log")
+    axes.set_xticks(tokens, [f"{number:g}" for number in tokens])
+    axes.set_xticks([], minor=True)
 
 
 def read_curves(
@@ -86,6 +94,10 @@ def read_curves(
     trainings: Curves = {}
     for folder, label in zip(folders, labels, strict=True):
         trainings[label] = [(point.tokens, point.held_out_kl) for point in read_training(folder)]
+    if options.figures:
+        figures = json.loads(options.figures.read_text(encoding="utf-8"))
+        refits = figures["refits"] | refits
+        trainings = figures["trainings"] | trainings
     return refits, trainings
 
 
@@ -95,11 +107,12 @@ def main() -> None:
     parser.add_argument("--refits", help="files of benchmarks/repair.py, separated by commas")
     parser.add_argument("--healed", help="folders of drllm heal, separated by commas")
     parser.add_argument("--labels", help="of the healed folders, separated by commas")
+    parser.add_argument("--figures", type=Path, help="a file of this script's --json, to add")
     parser.add_argument("--png", type=Path, required=True, help="the drawing")
     options = parser.parse_args()
     refits, trainings = read_curves(parser, options)
     if not refits and not trainings:
-        parser.error("nothing to draw; give --refits or --healed")
+        parser.error("nothing to draw; give --refits, --healed or --figures")
     draw = partial(draw_curves, refits, trainings)
     options.png.write_bytes(drawing.draw_png(draw, drawing.WIDE))
     common.write_figures(options, {"refits": refits, "trainings": trainings})

@@ -631,6 +631,10 @@ def test_curves_of_refits_and_trainings_are_drawn(benchmark, tmp_path, monkeypat
     assert figures["refits"] == {"without 3": [[5, 0.3], [9, 0.2]]}
     tokens = [number for number, _ in figures["trainings"]["from the refit"]]
     assert tokens[0] == 0 < tokens[-1]
+    again = ["--figures", file, "--png", picture, "--json", tmp_path / "again.json"]
+    monkeypatch.setattr(sys, "argv", ["healing_curves.py", *map(str, again)])
+    benchmark("healing_curves").main()
+    assert json.loads((tmp_path / "again.json").read_text()) == figures
 
 
 def test_only_sets_on_which_the_full_path_beats_guessing_are_pooled(figures_of, tmp_path):
