@@ -36,7 +36,7 @@ from drllm.records.healed import HealedPath
 from drllm.records.identity import QUANTISED
 from drllm.records.path_losses import describe_file_losses
 from drllm.records.places import check_new_folder, create_folder, make_output_error
-from drllm.records.published import hide_places
+from drllm.records.published import hide_model_place, hide_places
 from drllm.records.shrink import SHRINK_FILE, ShrinkRecord
 from drllm.records.static_paths import PathFile, StaticPaths
 
@@ -388,7 +388,7 @@ def model_card(
     return render_card(
         CARD_TEMPLATE,
         _describe_for_hub(base),
-        base=base,
+        base=hide_model_place(base),
         steps=layers,
         decisions=decisions,
         skipped=sorted(set(range(num_layers)) - set(layers)),

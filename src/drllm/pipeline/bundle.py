@@ -32,7 +32,7 @@ from drllm.records.codec import write_atomically, write_json
 from drllm.records.healed import HEALED_FILE
 from drllm.records.manifest import read_manifest, to_lines, write_records
 from drllm.records.places import check_new_folder, create_folder
-from drllm.records.published import hide_folder, hide_places
+from drllm.records.published import hide_folder, hide_model_place, hide_places
 from drllm.records.search import SEARCH_FILE, SearchRecord, read_search
 from drllm.records.shrink import SHRINK_FILE, read_shrink
 from drllm.records.static_paths import PathFile, load_path
@@ -188,7 +188,9 @@ def write_checkpoint(source: Path, folder: Path, model: Any, listener: Listener)
         if record.is_forced:
             listener.note(f"{source} was written by --force: {record.verdict}")
         shutil.copytree(source, folder)
-        public = replace(record, config=hide_places(record.config))
+        public = replace(
+            record, model=hide_model_place(record.model), config=hide_places(record.config)
+        )
         write_json(folder / SHRINK_FILE, public)
         return
     path = load_path(source)
@@ -206,7 +208,10 @@ def write_routers(source: Path, folder: Path) -> None:
     training = dict(routers.config.training)
     if "rewards" in training:
         training["rewards"] = [hide_folder(reward) for reward in training["rewards"]]
-    config = dataclasses.replace(routers.config, training=training)
+    base_model = routers.config.base_model
+    if base_model:
+        base_model = hide_folder(base_model)
+    config = dataclasses.replace(routers.config, training=training, base_model=base_model)
     save_routers(routers, folder, config=config)
 
 
@@ -219,6 +224,7 @@ def write_search_log(source: Path, folder: Path) -> None:
     folder.mkdir()
     if manifest:
         manifest["config"] = hide_places(manifest.get("config", {}))
+        manifest["model"] = hide_model_place(manifest.get("model", {}))
         manifest.pop("plan", None)  # by which a search resumes; it names the same places
         write_records(folder / SEARCH_FILE, public, manifest)
     else:

@@ -1,4 +1,4 @@
-"""What may be published of a run's settings: all but the places on the user's machine."""
+"""What may be published of a run's settings and model: all but places on the user's machine."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,6 +34,19 @@ def hide_places(config: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(public.get(name), str):
             words = [hide_folder(word) for word in public[name].split(",")]
             public[name] = ",".join(words)
+    return public
+
+
+def hide_model_place(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the identity of a model, whose id has no folder if it is a place.
+
+    Example:
+        >>> hide_model_place({"id": "/home/me/llama", "num_layers": 16})
+        {'id': 'llama', 'num_layers': 16}
+    """
+    public = dict(identity)
+    if public.get("id"):
+        public["id"] = hide_folder(public["id"])
     return public
 
 

@@ -159,16 +159,28 @@ def test_a_reward_is_published_without_the_folder_of_its_file(searched, tmp_path
     assert not any("/home/me" in file.read_text() for file in artefact.folder.iterdir())
 
 
-def test_routers_name_no_folder_of_their_rewards(base, tmp_path):
+def test_routers_name_no_folder_of_their_model_and_rewards(base, tmp_path):
     config = RouterConfig(
         num_layers=NUM_LAYERS,
         hidden_size=base.model.config.hidden_size,
+        base_model="/home/me/llama",
         training={"rewards": ["/home/me/grade.py:right@0123456789abcdef", "letter"]},
     )
     save_routers(RouterStack(config), tmp_path / "routers")
     [artefact] = bundle([tmp_path / "routers"], tmp_path / "publish")
-    training = load_routers(artefact.folder).config.training
-    assert training["rewards"] == ["grade.py:right@0123456789abcdef", "letter"]
+    published = load_routers(artefact.folder).config
+    assert published.base_model == "llama"
+    assert published.training["rewards"] == ["grade.py:right@0123456789abcdef", "letter"]
+
+
+def test_a_log_names_no_folder_of_its_model(searched, tmp_path):
+    file = searched / "search.jsonl"
+    manifest = read_manifest(file, "search")
+    manifest["model"] = {**manifest["model"], "id": "/home/me/llama"}
+    write_records(file, read_search(file), manifest)
+    [artefact] = bundle([searched], tmp_path / "publish")
+    assert read_manifest(artefact.folder / "search.jsonl", "search")["model"]["id"] == "llama"
+    assert not any("/home/me" in file.read_text() for file in artefact.folder.iterdir())
 
 
 def test_the_record_of_a_shrunken_checkpoint_names_no_place(base, tmp_path):

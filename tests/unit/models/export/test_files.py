@@ -106,6 +106,13 @@ def test_a_path_without_decisions_and_a_base_model_that_is_not_from_the_hub_are_
     assert "`models/tiny`: LlamaForCausalLM" in card
 
 
+def test_the_card_names_no_folder_of_this_machine():
+    base = IDENTITY | {"id": "/home/me/llama", "revision": None}
+    card = model_card(base, StaticPath([0, 1]), "bfloat16", 0)
+    assert "`llama`" in card
+    assert "/home/me" not in card
+
+
 def card_of(tmp_path, name, **options):
     identity = {**IDENTITY, "num_layers": 6}
     file = load_path(f"{written_paths(tmp_path / 'paths.json', identity, **options)}:{name}")
