@@ -9,6 +9,7 @@ from drllm.cli.command_line import CommandLine
 from drllm.cli.terminal import LOADING, Terminal
 from drllm.cli.verbs import Flag, verb
 from drllm.config import ModelConfig
+from drllm.errors import ConfigError
 from drllm.records.places import check_folder, check_new_folder
 
 
@@ -50,6 +51,10 @@ def bundle_verb(command: CommandLine, terminal: Terminal) -> None:
     path = find_healed(sources)
     if path is not None:
         model = choose_model(command, path=path)
+    elif command.names_model:
+        raise ConfigError(
+            "--model has no effect, since no folder has a healed path to export; leave it out"
+        )
     artefacts = bundle(sources, output, model=model, llama_cpp=llama_cpp, listener=terminal)
 
     for artefact in artefacts:

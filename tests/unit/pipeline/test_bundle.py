@@ -277,3 +277,9 @@ def test_the_command_loads_the_model_that_a_healed_path_names_as_its_flags_say(
         drllm(f"bundle --device cpu --dtype {dtype}", tmp_path / "healed", "--output-dir", output)
         exported = AutoModelForCausalLM.from_pretrained(output / "checkpoint", dtype="auto")
         assert str(exported.dtype) == f"torch.{dtype}"
+
+
+def test_a_model_is_refused_where_no_path_is_exported(drllm, searched, tmp_path):
+    words = ["bundle --model smollm2-135m", searched, "--output-dir", tmp_path / "publish"]
+    assert "--model has no effect" in drllm(*words, status=2).err
+    assert not (tmp_path / "publish").exists()
