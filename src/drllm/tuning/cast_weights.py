@@ -80,7 +80,10 @@ class CastWeights:
 
 
 def list_frozen_maps(model: nn.Module, dtype: torch.dtype) -> list[nn.Linear]:
-    """Return the frozen linear maps of another dtype whose forward nothing else overrides."""
+    """Return the frozen linear maps of another dtype that nothing else changes.
+
+    Other code may override their forward, or compute their weight before each call, in a hook.
+    """
     return [
         module
         for module in model.modules()
