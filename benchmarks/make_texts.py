@@ -15,13 +15,14 @@ import argparse
 import gzip
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from common.compare import SEED
 
 from drllm.records.codec import write_atomically
-
-SEED = 0
+from drllm.records.manifest import to_lines
 
 Row = dict[str, Any]
 
@@ -57,46 +58,46 @@ def write_sentence(row: Row) -> str:
     return str(row["sentence"]).replace("_", row[f"option{row['answer']}"])
 
 
-SEEN: dict[str, tuple[str, str, str, Callable[[Row], str]]] = {
-    "gsm8k": ("gsm8k", "train", "train", write_solution),
-    "squad": ("squad_v2", "validation_subset1000", "validation_subset1000", write_passage),
-    "hellaswag": ("hellaswag", "validation_subset1000", "validation_subset1000", write_ending),
-    "arc_easy": ("arc_easy", "train", "validation", write_arc_answer),
+class Kind(NamedTuple):
+    """Where the texts of a kind come from, and how a row becomes a text."""
+
+    folder: str  # in the data folder
+    file_to_measure: str  # without its ending
+    write: Callable[[Row], str]
+    file_to_fit: str = ""  # empty if nothing is fitted on the kind
+
+
+SEEN = {
+    "gsm8k": Kind("gsm8k", "train", write_solution, "train"),
+    "squad": Kind("squad_v2", "validation_subset1000", write_passage, "validation_subset1000"),
+    "hellaswag": Kind("hellaswag", "validation_subset1000", write_ending, "validation_subset1000"),
+    "arc_easy": Kind("arc_easy", "validation", write_arc_answer, "train"),
 }
-"""Kind → its folder of data, the file to fit on, the file to measure on, how a text is written."""
-UNSEEN: dict[str, tuple[str, str, Callable[[Row], str]]] = {
-    "mmlu": ("mmlu", "validation", write_mmlu_answer),
-    "winogrande": ("winogrande", "validation", write_sentence),
+UNSEEN = {
+    "mmlu": Kind("mmlu", "validation", write_mmlu_answer),
+    "winogrande": Kind("winogrande", "validation", write_sentence),
 }
 
 
-def read_texts(file: Path, write: Callable[[Row], str]) -> list[str]:
-    """Return the texts of a file, each once, in an order drawn with a seed."""
-    with gzip.open(file, "rt", encoding="utf-8") as lines:
-        texts = [write(json.loads(line)) for line in lines]
-    unique = list(dict.fromkeys(texts))
-    random.Random(SEED).shuffle(unique)
-    return unique
+def read_texts(data_dir: Path, kind: Kind, name: str) -> list[str]:
+    """Return the texts of a file of a kind, each once, in an order drawn with a seed."""
+    with gzip.open(data_dir / kind.folder / f"{name}.jsonl.gz", "rt", encoding="utf-8") as lines:
+        texts = [kind.write(json.loads(line)) for line in lines]
+    unique_texts = list(dict.fromkeys(texts))
+    random.Random(SEED).shuffle(unique_texts)
+    return unique_texts
 
 
 def divide_kinds(data_dir: Path, num_held_out: int) -> Iterator[tuple[str, list[str]]]:
     """Yield the name of each file to write, without its ending, and its texts."""
-    for kind, (folder, to_fit, to_measure, write) in SEEN.items():
-        held_out = read_texts(data_dir / folder / f"{to_measure}.jsonl.gz", write)[:num_held_out]
-        texts = read_texts(data_dir / folder / f"{to_fit}.jsonl.gz", write)
-        others = [text for text in texts if text not in set(held_out)]
-        yield f"fit/{kind}", others
-        yield f"held-out/{kind}", held_out
-    for kind, (folder, to_measure, write) in UNSEEN.items():
-        texts = read_texts(data_dir / folder / f"{to_measure}.jsonl.gz", write)
-        yield f"unseen/{kind}", texts[:num_held_out]
-
-
-def write_texts(file: Path, texts: Sequence[str]) -> None:
-    """Write texts as JSON lines, as `--text` of every command reads them."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts]
-    write_atomically(file, "".join(lines).encode())
+    for name, kind in SEEN.items():
+        to_measure = read_texts(data_dir, kind, kind.file_to_measure)[:num_held_out]
+        held_out = set(to_measure)
+        texts = read_texts(data_dir, kind, kind.file_to_fit)
+        yield f"fit/{name}", [text for text in texts if text not in held_out]
+        yield f"held-out/{name}", to_measure
+    for name, kind in UNSEEN.items():
+        yield f"unseen/{name}", read_texts(data_dir, kind, kind.file_to_measure)[:num_held_out]
 
 
 def main() -> None:
@@ -108,7 +109,7 @@ def main() -> None:
     options = parser.parse_args()
     for name, texts in divide_kinds(options.data_dir, options.held_out):
         file = options.output_dir / f"{name}.jsonl"
-        write_texts(file, texts)
+        write_atomically(file, to_lines({"text": text} for text in texts))
         print(f"{file}: {len(texts)} texts")
 
 

@@ -32,7 +32,7 @@ from typing import Any
 import common
 import msgspec
 from common.compare import SEED, average_kinds
-from common.texts import Kinds, read_kinds
+from common.texts import Kinds, read_kinds, refuse_fitted_texts
 from torch import Tensor
 
 from drllm.models.base.load import BaseModel
@@ -104,8 +104,7 @@ def read_seen_kinds(
         )
     for name, texts in to_measure.items():
         to_measure[name] = texts[:num_texts]
-        if set(to_measure[name]) & set(kinds[name]):
-            raise SystemExit(f"{name} has texts that are in --text and in --held-out")
+    refuse_fitted_texts(kinds, to_measure)
     return kinds, to_measure
 
 

@@ -31,7 +31,7 @@ from typing import Any
 import common
 import msgspec
 from common.compare import SEED, average_kinds
-from common.texts import Kinds, read_kinds
+from common.texts import read_kinds, refuse_fitted_texts
 from scipy.stats import spearmanr
 
 from drllm.config import TuneConfig
@@ -117,14 +117,6 @@ def read_file_texts(
         share = take_share(sizes["texts"], len(to_measure), number)
         items[kind] = [Item(Request.from_text(text)) for text in of_kind[:share]]
     return texts, items
-
-
-def refuse_fitted_texts(to_fit: Kinds, to_measure: Kinds) -> None:
-    """Stop if a text that is to be measured could be fitted on."""
-    fitted = {text for texts in to_fit.values() for text in texts}
-    for kind, texts in to_measure.items():
-        if fitted.intersection(texts):
-            raise SystemExit(f"{kind} has texts that are in --text and in --held-out")
 
 
 def take_share(num_texts: int, num_kinds: int, number: int) -> int:
@@ -245,8 +237,10 @@ def measure_all(
     base: BaseModel, options: argparse.Namespace, sizes: Mapping[str, int], folder: Path
 ) -> dict[str, Any]:
     """Measure all paths that aren't kept in the folder, and return the figures."""
-    read = read_file_texts if options.text else read_task_texts
-    texts, items = read(base, options, sizes)
+    if options.text:
+        texts, items = read_file_texts(base, options, sizes)
+    else:
+        texts, items = read_task_texts(base, options, sizes)
     identity = {
         "model": base.identity,
         "runtime": base.runtime,

@@ -14,6 +14,14 @@ Kinds = dict[str, list[Tokens]]
 """The texts of each kind, by the name of its file."""
 
 
+def refuse_fitted_texts(to_fit: Kinds, to_measure: Kinds) -> None:
+    """Stop if a text that is to be measured could be fitted on."""
+    fitted_texts = {text for texts in to_fit.values() for text in texts}
+    for kind, texts in to_measure.items():
+        if fitted_texts.intersection(texts):
+            raise SystemExit(f"{kind} has texts that are in --text and in --held-out")
+
+
 def read_kinds(files: str | None, base: BaseModel, max_tokens: int) -> Kinds:
     """Return the texts of files as tokens, shuffled with a fixed seed.
 
