@@ -873,7 +873,7 @@ def test_questions_that_it_may_have_been_trained_on_are_not_reported(unbroken, s
         ({"tasks": "builtin_fact"}, TaskError, "builtin_facts"),
         ({"texts": ["Only one."]}, TaskError, "texts has 1 texts"),
         ({"texts": "notes.md"}, ConfigError, "notes.md"),
-        ({"texts": "missing.txt"}, RecordError, "missing.txt"),
+        ({"texts": "missing.txt"}, ConfigError, "missing.txt"),
         ({"learning_rate": 1e18}, ConfigError, "lower --learning-rate"),
     ],
 )
