@@ -11,6 +11,11 @@ pass over the texts serve all gaps of all paths. A gap is solved when a path nee
 token of a text is apart: it becomes h + c, where c is the mean difference there, since the state of
 a first token may be 100 times as large as others.
 
+Some models make an attention sink: one layer's MLP makes the state of a first token 150 times as
+large. A refit can't make such a state in an earlier layer, so the stand-in mustn't either: c is 0
+where the state would grow more than `LARGEST_GROWTH` times. Otherwise paths without that layer
+would look much better than they are.
+
 Memory: the states take L D 4 bytes a token, the regression behind each layer D² 8 bytes, and each
 solved gap D² 4 bytes.
 
@@ -42,6 +47,9 @@ RIDGES = tuple(10.0**exponent for exponent in range(-5, 2))
 """The values of λ to choose from, for inputs of variance 1."""
 SMALLEST_DEVIATION = 1e-6
 """The least standard deviation of an input; an input that is always the same would divide by 0."""
+LARGEST_GROWTH = 20.0
+"""How many times as large a gap may make the state of a first token. In SmolLM2-135M the gaps that
+keep the layer of its sink have at most 13, the others 30 to 150."""
 SHARE_ON_DEVICE = 0.25  # of the free memory of the model's device that the states may take
 SHARE_OF_MEMORY = 0.5  # of the free memory of the host that the states may take
 
@@ -117,8 +125,18 @@ class StandIn:
         weight, bias, unexplained = regression.solve(
             self._fit.differences(gap), self._held_out.differences(gap)
         )
-        first = torch.cat([self._fit.first_differences(gap), self._held_out.first_differences(gap)])
-        return GapMap(weight.float(), bias.float(), first.mean(dim=0).float(), unexplained)
+        first = self._find_first_change(gap)
+        return GapMap(weight.float(), bias.float(), first.float(), unexplained)
+
+    def _find_first_change(self, gap: Gap) -> Tensor:
+        """Return c of a gap, `[D]`."""
+        parts = (self._fit, self._held_out)
+        states = torch.cat([part.first[gap.layer] for part in parts])  # [texts, D]
+        targets = torch.cat([part.first[gap.next_layer - 1] for part in parts])
+        change = (targets - states).mean(dim=0)
+        if targets.norm() > LARGEST_GROWTH * states.norm():
+            return torch.zeros_like(change)
+        return change
 
 
 class _Regression:
@@ -190,10 +208,6 @@ class FullPathStates:
     def differences(self, gap: Gap) -> Tensor:
         """Return what a gap's states lack: what enters the layer after it minus the state."""
         return self.states[gap.next_layer - 1] - self.states[gap.layer]
-
-    def first_differences(self, gap: Gap) -> Tensor:
-        """Return the same for first tokens, `[texts, D]`."""
-        return self.first[gap.next_layer - 1] - self.first[gap.layer]
 
 
 class _RecordStates(Driver):

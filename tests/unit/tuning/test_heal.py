@@ -18,7 +18,6 @@ from drllm.errors import (
     ConfigError,
     ModelError,
     PathError,
-    RecordError,
     TaskError,
 )
 from drllm.evaluation.request import refuse_tuning_questions

@@ -116,6 +116,19 @@ def test_a_state_is_left_alone_where_nothing_is_explained():
     assert torch.allclose(mapped[0], states[0] + found.first)
 
 
+@pytest.mark.parametrize(("growth", "is_made"), [(10.0, True), (100.0, False)])
+def test_a_first_token_that_grows_more_than_a_refit_can_make_it_is_left_alone(growth, is_made):
+    generator = torch.Generator().manual_seed(0)
+
+    def make_states(num_tokens):
+        states = torch.randn(num_tokens, 8, generator=generator)
+        first = torch.randn(3, 8, generator=generator)
+        return stand_in.FullPathStates([states, 2 * states], [first, growth * first])
+
+    found = StandIn(make_states(20), make_states(20)).find_map(Gap(0, 2))
+    assert bool(found.first.any()) == is_made
+
+
 def test_states_keep_their_dtype(routed, texts):
     maps = fit_stand_in(routed, texts)
     states = torch.randn(2, 3, routed.config.hidden_size, dtype=torch.bfloat16)
