@@ -288,13 +288,14 @@ class _TuningRun:
             seconds_before = table.seconds
             if minutes is not None and table.seconds + seconds > 60 * minutes:
                 self.listener.note(
-                    f"another level would probably not fit into --minutes {minutes:g}"
+                    f"the search ends here: to leave out one more layer would probably take it "
+                    f"beyond {minutes:g} minutes"
                 )
                 return _SearchResult(best_paths, is_cut=True)
             if not gains.may_extend(best):  # so no path of the level may
                 self.listener.note(
-                    f"all paths of this level lose more than --max-loss {gains.max_loss:g}, "
-                    f"so the search ends"
+                    f"the search ends here: all paths of this level lose more than "
+                    f"{gains.max_loss:g} nats"
                 )
         return _SearchResult(best_paths, is_cut=False)
 
