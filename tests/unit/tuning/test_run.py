@@ -267,8 +267,8 @@ def test_a_level_whose_paths_all_lose_too_much_is_said_to_end_there(routed, hear
     strict = Noting()
     found = tuned(routed, objective="kl", max_loss=0.0, listener=strict)
     assert [path.name for path in found.paths] == ["full", "skip1"]
-    assert sum("--max-loss 0" in line for line in strict.lines) == 1
-    assert not any("--max-loss" in line for line in heard.lines)
+    assert sum("more than 0 nats" in line for line in strict.lines) == 1
+    assert not any("the search ends here" in line for line in heard.lines)
 
 
 def test_a_finished_tuning_in_another_precision_is_refused(unbroken, routed, tmp_path):
