@@ -17,6 +17,7 @@ from drllm.evaluation.questions import select_tasks, without_routers
 from drllm.paths import StaticPath
 from drllm.records.results import BASE, ROUTED
 from drllm.records.static_paths import PathFile, read_path_list
+from drllm.records.supervision import read_supervision
 from drllm.tasks.base import Task
 from drllm.tasks.graded import pin_reward
 
@@ -62,12 +63,13 @@ def read_request(
     Raises:
         ConfigError: Settings make no sense together, or a package is missing.
         PathError: A path has the name of another system.
-        RecordError: A file of paths can't be read.
+        RecordError: A file of paths or targets can't be read.
         TaskError: A task is unknown, or has no questions.
     """
     paths = _write_places(paths)
     config = complete_settings(config, paths, has_routers=has_routers)
     named_paths = name_paths(paths, config)  # before the questions, which may take long to read
+    refuse_wrong_targets(config)
     selected_tasks = select_tasks(config, tasks)
     for path in named_paths.values():
         if isinstance(path, PathFile):
@@ -133,6 +135,12 @@ def name_paths(
                 f"a path is called {name!r}, as another system is; give it another name"
             )
     return named_paths
+
+
+def refuse_wrong_targets(config: EvaluateConfig) -> None:
+    """Raise RecordError if the file of the routers' targets is missing or can't be trusted."""
+    if config.supervision is not None:
+        read_supervision(Path(config.supervision))
 
 
 def refuse_tuning_questions(

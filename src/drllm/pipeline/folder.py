@@ -14,25 +14,29 @@ from pathlib import Path
 from typing import Any
 
 from drllm.errors import RecordError
+from drllm.evaluation.request import refuse_wrong_targets
 from drllm.pipeline.manifest import RUN_FILE, StageState, read_run_manifest
 from drllm.pipeline.model import open_model_lazily
 from drllm.pipeline.recipes import Recipe
 from drllm.pipeline.stages import RECIPE_FILE, STAGES, Run, make_stage
 from drllm.records import codec
 from drllm.records.places import check_folder
+from drllm.records.supervision import SUPERVISION_FILE
 from drllm.work.listener import Listener, duration
 
 
 def run_recipe(recipe: Recipe, folder: Path, listener: Listener) -> dict[str, str]:
     """Run the stages of a recipe in a folder, except finished ones.
 
-    A wrong recipe, task or folder is refused before anything is written.
+    A wrong recipe, task, file or folder is refused before anything is written.
 
     Returns:
         The time of each stage in words, by the name of the stage.
     """
     recipe.check()
     check_folder(folder, "--output-dir")
+    if not _makes_targets(recipe, folder):
+        refuse_wrong_targets(recipe.evaluate)
     with open_model_lazily(recipe.model, listener) as load:
         run = Run(
             recipe=recipe,
@@ -42,6 +46,13 @@ def run_recipe(recipe: Recipe, folder: Path, listener: Listener) -> dict[str, st
             listener=listener,
         )
         return _run_stages([name for name in STAGES if recipe.includes(name)], run)
+
+
+def _makes_targets(recipe: Recipe, folder: Path) -> bool:
+    """Tell whether the targets that the evaluation names are those that this run makes."""
+    if recipe.evaluate.supervision is None or not recipe.has_routers:
+        return False
+    return Path(recipe.evaluate.supervision).resolve() == (folder / SUPERVISION_FILE).resolve()
 
 
 def _run_stages(names: Sequence[str], run: Run) -> dict[str, str]:

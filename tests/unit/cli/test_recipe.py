@@ -9,7 +9,8 @@ import drllm
 from drllm.cli import main, running
 from drllm.config import ModelConfig
 from drllm.errors import ConfigError, RecordError
-from drllm.pipeline.folder import begin_stage
+from drllm.pipeline import folder as run_folders
+from drllm.pipeline.folder import begin_stage, run_recipe
 from drllm.pipeline.manifest import RunManifest, StageState, read_run_manifest
 from drllm.pipeline.model import open_model_lazily
 from drllm.pipeline.recipes import Recipe, read_recipe
@@ -149,6 +150,21 @@ def test_a_path_that_is_not_there_is_refused_before_anything_is_loaded(tmp_path)
     recipe = read_recipe(write(tmp_path, f"{ROUTERS}{EVALUATE[:-2]}, paths: missing.json}}"))
     with pytest.raises(RecordError, match=r"missing\.json doesn't exist"):
         recipe.check()
+
+
+def test_targets_that_are_not_there_are_refused_before_any_stage_unless_the_run_makes_them(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_folders, "_run_stages", lambda names, _: dict.fromkeys(names, ""))
+    evaluate = f"{EVALUATE[:-2]}, baselines: sequence-router, supervision: out/%s}}\n"
+
+    missing = read_recipe(write(tmp_path, ROUTERS + evaluate % "missing.jsonl"))
+    with pytest.raises(RecordError, match=r"^out/missing\.jsonl doesn't exist"):
+        run_recipe(missing, tmp_path / "out", Listener())
+
+    made_by_the_run = read_recipe(write(tmp_path, ROUTERS + evaluate % "supervision.jsonl"))
+    assert "evaluate" in run_recipe(made_by_the_run, tmp_path / "out", Listener())
 
 
 @pytest.mark.parametrize(
