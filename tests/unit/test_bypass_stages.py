@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 
+import msgspec
 import pytest
 import torch
 
@@ -14,10 +15,11 @@ from drllm.models import workers
 from drllm.models.base.identity import describe
 from drllm.models.routed_model import RoutedModel, attach
 from drllm.models.routing.bypass import Bypass
-from drllm.models.routing.bypass_file import BypassRecord, save_bypass
+from drllm.models.routing.bypass_file import BYPASS_FILE, BypassRecord, save_bypass
 from drllm.models.routing.policies import FixedPolicy
 from drllm.paths import StaticPath
 from drllm.records.supervision import SupervisionRecord
+from drllm.reporting.commands import evaluate_command
 from drllm.work.listener import Listener
 
 ROWS = [
@@ -156,6 +158,19 @@ def test_a_loaded_model_takes_its_bypass_from_the_settings(model_folder, tmp_pat
     records = drllm.search_paths(config, ROWS, **SEARCH)
     assert records.model["bypass"] == bypass.sha256
     RoutedModel(base.model)
+
+
+def test_an_evaluation_is_repeated_with_the_file_of_its_bypass(model_folder, tmp_path):
+    folder = str(model_folder())
+    base = drllm.load(folder, device="cpu")
+    bypass = draw_bypass(base.model)
+    save_bypass(tmp_path / BYPASS_FILE, bypass, BypassRecord(model=dict(bypass.model)))
+    config = drllm.ModelConfig(model=folder, device="cpu", bypass=str(tmp_path))
+    few = {"baselines": "none", "num_texts": 2, "limit": 2, "paths": "without:1"}
+    [result] = drllm.evaluate(config, "builtin_facts", output_dir=tmp_path / "eval", **few)
+    assert result.bypass == str(tmp_path / BYPASS_FILE)
+    command = evaluate_command(msgspec.structs.asdict(result))
+    assert f"--bypass {tmp_path / BYPASS_FILE}" in command
 
 
 def test_executions_and_flops_count_what_the_bypass_costs(base, bypass):

@@ -254,6 +254,7 @@ def _make_header(inputs: EvaluationInputs, workers: Workers) -> dict[str, Any]:
     first_folder = None
     if routers.first_folder is not None:
         first_folder = str(routers.first_folder)
+    bypass = workers.base.bypass
     other_seeds = {}
     for folder, file_hash in routers.hashes.items():
         if folder != routers.first_folder:
@@ -267,6 +268,7 @@ def _make_header(inputs: EvaluationInputs, workers: Workers) -> dict[str, Any]:
     return {
         **manifest,
         "runtime": workers.base.runtime,
+        "bypass": None if bypass is None else bypass.file or None,
         "routers": first_folder,
         "routers_sha256": routers.first_hash,
         "paths": {name: steps_to_write(path) for name, path in inputs.paths.items()},

@@ -188,6 +188,7 @@ class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One `eval/TASK.json`. `systems` and `curve` begin with base; `curve` may be empty."""
 
     runtime: dict[str, Any]
+    bypass: str | None = None  # its file; None in files of earlier versions
     task: str
     split: str
     kind: Literal["choices", "generated"]

@@ -72,11 +72,12 @@ def train_command(router_config: Mapping[str, Any], **changes: Any) -> str:
 
 
 def _model_values(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the flags of the model in a manifest, and how it ran."""
+    """Return the flags of the model in a manifest, of its bypass, and of how it ran."""
     runtime = find_runtime(manifest)
     values = name_model(manifest.get("model") or {})
     for name in RUNTIME:
         values[name] = runtime.get(name)
+    values["bypass"] = manifest.get("bypass")
     return values
 
 

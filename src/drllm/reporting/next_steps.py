@@ -152,7 +152,8 @@ def _suggest_for_path(run: Run, evaluation: Result, path: System) -> Iterator[St
         yield _drop_step(run, evaluation, path)
     file = _find_path_file(run, evaluation, path)
     if file is not None:
-        command = _generate_command(**name_model(evaluation.model), path=file)
+        values = {**name_model(evaluation.model), "bypass": evaluation.bypass, "path": file}
+        command = _generate_command(**values)
         yield f"Read an answer of {path.name} yourself:", command
     if evaluation.routed and run.search:
         yield _search_more_step(run)
@@ -177,7 +178,8 @@ def _suggest_for_routing(run: Run, evaluation: Result, routed: System) -> Iterat
         yield _drop_step(run, evaluation, routed)
     if saves_layers and not is_worse:
         routers = run.folder / "routers" if run.router_config else evaluation.routers
-        yield "Read an answer yourself:", _generate_command(routers=routers)
+        command = _generate_command(bypass=evaluation.bypass, routers=routers)
+        yield "Read an answer yourself:", command
     if not evaluation.seeds and run.supervision:
         yield _more_seeds_step(run)
 
@@ -334,7 +336,8 @@ def _compare_step(run: Run, evaluation: Evaluation) -> Step:
     """Suggest a comparison with base on a task."""
     values = {**_name_task(evaluation), "output_dir": run.folder / "eval"}
     if run.router_config:
-        command = write_command("evaluate", {"routers": run.folder / "routers", **values})
+        values |= {"routers": run.folder / "routers", "bypass": evaluation.bypass}
+        command = write_command("evaluate", values)
         return f"Compare the routed model on {evaluation.task} too:", command
     what = f"Look for static paths that save layers on {evaluation.task}:"
     return what, _tune_command(run, evaluation)

@@ -294,6 +294,16 @@ def test_an_evaluation_of_several_seeds_of_a_model_s_commit_is_repeated_with_the
     assert line.get_settings(ModelConfig).revision == "abc"
 
 
+def test_commands_that_follow_an_evaluation_with_a_bypass_name_its_file(run, evaluation, even):
+    routed = replace(evaluation.routed, against_base=even)
+    changes = {"systems": (evaluation.base, routed), "drop_test": None, "curve": ()}
+    for verb in ("evaluate", "generate"):
+        lines = commands(run, verb, bypass="b/bypass.safetensors", **changes)
+        assert lines
+        for line in lines:
+            assert line.get_settings(ModelConfig).bypass == "b/bypass.safetensors"
+
+
 def test_beside_a_folder_of_results_alone_new_folders_stand_beside_it(run, evaluation):
     alone = dataclasses.replace(run, folder=Path("results/eval"), is_eval_folder=True)
     outputs = [line.values.get("output_dir") for line in commands(alone, "evaluate", curve=())]

@@ -55,6 +55,7 @@ class Bypass:
         bias: b of each layer, `[L, D]`.
         first: c of each layer, `[L, D]`.
         model: The identity of the model that it was fitted for; empty if that isn't known.
+        file: The file that it was read from; empty if it was made in memory.
     """
 
     down: Tensor
@@ -62,6 +63,7 @@ class Bypass:
     bias: Tensor
     first: Tensor
     model: Mapping[str, Any] = field(default_factory=dict)
+    file: str = ""
     _copies: dict[tuple[int, torch.device, torch.dtype], LayerMap] = field(
         default_factory=dict, init=False
     )

@@ -94,7 +94,7 @@ def load_bypass_with_record(file: Path | str) -> tuple[Bypass, BypassRecord]:
         if tensor.dtype != torch.float32 or not bool(tensor.isfinite().all()):
             raise CheckpointError(f"{file}: {name!r} isn't made of finite float32 numbers")
     try:
-        return Bypass(**tensors, model=record.model), record
+        return Bypass(**tensors, model=record.model, file=str(file)), record
     except (RoutingError, ValueError) as error:
         raise CheckpointError(f"{file}: {error}") from error
 
