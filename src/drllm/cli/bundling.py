@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 
 from drllm.cli.base_model import check_model, choose_model
@@ -9,6 +10,7 @@ from drllm.cli.command_line import CommandLine
 from drllm.cli.terminal import LOADING, Terminal
 from drllm.cli.verbs import Flag, verb
 from drllm.config import ModelConfig
+from drllm.config.fields import to_flag
 from drllm.errors import ConfigError
 from drllm.records.places import check_folder, check_new_folder
 
@@ -51,13 +53,23 @@ def bundle_verb(command: CommandLine, terminal: Terminal) -> None:
     path = find_healed(sources)
     if path is not None:
         model = choose_model(command, path=path)
-    elif command.names_model:
-        raise ConfigError(
-            "--model has no effect, since no folder has a healed path to export; leave it out"
-        )
+    else:
+        _refuse_model_settings(command)
     artefacts = bundle(sources, output, model=model, llama_cpp=llama_cpp, listener=terminal)
 
     for artefact in artefacts:
         terminal.fact(artefact.kind, f"{artefact.folder}, from {artefact.source}")
     terminal.say("\nread each README.md before you publish; then, for example:")
     terminal.command(shlex.join(["hf", "upload", "OWNER/NAME", str(artefacts[0].folder)]))
+
+
+def _refuse_model_settings(command: CommandLine) -> None:
+    """Refuse a model, and settings of how it is loaded, where no model is loaded."""
+    config = command.get_settings(ModelConfig)
+    for field in dataclasses.fields(config):
+        is_given = getattr(config, field.name) != field.default
+        if is_given or (field.name == "model" and command.names_model):
+            raise ConfigError(
+                f"{to_flag(field.name)} has no effect, since no folder has a healed path to "
+                f"export; leave it out"
+            )

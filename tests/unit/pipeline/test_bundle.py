@@ -283,3 +283,13 @@ def test_a_model_is_refused_where_no_path_is_exported(drllm, searched, tmp_path)
     words = ["bundle --model smollm2-135m", searched, "--output-dir", tmp_path / "publish"]
     assert "--model has no effect" in drllm(*words, status=2).err
     assert not (tmp_path / "publish").exists()
+
+
+@pytest.mark.parametrize("setting", ["--dtype float32", "--device cpu", "--trust-remote-code"])
+def test_how_a_model_is_loaded_is_refused_where_no_path_is_exported(
+    drllm, searched, tmp_path, setting
+):
+    words = [f"bundle {setting}", searched, "--output-dir", tmp_path / "publish"]
+    [line] = drllm(*words, status=2).err.splitlines()
+    assert f"{setting.split()[0]} has no effect, since no folder has a healed path" in line
+    assert not (tmp_path / "publish").exists()
