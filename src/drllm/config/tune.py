@@ -72,6 +72,11 @@ class TuneConfig(ExecutorConfig):
         help="maximum questions per task to choose a path on, and maximum questions to test it "
         "on; default: all",
     )
+    grade_answers: bool = setting(
+        True,
+        help="where the objective is next_token_loss and answers are graded, also generate the "
+        "answers of the best paths and grade them, which may take most of the time",
+    )
     max_loss: float = basic(
         0.1,
         minimum=0.0,

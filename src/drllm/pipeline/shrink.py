@@ -314,6 +314,8 @@ class ShrinkRun:
             data_dir=config.data_dir,
             objective=LOSS if has_answers else None,
             max_skipped=num_skipped,  # None: a sixth of the layers, as for `tune`
+            # Candidates are chosen by their loss. Only healed ones have to answer, when measured.
+            grade_answers=False,
             # A path may lose more before it is healed than it may lose in the end.
             max_loss=1.0,
             minutes=None if num_skipped else SHARE_TO_TUNE * config.minutes,

@@ -94,6 +94,7 @@ def tokenize_task(
     for part in (SELECT, TEST):
         texts = choose(prompts[part], NUM_TEXTS, config.seed)
         items[TEXTS_OF + part] = make_text_items(base, texts)
+    generates_answers = config.grade_answers and splits.is_generated(objective)
     return TaskQuestions(
         key=f"{splits.task.name} {number}",
         name=splits.task.name,
@@ -101,7 +102,7 @@ def tokenize_task(
         is_divided=splits.is_divided,
         chance=_find_chance(splits, objective),
         items=items,
-        prompts=prompts if splits.is_generated(objective) else {},
+        prompts=prompts if generates_answers else {},
     )
 
 

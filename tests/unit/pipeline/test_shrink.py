@@ -100,6 +100,21 @@ def test_what_chooses_among_paths_repairs_none_of_them(base, prompts, tmp_path):
     assert len(healed) > 30
 
 
+def test_no_answers_are_generated_to_find_paths(base, tmp_path):
+    rows = []
+    for number in range(60):
+        question = f"What is {number} + 0?"
+        rows.append({"question": question, "answer": str(number), "grader": "exact"})
+    file = write_rows(tmp_path / "sums.jsonl", rows)
+    questions = read_questions(ShrinkConfig(**SMALL), file)
+    run = ShrinkRun(base, questions, ShrinkConfig(**SMALL), tmp_path, Listener())
+    sources, _ = run.prepare_texts()
+    for path in run.tune_paths(sources).paths:
+        score = path.on("sums", "select")
+        assert score.text_loss is not None
+        assert score.accuracy is None
+
+
 def test_texts_and_answers_fit_into_a_short_context(tiny_base, prompts, tmp_path, monkeypatch):
     monkeypatch.setattr(stage, "MAX_TOKENS", 512)
     rows = [{"text": f"{number} " * 90} for number in range(160)]

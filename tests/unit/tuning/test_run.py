@@ -145,6 +145,34 @@ def test_a_finished_tuning_on_other_questions_is_refused(routed, tmp_path):
         run(1)
 
 
+def letters(tmp_path, grader):
+    """Return a task of questions whose answers are generated."""
+    rows = (
+        {"question": f"Letter number {n}?", "answer": "AB"[n % 2], "grader": grader}
+        for n in range(60)
+    )
+    return FileTask(tmp_path / "mine.jsonl", (), enumerate(rows, 1))
+
+
+@pytest.mark.parametrize("grade_answers", [True, False])
+def test_answers_are_generated_only_to_be_graded(routed, tmp_path, grade_answers):
+    found = tune(
+        routed,
+        letters(tmp_path, "exact"),
+        repair="none",
+        num_fit=4,
+        num_judged=4,
+        max_skipped=1,
+        beam=1,
+        grade_answers=grade_answers,
+    )
+    for path in found.paths:
+        for part in ("select", "test"):
+            score = path.on("mine", part)
+            assert score.text_loss is not None
+            assert (score.accuracy is not None) == grade_answers
+
+
 TEMPLATE = "{{ messages[0]['content'] }}!"
 
 
@@ -152,11 +180,7 @@ TEMPLATE = "{{ messages[0]['content'] }}!"
 @pytest.mark.parametrize("changed", ["grader", "chat template"])
 def test_results_of_other_prompts_are_refused(routed, tmp_path, monkeypatch, changed, is_finished):
     def run(grader, listener=None):
-        rows = (
-            {"question": f"Letter number {n}?", "answer": "AB"[n % 2], "grader": grader}
-            for n in range(60)
-        )
-        task = FileTask(tmp_path / "mine.jsonl", (), enumerate(rows, 1))
+        task = letters(tmp_path, grader)
         settings = {"num_fit": 4, "num_judged": 4, "max_skipped": 1, "beam": 1}
         return tune(
             routed, task, None, tmp_path / "out", repair="none", listener=listener, **settings
