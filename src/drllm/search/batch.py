@@ -23,11 +23,12 @@ from drllm.search.evaluator import Evaluator, JudgedOutcome, TokenizedPrompt, to
 from drllm.search.questions import Batch, SearchQuestion
 from drllm.search.retest import retest_paths
 from drllm.search.rounds import add_late_margins, run_rounds
-from drllm.search.steps import BatchProgress, BatchSteps, OnFirstRound
+from drllm.search.steps import BatchProgress, BatchSteps, OnFirstRound, PathCounter
 from drllm.search.strategies import PathSearch, new_search
 from drllm.tasks.examples import Prompt
 from drllm.work.listener import logger
 from drllm.work.run import BlockFunction, BlockSteps
+from drllm.work.store import ResultStore
 
 ATTEMPTS = 3  # attempts to search a question: the first with its batch, the others alone
 QUESTION_ERRORS = (
@@ -46,6 +47,7 @@ class BatchRecords:
 
     records: tuple[SearchRecord, ...]  # in the questions' order
     failed: tuple[FailedQuestion, ...] = ()  # questions whose attempts all failed
+    num_new: int = 0  # paths tried since the search was started or resumed
 
 
 @dataclass(frozen=True)
@@ -76,10 +78,12 @@ class SearchBatch(BlockFunction[Batch, BatchRecords]):
         """Join the results of all questions, in the questions' order."""
         records: list[SearchRecord] = []
         failed: list[FailedQuestion] = []
+        num_new = 0
         for result in results:
             records += result.records
             failed += result.failed
-        return BatchRecords(tuple(records), tuple(failed))
+            num_new += result.num_new
+        return BatchRecords(tuple(records), tuple(failed), num_new)
 
     def give_up(self, data: Batch, num_losses: int) -> BatchRecords:
         """Set the only question of a batch aside."""
@@ -107,40 +111,51 @@ def search_batch(
             or the re-test of a few questions. Also receives the progress.
         on_first_round: Called after the first round; None calls nothing.
     """
+    counter = PathCounter(steps.report)
+    counted_steps = BlockSteps(steps.store, counter.report)
     try:
-        records = search_in_step(routed, batch.questions, config, steps, on_first_round)
-        return BatchRecords(tuple(records))
+        records = search_in_step(routed, batch.questions, config, counted_steps, on_first_round)
+        return BatchRecords(tuple(records), num_new=counter.num_new)
     except QUESTION_ERRORS as error:
         logger.info("a batch of %d questions failed: %s", len(batch.questions), error)
-    return _search_one_by_one(routed, batch, config, steps)
+    return _search_one_by_one(routed, batch, config, steps.store, counter)
 
 
 def _search_one_by_one(
-    routed: RoutedModel, batch: Batch, config: SearchConfig, steps: BlockSteps
+    routed: RoutedModel,
+    batch: Batch,
+    config: SearchConfig,
+    store: ResultStore | None,
+    counter: PathCounter,
 ) -> BatchRecords:
     records: list[SearchRecord] = []
     failed: list[FailedQuestion] = []
-    silent_steps = BlockSteps(steps.store)
     for number, question in enumerate(batch.questions):
-        if steps.report is not None:
-            steps.report(number / len(batch.questions), 0, "searching one by one")
-        result = _search_alone(routed, question, config, silent_steps)
+        counter.begin_attempt()
+        counter.report(number / len(batch.questions), 0, "searching one by one")
+        result = _search_alone(routed, question, config, store, counter)
         if isinstance(result, FailedQuestion):
             failed.append(result)
         else:
             records.append(result)
-    return BatchRecords(tuple(records), tuple(failed))
+    return BatchRecords(tuple(records), tuple(failed), counter.num_new)
 
 
 def _search_alone(
-    routed: RoutedModel, question: SearchQuestion, config: SearchConfig, steps: BlockSteps
+    routed: RoutedModel,
+    question: SearchQuestion,
+    config: SearchConfig,
+    store: ResultStore | None,
+    counter: PathCounter,
 ) -> SearchRecord | FailedQuestion:
     """Search a question alone up to `ATTEMPTS - 1` times: the first attempt was with its batch."""
+    steps = BlockSteps(store, counter.count)
     message = ""
     for _ in range(ATTEMPTS - 1):
+        counter.begin_attempt()
         try:
             return search_in_step(routed, [question], config, steps)[0]
-        except QUESTION_ERRORS as error:  # noqa: PERF203
+        except QUESTION_ERRORS as error:
             message = f"{type(error).__name__}: {' '.join(str(error).split())}"
     return failed_question(question, message, ATTEMPTS)
 

@@ -32,7 +32,7 @@ class SearchProgress:
     num_failed: int = 0  # finished questions that failed
     num_valid: int = 0  # finished questions with a right path that survived the re-test
     num_improving: int = 0  # of these, the questions whose full path is wrong
-    num_new_paths: int = 0  # paths run since the search was started or resumed
+    num_new_paths: int = 0  # paths tried since the search was started or resumed
     started: float = field(default_factory=time.monotonic)
 
     @classmethod
@@ -53,8 +53,8 @@ class SearchProgress:
                 self.num_valid += 1
             if any(is_improving(path, record) for path in survivors):
                 self.num_improving += 1
-            if is_new:
-                self.num_new_paths += len(record.paths)
+        if is_new:
+            self.num_new_paths += result.num_new
         self._report(block.data.task)
 
     def report_step(self, block: Block[Batch], share: float, num_paths: int, step: str) -> None:
@@ -63,7 +63,7 @@ class SearchProgress:
         Args:
             block: The batch, which `add` hasn't counted yet.
             share: The share of the batch's work that is done.
-            num_paths: Number of the batch's paths that were run so far.
+            num_paths: How many of its paths were tried since the search was started or resumed.
             step: The finished step in words.
         """
         self._report(block.data.task, share * block.size, num_paths, step)

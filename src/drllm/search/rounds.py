@@ -40,7 +40,7 @@ def run_rounds(
         if not pairs:
             break
         evaluate = partial(_evaluate_new, evaluator)
-        round_outcomes = steps.run(f"round {number}", pairs, evaluate)
+        round_outcomes = steps.run(f"round {number}", pairs, evaluate, is_round=True)
         outcomes.update(zip(pairs, round_outcomes, strict=True))
         if number == 0 and on_first_round is not None:
             on_first_round(steps.questions, outcomes)

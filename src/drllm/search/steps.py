@@ -40,14 +40,20 @@ class BatchProgress:
     has_late_margins: bool  # whether right answers get their margins after the rounds
     on_step: OnStep | None
     num_run: int = 0  # finished runs, including runs of an interrupted search
-    num_new: int = 0  # runs since the search was started or resumed
+    num_new: int = 0  # paths tried in the rounds since the search was started or resumed
     total: float = 1.0  # estimated number of runs of the whole batch
     share: float = 0.0  # the largest share reported so far, so that the share never falls
 
-    def count(self, num_runs: int, *, is_new: bool) -> None:
-        """Count the runs of a finished step; `is_new` says that they were run now."""
+    def count(self, num_runs: int, *, is_new: bool, is_round: bool) -> None:
+        """Count the runs of a finished step.
+
+        Args:
+            num_runs: Their number.
+            is_new: Whether they were run now.
+            is_round: Whether each of them is a path that was tried for the first time.
+        """
         self.num_run += num_runs
-        if is_new:
+        if is_new and is_round:
             self.num_new += num_runs
 
     def report(self, step: str) -> None:
@@ -86,6 +92,32 @@ class BatchProgress:
         self.total = num_paths * (1 + num_further_runs / len(outcomes))
 
 
+@dataclass
+class PathCounter:
+    """Counts the paths of a batch that are tried now, and passes its progress on.
+
+    If the questions of the batch are searched one by one, each has a `BatchProgress` of its own.
+    """
+
+    on_step: OnStep | None
+    num_new: int = 0  # paths tried since the search was started or resumed
+    num_new_before: int = 0  # of these, the paths of attempts that are over
+
+    def report(self, share: float, num_new: int, step: str) -> None:
+        """Receive a finished step of the current attempt, and report it; see `OnStep`."""
+        self.count(share, num_new, step)
+        if self.on_step is not None:
+            self.on_step(share, self.num_new, step)
+
+    def count(self, _share: float, num_new: int, _step: str) -> None:
+        """Receive a finished step of the current attempt."""
+        self.num_new = self.num_new_before + num_new
+
+    def begin_attempt(self) -> None:
+        """Begin another attempt, whose paths are counted from 0."""
+        self.num_new_before = self.num_new
+
+
 @dataclass(frozen=True)
 class BatchSteps:
     """Runs the steps of a batch, or reads their results if an interrupted search kept them."""
@@ -94,14 +126,17 @@ class BatchSteps:
     store: ResultStore | None  # keeps the results; None keeps nothing
     progress: BatchProgress
 
-    def run(self, name: str, pairs: Sequence[Pair], evaluate: Evaluate) -> list[JudgedOutcome]:
+    def run(
+        self, name: str, pairs: Sequence[Pair], evaluate: Evaluate, *, is_round: bool = False
+    ) -> list[JudgedOutcome]:
         """Return the outcomes of a step, from disk if they are there.
 
-        The name, the questions and the pairs identify the outcomes on disk.
+        The name, the questions and the pairs identify the outcomes on disk. `is_round` says that
+        the step is a round.
         """
         if self.store is None:
             outcomes = evaluate(pairs)
-            self.progress.count(len(pairs), is_new=True)
+            self.progress.count(len(pairs), is_new=True, is_round=is_round)
             return outcomes
         places = [question.place for question in self.questions]
         digest = hash_values([(places, list(pairs))])[:16]
@@ -110,9 +145,9 @@ class BatchSteps:
         kept_outcomes = kept_steps.get(key)
         if kept_outcomes is None:
             kept_outcomes = kept_steps.put(key, evaluate(pairs))
-            self.progress.count(len(pairs), is_new=True)
+            self.progress.count(len(pairs), is_new=True, is_round=is_round)
         else:
-            self.progress.count(len(pairs), is_new=False)
+            self.progress.count(len(pairs), is_new=False, is_round=is_round)
         return kept_outcomes
 
     def run_retest(

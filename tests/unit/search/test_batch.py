@@ -107,7 +107,7 @@ def retested(facts):
     return collect_questions([facts], SearchConfig(limit=7))
 
 
-def test_progress_within_a_batch_counts_new_paths_and_re_tests_up_to_all_of_them(routed, retested):
+def test_progress_within_a_batch_counts_new_paths_up_to_all_of_them(routed, retested):
     calls = []
     steps = BlockSteps(report=lambda *call: calls.append(call))
     records = search_in_step(routed, retested, CONFIG, steps)
@@ -118,7 +118,7 @@ def test_progress_within_a_batch_counts_new_paths_and_re_tests_up_to_all_of_them
     tried_paths = [path for record in records for path in record.paths]
     again = [path.retest for path in tried_paths if path.retest is not None]
     assert again, "the sample must hold paths that are asked again"
-    assert num_run[-1] >= len(tried_paths) + sum(retest.asked for retest in again)
+    assert num_run[-1] == len(tried_paths)
 
 
 def test_an_interrupted_re_test_resumes_at_the_questions_that_it_was_at(
@@ -126,18 +126,27 @@ def test_an_interrupted_re_test_resumes_at_the_questions_that_it_was_at(
 ):
     monkeypatch.setattr(retest, "MIN_PATHS_PER_PART", 1)
     store = ResultStore(tmp_path, {}, stage="search").within("batch 0")
+    count = BatchProgress.count
+    new_steps = []
+
+    def count_and_record(progress, num_runs, *, is_new, is_round):
+        new_steps.append(is_new)
+        count(progress, num_runs, is_new=is_new, is_round=is_round)
+
+    monkeypatch.setattr(BatchProgress, "count", count_and_record)
     for number in range(3):
         steps = []
+        new_steps.clear()
 
-        def stop(_share, num_run, step, number=number, steps=steps):
-            steps.append((step, num_run))
-            if [name for name, _ in steps].count("re-testing") > number:
+        def stop(_share, _num_paths, step, number=number, steps=steps):
+            steps.append(step)
+            if steps.count("re-testing") > number:
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
             search_in_step(routed, retested, CONFIG, BlockSteps(store, stop))
         assert len(list(tmp_path.glob("*retest*"))) == number + 1
-        assert number == 0 or steps[-2][1] == 0, "what was kept was run again"
+        assert number == 0 or sum(new_steps) == 1, "what was kept was run again"
     resumed = search_in_step(routed, retested, CONFIG, BlockSteps(store))
     assert_same_run(resumed, search_in_step(routed, retested, CONFIG))
 

@@ -24,6 +24,7 @@ from drllm.records.splits import find_split
 from drllm.search import CHUNKS_FOLDER, count_kept_batches, retest
 from drllm.search import targets as search_targets
 from drllm.search.evaluator import Evaluator
+from drllm.search.progress import SearchProgress
 from drllm.search.questions import SearchQuestion, collect_questions, split_into_batches
 from drllm.search.run import SearchWatch, run_search, search_questions
 from drllm.search.wrong_answers import FullAnswer
@@ -118,6 +119,26 @@ def test_an_interrupted_batch_loses_one_round_and_no_retest(
     resumed = run(routed, tmp_path / "broken", [facts], **config)
     assert_same_run(whole, resumed)
     assert num_unbroken <= num_evaluated[0] <= num_unbroken + 4 * 4, "one round at most"
+
+
+def test_paths_a_second_are_counted_without_those_that_an_interrupted_batch_kept(
+    routed, facts, tmp_path, num_evaluated, monkeypatch
+):
+    config = {"limit": 4, "block_size": 4}
+    interrupt(routed, tmp_path, [facts], 0.5, **config)  # after some of the rounds
+    num_kept = num_evaluated[0]
+    add = SearchProgress.add
+    counted = []
+
+    def add_and_record(self, *arguments, **is_new):
+        add(self, *arguments, **is_new)
+        counted.append(self.num_new_paths)
+
+    monkeypatch.setattr(SearchProgress, "add", add_and_record)
+    records = run(routed, tmp_path, [facts], **config)
+    num_paths = sum(len(record.paths) for record in records)
+    assert 0 < num_kept < num_paths
+    assert counted == [num_paths - num_kept]
 
 
 def test_records_stand_in_the_order_of_the_questions_whatever_their_batches(
