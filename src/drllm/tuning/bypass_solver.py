@@ -281,7 +281,7 @@ def join_solutions(solutions: Sequence[LayerSolution], model: Mapping[str, Any])
         solutions: The maps, `[L]`.
         model: The identity of the model.
     """
-    tensors = {}
+    tensors: dict[str, Any] = {}
     for name in TENSORS:
         by_layer = [getattr(solution.layer_map, name) for solution in solutions]
         tensors[name] = torch.stack(by_layer).float()
