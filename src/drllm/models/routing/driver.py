@@ -26,7 +26,7 @@ from drllm.models.routers.stack import Spans
 from drllm.models.routing.bypass import Bypass
 from drllm.models.routing.context import Override
 from drllm.models.routing.injection import Driver, Forward, LayerCall
-from drllm.models.routing.kv_cache import RoutedCacheLayer, routed_entry
+from drllm.models.routing.kv_cache import RoutedCacheLayer, break_off_pass, routed_entry
 from drllm.models.routing.policies import FullPolicy, PathPolicy, Policy, PromptView
 from drllm.paths import StaticPath
 
@@ -157,6 +157,8 @@ class RoutedPass(Driver):
         # The decisions by layer of a policy that doesn't read the prompt, made all at once.
         self._by_layer: dict[int, RowDecisions] = {}
         self._has_begun = False
+        self._cache: Cache | None = None
+        self._reads_prompt = True  # whether nothing was pinned in the cache before
         # Which tokens are first ones, for the bypass, [B, T]; None if none is.
         self._is_first: Tensor | None = None
         self._static_pass: PathPass | None = None  # runs the layers instead if there is a path
@@ -201,9 +203,18 @@ class RoutedPass(Driver):
         if self._static_pass is not None:
             self._static_pass.end()
 
+    def break_off(self) -> None:
+        """See `Driver.break_off`. Some layers may have stored the tokens in the cache."""
+        if self._cache is not None:
+            break_off_pass(self._cache, reads_prompt=self._reads_prompt)
+
     def _begin(self, call: LayerCall, hidden: Tensor) -> None:
         """Use what earlier passes left in the cache, and find the static path if there is one."""
         entry = None if call.cache is None else routed_entry(call.cache, call.index)
+        if entry is not None:
+            entry.check_complete()
+            self._cache = call.cache
+            self._reads_prompt = entry.decisions is None
         is_compiling = torch.compiler.is_compiling()
         if entry is not None and not is_compiling:
             call.forward.indices = entry.indices  # the same rows run at the next token

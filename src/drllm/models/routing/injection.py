@@ -77,6 +77,9 @@ class Driver:
     def end(self) -> None:
         """Finish a pass, once every layer was called."""
 
+    def break_off(self) -> None:
+        """Finish a pass that raised an exception."""
+
 
 @dataclass
 class Forward:
@@ -328,6 +331,18 @@ class DecoderHandle(ForwardOverride):
         self.injection = injection
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run one pass of the decoder. If it raises an exception, let the driver know."""
+        if torch.compiler.is_compiling():
+            return self._run(*args, **kwargs)
+        try:
+            return self._run(*args, **kwargs)
+        except BaseException:  # such as an interruption by the user, of which hooks aren't told
+            current = self.injection.current.get()
+            if current is not None:
+                current.driver.break_off()
+            raise
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
         """Run one pass of the decoder, uncompiled where necessary."""
         if self.injection.lora.names:
             return _uncompiled(self._run_switched, *args, **kwargs)

@@ -157,6 +157,18 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         """End the pass that `begin_pass` began."""
         self._active = None
 
+    def list_lengths(self) -> list[int]:
+        """Return how many tokens each pass has stored; they differ after an exception."""
+        return [int(entry.get_seq_length()) for entry in self._entries()]
+
+    def check_complete(self) -> None:
+        """Raise RoutingError if a forward pass after the prompt was broken off."""
+        if self.is_incomplete:
+            raise RoutingError(
+                "a pass with this cache was broken off, so some layers lack its tokens; start with "
+                "a new cache"
+            )
+
     def lengthen_shadow(self, num_tokens: int, like: Tensor) -> None:
         """Count the tokens that passed a layer that no row runs.
 
@@ -281,6 +293,9 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         self.rows = []
         self.shadow = None
         self.is_plain = False  # whether all rows run the layer once, as without routing
+        # Whether layers of the cache lack tokens of a forward pass that was broken off. The entry
+        # of the first layer knows it.
+        self.is_incomplete = False
         self._unstored = 0  # tokens that were counted, but that the shadow doesn't store yet
         # The indices of a `Forward`. The entry of the first layer keeps them, since the pass of the
         # next token runs the same rows.
@@ -420,6 +435,26 @@ def routed_entry(cache: Cache, index: int) -> RoutedCacheLayer:
         )
     cache.layers[index] = RoutedCacheLayer(entry)
     return cache.layers[index]  # type: ignore[no-any-return]
+
+
+def break_off_pass(cache: Cache, *, reads_prompt: bool) -> None:
+    """Tidy up a cache after a forward pass that raised an exception.
+
+    Args:
+        cache: The cache of the pass. Some of its layers may have stored the tokens of the pass.
+        reads_prompt: Whether the cache was empty before. Then it is empty again, so it can be used
+            for the next prompt. Otherwise a later pass with it is refused, if layers lack tokens.
+    """
+    entries = [entry for entry in cache.layers if isinstance(entry, RoutedCacheLayer)]
+    if reads_prompt:
+        for entry in entries:
+            entry.reset()
+        return
+    lengths: set[int] = set()
+    for entry in entries:
+        lengths.update(entry.list_lengths())
+    if len(lengths) > 1:
+        entries[0].is_incomplete = True  # the next pass looks there
 
 
 def cache_argument(model: Any) -> str:

@@ -9,6 +9,7 @@ from transformers import DynamicCache, StaticCache
 from drllm.errors import RoutingError
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.kv_cache import cache_argument
+from drllm.paths import StaticPath
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 
@@ -75,3 +76,45 @@ def test_the_rows_of_an_empty_cache_can_be_repeated(tiny_llama):
     cache.reset()
     cache.batch_repeat_interleave(2)
     assert [layer.get_seq_length() for layer in cache.layers] == [0] * 6
+
+
+class Interrupting:
+    """Interrupts the passes of a model inside of a layer, as a user would."""
+
+    def __init__(self, model, layer):
+        self.hook = model.model.layers[layer].mlp.register_forward_pre_hook(self)
+
+    def __call__(self, module, inputs):
+        raise KeyboardInterrupt
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.hook.remove()
+
+
+@pytest.mark.parametrize("is_static", [False, True])
+@pytest.mark.parametrize("plan", [[1] * 6, [0, 1, 2, 1, 1, 1], StaticPath((0, 1, 3, 2, 5))])
+def test_a_cache_can_be_used_again_after_an_interrupted_prompt_but_not_after_a_later_token(
+    tiny_llama, plan, is_static
+):
+    routed = RoutedModel(tiny_llama())
+    cache = DynamicCache()
+    if is_static:
+        cache = StaticCache(config=routed.config, max_cache_len=8)
+    inputs = {cache_argument(routed.model): cache}
+    with routed.fixed(plan), torch.no_grad():
+        with Interrupting(routed.model, 3), pytest.raises(KeyboardInterrupt):
+            routed(IDS, **inputs)
+        assert cache.get_seq_length() == 0
+        assert torch.equal(routed(IDS, **inputs).logits, routed(IDS, use_cache=False).logits)
+        with pytest.raises(RoutingError, match="must keep the rows"):  # no layer has run
+            routed(IDS[:1, :1], **inputs)
+        routed(IDS[:, :1], **inputs)
+        with Interrupting(routed.model, 3), pytest.raises(KeyboardInterrupt):
+            routed(IDS[:, :1], **inputs)
+        with pytest.raises(RoutingError, match=r"was broken off.*start with a new cache"):
+            routed(IDS[:, :1], **inputs)
+        cache.reset()
+        routed(IDS, **inputs)
