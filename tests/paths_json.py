@@ -60,6 +60,18 @@ def written_paths(
     return file
 
 
+def leave_grades_out(file: Path, objective: str, change: tuple[float, float, float]) -> None:
+    """Let a `paths.json` have this objective and this change of it, and no grades."""
+    values = json.loads(file.read_text())
+    values["objective"] = dict.fromkeys(values["tasks"], objective)
+    for path in values["paths"]:
+        for score in path["measured"]:
+            score |= {"accuracy": None, "against_full": None}
+            if score["change"] is not None:
+                score["change"] = change
+    file.write_text(json.dumps(values))
+
+
 def written_plans(folder: Path, paths: Mapping[str, StaticPath]) -> str:
     """Write a file of each path, and return them as `--paths` takes them."""
     files = {folder / f"{name}.json": path.layers for name, path in paths.items()}

@@ -55,7 +55,8 @@ def _print_table(record: StaticPaths, task: str, terminal: Terminal) -> None:
         return
     if full.accuracy is None:
         columns = UNGRADED_COLUMNS
-        quantity = f"objective {record.objective[task]} in nats, its difference from full"
+        objective = record.objective[task]
+        quantity = f"objective {objective} in nats (more is better), its difference from full"
     else:
         columns = COLUMNS
         quantity = "accuracy, its difference from full in points"

@@ -21,3 +21,8 @@ TRUST_HELP = (
 MAX_DROP = 3.0
 """A loss of accuracy, in points, that matters: `shrink` allows no larger loss, `export` refuses a
 path that is shown to lose more, and the verdicts on paths go by it, unless told otherwise."""
+
+MAX_LOSS_INCREASE = 1.0
+"""An increase of the next-token loss, in nats a token, that is too large for any use: `export`
+refuses a path that is shown to lose more, unless told otherwise. At 1 nat, each token is 2.7 times
+less likely on average."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from drllm.config.constants import MAX_DROP
+from drllm.config.constants import MAX_DROP, MAX_LOSS_INCREASE
 from drllm.config.fields import Settings, basic
 
 
@@ -19,7 +19,7 @@ class ExportConfig(Settings):
         "accuracy, in points; --force exports it",
     )
     max_loss_increase: float = basic(
-        1.0,
+        MAX_LOSS_INCREASE,
         above=0.0,
         placeholder="NATS",
         help="refuse a path whose test scores show, with 95 % confidence, a larger increase of the "

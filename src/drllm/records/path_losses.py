@@ -5,10 +5,24 @@ from collections.abc import Iterator
 from drllm.errors import PathError
 from drllm.records.healed import HealedPath
 from drllm.records.static_paths import TEST, NamedPath, PathFile, PathScore, StaticPaths
-from drllm.statistics.losses import describe_loss, list_excessive_losses
+from drllm.statistics.losses import (
+    LossIncrease,
+    describe_increase,
+    describe_loss,
+    list_excessive_losses,
+)
 from drllm.statistics.words import signed
 
 REFITTED = "with its refit"
+LOSS_WORDS = {
+    "gold_logprob": ("its loss on the right options", "nats a question"),
+    "next_token_loss": ("its loss", "nats a token"),
+    "kl": ("its KL from the full path", "nats a token"),
+}
+"""Objective → what its loss is called, and the unit. An objective is the negative of its loss."""
+TOKEN_LOSSES = ("next_token_loss", "kl")
+"""The objectives whose losses `--max-loss-increase` bounds. The KL from the full path is the
+increase of the next-token loss on tokens that the full path would write."""
 
 
 def describe_losses(record: StaticPaths, path: NamedPath) -> Iterator[str]:
@@ -44,13 +58,17 @@ def _describe_score(record: StaticPaths, score: PathScore | None, name: str) -> 
 
 
 def _describe_change(record: StaticPaths, score: PathScore, name: str) -> str:
-    """Say how the objective changes on questions whose answers aren't graded."""
+    """Say how the loss changes on questions whose answers aren't graded."""
+    loss, unit = LOSS_WORDS[record.objective[score.task]]
+    sentence = describe_increase(loss, unit, _find_increase(score))
+    return f"{name}: {sentence}; its answers aren't graded"
+
+
+def _find_increase(score: PathScore) -> LossIncrease:
+    """Return how much the loss rises: the objective's change with the other sign."""
     assert score.change is not None
-    mean, low, high = (signed(value, 2) for value in score.change)
-    return (
-        f"{name} changes {record.objective[score.task]} by {mean} nats ({low} to {high}) on "
-        f"{score.num_questions:,} test questions; its answers aren't graded"
-    )
+    mean, low, high = score.change
+    return LossIncrease(-mean, -high, -low, score.num_questions)
 
 
 def describe_file_losses(path: PathFile) -> list[str]:
@@ -109,13 +127,34 @@ def check_losses(path: PathFile, max_drop: float, max_loss_increase: float) -> N
     """
     if path.named is None:
         return
+    assert isinstance(path.record, StaticPaths)
     for score in path.named.measured:
-        if score.part != TEST or score.against_full is None:
+        if score.part != TEST:
             continue
-        losses = list(list_excessive_losses(score.against_full, max_drop, max_loss_increase))
+        losses = _list_excessive(path.record, score, max_drop, max_loss_increase)
         if losses:
             raise PathError(
                 f"{path.named.name} of {path.file} is shown to lose {' and '.join(losses)} on "
                 f"{score.task}; heal it first, choose another path, allow more by --max-drop or "
                 f"--max-loss-increase, or give --force"
             )
+
+
+def _list_excessive(
+    record: StaticPaths, score: PathScore, max_drop: float, max_loss_increase: float
+) -> list[str]:
+    """Return which losses of a path are shown to be larger than the bounds of `check_losses`."""
+    if score.against_full is not None:
+        return list(list_excessive_losses(score.against_full, max_drop, max_loss_increase))
+    objective = record.objective.get(score.task)
+    if score.change is None or objective not in TOKEN_LOSSES:
+        return []
+    increase = _find_increase(score)
+    if not increase.exceeds(max_loss_increase):
+        return []
+    mean, low, high, _ = increase
+    name = "of KL from the full path" if objective == "kl" else "of loss"
+    return [
+        f"{mean:.3g} nats a token {name} (95 %: {low:.3g} to {high:.3g}; {max_loss_increase:g} are "
+        f"allowed)"
+    ]

@@ -165,11 +165,11 @@ def _path_table(record: StaticPaths, task: str) -> Markdown:
     for description, row in zip(descriptions, rows, strict=True):
         row.insert(2, description)
     caption = (
-        f"{task}, objective {record.objective[task]}, in nats: the value of full, and the change "
-        f"from it for other paths, with 95 % intervals. Paths were fitted on fit and chosen on "
-        f"select, so they look too good there. Accuracy, its difference from full and the excluded "
-        f"loss are measured on test, and next-token loss on texts drawn from test. Rows are not "
-        f"corrected for their number."
+        f"{task}, objective {record.objective[task]}, in nats (more is better): the value of full, "
+        f"and the change from it for other paths, with 95 % intervals. Paths were fitted on fit "
+        f"and chosen on select, so they look too good there. Accuracy, its difference from full "
+        f"and the excluded loss are measured on test, and next-token loss on texts drawn from "
+        f"test. Rows are not corrected for their number."
     )
     header = COLUMNS.replace("layers|", "layers|what it does|")
     return write_table(caption, header, rows, "what it does")

@@ -1,10 +1,34 @@
 """Says what a path loses, in one short sentence, and whether it is shown to lose too much."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
-from drllm.config.constants import MAX_DROP
+from drllm.config.constants import MAX_DROP, MAX_LOSS_INCREASE
 from drllm.statistics.differences import Differences, Verdict
-from drllm.statistics.power import questions_to_exclude, round_up
+from drllm.statistics.power import FEWEST_DIFFERENT, questions_to_exclude, round_up
+from drllm.statistics.words import signed
+
+
+class LossIncrease(NamedTuple):
+    """How much a loss rises on questions whose answers aren't graded, with its 95 % interval.
+
+    A loss that falls has a negative increase.
+    """
+
+    mean: float
+    low: float
+    high: float
+    num_questions: int
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether the loss is shown to rise or to fall."""
+        excludes_zero = self.low > 0 or self.high < 0
+        return excludes_zero and self.num_questions >= FEWEST_DIFFERENT
+
+    def exceeds(self, limit: float) -> bool:
+        """Tell whether the loss is shown to rise by more than a limit."""
+        return self.is_shown and self.low > limit
 
 
 def describe_loss(name: str, differences: Differences) -> str:
@@ -78,6 +102,28 @@ def _describe_text(text_loss: Verdict) -> str:
     if text_loss.excluded_loss == 0:
         return "its text gets no worse"
     return f"its text gets worse by at most {text_loss.excluded_loss:.2g} nats a token"
+
+
+def describe_increase(loss: str, unit: str, increase: LossIncrease) -> str:
+    """Say in a part of a sentence whether a loss rises or falls, and by how much.
+
+    Args:
+        loss: What the loss is called, such as "its loss".
+        unit: Its unit, such as "nats a token".
+        increase: How much it rises.
+    """
+    mean, low, high, num_questions = increase
+    questions = f"{num_questions:,} test questions"
+    if not increase.is_shown:
+        interval = f"{signed(low, 2)} to {signed(high, 2)} {unit}"
+        return f"{questions} can't tell whether {loss} rises or falls ({interval})"
+    if mean < 0:
+        interval = f"{-high:.2f} to {-low:.2f}"
+        return f"{loss} falls by {-mean:.2f} {unit} ({interval}) on {questions}"
+    sentence = f"{loss} rises by {mean:.2f} {unit} ({low:.2f} to {high:.2f}) on {questions}"
+    if increase.exceeds(MAX_LOSS_INCREASE):
+        sentence += ": don't use it"
+    return sentence
 
 
 def list_excessive_losses(

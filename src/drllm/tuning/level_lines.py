@@ -1,8 +1,8 @@
 """Formats the lines that a tuning prints, one for each level of the search.
 
-A line says what the best path of the level saves, and how much it changes the objective on the part
-`select` of the questions. A *change* is a mean difference from the full path in nats, with the low
-and the high end of its 95 % interval.
+A line says what the best path of the level saves, and its gain on the part `select` of the
+questions: by how much its objective is better than the full path's, in nats, with the low and the
+high end of its 95 % interval. A path that loses has a negative gain.
 """
 
 from drllm.statistics.words import signed
@@ -12,20 +12,20 @@ AXIS_STEP = 0.02  # nats for each column
 AXIS_WIDTH = 31  # columns
 AXIS = f"−0.4{'0':>17}{'+0.2':>10}"
 """The numbers above the axis: −0.4 at its first column, 0 and +0.2 above their columns."""
-HEAD = f"{'layers saved, change on select (95 %)':<46}  {AXIS}"
+HEAD = f"{'layers saved, gain on select (95 %)':<46}  {AXIS}"
 """The heading of the lines."""
-REPAIRED_HEAD = f"{'layers saved, refitted, change on select':<46}  {AXIS}"
+REPAIRED_HEAD = f"{'layers saved, refitted, gain on select':<46}  {AXIS}"
 """The heading of the lines of a tuning that repairs paths."""
 
 
-def format_level(saved: float, change: tuple[float, float, float]) -> str:
+def format_level(saved: float, gain: tuple[float, float, float]) -> str:
     """Return the line of a level: its description, then its interval on the axis of `HEAD`."""
-    return f"{describe_level(saved, change):<46}  {draw_interval(*change)}"
+    return f"{describe_level(saved, gain):<46}  {draw_interval(*gain)}"
 
 
-def describe_level(saved: float, change: tuple[float, float, float]) -> str:
-    """Describe the best path of a level: how many layers it saves, and its change."""
-    mean, low, high = (signed(value, 3) for value in change)
+def describe_level(saved: float, gain: tuple[float, float, float]) -> str:
+    """Describe the best path of a level: how many layers it saves, and its gain."""
+    mean, low, high = (signed(value, 3) for value in gain)
     saving = f"{saved:.3g} saved".replace("-", "−")
     return f"{saving}  {mean} nats ({low} to {high})"
 

@@ -12,7 +12,7 @@ from drllm.statistics.differences import Differences
 from drllm.statistics.losses import describe_loss
 from drllm.statistics.verdicts import judge_counts, judge_means
 from healed_folder import written_healed
-from paths_json import written_paths
+from paths_json import leave_grades_out, written_paths
 
 
 def written(folder: Path, text: str) -> Path:
@@ -176,6 +176,28 @@ def test_a_path_that_is_shown_to_lose_more_than_the_bound_needs_force(
     sentence = describe_loss("5.00", losses)
     assert f"measured    on arc_easy, {sentence}\n" in result.out
     assert f"- on arc_easy, {sentence}\n" in (output / "README.md").read_text()
+
+
+@pytest.mark.parametrize("objective", ["next_token_loss", "kl"])
+def test_a_path_without_grades_needs_force_if_its_loss_is_shown_to_rise_too_much(
+    base, drllm, tmp_path, objective
+):
+    file = written_paths(tmp_path / "paths.json", base.identity)
+    words = ("--path", f"{file}:5.00", "--output-dir", tmp_path / "out")
+    leave_grades_out(file, objective, (-1.5, -1.9, -1.1))
+    error = drllm("export --device cpu", *words, status=2).err
+    assert error.count("\n") == 1
+    assert "lose 1.5 nats a token of " in error
+    assert "(95 %: 1.1 to 1.9; 1 are allowed)" in error
+    assert "--force" in error
+    drllm("export --device cpu --max-loss-increase 1.2", *words)
+
+
+def test_a_path_without_grades_whose_loss_falls_is_exported(base, drllm, tmp_path):
+    file = written_paths(tmp_path / "paths.json", base.identity)
+    leave_grades_out(file, "next_token_loss", (1.5, 1.1, 1.9))
+    output = drllm("export --device cpu --path", f"{file}:5.00", "--output-dir", tmp_path / "o").out
+    assert "its loss falls by 1.50 nats a token (1.10 to 1.90)" in output
 
 
 def test_a_refit_doesnt_count_since_the_plain_path_is_exported(base, drllm, tmp_path):

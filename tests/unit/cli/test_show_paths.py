@@ -13,7 +13,7 @@ from drllm.records.static_paths import read_paths
 from drllm.statistics.differences import Differences
 from drllm.statistics.losses import describe_loss
 from drllm.statistics.verdicts import judge_counts, judge_means
-from paths_json import written_paths
+from paths_json import leave_grades_out, written_paths
 
 MODEL = {"id": "owner/name", "num_layers": 6, "fingerprint": "0123", "hidden_size": 8, "class": "X"}
 PATHS = {"full": [0, 1, 2, 3, 4, 5], "skip1": [0, 1, 3, 4, 5], "skip2": [0, 3, 4, 5]}
@@ -90,7 +90,47 @@ def test_prompts_alone_have_an_objective_in_place_of_an_accuracy(drllm, file):
     assert "accuracy" not in output.split("─")[0]
     [row] = [line for line in output.splitlines() if line.split()[:2] == ["skip2", "4"]]
     assert "+0.050 (−0.01 to +0.11)" in row
-    assert "its answers aren't graded" in output.splitlines()[-1]
+    assert output.splitlines()[-1] == (
+        "on arc_easy, skip2: 400 test questions can't tell whether its loss on the right options "
+        "rises or falls (−0.11 to +0.01 nats a question); its answers aren't graded"
+    )
+
+
+@pytest.mark.parametrize(
+    ("objective", "change", "sentence"),
+    [
+        (
+            "next_token_loss",
+            (-0.32, -0.46, -0.18),
+            "its loss rises by 0.32 nats a token (0.18 to 0.46) on 400 test questions",
+        ),
+        (
+            "next_token_loss",
+            (0.06, 0.01, 0.11),
+            "its loss falls by 0.06 nats a token (0.01 to 0.11) on 400 test questions",
+        ),
+        (
+            "next_token_loss",
+            (-1.5, -1.9, -1.1),
+            "its loss rises by 1.50 nats a token (1.10 to 1.90) on 400 test questions: don't use "
+            "it",
+        ),
+        (
+            "kl",
+            (-0.2, -0.3, -0.1),
+            "its KL from the full path rises by 0.20 nats a token (0.10 to 0.30) on 400 test "
+            "questions",
+        ),
+    ],
+    ids=["worse", "better", "far worse", "prompts alone"],
+)
+def test_a_path_without_grades_is_said_to_lose_where_its_objective_falls(
+    tmp_path, drllm, objective, change, sentence
+):
+    file = written_paths(tmp_path / "paths.json", MODEL, paths=PATHS)
+    leave_grades_out(file, objective, change)
+    last_line = drllm("show", file).out.splitlines()[-1]
+    assert last_line == f"on arc_easy, skip2: {sentence}; its answers aren't graded"
 
 
 def test_a_task_without_scores_on_test_is_named(drllm, file):
