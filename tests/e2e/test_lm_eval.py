@@ -5,12 +5,14 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from drllm.cli import main
+from drllm.cli.terminal import Terminal
 from drllm.tasks.examples import choose
 from drllm.tasks.registry import get_task
 from slow_way import LOGPROB_TOLERANCE
@@ -265,6 +267,7 @@ import functools, os, sys, tempfile
 import lm_eval.tasks
 from lm_eval.caching import cache
 from drllm.cli import main
+from drllm.cli.terminal import Terminal
 os.environ.update(environment)
 os.chdir(folder)
 tempfile.tempdir, cache.PATH = folder, f"{folder}/cache"
@@ -306,3 +309,18 @@ def test_two_processes_give_the_numbers_of_one(evaluate, finished_run, tmp_path,
     assert two["config"]["drllm"] == one["config"]["drllm"]
     assert two["config"]["drllm"]["prompts"] == 14  # a seventh question is asked of one process
     assert not list(tmp_path.glob("drllm-tasks-*"))
+
+
+def test_whatever_takes_the_harness_seconds_is_said(monkeypatch, capsys):
+    lines = []
+
+    def busy(terminal: Terminal, what: str) -> AbstractContextManager[None]:
+        lines.append(what)
+        return nullcontext()
+
+    monkeypatch.setattr(Terminal, "busy", busy)
+    assert main(["lm-eval", "run", "--model_args", "pretrained=x", "--tasks", "nosuch"]) == 2
+    assert "unknown task 'nosuch'" in capsys.readouterr().err
+    loading = "loading lm-evaluation-harness"
+    reading = "reading the tasks of lm-evaluation-harness"
+    assert lines == [loading, loading, loading, reading, reading]

@@ -16,7 +16,7 @@ from itertools import takewhile
 from drllm import __version__
 from drllm.cli.help import print_help, print_overview
 from drllm.cli.parser import parse
-from drllm.cli.terminal import Terminal
+from drllm.cli.terminal import LOADING_HARNESS, Terminal
 from drllm.cli.verbs import FOREIGN, HELP, VERBS, Verb, find_verb
 from drllm.config import ExecutorConfig
 from drllm.errors import ConfigError, DrllmError
@@ -92,9 +92,9 @@ def _run(words: list[str], terminal: Terminal) -> int:
         terminal.say(f"drllm {__version__}")
     elif words[0] in FOREIGN:
         need("eval", "the verb lm-eval")
-        from drllm.cli import harness
-
-        harness.run(words[1:])
+        with terminal.busy(LOADING_HARNESS):
+            from drllm.cli import harness
+        harness.run(words[1:], terminal)
     elif _find_help_flags(words):
         everything = "--help-all" in _find_help_flags(words)
         print_help(find_verb(words[0]), terminal, everything=everything)

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 from unittest.mock import patch
 
 from lm_eval._cli import HarnessCLI
 from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.utils import setup_logging
 
+from drllm.cli.terminal import LOADING_HARNESS
 from drllm.errors import ConfigError, TaskError, nearest_name
 from drllm.evaluation.lm_eval.folders import FolderFiles, make_own_task_folder
 from drllm.evaluation.lm_eval.leaves import HarnessTask
@@ -27,25 +29,32 @@ from drllm.records.codec import hash_values
 from drllm.records.places import check_folder
 from drllm.tasks.registry import is_task_name
 from drllm.work.launcher import count_processes, is_first_process
-from drllm.work.listener import logger, quiet
+from drllm.work.listener import Listener, logger, quiet
 
 FOLDER = "tasks"  # the folder in `--output_path` with the tasks of the runs
 
 
-def run(words: Sequence[str]) -> None:
+def run(words: Sequence[str], listener: Listener) -> None:
     """Run the harness' command line on the words after `drllm lm-eval`.
 
-    The harness may print a message of its own and exit.
+    The harness may print a message of its own and exit. Of several processes only the first tells
+    the listener what takes time.
     """
+    if not is_first_process():
+        listener = Listener()
     setup_logging()
     with patch.object(sys, "argv", ["drllm lm-eval", *words]):
         harness = HarnessCLI()
         _add_flags(harness)
         args = harness.parse_args()
-        if getattr(args, "command", None) == "run":
-            _evaluate(harness, args)
-        else:
+        command = getattr(args, "command", None)
+        if command == "run":
+            _evaluate(harness, args, listener)
+        elif command is None:  # the harness prints its help
             harness.execute(args)
+        else:
+            with _show_task_reading(listener):
+                harness.execute(args)
 
 
 def _add_flags(harness: HarnessCLI) -> None:
@@ -74,7 +83,7 @@ class OwnTasks:
     files: FolderFiles
 
 
-def _evaluate(harness: HarnessCLI, args: Namespace) -> None:
+def _evaluate(harness: HarnessCLI, args: Namespace, listener: Listener) -> None:
     """Run `lm-eval run`, with drllm's tasks if `--data_dir` or `--split` is given.
 
     Mistakes that the harness would find late are refused before the harness starts.
@@ -93,7 +102,8 @@ def _evaluate(harness: HarnessCLI, args: Namespace) -> None:
     own_tasks = None
     if data_dir is not None or split is not None:
         _refuse_include_path(settings)
-        own_tasks = _make_own_tasks(names, settings, data_dir, split or "test")
+        with listener.busy("reading the questions"):
+            own_tasks = _make_own_tasks(names, settings, data_dir, split or "test")
 
     with ExitStack() as stack:
         if settings.cache_requests:
@@ -101,6 +111,9 @@ def _evaluate(harness: HarnessCLI, args: Namespace) -> None:
         if own_tasks is not None:
             args.include_path = _write_tasks(own_tasks, output, stack)
             args.tasks = [task.harness_name for task in own_tasks.tasks]
+        with listener.busy(LOADING_HARNESS):
+            _load_model_class()
+        stack.enter_context(_show_task_reading(listener))
         _execute(harness, args, names, settings.include_path)
 
 
@@ -221,6 +234,31 @@ def _write_tasks(own_tasks: OwnTasks, output: Path | None, stack: ExitStack) -> 
     return folder
 
 
+def _load_model_class() -> None:
+    """Import our model, which registers it, and what the harness needs: torch among others."""
+    import datasets  # noqa: F401
+
+    import drllm.evaluation.lm_eval.model  # noqa: F401
+
+
+@contextmanager
+def _show_task_reading(listener: Listener) -> Iterator[None]:
+    """Tell the listener whenever the harness reads all its task files, in the block.
+
+    That takes the harness seconds, in which it prints nothing.
+    """
+    with listener.busy(LOADING_HARNESS):
+        from lm_eval.tasks.manager import TaskManager
+    read_tasks = TaskManager.__init__
+
+    def show_and_read_tasks(manager: TaskManager, *args: Any, **options: Any) -> None:
+        with listener.busy("reading the tasks of lm-evaluation-harness"):
+            read_tasks(manager, *args, **options)
+
+    with patch.object(TaskManager, "__init__", show_and_read_tasks):
+        yield
+
+
 def _execute(
     harness: HarnessCLI, args: Namespace, names: Sequence[str], include_path: str | None
 ) -> None:
@@ -233,8 +271,6 @@ def _execute(
         include_path: The user's own folder of the harness' tasks.
     """
     import datasets
-
-    import drllm.evaluation.lm_eval.model  # noqa: F401 (registers our model)
 
     # There is no network, or no data set of this name that the user may read.
     download_errors = (ConnectionError, datasets.exceptions.DatasetNotFoundError)

@@ -34,6 +34,7 @@ STYLES = {Decision.EXECUTE: "dim", Decision.SKIP: "red", Decision.REPEAT: "bold 
 LAYERS_PER_ROW = 60  # in the drawing of a route
 TICK = 10  # layers between two numbers above a route
 LOADING = "loading torch"  # what `busy` shows while a stage is imported, which takes seconds
+LOADING_HARNESS = "loading lm-evaluation-harness"
 PACKAGE = Path(__file__).resolve().parents[1]  # the folder of drllm's code
 
 
