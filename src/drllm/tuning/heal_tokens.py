@@ -96,7 +96,10 @@ class TextTokenizer:
         return answer_prompts(self.routed, prompts, self.max_tokens)
 
     def _note_cuts(self, name: str, texts: Sequence[Tokens]) -> None:
-        """Note how many texts of a source are cut, and which --max-tokens would cut none."""
+        """Note how many texts of a source are cut, and what a user can do.
+
+        `heal` and `bypass` have --max-tokens, and `shrink` hasn't.
+        """
         num_cut = len([text for text in texts if len(text) > self.max_tokens])
         if num_cut == 0:
             return
@@ -104,10 +107,11 @@ class TextTokenizer:
         context = context_length(self.routed.model)
         note = (
             f"{num_cut} of {len(texts)} texts of {name} have over {self.max_tokens} tokens and are "
-            f"cut; each part is trained on without the text before it"
+            f"cut; each part is trained on without the text before it, so divide them where it "
+            f"suits"
         )
         if context is None or longest <= context:
-            note += f"; --max-tokens {longest} would cut none"
+            note += f"; heal and bypass read them whole with --max-tokens {longest}"
         self.listener.note(note)
 
 
