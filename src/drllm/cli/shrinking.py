@@ -17,6 +17,7 @@ from drllm.pipeline.shrink_power import Power, find_power
 from drllm.pipeline.shrink_questions import ShrinkQuestions, read_questions
 from drllm.records.places import check_folder
 from drllm.records.shrink import SHRINK_FILE
+from drllm.work.listener import write_minutes
 
 NOT_SHOWN = 1  # the exit status if no candidate is shown to lose less than the limits
 
@@ -109,7 +110,8 @@ def _describe_plan(config: ShrinkConfig) -> str:
             f"at most {config.max_drop:g} points of accuracy and {config.max_loss_increase:g} nats "
             f"a token may be lost"
         )
-    return f"{goal} · about {config.minutes:g} min, then measuring; Ctrl-C keeps all work"
+    minutes = write_minutes(config.minutes)
+    return f"{goal} · about {minutes} min, then measuring; Ctrl-C keeps all work"
 
 
 def _find_powers(questions: ShrinkQuestions, config: ShrinkConfig) -> list[Power]:

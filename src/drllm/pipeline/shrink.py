@@ -55,7 +55,7 @@ from drllm.tuning.heal_texts import TextArgument, TextSource, Tokens
 from drllm.tuning.heal_tokens import TextTokenizer
 from drllm.tuning.objectives import LOSS
 from drllm.tuning.run import tune
-from drllm.work.listener import Listener, OnProgress
+from drllm.work.listener import Listener, OnProgress, write_minutes
 from drllm.work.store import ResultStore, refuse_other_run
 
 SHARE_TO_TUNE = 1 / 3  # of `minutes`, to find paths and to refit the best ones
@@ -403,7 +403,7 @@ class ShrinkRun:
         for candidate in candidates:
             self.listener.note(
                 f"step 2 of 4: healing {len(candidate.steps)} of {self.base.num_layers} layers, "
-                f"{minutes:.3g} minutes of training"
+                f"{write_minutes(minutes)} minutes of training"
             )
             folder = self.work / f"healed-{candidate.name}"
             path = load_path(f"{self.work / 'tuned' / PATHS_FILE}:{candidate.name}")

@@ -59,7 +59,7 @@ from drllm.tuning.heal_texts import (
 from drllm.tuning.heal_tokens import PROMPTS, TextTokenizer, check_max_tokens, digest_prompts
 from drllm.tuning.heal_training import AdapterTraining, make_batches
 from drllm.work.first_block import FirstBlock
-from drllm.work.listener import Listener, OnProgress
+from drllm.work.listener import Listener, OnProgress, write_minutes
 from drllm.work.store import ResultStore, refuse_other_run
 
 PARTIAL_FOLDER = "heal.partial"
@@ -402,10 +402,11 @@ class HealRun:
         if not training.is_checked:
             self.check(training, held_out)
         if training.state.step == 0:
+            assert self.config.minutes is not None  # without a limit there are steps
             self.listener.note(
-                f"--minutes {self.config.minutes} left no time to train: measuring the held-out "
-                f"texts once takes {training.state.check_seconds:.0f} s; give more minutes, or a "
-                f"lower --num-held-out"
+                f"{write_minutes(self.config.minutes)} minutes left no time to train: measuring "
+                f"the held-out texts once takes {training.state.check_seconds:.0f} s; give more "
+                f"--minutes, or a lower --num-held-out"
             )
         training.use_best()
 

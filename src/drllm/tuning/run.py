@@ -49,7 +49,7 @@ from drllm.tuning.score_blocks import STAND_IN
 from drllm.tuning.score_table import PathsOnPart, ScoreTable
 from drllm.tuning.task_questions import TaskQuestions, tokenize_task
 from drllm.work.first_block import FirstBlock
-from drllm.work.listener import Listener
+from drllm.work.listener import Listener, write_minutes
 from drllm.work.store import ResultStore, refuse_other_run
 
 PARTIAL_FOLDER = "paths.partial"
@@ -289,7 +289,7 @@ class _TuningRun:
             if minutes is not None and table.seconds + seconds > 60 * minutes:
                 self.listener.note(
                     f"the search ends here: to leave out one more layer would probably take it "
-                    f"beyond {minutes:g} minutes"
+                    f"beyond {write_minutes(minutes)} minutes"
                 )
                 return _SearchResult(best_paths, is_cut=True)
             if not gains.may_extend(best):  # so no path of the level may

@@ -70,6 +70,16 @@ def duration(seconds: float) -> str:
     return f"{whole_seconds // 3600} h {whole_seconds % 3600 // 60} min"
 
 
+def write_minutes(minutes: float) -> str:
+    """Write a limit in minutes, in hundredths at most; a smaller one is written as a hundredth.
+
+    Example:
+        >>> [write_minutes(minutes) for minutes in (1e-9, 0.05, 10 / 3, 30.0, 1e6)]
+        ['0.01', '0.05', '3.33', '30', '1,000,000']
+    """
+    return f"{max(minutes, 0.01):,.2f}".rstrip("0").rstrip(".")
+
+
 def rough_duration(seconds: float) -> str:
     """Format an estimated time in whole seconds or minutes, rounded up.
 

@@ -849,7 +849,7 @@ def test_a_time_that_is_too_short_to_train_is_noted(routed, monkeypatch):
     notes = Notes()
     found = healed(routed, steps=None, minutes=1e-6, listener=notes)
     assert [point.step for point in found.curve] == [0]
-    assert "left no time to train" in notes.texts[-1]
+    assert notes.texts[-1].startswith("0.01 minutes left no time to train")
 
 
 # --- what is refused ---

@@ -278,7 +278,9 @@ def test_the_second_level_is_expected_to_take_longer_since_it_has_more_candidate
 def test_when_time_is_over_no_further_level_is_begun_until_there_is_more(
     unbroken, scored, routed, tmp_path
 ):
-    found = tuned(routed, tmp_path, max_loss=10.0, minutes=1e-9)
+    heard = Noting()
+    found = tuned(routed, tmp_path, max_loss=10.0, minutes=1e-9, listener=heard)
+    assert any("beyond 0.01 minutes" in line for line in heard.lines)
     assert [path.name for path in found.paths] == ["full", "skip1"]
     assert found.is_cut
     with count_scored() as counts:
