@@ -1,8 +1,8 @@
 """Shows how far a stage is: a bar on a terminal, plain lines elsewhere.
 
 Plain lines have no control characters. A line is printed after every tenth of the work and at least
-every 30 seconds, so that a log shows that the work goes on. The time left is shown only once its
-estimate is steady.
+every 5 seconds in the first minute, every 10 seconds later, so that a log shows that the work goes
+on. The time left is shown only once its estimate is steady.
 """
 
 import threading
@@ -18,7 +18,9 @@ from drllm.work.listener import duration, rough_duration
 NUM_STEPS = 10  # a plain line is printed after each tenth of the work
 MIN_PAUSE_S = 10.0  # minimum time between two lines after a tenth
 FIRST_LINE_S = 1.5  # maximum time until the first plain line
-MAX_PAUSE_S = 30.0  # maximum time between two plain lines
+MAX_PAUSE_S = 5.0  # maximum time between two plain lines in the first minute
+LATER_MAX_PAUSE_S = 10.0  # the same after the first minute, so that a log of hours isn't too long
+FIRST_MINUTE_S = 60.0
 BAR_WIDTH = 14  # columns; on a terminal with 60 columns there is room for the time left too
 RESUMED_WITHIN_S = 2.0
 """Work that is reported within this time was done by an earlier run. It isn't part of the rate."""
@@ -74,7 +76,7 @@ class TimeLeft:
 
 
 class StatusLines:
-    """Prints a plain line soon after the start, and then at least every 30 seconds.
+    """Prints a plain line soon after the start, and then one every few seconds.
 
     It is a context manager. Inside the block, a thread prints the lines.
 
@@ -100,18 +102,23 @@ class StatusLines:
         self._thread.join()
 
     def print(self, text: str) -> None:
-        """Print a line now; the thread's next line comes 30 seconds later."""
-        self._next_line = time.monotonic() + MAX_PAUSE_S
+        """Print a line now; the next line that shows the time comes a pause later."""
+        now = time.monotonic()
+        pause = MAX_PAUSE_S if now - self._started < FIRST_MINUTE_S else LATER_MAX_PAUSE_S
+        self._next_line = now + pause
         self._console.print(text, soft_wrap=True)
 
+    def print_if_due(self) -> float:
+        """Print a line if the pause since the last line is over; return the seconds to wait."""
+        now = time.monotonic()
+        if now >= self._next_line:
+            self.print(self._describe(now - self._started))
+        return max(0.0, self._next_line - time.monotonic())
+
     def _run(self) -> None:
-        while True:
-            seconds_to_wait = max(0.0, self._next_line - time.monotonic())
-            if self._is_over.wait(seconds_to_wait):
-                return
-            now = time.monotonic()
-            if now >= self._next_line:  # `print` may have postponed the line
-                self.print(self._describe(now - self._started))
+        seconds_to_wait = self.print_if_due()
+        while not self._is_over.wait(seconds_to_wait):
+            seconds_to_wait = self.print_if_due()
 
 
 def busy_lines(console: Console, title: str) -> StatusLines:

@@ -1,4 +1,5 @@
 import io
+import itertools
 import logging
 import os
 import re
@@ -116,6 +117,23 @@ def test_a_log_shows_that_the_work_goes_on(monkeypatch: pytest.MonkeyPatch):
     *busy, status = file.getvalue().splitlines()
     assert re.fullmatch(r"loading the model: \d+\.\d s so far", busy[0])
     assert re.fullmatch(r"searching: 1 %, re-tests, 1/100 questions, \d+\.\d s so far", status)
+
+
+def test_a_log_has_a_line_every_5_seconds_in_the_first_minute_and_every_10_later(clock):
+    file = io.StringIO()
+    lines = progress_module.busy_lines(Console(file=file, width=120), "loading the model")
+    times = []
+    start = clock.now
+    while clock.now < start + 120:
+        clock.now += lines.print_if_due()
+        times.append(clock.now - start)
+    assert times[:3] == [1.5, 6.5, 11.5]
+    pauses = [later - earlier for earlier, later in itertools.pairwise(times)]
+    assert max(pauses[:12]) <= 5
+    assert max(pauses) == 10
+    shown = file.getvalue().splitlines()
+    assert shown[:2] == ["loading the model …", "loading the model: 6.5 s so far"]
+    assert len(shown) == len(times) - 1  # the last one is to come
 
 
 def wait_for_lines(file: io.StringIO, number: int) -> None:
