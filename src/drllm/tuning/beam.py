@@ -46,15 +46,16 @@ class Beam:
         width: The number of paths in a level.
         max_saved: The number of layers that the paths of the last level save.
         num_questions: The number of questions that the last rung scores paths on.
-        keeps_first: Whether all paths run the first layer. A path that is repaired does, since no
-            layer before it could make up for it.
+        keeps_ends: Whether all paths run the first and the last layer. Paths that are repaired do:
+            no layer before the first one could make up for it, and a refit makes up badly for the
+            last one.
     """
 
     num_layers: int
     width: int
     max_saved: int
     num_questions: int
-    keeps_first: bool = False
+    keeps_ends: bool = False
 
     def levels(self, measure: Measure, may_extend: Callable[[StaticPath], bool]) -> Iterator[Level]:
         """Yield the levels, from the fewest layers saved to the most.
@@ -68,7 +69,7 @@ class Beam:
         for saved in range(1, self.max_saved + 1):
             candidates: list[StaticPath] = []
             for parent in parents:
-                candidates += skip_one_layer(parent, keeps_first=self.keeps_first)
+                candidates += skip_one_layer(parent, keeps_ends=self.keeps_ends)
             if not candidates:
                 return
             unique = list(dict.fromkeys(candidates))
@@ -79,7 +80,8 @@ class Beam:
     def most_candidates(self, saved: int) -> int:
         """Return the maximum number of candidates of the level that saves `saved` layers."""
         num_parents = 1 if saved == 1 else self.width
-        return num_parents * (self.num_layers - self.keeps_first - saved + 1)
+        num_kept = 2 if self.keeps_ends else 0
+        return num_parents * (self.num_layers - num_kept - saved + 1)
 
     @property
     def rungs(self) -> Sequence[tuple[int, int]]:
@@ -97,7 +99,7 @@ class Beam:
 
 
 def make_beam(
-    config: TuneConfig, tasks: Sequence[TaskSplits], num_layers: int, *, keeps_first: bool = False
+    config: TuneConfig, tasks: Sequence[TaskSplits], num_layers: int, *, keeps_ends: bool = False
 ) -> Beam:
     """Make the beam search for some settings and tasks.
 
@@ -105,15 +107,20 @@ def make_beam(
         config: The settings.
         tasks: The tasks with their questions.
         num_layers: L of the model.
-        keeps_first: As in `Beam`.
+        keeps_ends: As in `Beam`.
 
     Raises:
-        ConfigError: `max_skipped` is below 1, or leaves no layer; or the model has one layer.
+        ConfigError: `max_skipped` is below 1, or leaves too few layers; or the model has too few.
     """
     if num_layers == 1:
         raise ConfigError(
             "the model has one layer, and a model of one layer has none to skip; tune a model with "
             "more layers"
+        )
+    if keeps_ends and num_layers == 2:
+        raise ConfigError(
+            "the model has two layers, and both stay where paths are repaired; give --repair none, "
+            "or tune a model with more layers"
         )
     max_skipped = config.max_skipped or max(1, int(MAX_SHARE_SKIPPED * num_layers))
     if max_skipped >= num_layers:
@@ -121,22 +128,30 @@ def make_beam(
             f"--max-skipped {max_skipped:g} leaves no layer of {num_layers}; give at most "
             f"{num_layers - 1}"
         )
+    if keeps_ends and max_skipped > num_layers - 2:
+        raise ConfigError(
+            f"{max_skipped:g} of {num_layers} layers can't be left out, since the first and the "
+            f"last stay where paths are repaired; leave out at most {num_layers - 2}, or give "
+            f"--repair none"
+        )
     if max_skipped < 1:
         raise ConfigError(f"--max-skipped {max_skipped:g} is less than one layer; give 1 or more")
     num_questions = max(len(splits.examples[FIT]) for splits in tasks)
-    return Beam(num_layers, config.beam, int(max_skipped), num_questions, keeps_first)
+    return Beam(num_layers, config.beam, int(max_skipped), num_questions, keeps_ends)
 
 
-def skip_one_layer(path: StaticPath, *, keeps_first: bool = False) -> Iterator[StaticPath]:
+def skip_one_layer(path: StaticPath, *, keeps_ends: bool = False) -> Iterator[StaticPath]:
     """Yield the paths that skip one more layer; none for a path of one layer.
 
     Args:
         path: The path.
-        keeps_first: Whether the path's first layer stays.
+        keeps_ends: Whether the path's first and last layer stay.
     """
-    if len(path.layers) == 1:
+    num_layers = len(path.layers)
+    if num_layers == 1:
         return
-    for place in range(int(keeps_first), len(path.layers)):
+    places = range(1, num_layers - 1) if keeps_ends else range(num_layers)
+    for place in places:
         yield StaticPath(path.layers[:place] + path.layers[place + 1 :])
 
 

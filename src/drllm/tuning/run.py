@@ -114,7 +114,7 @@ def tune(
         stack.enter_context(only_writer(folder, "tuning", "--output-dir"))
         repair = choose_tuning_repair(config, workers.executor, listener)
         identity = _make_identity(config, workers, splits, repair, sources)
-        beam = make_beam(config, splits, workers.base.num_layers, keeps_first=repair == REFIT)
+        beam = make_beam(config, splits, workers.base.num_layers, keeps_ends=repair == REFIT)
         with listener.busy("reading the questions"):
             questions = [
                 tokenize_task(workers.base, task_splits, config, number)

@@ -145,7 +145,7 @@ def test_the_full_path_has_no_repair(repaired):
 def test_candidates_are_compared_with_the_stand_in(repaired, routed, questions, texts_by_source):
     """The best path of the first level is the best of the beam on `select`."""
     maps = fit_stand_in(routed, choose_texts(texts_by_source, 10_000, seed=0))
-    paths = [StaticPath(set(range(6)) - {layer}) for layer in range(1, 6)]
+    paths = [StaticPath(set(range(6)) - {layer}) for layer in range(1, 5)]
     on_fit = score(routed, questions, "fit", paths, maps)
     order = sorted(range(len(paths)), key=lambda place: -fmean(on_fit[place]))
     beam = [paths[place] for place in order[: SMALL["beam"]]]
@@ -154,13 +154,15 @@ def test_candidates_are_compared_with_the_stand_in(repaired, routed, questions, 
     assert repaired[0].paths[1].path == beam[means.index(max(means))]
 
 
-def test_layer_0_stays_since_no_layer_before_it_could_make_up_for_it(repaired):
-    assert all(named.path.layers[0] == 0 for named in repaired[0].paths)
-    beam = Beam(num_layers=4, width=9, max_saved=9, num_questions=5, keeps_first=True)
+def test_the_first_and_the_last_layer_stay(repaired, routed):
+    last = routed.num_layers - 1
+    for named in repaired[0].paths:
+        assert (named.path.layers[0], named.path.layers[-1]) == (0, last)
+    beam = Beam(num_layers=4, width=9, max_saved=9, num_questions=5, keeps_ends=True)
     levels = list(beam.levels(lambda paths, _num: [0.0] * len(paths), lambda path: True))
-    assert levels[-1].paths == (StaticPath([0]),)
+    assert levels[-1].paths == (StaticPath([0, 3]),)
     for level in levels:
-        assert all(path.layers[0] == 0 for path in level.paths)
+        assert all((path.layers[0], path.layers[-1]) == (0, 3) for path in level.paths)
         assert len(level.paths) <= beam.most_candidates(level.saved)
 
 

@@ -388,6 +388,7 @@ def test_prompts_alone_are_tuned_on_by_their_kl(drllm, model_folder, tmp_path):
     [
         ({"max_skipped": 6}, "at most 5"),
         ({"max_skipped": 0.4}, "less than one layer"),
+        ({"max_skipped": 5, "repair": "refit"}, "at most 4"),
         ({"max_loss_increase": 0.1}, "--max-loss-increase was removed"),
         ({"epsilon": 2.0}, "--epsilon was removed"),
     ],
@@ -404,6 +405,11 @@ def test_a_model_of_one_layer_is_refused_since_it_has_none_to_skip(tiny_base):
     base = tiny_base(num_layers=1)
     with pytest.raises(ConfigError, match="the model has one layer, and a model of one layer has"):
         tune(base, "builtin_facts", repair="none")
+
+
+def test_a_model_of_two_layers_is_refused_since_both_stay_under_repair(tiny_base):
+    with pytest.raises(ConfigError, match=r"the model has two layers, .* give --repair none"):
+        tune(tiny_base(num_layers=2), "builtin_facts")
 
 
 def test_gold_answers_of_a_task_without_options_are_refused(routed):
