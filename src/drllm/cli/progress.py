@@ -1,5 +1,7 @@
 """Shows how far a stage is: a bar on a terminal, plain lines elsewhere.
 
+The bar has a spinner and the time so far, which go on while nothing is reported.
+
 Plain lines have no control characters. A line is printed after every tenth of the work and at least
 every 5 seconds in the first minute, every 10 seconds later, so that a log shows that the work goes
 on. The time left is shown only once its estimate is steady.
@@ -10,7 +12,7 @@ import time
 from collections.abc import Callable
 
 from rich.console import Console
-from rich.progress import BarColumn, TaskID, TextColumn
+from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
 from drllm.work.listener import duration, rough_duration
@@ -21,7 +23,7 @@ FIRST_LINE_S = 1.5  # maximum time until the first plain line
 MAX_PAUSE_S = 5.0  # maximum time between two plain lines in the first minute
 LATER_MAX_PAUSE_S = 10.0  # the same after the first minute, so that a log of hours isn't too long
 FIRST_MINUTE_S = 60.0
-BAR_WIDTH = 14  # columns; on a terminal with 60 columns there is room for the time left too
+BAR_WIDTH = 10  # columns; on a terminal with 60 columns there is room for the time left too
 RESUMED_WITHIN_S = 2.0
 """Work that is reported within this time was done by an earlier run. It isn't part of the rate."""
 STEADY = 0.2
@@ -180,7 +182,12 @@ class Progress:
     def _start_bar(self) -> None:
         texts = ("{task.description}", "{task.percentage:3.0f} %", "{task.fields[state]}")
         title, share, state = (TextColumn(text, markup=False) for text in texts)
-        self.bar = Bar(title, BarColumn(BAR_WIDTH), share, state, console=self.console)
+        spinner = SpinnerColumn()
+        elapsed = TimeElapsedColumn()
+        bar = BarColumn(BAR_WIDTH)
+        columns = (spinner, title, bar, share, elapsed, state)
+        # A thread of rich draws it anew ten times a second.
+        self.bar = Bar(*columns, console=self.console, get_time=time.monotonic)
         self.bar.start()
         self.task = self.bar.add_task(self.title, total=None, state="")
 
@@ -189,6 +196,8 @@ class Progress:
         now = time.monotonic()
         if done < self.done:
             self._begin(done)
+            if self.bar is not None:
+                self.bar.reset(self.task)  # the time so far is this part's
         seconds_left = self.time_left.update(now, done, total)
         self.done = done
         self.total = total
@@ -220,7 +229,7 @@ class Progress:
         """Return the parts of the text after the percentage, the most important first.
 
         They are the time left, the first phrase of the note, the counts, and the rest of the note.
-        At the end they are the counts and the time taken.
+        At the end they are the counts.
         """
         is_over = self.done >= self.total
         parts: list[str] = []
@@ -228,17 +237,16 @@ class Progress:
             parts = self.note.split(", ")
         if self.unit:
             parts.insert(1, f"{int(self.done)}/{int(self.total)} {self.unit}")
-        if is_over:
-            parts.append(duration(now - self.started))
-        elif seconds_left is not None:
+        if seconds_left is not None and not is_over:
             parts.insert(0, f"about {rough_duration(seconds_left)} left")
         return parts
 
     def _update_bar(self, bar: Bar, text: str) -> None:
         """Show the bar on a terminal, with as much of the text as there is room for."""
-        room = self.console.width - len(f"{self.title} 100 %  ") - BAR_WIDTH - 1  # columns
+        columns_before = len(f"⠋ {self.title} ") + BAR_WIDTH + len(" 100 % 00:00:00 ")
+        room = self.console.width - columns_before
         if len(text) > room:
-            text = text[: room - 1] + "…"
+            text = text[: max(0, room - 1)] + "…"
         bar.update(self.task, completed=self.done, total=self.total, state=text)
 
     def _plain_line(self, now: float, seconds_left: float | None) -> str:
@@ -246,6 +254,8 @@ class Progress:
         if self.total:
             percentage = 100 * self.done / self.total
         parts = [f"{percentage:.0f} %", *self._describe(now, seconds_left)]
+        if self.done >= self.total:
+            parts.append(duration(now - self.started))
         return f"{self.title}: {', '.join(parts)}"
 
     def _status_line(self, seconds: float) -> str:

@@ -91,17 +91,42 @@ def bar_on_a_terminal(width: int, clock: SimpleNamespace, note: str) -> str:
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
-def test_on_a_terminal_name_bar_share_and_time_left_are_one_line_that_fits(width, clock):
+def test_on_a_terminal_name_bar_share_and_times_are_one_line_that_fits(width, clock):
     shown = bar_on_a_terminal(width, clock, f"re-tests, builtin_facts, {'7 % valid, ' * 20}")
-    assert re.match(r"searching ━+\S* +50 % about 17 min left, re-tests", shown)
+    assert re.match(r"\S searching ━+\S* +50 % 0:1\d:\d\d about 17 min left, re", shown)
     assert len(shown.rstrip()) <= width
     assert shown.rstrip().endswith("…")
 
 
 def test_a_bar_says_what_is_done_before_it_counts(clock: SimpleNamespace):
-    assert "50 % about 17 min left, re-tests, 320/640 questions" in bar_on_a_terminal(
-        80, clock, "re-tests"
-    )
+    shown = bar_on_a_terminal(100, clock, "re-tests")
+    assert "about 17 min left, re-tests, 320/640 questions" in shown
+
+
+def test_a_bar_turns_and_counts_seconds_while_nothing_is_reported():
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=80, color_system=None)
+    with Progress(console, "searching", "questions") as progress:
+        progress(1, 10)
+        for _ in range(1000):
+            if "0:00:01" in file.getvalue():
+                break
+            time.sleep(0.01)
+    assert "10 % 0:00:01 1/10 questions" in file.getvalue()
+    spinners = set(re.findall(r"(\S) searching", file.getvalue()))
+    assert len(spinners) > 1
+
+
+def test_the_time_of_a_bar_is_that_of_its_part(clock: SimpleNamespace):
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=80, color_system=None)
+    with Progress(console, "tuning", "") as progress:
+        progress(5, 10)
+        clock.now += 3600
+        progress(0, 10)
+        clock.now += 2
+        progress(10, 10)
+    assert "100 % 0:00:02" in file.getvalue()
 
 
 def test_a_log_shows_that_the_work_goes_on(monkeypatch: pytest.MonkeyPatch):
