@@ -111,7 +111,10 @@ def _describe_plan(config: ShrinkConfig) -> str:
             f"a token may be lost"
         )
     minutes = write_minutes(config.minutes)
-    return f"{goal} · about {minutes} min, then measuring; Ctrl-C keeps all work"
+    return (
+        f"{goal} · about {minutes} min to find and heal paths, then measuring, whose time is said "
+        f"once its first questions are done; Ctrl-C keeps all work"
+    )
 
 
 def _find_powers(questions: ShrinkQuestions, config: ShrinkConfig) -> list[Power]:

@@ -31,6 +31,7 @@ from drllm.models.routed_model import RoutedModel, unrouted
 from drllm.pipeline.shrink_candidates import choose_candidates
 from drllm.pipeline.shrink_measurement import ModelMeasurement
 from drllm.pipeline.shrink_questions import ShrinkQuestions, read_questions
+from drllm.pipeline.shrink_time import TimedListener
 from drllm.records.codec import read_json, write_json
 from drllm.records.manifest import new_manifest
 from drllm.records.places import check_new_folder, only_writer
@@ -263,19 +264,37 @@ class ShrinkRun:
         store = ResultStore(self.work / "answers", identity, stage="shrink")
         store.open()
         routed = RoutedModel(base.model, tokenizer=base.tokenizer)
+        held_out = {}
         try:
-            tokenizer = TextTokenizer(routed, self.max_tokens, store, self.listener)
             sources = []
             for source in self.questions.sources:
                 if source.is_open:
-                    answers = tokenizer.tokenize_sources([source])[source.name]
+                    answers = self.tokenize(routed, store, source, "to heal on")
                     texts = [base.tokenizer.decode(tokens) for tokens in answers]
                     source = TextSource(name=source.name, texts=texts)
                 sources.append(source)
-            held_out = tokenizer.tokenize_sources(self.questions.held_out_sources)
+            for source in self.questions.held_out_sources:
+                held_out[source.name] = self.tokenize(routed, store, source, "to measure on")
         finally:
             routed.detach()
         return sources, held_out
+
+    def tokenize(
+        self, routed: RoutedModel, store: ResultStore, source: TextSource, use: str
+    ) -> list[Tokens]:
+        """Return the texts of a source as tokens; prompts without answers are answered first.
+
+        Args:
+            routed: The model.
+            store: Keeps the answers.
+            source: The source.
+            use: What its texts are for, in words.
+        """
+        num_prompts = len(source.prompts)
+        what = f"answering {num_prompts:,} prompts of {source.name} {use}"
+        listener = TimedListener(self.listener, what)
+        tokenizer = TextTokenizer(routed, self.max_tokens, store, listener)
+        return tokenizer.tokenize_sources([source])[source.name]
 
     def make_header(self) -> dict[str, Any]:
         """Return the fields that are known before any work."""
@@ -426,7 +445,7 @@ class ShrinkRun:
     ) -> ShrinkRecord:
         """Measure the full model and the candidates on what is held out."""
         self.listener.note("step 3 of 4: measuring on held-out questions")
-        tasks = [splits.task for splits in self.questions.graded_tasks]
+        tasks = self.questions.graded_tasks
         cut = {
             name: [text[: self.max_tokens] for text in texts] for name, texts in held_out.items()
         }

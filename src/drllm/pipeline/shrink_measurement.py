@@ -19,17 +19,19 @@ from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.healed import install_path
 from drllm.paths import StaticPath
 from drllm.pipeline.shrink_speed import measure_speeds
+from drllm.pipeline.shrink_time import TimedListener
 from drllm.records.healed import HealedPath
 from drllm.records.results import Evaluation
 from drllm.records.shrink import ShrunkModel, TaskScores, TextScores
-from drllm.records.static_paths import FULL, load_path
+from drllm.records.static_paths import FULL, TEST, load_path
 from drllm.statistics.verdicts import judge_means
-from drllm.tasks.base import Task
+from drllm.tuning.data_splits import TaskSplits
 from drllm.tuning.heal_checks import measure_text_losses
 from drllm.tuning.heal_texts import Tokens
 from drllm.work.listener import Listener
 
 NUM_TEXTS = 400  # maximum held-out questions whose text's loss is measured
+TEXTS_AT_ONCE = 16  # held-out texts that are measured together
 
 
 @dataclass(frozen=True)
@@ -38,14 +40,14 @@ class ModelMeasurement:
 
     Attributes:
         base: The full model.
-        tasks: The tasks whose held-out questions have right answers.
+        tasks: The tasks whose held-out questions have right answers, with their questions.
         held_out: Name of a source → its held-out texts, as tokens.
         config: The settings.
         listener: Receives progress and notes.
     """
 
     base: BaseModel
-    tasks: Sequence[Task]
+    tasks: Sequence[TaskSplits]
     held_out: Mapping[str, Sequence[Tokens]]
     config: ShrinkConfig
     listener: Listener
@@ -98,9 +100,12 @@ class ModelMeasurement:
             seed=self.config.seed,
         )
         paths = [str(folder) for folder in folders.values()]
-        results = evaluate(
-            self.base, self.tasks, config, eval_folder, paths=paths, listener=self.listener
-        )
+        tasks = [splits.task for splits in self.tasks]
+        num_questions = sum(len(splits.examples[TEST]) for splits in self.tasks)
+        num_models = len(paths) + 1
+        what = f"measuring {num_questions:,} questions with {num_models} models"
+        listener = TimedListener(self.listener, what)
+        results = evaluate(self.base, tasks, config, eval_folder, paths=paths, listener=listener)
         return list(results)
 
     def measure_losses(
@@ -109,9 +114,9 @@ class ModelMeasurement:
         """Return the loss of each held-out text of each source, along each path."""
         losses = {}
         for name, texts in self.held_out.items():
-            with self.listener.busy(f"measuring the loss of {name}"):
-                measured = measure_text_losses(routed, paths, {name: list(texts)})
-            losses[name] = measured[name].by_path
+            what = f"measuring {len(texts):,} texts of {name} with {len(paths)} models"
+            listener = TimedListener(self.listener, what)
+            losses[name] = _measure_source(routed, paths, name, texts, listener)
         return losses
 
     def compare_losses(
@@ -136,6 +141,25 @@ class ModelMeasurement:
         for layer in set(range(base.num_layers)) - set(path.layers):
             total -= sum(weight.nbytes for weight in layers[layer].parameters())
         return total
+
+
+def _measure_source(
+    routed: RoutedModel,
+    paths: Mapping[str, StaticPath],
+    name: str,
+    texts: Sequence[Tokens],
+    listener: Listener,
+) -> dict[str, list[float]]:
+    """Return the loss of each text of one source, along each path."""
+    losses: dict[str, list[float]] = {path: [] for path in paths}
+    with listener.progress(f"measuring the loss of {name}", "texts") as on_progress:
+        for start in range(0, len(texts), TEXTS_AT_ONCE):
+            block = texts[start : start + TEXTS_AT_ONCE]
+            measured = measure_text_losses(routed, paths, {name: block})
+            for path, values in measured[name].by_path.items():
+                losses[path] += values
+            on_progress(start + len(block), len(texts))
+    return losses
 
 
 def _read_task_scores(evaluations: Sequence[Evaluation], name: str) -> dict[str, TaskScores]:

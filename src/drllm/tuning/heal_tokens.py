@@ -70,8 +70,7 @@ class TextTokenizer:
 
     def tokenize_sources(self, sources: Sequence[TextSource]) -> dict[str, list[Tokens]]:
         """Return name of a source → its texts, or its questions with their answers, as tokens."""
-        with self.listener.busy("reading the texts"):
-            texts = {source.name: self._tokenize(source) for source in sources}
+        texts = {source.name: self._tokenize(source) for source in sources}
         for name, source_texts in texts.items():
             self._note_cuts(name, source_texts)
         return texts
@@ -79,17 +78,20 @@ class TextTokenizer:
     def _tokenize(self, source: TextSource) -> list[Tokens]:
         if source.is_open:
             return self._answer_source(source)
-        return tokenize_source(self.routed, source)
+        with self.listener.busy("reading the texts"):
+            return tokenize_source(self.routed, source)
 
     def _answer_source(self, source: TextSource) -> list[Tokens]:
         """Answer the prompts of a source, or read the kept answers."""
         texts: list[Tokens] = []
         prompts = [prompt.content for prompt in source.prompts]
-        for start in range(0, len(prompts), ANSWERS_AT_ONCE):
-            block = prompts[start : start + ANSWERS_AT_ONCE]
-            # By the prompts, since sources of one name may have different prompts.
-            key = f"answers to {hash_values(block)}"
-            texts += self.store.get_or_make(key, list[Tokens], partial(self._answer, block))
+        with self.listener.progress(f"answering prompts of {source.name}", "prompts") as report:
+            for start in range(0, len(prompts), ANSWERS_AT_ONCE):
+                block = prompts[start : start + ANSWERS_AT_ONCE]
+                # By the prompts, since sources of one name may have different prompts.
+                key = f"answers to {hash_values(block)}"
+                texts += self.store.get_or_make(key, list[Tokens], partial(self._answer, block))
+                report(len(texts), len(prompts))
         return texts
 
     def _answer(self, prompts: Sequence[Conversation]) -> list[Tokens]:

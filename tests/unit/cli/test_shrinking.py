@@ -8,8 +8,9 @@ from msgspec.structs import replace
 
 from drllm.cli.parser import parse
 from drllm.cli.show_shrink import show_models
-from drllm.cli.shrinking import _print_next_steps
+from drllm.cli.shrinking import _describe_plan, _print_next_steps
 from drllm.cli.terminal import Terminal
+from drllm.config import ShrinkConfig
 from drllm.records.shrink import ShrinkRecord, ShrunkModel, TaskScores
 from drllm.records.static_paths import FULL
 from drllm.statistics.differences import Differences
@@ -84,3 +85,18 @@ def test_the_commands_at_the_end_can_be_pasted(capsys):
 def test_a_record_without_the_numbers_of_held_out_questions_is_shown(record, capsys):
     show_models(replace(record, num_held_out={}), Terminal())
     assert "– held out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("settings", "goal"),
+    [
+        ({}, "at most 3 points of accuracy and 0.05 nats a token may be lost"),
+        ({"layers": 25}, "25 layers stay, however much is lost"),
+        ({"save": "10%"}, "10% of the layers go, however much is lost"),
+    ],
+)
+def test_the_first_line_says_what_may_be_lost_and_how_long_it_takes(settings, goal):
+    assert _describe_plan(ShrinkConfig(**settings, minutes=20)) == (
+        f"{goal} · about 20 min to find and heal paths, then measuring, whose time is said once "
+        f"its first questions are done; Ctrl-C keeps all work"
+    )
