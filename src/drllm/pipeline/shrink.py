@@ -304,6 +304,7 @@ class ShrinkRun:
             **manifest,
             "tasks": tuple(splits.task.name for splits in questions.tasks),
             "texts": tuple(questions.held_out_texts),
+            "files": tuple(questions.files),
             "num_questions": questions.count_to_find(),
             "num_held_out": questions.count_held_out(),
             "runtime": dict(self.base.runtime),

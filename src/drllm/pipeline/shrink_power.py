@@ -1,8 +1,10 @@
 """What the held-out questions and texts of a shrink can show at best, before any work is done."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from drllm.bisection import bisect
 from drllm.config import ShrinkConfig
 from drllm.pipeline.shrink_questions import ShrinkQuestions
 from drllm.statistics.paired import paired_interval
@@ -13,6 +15,7 @@ DIFFERING = 0.05
 """The share of questions whose answer turns from right to wrong or from wrong to right. It was 4 %
 of 285 built-in facts for healed paths of SmolLM2 without one and two of 30 layers, and is higher
 with more layers out. So this is nearly the best case."""
+FOUR_TIMES = "and a file needs four times as many"  # since a quarter of it is held out
 MANY = 10_000  # questions from which the needed number is estimated
 
 
@@ -32,17 +35,18 @@ class Power:
 def find_power(questions: ShrinkQuestions, config: ShrinkConfig) -> list[Power]:
     """Return what the held-out questions of each task and the texts of each source can show."""
     counts = questions.count_held_out()
-    powers = [
-        _find_task_power(splits.task.name, counts[splits.task.name], config)
-        for splits in questions.graded_tasks
-    ]
+    powers = []
+    for splits in questions.graded_tasks:
+        name = splits.task.name
+        is_file = name in questions.files
+        powers.append(_find_task_power(name, counts[name], config.max_drop, is_file=is_file))
     # The loss of the text of graded questions is judged too.
-    return powers + _find_text_powers(counts)
+    return powers + _find_text_powers(counts, questions.files)
 
 
-def _find_task_power(name: str, num_questions: int, config: ShrinkConfig) -> Power:
+def _find_task_power(name: str, num_questions: int, max_drop: float, *, is_file: bool) -> Power:
     """Return what held-out questions can exclude if as many answers are won as lost."""
-    limit = config.max_drop / 100
+    limit = max_drop / 100
     smallest = smallest_excluded_drop(num_questions)
     sentence = (
         f"{num_questions} held-out questions of {name} can't exclude a loss of less than "
@@ -50,13 +54,29 @@ def _find_task_power(name: str, num_questions: int, config: ShrinkConfig) -> Pow
     )
     if smallest < limit:
         return Power(sentence, is_enough=True)
-    # From many questions, since the interval of a few is wider than its width at many implies.
-    needed = questions_to_exclude(MANY, 0.0, smallest_excluded_drop(MANY), limit)
+    fewest, probable = count_needed(limit)
     sentence += (
-        f"; --max-drop {config.max_drop:g} needs about {round_up(needed or 0):,} held-out "
-        f"questions, a quarter of a file"
+        f"; for --max-drop {max_drop:g} at least about {round_up(fewest):,} are needed, and about "
+        f"{round_up(probable):,} are probably enough"
     )
+    if is_file:
+        sentence += f", {FOUR_TIMES}"
     return Power(sentence, is_enough=False)
+
+
+def count_needed(limit: float) -> tuple[int, int]:
+    """Return how many questions can exclude a loss, and how many do with a probability of 80 %.
+
+    Args:
+        limit: The loss, as a share of the questions.
+    """
+    # From many questions, since the interval of a few is wider than its width at many implies.
+    probable = questions_to_exclude(MANY, 0.0, smallest_excluded_drop(MANY), limit)
+    assert probable is not None  # as the loss is 0
+    most = 10 * probable + 100
+    _, end = bisect(lambda number: smallest_excluded_drop(math.ceil(number)) < limit, 1, most)
+    fewest = math.ceil(end)
+    return fewest, max(probable, fewest)
 
 
 def smallest_excluded_drop(num_questions: int) -> float:
@@ -74,7 +94,7 @@ def smallest_excluded_drop(num_questions: int) -> float:
     return -low
 
 
-def _find_text_powers(counts: Mapping[str, int]) -> list[Power]:
+def _find_text_powers(counts: Mapping[str, int], files: Collection[str]) -> list[Power]:
     """Return a power for each source with too few texts; other sources need no sentence."""
     powers = []
     for name, num_texts in counts.items():
@@ -83,5 +103,7 @@ def _find_text_powers(counts: Mapping[str, int]) -> list[Power]:
                 f"{num_texts} held-out texts of {name} exclude no increase of their loss; at least "
                 f"{FEWEST_TEXTS} are needed"
             )
+            if name in files:
+                sentence += f", {FOUR_TIMES}"
             powers.append(Power(sentence, is_enough=False))
     return powers

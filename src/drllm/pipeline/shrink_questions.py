@@ -17,7 +17,7 @@ from drllm.records.static_paths import FIT, SELECT, TEST
 from drllm.statistics.verdicts import FEWEST_TEXTS
 from drllm.tasks.base import Task
 from drllm.tasks.examples import Example, Prompt, choose
-from drllm.tasks.files import PROMPTS_ALONE
+from drllm.tasks.files import PROMPTS_ALONE, FileTask
 from drllm.tuning.data_splits import TasksArgument, TaskSplits, split_tasks
 from drllm.tuning.heal_texts import TextArgument, TextSource, read_sources
 
@@ -77,6 +77,12 @@ class ShrinkQuestions:
     def open_tasks(self) -> list[TaskSplits]:
         """The tasks that are prompts alone."""
         return [splits for splits in self.tasks if not splits.task.has_answers]
+
+    @property
+    def files(self) -> list[str]:
+        """The names of tasks and sources of texts of which a quarter is held out."""
+        names = [splits.task.name for splits in self.tasks if isinstance(splits.task, FileTask)]
+        return [*names, *self.held_out_texts]
 
     @property
     def held_out_sources(self) -> list[TextSource]:

@@ -10,6 +10,7 @@ from drllm.records.results import Header
 from drllm.records.static_paths import FULL
 from drllm.statistics.differences import Differences, Verdict
 from drllm.statistics.exclusion import Limits, Trial
+from drllm.statistics.power import round_up
 from drllm.statistics.words import capitalize
 
 SHRINK_FILE = "shrink.json"
@@ -64,6 +65,7 @@ class ShrinkRecord(Header, frozen=True, kw_only=True, forbid_unknown_fields=True
     Attributes:
         tasks: The tasks whose questions decide.
         texts: The sources of texts whose loss decides, beside the texts of the questions.
+        files: The tasks and sources of texts that are files, of which a quarter is held out.
         num_questions: Task → the number of its questions to find and heal paths with.
         num_held_out: Task or source of texts → the number of its held-out questions or texts.
         runtime: Device and precision.
@@ -78,6 +80,7 @@ class ShrinkRecord(Header, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     tasks: tuple[str, ...]
     texts: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
     num_questions: dict[str, int]
     num_held_out: dict[str, int]
     runtime: dict[str, Any]
@@ -136,9 +139,9 @@ class ShrinkRecord(Header, frozen=True, kw_only=True, forbid_unknown_fields=True
             return (
                 f"OK: {self._count(self.find(self.chosen))} lose less than {self._write_limits()}."
             )
-        failed = self.trials[-1]
-        sentences = [f"NOT SHOWN: {self._count(self.fallback)}: {failed.reason()}."]
-        remedy = failed.remedy("held-out questions")
+        reason = self.trials[-1].reason(self._name_held_out())
+        sentences = [f"NOT SHOWN: {self._count(self.fallback)}: {reason}."]
+        remedy = self._describe_remedy()
         if remedy:
             sentences.append(f"{capitalize(remedy)}.")
         if self.is_forced:
@@ -164,16 +167,31 @@ class ShrinkRecord(Header, frozen=True, kw_only=True, forbid_unknown_fields=True
         """Say how many of the layers a model keeps."""
         return f"{len(model.layers)} of {len(self.full.layers)} layers"
 
+    def _describe_remedy(self) -> str:
+        """Say how many questions would probably be enough; empty if no number would."""
+        trial = self.trials[-1]
+        remedy = trial.remedy("held-out questions")
+        if trial.needed is None or not all(test.task in self.files for test in trial.failed):
+            return remedy
+        num_rows = 4 * trial.needed
+        return f"{remedy}: four times as many in the file, {round_up(num_rows):,}"
+
+    def _name_held_out(self) -> dict[str, str]:
+        """Return what is held out of each task and source of texts, in words."""
+        names = {task: f"held-out questions of {task}" for task in self.full.tasks}
+        for source in self.full.texts:
+            names[source] = f"held-out texts of {source}"
+        return names
+
     def _write_limits(self) -> str:
         """Say which losses are excluded, and on which questions and texts."""
         assert self.limits is not None
         losses = []
-        graded = list(self.full.tasks)
-        if graded:
+        if self.full.tasks:
             losses.append(f"{self.limits.max_drop:g} points of accuracy")
         losses.append(f"{self.limits.max_loss_increase:g} nats a token of text")
-        names = [*graded, *self.full.texts]
-        return f"{' and '.join(losses)} on held-out questions of {', '.join(names)} (95 %)"
+        places = " and ".join(self._name_held_out().values())
+        return f"{' and '.join(losses)} on {places} (95 %)"
 
 
 def read_shrink(file: Path) -> ShrinkRecord:

@@ -64,14 +64,29 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         """Whether the candidate is shown to lose less than the limits on every task."""
         return not any(test.failures for test in self.tasks)
 
-    def reason(self) -> str:
-        """Say why the candidate fails, task by task."""
+    @property
+    def failed(self) -> list[TaskTest]:
+        """The tests that the candidate doesn't pass."""
+        return [test for test in self.tasks if test.failures]
+
+    @property
+    def needed(self) -> int | None:
+        """About how many questions would probably be enough; None if no number would."""
+        return _find_largest([test.needed for test in self.failed])
+
+    def reason(self, names: Mapping[str, str] | None = None) -> str:
+        """Say why the candidate fails, task by task.
+
+        Args:
+            names: Task → what it is called in the sentence. Without names, an only task isn't
+                named.
+        """
         reasons = []
-        for test in self.tasks:
-            if not test.failures:
-                continue
+        for test in self.failed:
             reason = " and ".join(test.failures)
-            if len(self.tasks) > 1:
+            if names is not None:
+                reason += f" on {names[test.task]}"
+            elif len(self.tasks) > 1:
                 reason += f" on {test.task}"
             reasons.append(reason)
         return ", and ".join(reasons)
@@ -82,11 +97,9 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         Args:
             what: What the questions are called, such as "held-out questions".
         """
-        failed = [test.needed for test in self.tasks if test.failures]
-        needed = _find_largest(failed)
-        if needed is None:
+        if self.needed is None:
             return ""
-        questions = f"{round_up(needed):,} {what}"
+        questions = f"{round_up(self.needed):,} {what}"
         return f"about {questions} would probably show it if the differences stay the same"
 
 

@@ -11,7 +11,7 @@ from drllm.cli.show_shrink import show_models
 from drllm.cli.shrinking import _describe_plan, _print_next_steps
 from drllm.cli.terminal import Terminal
 from drllm.config import ShrinkConfig
-from drllm.records.shrink import ShrinkRecord, ShrunkModel, TaskScores
+from drllm.records.shrink import ShrinkRecord, ShrunkModel, TaskScores, TextScores
 from drllm.records.static_paths import FULL
 from drllm.statistics.differences import Differences
 from drllm.statistics.exclusion import Limits, Trial, end_at_failure, judge_task
@@ -100,3 +100,31 @@ def test_the_first_line_says_what_may_be_lost_and_how_long_it_takes(settings, go
         f"{goal} · about 20 min to find and heal paths, then measuring, whose time is said once "
         f"its first questions are done; Ctrl-C keeps all work"
     )
+
+
+@pytest.fixture
+def failed_record(record):
+    """A record of which the first candidate fails the test of its text's loss."""
+    model = replace(record.candidates[1], tasks={"sums": record.candidates[1].tasks["sums"]})
+    test = judge_task("sums", model.tasks["sums"].against_full, replace(LIMITS, max_drop=0.5))
+    trial = Trial(name=model.name, tasks=(replace(test, needed=440),))
+    return replace(record, trials=(trial,), chosen=None)
+
+
+def test_what_is_not_shown_names_its_questions(failed_record):
+    assert "not excluded on held-out questions of sums. " in failed_record.verdict
+    assert "About 440 held-out questions would probably show it" in failed_record.verdict
+    assert "four times" not in failed_record.verdict
+
+
+def test_what_is_not_shown_of_a_file_says_how_many_questions_the_file_needs(failed_record):
+    verdict = replace(failed_record, files=("sums",)).verdict
+    assert "if the differences stay the same: four times as many in the file, 1,800. " in verdict
+
+
+def test_what_is_shown_names_its_questions_and_its_texts(record):
+    models = []
+    for model in record.models:
+        models.append(replace(model, texts={"stories": TextScores(loss=3.0)}))
+    verdict = replace(record, models=tuple(models)).verdict
+    assert verdict.endswith("on held-out questions of sums and held-out texts of stories (95 %).")

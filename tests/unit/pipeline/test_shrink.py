@@ -11,7 +11,7 @@ from drllm.errors import ConfigError, TaskError
 from drllm.pipeline import shrink as stage
 from drllm.pipeline import shrink_measurement, shrink_questions, shrink_speed
 from drllm.pipeline.shrink import ShrinkRun, shrink
-from drllm.pipeline.shrink_power import find_power, smallest_excluded_drop
+from drllm.pipeline.shrink_power import count_needed, find_power, smallest_excluded_drop
 from drllm.pipeline.shrink_questions import read_questions
 from drllm.records.shrink import SHRINK_FILE, read_shrink
 from drllm.work.listener import Listener
@@ -268,11 +268,22 @@ def test_texts_with_the_name_of_the_questions_are_refused(prompts, tmp_path):
 def test_too_few_questions_are_known_before_any_work(questions):
     answers, texts = find_power(read_questions(ShrinkConfig(), questions), ShrinkConfig(max_drop=3))
     assert not answers.is_enough
-    assert "--max-drop 3 needs about" in answers.sentence
+    assert answers.sentence.endswith(
+        "; for --max-drop 3 at least about 270 are needed, and about 440 are probably enough, and "
+        "a file needs four times as many"
+    )
     assert not texts.is_enough
-    assert "at least 30 are needed" in texts.sentence
+    assert "at least 30 are needed, and a file needs four times as many" in texts.sentence
     answers, _ = find_power(read_questions(ShrinkConfig(), questions), ShrinkConfig(max_drop=60))
     assert answers.is_enough
+
+
+@pytest.mark.parametrize("max_drop", [1, 2, 3, 5, 10, 30])
+def test_the_smallest_number_of_questions_that_is_named_passes_and_one_less_does_not(max_drop):
+    limit = max_drop / 100
+    fewest, probable = count_needed(limit)
+    assert smallest_excluded_drop(fewest) < limit <= smallest_excluded_drop(fewest - 1)
+    assert probable >= fewest
 
 
 def test_more_questions_can_exclude_smaller_losses():
