@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from drllm.records.static_paths import FIT, SELECT, TEST
 from drllm.tuning.beam import Beam, num_pairs
@@ -14,23 +15,35 @@ from drllm.work.listener import OnProgress
 class TuningProgress:
     """Counts the pairs that are scored, and about how many there are in all.
 
+    A level that would probably end after `max_seconds` isn't counted.
+
     Attributes:
         on_progress: Called with both numbers and a note.
         first_block: Estimates the time of the tuning.
+        max_seconds: The tuning begins no level that would end later; None if it ends with its work.
         num_done: The pairs that are scored.
-        total: About how many pairs there are in all.
+        seconds: The time of all scores so far, including kept scores.
+        level_ends: For each level left, about how many pairs are scored at its end.
     """
 
     on_progress: OnProgress
     first_block: FirstBlock
+    max_seconds: float | None = None
     num_done: float = 0.0
-    total: float = 0.0
+    seconds: float = 0.0
+    level_ends: Sequence[float] = (0.0,)
 
-    def expect(self, num_left: float, note: str = "") -> None:
-        """Set about how many pairs are left, and report the progress if there is a note."""
-        self.total = self.num_done + num_left
+    def expect(self, level_pairs: Sequence[float], note: str = "") -> None:
+        """Set about how many pairs each level left scores; report the progress if there is a note.
+
+        Args:
+            level_pairs: The pairs of each level left, the next level first.
+            note: What was done.
+        """
+        ends = list(accumulate(level_pairs, initial=self.num_done))
+        self.level_ends = ends[1:] or ends
         if note:
-            self.on_progress(self.num_done, self.total, note)
+            self.on_progress(self.num_done, self._estimate_total(), note)
 
     def add(self, num_pairs: float, seconds: float, note: str) -> None:
         """Count pairs that were scored.
@@ -41,19 +54,36 @@ class TuningProgress:
             note: What was done.
         """
         self.num_done += num_pairs
-        self.total = max(self.total, self.num_done)
-        self.on_progress(self.num_done, self.total, note)
-        self.first_block.finish(self.num_done / self.total, seconds)
+        self.seconds = seconds
+        self.on_progress(self.num_done, self._estimate_total(), note)
+        total = max(self.level_ends[-1], self.num_done)
+        self.first_block.finish(self.num_done / total, seconds)
 
     def finish(self) -> None:
         """Report that all is done."""
-        self.on_progress(self.total, self.total, "")
+        total = max(self.level_ends[-1], self.num_done)
+        self.on_progress(total, total, "")
+
+    def _estimate_total(self) -> float:
+        """Return about how many pairs are scored in the end.
+
+        The time that they would take isn't beyond `max_seconds`, unless that time is over and the
+        last level still runs.
+        """
+        total = self.level_ends[-1]
+        if self.max_seconds is not None and self.seconds >= self.max_seconds:
+            total = self.level_ends[0]
+        elif self.max_seconds is not None and self.seconds > 0:
+            num_in_time = self.num_done * self.max_seconds / self.seconds
+            ends_in_time = [end for end in self.level_ends if end <= num_in_time]
+            total = max(ends_in_time, default=num_in_time)
+        return max(total, self.num_done)
 
 
 def estimate_pairs(
     beam: Beam, tasks: Sequence[TaskQuestions], num_saved: int = 0, *, is_repaired: bool = False
-) -> float:
-    """Return about how many pairs a tuning still scores; rarely more.
+) -> list[float]:
+    """Return about how many pairs each level left scores; rarely more.
 
     Args:
         beam: The search.
@@ -61,14 +91,15 @@ def estimate_pairs(
         is_repaired: Whether the best paths are scored with their refits too.
         num_saved: How many layers the last finished level saves; 0 before the first level.
     """
-    total = 0.0
-    for saved in range(num_saved + 1, beam.max_saved + 1):
-        total += estimate_level_pairs(beam, tasks, saved, is_repaired=is_repaired)
-    if num_saved == 0:  # of the full path
+    level_pairs = [
+        estimate_level_pairs(beam, tasks, saved, is_repaired=is_repaired)
+        for saved in range(num_saved + 1, beam.max_saved + 1)
+    ]
+    if num_saved == 0:  # the first level scores the full path too
         num_fit = sum(len(task.items[FIT]) for task in tasks)
         num_select = sum(len(task.items[SELECT]) for task in tasks)
-        total += num_fit + num_select + _count_report_pairs(tasks)
-    return total
+        level_pairs[0] += num_fit + num_select + _count_report_pairs(tasks)
+    return level_pairs
 
 
 def estimate_level_pairs(

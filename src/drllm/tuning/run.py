@@ -245,7 +245,7 @@ class _TuningRun:
         with self.listener.progress("tuning", "") as on_progress:
             max_seconds = None if config.minutes is None else 60 * config.minutes
             first_block = FirstBlock(self.listener, base.model.device, max_seconds)
-            progress = TuningProgress(on_progress, first_block)
+            progress = TuningProgress(on_progress, first_block, max_seconds)
             table = ScoreTable(
                 self.workers.executor, self.store, config.state_cache_gb, progress.add, repair
             )
@@ -320,8 +320,8 @@ class _TuningRun:
         """Report the best path of a level, and about how much is left to do."""
         if saved == 1:
             self.listener.note(REPAIRED_HEAD if self.is_repaired else HEAD)
-        num_left = estimate_pairs(self.beam, gains.tasks, saved, is_repaired=self.is_repaired)
-        progress.expect(num_left, f"layers saved: {saved:.3g}")
+        level_pairs = estimate_pairs(self.beam, gains.tasks, saved, is_repaired=self.is_repaired)
+        progress.expect(level_pairs, f"layers saved: {saved:.3g}")
         line = format_level(saved, gains.gain_with_interval(best))
         self.listener.note(f"{line}\n  {best.edits(self.beam.num_layers)}")
 
