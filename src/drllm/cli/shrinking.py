@@ -74,7 +74,7 @@ def shrink_verb(command: CommandLine, terminal: Terminal) -> int | None:
         terminal.say(_describe_division(questions))
         _refuse(powers, terminal)
         return NOT_SHOWN
-    terminal.say(f"{_describe_division(questions)} · {_describe_plan(config)}")
+    terminal.say(f"{_describe_division(questions)} · {_describe_plan(questions, config)}")
     for power in powers:
         terminal.note(power.sentence)
     with terminal.busy(LOADING):
@@ -99,16 +99,21 @@ def _describe_division(questions: ShrinkQuestions) -> str:
     return " · ".join(parts)
 
 
-def _describe_plan(config: ShrinkConfig) -> str:
+def _describe_plan(questions: ShrinkQuestions, config: ShrinkConfig) -> str:
     """Say what may be lost, and how long it takes."""
     if config.layers is not None:
         goal = f"{config.layers} layers stay, however much is lost"
     elif config.save is not None:
         goal = f"{config.save} of the layers go, however much is lost"
-    else:
+    elif questions.graded_tasks:
         goal = (
             f"at most {config.max_drop:g} points of accuracy and {config.max_loss_increase:g} nats "
             f"a token may be lost"
+        )
+    else:
+        goal = (
+            f"the loss may rise by at most {config.max_loss_increase:g} nats a token, and no "
+            f"answers are graded"
         )
     minutes = write_minutes(config.minutes)
     return (

@@ -1,5 +1,6 @@
 """What `drllm shrink` prints: the table, the verdict, and commands that can be pasted."""
 
+import json
 import shlex
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from drllm.cli.show_shrink import show_models
 from drllm.cli.shrinking import _describe_plan, _print_next_steps
 from drllm.cli.terminal import Terminal
 from drllm.config import ShrinkConfig
+from drllm.pipeline.shrink_questions import read_questions
 from drllm.records.shrink import ShrinkRecord, ShrunkModel, TaskScores, TextScores
 from drllm.records.static_paths import FULL
 from drllm.statistics.differences import Differences
@@ -87,6 +89,13 @@ def test_a_record_without_the_numbers_of_held_out_questions_is_shown(record, cap
     assert "– held out" in capsys.readouterr().out
 
 
+def read_rows(folder, row):
+    """Return the questions of a file with a hundred such rows, with numbers in them."""
+    file = folder / "sums.jsonl"
+    file.write_text("".join(json.dumps(row) % number + "\n" for number in range(100)))
+    return read_questions(ShrinkConfig(), str(file))
+
+
 @pytest.mark.parametrize(
     ("settings", "goal"),
     [
@@ -95,11 +104,19 @@ def test_a_record_without_the_numbers_of_held_out_questions_is_shown(record, cap
         ({"save": "10%"}, "10% of the layers go, however much is lost"),
     ],
 )
-def test_the_first_line_says_what_may_be_lost_and_how_long_it_takes(settings, goal):
-    assert _describe_plan(ShrinkConfig(**settings, minutes=20)) == (
+def test_the_first_line_says_what_may_be_lost_and_how_long_it_takes(tmp_path, settings, goal):
+    row = {"question": "What is %d + 0?", "choices": ["a", "b"], "answer": 0}
+    questions = read_rows(tmp_path, row)
+    assert _describe_plan(questions, ShrinkConfig(**settings, minutes=20)) == (
         f"{goal} · about 20 min to find and heal paths, then measuring, whose time is said once "
         f"its first questions are done; Ctrl-C keeps all work"
     )
+
+
+def test_the_first_line_bounds_no_accuracy_where_nothing_is_graded(tmp_path):
+    plan = _describe_plan(read_rows(tmp_path, {"prompt": "Say %d."}), ShrinkConfig())
+    assert "points" not in plan
+    assert plan.startswith("the loss may rise by at most 0.05 nats a token, and no answers")
 
 
 @pytest.fixture
@@ -123,8 +140,7 @@ def test_what_is_not_shown_of_a_file_says_how_many_questions_the_file_needs(fail
 
 
 def test_what_is_shown_names_its_questions_and_its_texts(record):
-    models = []
-    for model in record.models:
-        models.append(replace(model, texts={"stories": TextScores(loss=3.0)}))
-    verdict = replace(record, models=tuple(models)).verdict
+    texts = {"stories": TextScores(loss=3.0)}
+    models = tuple(replace(model, texts=texts) for model in record.models)
+    verdict = replace(record, models=models).verdict
     assert verdict.endswith("on held-out questions of sums and held-out texts of stories (95 %).")
