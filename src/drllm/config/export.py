@@ -15,6 +15,7 @@ class ExportConfig(Settings):
         above=0.0,
         maximum=100.0,
         placeholder="POINTS",
+        alias="epsilon",
         help="refuse a path whose test scores show, with 95 % confidence, a larger loss of "
         "accuracy, in points; --force exports it",
     )

@@ -25,6 +25,7 @@ class ShrinkConfig(Settings):
         above=0.0,
         maximum=100.0,
         placeholder="POINTS",
+        alias="epsilon",
         help="largest allowed loss of accuracy, in points; a test on held-out questions must "
         "exclude a larger loss",
     )

@@ -11,7 +11,7 @@ from drllm.cli.parser import parse
 from drllm.cli.show_shrink import show_models
 from drllm.cli.shrinking import _describe_plan, _print_next_steps
 from drllm.cli.terminal import Terminal
-from drllm.config import ShrinkConfig
+from drllm.config import ExportConfig, ShrinkConfig
 from drllm.pipeline.shrink_questions import read_questions
 from drllm.records.shrink import ShrinkRecord, ShrunkModel, TaskScores, TextScores
 from drllm.records.static_paths import FULL
@@ -144,3 +144,15 @@ def test_what_is_shown_names_its_questions_and_its_texts(record):
     models = tuple(replace(model, texts=texts) for model in record.models)
     verdict = replace(record, models=models).verdict
     assert verdict.endswith("on held-out questions of sums and held-out texts of stories (95 %).")
+
+
+@pytest.mark.parametrize(
+    ("command", "settings"),
+    [
+        ("shrink x q.jsonl out", ShrinkConfig),
+        ("export --path p --output-dir out", ExportConfig),
+    ],
+)
+def test_epsilon_is_another_name_of_the_largest_loss_of_accuracy(command, settings):
+    words = [*command.split(), "--epsilon", "2"]
+    assert parse(words).get_settings(settings).max_drop == 2
