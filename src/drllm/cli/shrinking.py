@@ -93,9 +93,13 @@ def shrink_verb(command: CommandLine, terminal: Terminal) -> int | None:
 def _describe_division(questions: ShrinkQuestions) -> str:
     """Say how the questions are divided."""
     to_find = questions.count_to_find()
+    repeats = {splits.task.name: splits.task.describe_repeats() for splits in questions.tasks}
     parts = []
     for name, num_held_out in questions.count_held_out().items():
-        parts.append(f"{name}: {to_find[name]:,} to find and heal paths, {num_held_out:,} held out")
+        part = f"{name}: {to_find[name]:,} to find and heal paths, {num_held_out:,} held out"
+        if repeats.get(name):
+            part += f"; {repeats[name]}"
+        parts.append(part)
     return " · ".join(parts)
 
 

@@ -86,7 +86,9 @@ def _print_num_questions(splits: TaskSplits, config: TuneConfig, terminal: Termi
         if part != FIT and config.num_judged is not None:
             num_questions = min(num_questions, config.num_judged)
         counts.append(f"{num_questions:,} {PART_USES[part]}")
-    terminal.say(f"questions of {splits.task.name}: {', '.join(counts)}")
+    line = f"questions of {splits.task.name}: {', '.join(counts)}"
+    repeats = splits.task.describe_repeats()
+    terminal.say(f"{line}; {repeats}" if repeats else line)
 
 
 @verb(

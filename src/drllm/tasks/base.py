@@ -125,6 +125,10 @@ class Task(ABC):
         parts = ", ".join(f"{count} in {split}" for split, count in counts.items())
         return f"{self.name} has {sum(counts.values())} questions: {parts}"
 
+    def describe_repeats(self) -> str:
+        """Say which rows are left out since they repeat a question; return "" if none is."""
+        return ""
+
     @property
     def reports_test_alone(self) -> bool:
         """Whether `test` is the only split that an evaluation may use."""

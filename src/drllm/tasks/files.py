@@ -284,11 +284,16 @@ class FileTask(Task):
         The line begins with the file's path instead of the task's name.
         """
         description = f"{self.path}{super().describe_splits().removeprefix(self.name)}"
+        repeats = self.describe_repeats()
+        return f"{description}; {repeats}" if repeats else description
+
+    def describe_repeats(self) -> str:
+        """Say how many rows repeat a text; return "" if none does."""
         num_questions = sum(len(self.examples(split)) for split in SPLITS)
         num_repeated = self.num_rows - num_questions
-        if num_repeated > 0:
-            description += f"; {num_repeated} of {self.num_rows} rows repeat a text, left out"
-        return description
+        if num_repeated == 0:
+            return ""
+        return f"{num_repeated:,} of {self.num_rows:,} rows repeat a text, left out"
 
 
 def name_source(name: str, reserved_names: Collection[str]) -> str:

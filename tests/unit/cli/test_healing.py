@@ -2,6 +2,10 @@
 
 import json
 
+from drllm.cli.static_paths import _print_num_questions
+from drllm.cli.terminal import Terminal
+from drllm.config import TuneConfig
+from drllm.tuning.data_splits import split_tasks
 from paths_json import written_paths
 
 SETTINGS = "--tasks builtin_facts --limit 20 --steps 2 --rank 2 --num-held-out 4 --device cpu"
@@ -62,3 +66,14 @@ def test_the_measured_loss_of_a_tuned_path_is_repeated_before_the_work(
     first, last = lines[lines.index("measured by tune:") + 1], lines[-1]
     assert first.startswith("  on arc_easy, a keeps its answers")
     assert "fingerprint" in last  # so nothing was healed
+
+
+def test_a_tuning_counts_the_rows_that_repeat_a_question(tmp_path, capsys):
+    file = tmp_path / "sums.jsonl"
+    row = {"question": "What is %d + 0?", "choices": ["a", "b"], "answer": 0}
+    file.write_text("".join(json.dumps(row) % (number % 98) + "\n" for number in range(100)))
+    config = TuneConfig(tasks=str(file))
+    [splits] = split_tasks(config)
+    _print_num_questions(splits, config, Terminal())
+    output = " ".join(capsys.readouterr().out.split())
+    assert output.endswith("to test them; 2 of 100 rows repeat a text, left out")

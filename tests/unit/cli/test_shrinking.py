@@ -113,6 +113,14 @@ def test_the_first_line_says_what_may_be_lost_and_how_long_it_takes(tmp_path, se
     )
 
 
+def test_rows_that_repeat_a_question_are_counted(tmp_path, drllm):
+    file = tmp_path / "sums.jsonl"
+    row = {"question": "What is %d + 0?", "choices": ["a", "b"], "answer": 0}
+    file.write_text("".join(json.dumps(row) % (number % 98) + "\n" for number in range(100)))
+    output = drllm("shrink smollm2-135m", file, tmp_path / "out", status=1).out
+    assert "held out; 2 of 100 rows repeat a text, left out" in " ".join(output.split())
+
+
 def test_the_first_line_bounds_no_accuracy_where_nothing_is_graded(tmp_path):
     plan = _describe_plan(read_rows(tmp_path, {"prompt": "Say %d."}), ShrinkConfig())
     assert "points" not in plan
