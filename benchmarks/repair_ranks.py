@@ -11,10 +11,11 @@ bound: it loses nothing.
 The kinds are files (`--text` to fit on, `--held-out` to measure on), else tasks: their questions
 with the right answers, of the split for fitting and of the one for tests.
 A path that is measured is kept in `--output-dir`, so the same command goes on after a kill.
+`--draw N` draws other paths: change the stand-in with one draw, and measure it with another.
 
     python benchmarks/repair_ranks.py [--tasks TASKS | --text FILE,... --held-out FILE,...]
-        [--paths N] [--tokens N] [--texts N] [--least N] [--most N] [--output-dir DIR] [--quick]
-        [--json FILE] [--data-dir DIR] [--model MODEL] [--device DEVICE] [--dtype DTYPE]
+        [--paths N] [--tokens N] [--texts N] [--least N] [--most N] [--draw N] [--output-dir DIR]
+        [--quick] [--json FILE] [--data-dir DIR] [--model MODEL] [--device DEVICE] [--dtype DTYPE]
 """
 
 from __future__ import annotations
@@ -74,9 +75,9 @@ class PathLosses(msgspec.Struct, frozen=True, kw_only=True):
     seconds: dict[str, float]
 
 
-def draw_paths(num_layers: int, sizes: Mapping[str, int]) -> list[StaticPath]:
+def draw_paths(num_layers: int, sizes: Mapping[str, int], draw: int) -> list[StaticPath]:
     """Draw different paths that run layer 0, as many of each number of layers out as possible."""
-    generator = random.Random(SEED)
+    generator = random.Random(SEED + draw)
     nums_out = range(sizes["least"], sizes["most"] + 1)
     paths: dict[StaticPath, None] = {}  # an ordered set
     while len(paths) < sizes["paths"]:
@@ -256,7 +257,7 @@ def measure_all(
     full = StaticPath(range(base.num_layers))
     full_losses = score_kinds(routed, items, full)
     rows = []
-    for path in draw_paths(base.num_layers, sizes):
+    for path in draw_paths(base.num_layers, sizes, options.draw):
         key = " ".join(map(str, path.layers))
         make = partial(measure_path, routed, stand_in, texts, items, path)
         row = store.get_or_make(key, PathLosses, make)
@@ -283,6 +284,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, help="held out, of all tasks together")
     parser.add_argument("--least", type=int, help="layers out")
     parser.add_argument("--most", type=int, help="layers out")
+    parser.add_argument("--draw", type=int, default=0, help="which draw of paths")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/repair-ranks"))
     parser.add_argument("--data-dir", help="folder with SPLIT.jsonl[.gz] files by task")
     options = parser.parse_args()

@@ -566,7 +566,9 @@ def test_a_cheap_choice_is_compared_with_the_best_path_after_its_refit(figures_o
     assert script.correlate([good, bad], "plain") == pytest.approx(-1)
     assert script.choice_loses([good, bad], "plain")["mean"] == 0.5
     assert script.choice_loses([good, bad], "stand-in")["mean"] == 0
-    paths = script.draw_paths(12, {"paths": 9, "least": 2, "most": 4})
+    paths = script.draw_paths(12, {"paths": 9, "least": 2, "most": 4}, 0)
+    others = script.draw_paths(12, {"paths": 9, "least": 2, "most": 4}, 1)
+    assert set(others) != set(paths)
     assert [12 - len(path.layers) for path in paths] == [2, 3, 4] * 3
     assert all(path.layers[0] == 0 for path in paths)
 
