@@ -44,12 +44,17 @@ def make_texts(num_texts=24, vocabulary=100, seed=0):
 
 
 class SlowWay:
-    """Runs one unpadded text at a time through a plain copy of the model."""
+    """Runs one unpadded text at a time through a plain copy of the model.
 
-    def __init__(self, model, path):
+    A first token has the weight that is given; None is the mean squared norm of the other targets
+    over that of its own.
+    """
+
+    def __init__(self, model, path, first_token_weight=None):
         self.full = copy.deepcopy(model)
         self.repaired = copy.deepcopy(model)
         self.path = path
+        self.first_token_weight = first_token_weight
 
     @torch.no_grad()
     def states_after(self, model, layers, text):
@@ -112,7 +117,10 @@ class SlowWay:
         first = torch.tensor(is_first)
         squares = torch.cat(targets).double().square().sum(dim=1)
         weights = torch.ones(len(z), dtype=torch.float64)
-        weights[first] = squares[~first].mean() / squares[first]
+        if self.first_token_weight is None:
+            weights[first] = squares[~first].mean() / squares[first]
+        else:
+            weights[first] = self.first_token_weight
         scales = z[~first].square().mean(dim=0).sqrt()
         penalty = torch.diag(scales) * (ridge * len(z)) ** 0.5
         rows = torch.cat([z * weights.sqrt()[:, None], penalty])
@@ -124,9 +132,10 @@ class SlowWay:
         return module.weight.data
 
 
-def assert_refit_is_the_slow_way(model, layers, texts, factor=1.0):
-    slow = SlowWay(model, layers)
-    gaps = refit(RoutedModel(model), StaticPath(layers), texts)
+def assert_refit_is_the_slow_way(model, layers, texts, factor=1.0, first_token_weight=None):
+    slow = SlowWay(model, layers, first_token_weight)
+    routed = RoutedModel(model)
+    gaps = refit(routed, StaticPath(layers), texts, first_token_weight=first_token_weight)
     assert [gap.gap for gap in gaps] == StaticPath(layers).gaps(NUM_LAYERS)
     for gap in gaps:
         place = gap.name.partition(".")[2]
@@ -139,6 +148,12 @@ def assert_refit_is_the_slow_way(model, layers, texts, factor=1.0):
 @pytest.mark.parametrize("layers", PATHS.values(), ids=PATHS)
 def test_each_gap_is_solved_on_the_path_as_repaired_so_far(layers, tiny_llama):
     assert_refit_is_the_slow_way(tiny_llama(), layers, make_texts())
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0, None])
+def test_without_the_last_layers_first_tokens_count_as_much_as_is_said(weight, tiny_llama):
+    layers = PATHS["the last layers"]
+    assert_refit_is_the_slow_way(tiny_llama(), layers, make_texts(), first_token_weight=weight)
 
 
 @pytest.mark.parametrize(
