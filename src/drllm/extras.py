@@ -1,5 +1,8 @@
 """The extras of the package: which optional packages they install, and whether these are there."""
 
+import re
+from collections.abc import Iterable
+from importlib.metadata import requires
 from importlib.util import find_spec
 
 from drllm.errors import ConfigError
@@ -30,11 +33,33 @@ def need(extras: str, purpose: str, *packages: str) -> None:
             if not _is_installed(package):
                 missing[package] = extra
     if missing:
-        missing_extras = ",".join(dict.fromkeys(missing.values()))  # each extra once
+        missing_extras = dict.fromkeys(missing.values())  # each extra once
         raise ConfigError(
             f"{purpose} needs {', '.join(missing)}, not installed here; "
-            f'run: pip install "drllm[{missing_extras}]"'
+            f"run: {make_install_command(missing_extras)}"
         )
+
+
+def make_install_command(extras: Iterable[str]) -> str:
+    """Return the command that installs the packages of extras.
+
+    It names the packages themselves, so it is right for a clone and for a wheel too: pip may not
+    find drllm on its index.
+    """
+    packages: list[str] = []
+    for extra in extras:
+        packages += _list_packages(extra)
+    return " ".join(["pip install", *(f'"{package}"' for package in packages)])
+
+
+def _list_packages(extra: str) -> list[str]:
+    """List the packages of an extra with their versions, as the installed drllm declares them."""
+    packages = []
+    for line in requires("drllm") or ():
+        package, _, condition = line.partition(";")
+        if re.search(f"""extra == ['"]{extra}['"]""", condition):
+            packages.append(package.strip())
+    return packages
 
 
 def _is_installed(package: str) -> bool:

