@@ -452,11 +452,11 @@ def test_both_paths_share_no_layer_that_is_refitted(routed, tmp_path, monkeypatc
     assert run == [*range(6), 0, 2, 3, 5]
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "phi", "qwen2_moe"])
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "phi", "qwen2_moe", "gemma2"])
 def test_other_families_are_refitted_trained_and_read_again(
     family, tiny_model, tiny_tokenizer, tmp_path, monkeypatch
 ):
-    """Conv1D, parallel attention, biases, and a shared expert, which can't have LoRA."""
+    """Conv1D, parallel attention, biases, a shared expert, which can't have LoRA, and a norm."""
     monkeypatch.setattr(heal_checks.LossesBefore, "is_improved", True)  # of a random model
     routed = RoutedModel(tiny_model(family), tokenizer=tiny_tokenizer)
     record = repaired(routed, tmp_path, steps=2)

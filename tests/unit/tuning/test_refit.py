@@ -214,12 +214,13 @@ def test_without_room_for_the_states_of_all_texts_the_result_is_the_same(
 
 @pytest.mark.parametrize("num_earlier", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gaps_that_are_solved_already_give_the_same_result(tiny_llama, num_earlier, dtype):
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_gaps_that_are_solved_already_give_the_same_result(family, tiny_model, num_earlier, dtype):
     path = StaticPath([0, 2, 4])  # three gaps
-    expected = refit(RoutedModel(tiny_llama().to(dtype)), path, make_texts())
+    expected = refit(RoutedModel(tiny_model(family).to(dtype)), path, make_texts())
     solved = []
     results = refit(
-        RoutedModel(tiny_llama().to(dtype)),
+        RoutedModel(tiny_model(family).to(dtype)),
         path,
         make_texts(),
         earlier=expected[:num_earlier],
@@ -229,7 +230,9 @@ def test_gaps_that_are_solved_already_give_the_same_result(tiny_llama, num_earli
     for result, other in zip(results, expected, strict=True):
         assert result.gap == other.gap
         assert result.ridge == other.ridge
-        assert torch.equal(result.weight, other.weight)
+        assert result.weights.keys() == other.weights.keys()
+        for name, weight in result.weights.items():
+            assert torch.equal(weight, other.weights[name])
 
 
 @pytest.mark.parametrize("share_for_states", [0, 0.25])

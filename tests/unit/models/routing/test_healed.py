@@ -147,9 +147,12 @@ def without_layers(model, path):
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of PEFT's
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "phi"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "phi", "gemma2"])
 def test_peft_alone_loads_lora_and_refit_right(family, tmp_path):
-    """In 12 layers, of which 1 and 10 and 11 end in the same digit, with biases and Conv1D."""
+    """In 12 layers, of which 1 and 10 and 11 end in the same digit.
+
+    With biases, Conv1D, and a norm behind the MLP, which is refitted too.
+    """
     model = biased_model(family, {}, num_hidden_layers=12)
     path = [0, 1, 3, 4, 5, 8, 9, 10, 11]  # gaps after 1 and 5; 11 has LoRA on every map
     identity = BaseModel(model, None, "tiny").identity
@@ -168,7 +171,7 @@ def test_peft_alone_loads_lora_and_refit_right(family, tmp_path):
     wrapped = [
         name for name, module in by_peft.named_modules() if hasattr(module, "original_module")
     ]
-    assert len(wrapped) == 2
+    assert len(wrapped) == len(weights.refit) == (4 if family == "gemma2" else 2)
     with torch.no_grad():
         peft_logits = by_peft(IDS, use_cache=False).logits[0]
     torch.testing.assert_close(peft_logits, logits, atol=1e-4, rtol=0)
