@@ -49,6 +49,7 @@ class Page(HTMLParser):
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.open: list[str] = []
         self.texts: list[str] = []
+        self.words_in_sight: list[str] = []  # with details closed; of both drawings of a figure
         self.errors: list[str] = []
         self.feed(text)
         self.close()
@@ -64,6 +65,9 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.texts.append(data)
+        is_folded = "details" in self.open and "summary" not in self.open
+        if not is_folded and "head" not in self.open:
+            self.words_in_sight += data.split()
 
     def all(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for name, attributes in self.tags if name == tag]
@@ -126,6 +130,13 @@ def test_verdict_and_tiles_stand_first_and_details_are_folded(html, md):
     assert re.findall(r"<h2>(.*?)</h2>", html) == SHOWN + FOLDED
     assert html.index("<blockquote>") < html.index('class="tiles"') < html.index("<h2>")
     assert re.findall(r"<details [^>]*><summary><h2>(.*?)</h2>", html) == FOLDED
+
+
+def test_the_page_is_short_while_its_details_are_closed(html):
+    page = Page(html)
+    assert len(page.all("details")) == len(FOLDED)
+    assert not any("open" in attributes for attributes in page.all("details"))
+    assert 300 < len(page.words_in_sight) < 1200
 
 
 def test_every_colour_that_is_used_is_defined_in_both_schemes(html):
