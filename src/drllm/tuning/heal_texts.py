@@ -64,6 +64,22 @@ class TextSource:
     is_divided: bool = False
 
 
+class TextPart(tuple[int, ...]):
+    """A sequence of tokens that was cut from a longer text. It equals its tokens.
+
+    Attributes:
+        text_sha256: A hash of the text, which says what parts are of one text.
+    """
+
+    text_sha256: str
+
+    def __new__(cls, tokens: Tokens, text_sha256: str = "") -> "TextPart":
+        """Make a part of a text."""
+        part = super().__new__(cls, tokens)
+        part.text_sha256 = text_sha256
+        return part
+
+
 TextArgument: TypeAlias = "str | Sequence[str] | Sequence[TextSource] | None"
 """The argument `texts` of `heal` and of `read_sources`, which explains it."""
 
@@ -280,14 +296,46 @@ def split_texts(by_source: Mapping[str, Sequence[Tokens]], config: HealConfig) -
 
 
 def cut_texts(texts: Sequence[Tokens], size: int) -> list[Tokens]:
-    """Cut texts into sequences of at most `size` tokens."""
-    sequences = []
+    """Cut texts into sequences of at most `size` tokens; those of a longer text are `TextPart`s."""
+    sequences: list[Tokens] = []
     for text in texts:
-        for start in range(0, len(text), size):
-            sequence = text[start : start + size]
-            if len(sequence) > 1:  # no token of a shorter sequence is predicted
-                sequences.append(sequence)
+        if len(text) > size:
+            sequences += _cut_text(text, size)
+        elif len(text) > 1:
+            sequences.append(text)
     return sequences
+
+
+def _cut_text(text: Tokens, size: int) -> list[TextPart]:
+    """Cut a text into parts of at most `size` tokens."""
+    text_sha256 = hash_values([text])
+    parts = []
+    for start in range(0, len(text), size):
+        part = TextPart(text[start : start + size], text_sha256)
+        if len(part) > 1:  # no token of a shorter part is predicted
+            parts.append(part)
+    return parts
+
+
+def shorten(sequence: Tokens, size: int) -> Tokens:
+    """Return the first `size` tokens of a sequence; a part of a text is still one."""
+    tokens = sequence[:size]
+    if isinstance(sequence, TextPart):
+        return TextPart(tokens, sequence.text_sha256)
+    return tokens
+
+
+def find_text(sequence: Tokens) -> Tokens | str:
+    """Return what a sequence's text is known by: its tokens, or the hash of a text that was cut."""
+    return sequence.text_sha256 if isinstance(sequence, TextPart) else sequence
+
+
+def group_by_text(sequences: Sequence[Tokens]) -> list[list[Tokens]]:
+    """Put the sequences of each text together."""
+    groups: dict[Tokens | str, list[Tokens]] = {}
+    for sequence in sequences:
+        groups.setdefault(find_text(sequence), []).append(sequence)
+    return list(groups.values())
 
 
 def choose_calibration_texts(
@@ -313,7 +361,7 @@ def choose_calibration_texts(
     while num_left > 1 and any(remaining.values()):
         names = [name for name in remaining if remaining[name]]
         name = min(names, key=counts.__getitem__)
-        sequence = remaining[name].pop()[:num_left]
+        sequence = shorten(remaining[name].pop(), num_left)
         chosen[name].append(sequence)
         counts[name] += len(sequence)
         num_left -= len(sequence)

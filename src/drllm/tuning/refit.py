@@ -34,7 +34,7 @@ from drllm.models.routing.lora import read_map_sizes
 from drllm.models.routing.refits import check_module, move_weight
 from drllm.paths import Gap, StaticPath
 from drllm.records.codec import hash_values
-from drllm.tuning.heal_texts import MIN_TEXTS, Tokens
+from drllm.tuning.heal_texts import MIN_TEXTS, Tokens, find_text, group_by_text
 from drllm.tuning.layer_states import (
     GapTokens,
     LayerRunner,
@@ -498,12 +498,26 @@ class _RefitRun:
 def split_for_ridge(texts: Sequence[Tokens]) -> tuple[list[Tokens], list[Tokens]]:
     """Return the texts to fit, and those to choose λ on: a tenth, by their hash, at least one.
 
+    The parts of a text that was cut stay together, unless there is only one text. A text with more
+    parts than a tenth of all is for the fit, or the shortest for λ if all have more.
+
     The prefix gives another hash than in `split_texts`, which has taken the texts of the lowest
     hashes out of each source. With that hash, a small source would have no text to choose λ on.
     """
-    ordered = sorted(texts, key=lambda text: hash_values(["ridge", text]))
-    num_held_out = max(1, len(ordered) // HELD_OUT)
-    return ordered[num_held_out:], ordered[:num_held_out]
+    groups = group_by_text(texts)
+    if len(groups) == 1:
+        groups = [[tuple(text)] for text in texts]  # each is a text of its own
+    groups.sort(key=lambda group: hash_values(["ridge", find_text(group[0])]))
+    num_left = max(len(texts) // HELD_OUT, min(map(len, groups)))
+    fit: list[Tokens] = []
+    held_out: list[Tokens] = []
+    for group in groups:
+        if len(group) <= num_left:
+            held_out += group
+            num_left -= len(group)
+        else:
+            fit += group
+    return fit, held_out
 
 
 def change_weight(projection: DownProjection, change: Tensor) -> Tensor:

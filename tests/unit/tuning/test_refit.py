@@ -1,6 +1,7 @@
 """The refit of a path against the slow way: states one by one, and one least-squares problem."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -13,9 +14,12 @@ from drllm.models.base.layers import find_layers
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.injection import LayerCall
 from drllm.paths import StaticPath
-from drllm.tuning.heal_texts import split_texts
+from drllm.records.codec import hash_values
+from drllm.tuning.calibration import choose_texts
+from drllm.tuning.heal_texts import choose_calibration_texts, cut_texts, split_texts
 from drllm.tuning.layer_states import make_batches
 from drllm.tuning.refit import (
+    HELD_OUT,
     estimate_bytes,
     find_projections,
     read_size,
@@ -401,6 +405,65 @@ def test_every_source_has_texts_to_choose_the_ridge_on_after_its_lowest_hashes_a
     texts = split_texts({"many": many, "few": few}, HealConfig(num_held_out=40)).to_train
     _, to_choose = split_for_ridge(texts["many"] + texts["few"])
     assert 0.04 < len(set(to_choose) & set(texts["few"])) / len(texts["few"]) < 0.2
+
+
+def make_long_texts(num_texts, lengths):
+    """Return texts that have no token in common."""
+    texts = []
+    for number in range(num_texts):
+        length = lengths[number % len(lengths)]
+        texts.append(tuple(range(1000 * number, 1000 * number + length)))
+    return texts
+
+
+def choose_for_heal(by_source):
+    """Return the texts that `heal` refits on, cut to 10 tokens."""
+    to_train = split_texts(by_source, HealConfig(num_held_out=4, max_tokens=10)).to_train
+    chosen = choose_calibration_texts(to_train, 1503, seed=0)
+    return [text for texts in chosen.values() for text in texts]
+
+
+def choose_for_tune(by_source):
+    """Return the texts that `tune` refits on, cut to 10 tokens."""
+    return choose_texts(by_source, 1503, seed=0, max_tokens=10)
+
+
+def split_in_worker(texts):
+    """Split texts that were sent to a worker."""
+    return split_for_ridge(pickle.loads(pickle.dumps(texts)))
+
+
+@pytest.mark.parametrize("choose", [choose_for_heal, choose_for_tune])
+@pytest.mark.parametrize("split", [split_for_ridge, split_in_worker])
+def test_no_text_that_was_cut_both_fits_and_chooses_the_ridge(choose, split):
+    texts = make_long_texts(80, [8, 25, 40, 93])
+    chosen = choose({"some": texts[:40], "others": texts[40:]})
+    assert sum(map(len, chosen)) == 1503  # so the last one was cut once more
+    fit, held_out = split(chosen)
+    assert sorted(fit + held_out) == sorted(chosen)
+    assert len(held_out) == len(chosen) // HELD_OUT
+    assert not {text[0] // 1000 for text in fit} & {text[0] // 1000 for text in held_out}
+
+
+def test_texts_that_were_not_cut_choose_the_ridge_by_their_own_hash():
+    texts = cut_texts(make_texts(57, vocabulary=10_000), 100)
+    ordered = sorted(texts, key=lambda text: hash_values(["ridge", text]))
+    assert split_for_ridge(texts) == (ordered[5:], ordered[:5])
+
+
+@pytest.mark.parametrize(
+    ("lengths", "num_held_out"),
+    [
+        ([700, 20, 20, 20], 6),  # the long text has more than a tenth
+        ([400, 300, 200], 20),  # each text has
+        ([400], 4),  # the only text
+    ],
+)
+def test_enough_parts_of_long_texts_are_left_to_fit(lengths, num_held_out):
+    texts = cut_texts(make_long_texts(len(lengths), lengths), 10)
+    fit, held_out = split_for_ridge(texts)
+    assert len(held_out) == num_held_out
+    assert sorted(fit + held_out) == sorted(texts)
 
 
 @pytest.mark.parametrize(
