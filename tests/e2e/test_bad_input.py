@@ -315,6 +315,23 @@ heal --path plan.json --output-dir new => nothing to train on => plan.json: {"de
 heal --path plan.json --tasks builtin_fact --output-dir new => did you mean 'builtin_facts' \
 => plan.json: {"decisions": [1, 1]}
 heal --path missing.json --tasks builtin_facts --output-dir new => missing.json doesn't exist
+shrink MODEL builtin_facts run => the folder run isn't empty; give the name of a new folder
+shrink MODEL builtin_facts file => file is a file; give the name of a folder => file: x
+shrink MODEL builtin_facts new => OUT.work: can't write to => new.work: x
+shrink MODEL builtin_facts new --layers 40 => --layers 40 keeps 40 layers of a model of 4; \
+keep 1 to 3
+shrink MODEL builtin_facts new --save 1% => --save 1% keeps 4 layers of a model of 4; keep 1 to 3
+shrink MODEL builtin_facts new --save 99% => --save 99% keeps 0 layers of a model of 4; keep 1 to 3
+export --model MODEL --path without:99 --output-dir new => the model has no layer 99; give layers \
+from 0 to 3
+generate x --model MODEL --path without:1,99 => the model has no layer 99; give layers from 0 to 3
+generate x --model MODEL --path without:0-3 => all layers are left out
+generate x --model MODEL --path plan => 3 decisions were given for a model of 4 layers \
+=> plan: {"decisions": [1, 0, 1]}
+evaluate FACTS --model MODEL --paths without:99 --output-dir new => the model has no layer 99
+heal FACTS --model MODEL --path without:99 --output-dir new => the model has no layer 99
+export --model MODEL --path withot:3 --output-dir new => no file withot; did you mean 'without:3'?
+evaluate FACTS --model MODEL --paths witout:3-5 --output-dir new => did you mean 'without:3-5'?
 SUPERVISE empty.jsonl => empty.jsonl is empty => empty.jsonl:
 SUPERVISE run/search.jsonl => search.jsonl, line 6 => run/search.jsonl: @cut_off
 SUPERVISE run/search.jsonl --quota-improving 1.0 => has a target ( \

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,23 @@ def check_model(command: CommandLine) -> None:
     """
     if command.names_model or not VERBS[command.verb].model_from:
         places.check_model(command.get_settings(ModelConfig))
+
+
+def check_layers(model: ModelConfig, paths: Iterable[PathFile]) -> None:
+    """Refuse paths with layers that a model lacks, before the model is loaded.
+
+    A path of a file that names its model is checked when the model is loaded, as all paths are if
+    the number of layers isn't known before.
+
+    Raises:
+        PathError: The model can't run a path.
+    """
+    num_layers = places.read_num_layers(model)
+    if num_layers is None:
+        return
+    for path in paths:
+        if path.record is None:
+            path.path(num_layers)
 
 
 def read_routers(place: Path) -> tuple[Path, RouterStack]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from drllm.cli.base_model import check_model, choose_model, read_routers
+from drllm.cli.base_model import check_layers, check_model, choose_model, read_routers
 from drllm.cli.command_line import CommandLine
 from drllm.cli.questions import COLUMNS, print_splits
 from drllm.cli.show_results import show_headlines, show_next_steps, show_summary
@@ -64,6 +64,7 @@ def evaluate_verb(command: CommandLine, terminal: Terminal) -> int:
     with terminal.busy("reading the routers"):
         routers = _load_routers(places)
     model = _choose_model(command, request, routers)
+    check_layers(model, request.path_files)
     with terminal.busy(LOADING):
         from drllm.evaluation.stage import evaluate_request
 

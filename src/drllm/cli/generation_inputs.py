@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from drllm.cli.base_model import read_routers
+from drllm.cli.base_model import check_layers, choose_model, read_routers
 from drllm.cli.command_line import CommandLine
 from drllm.cli.terminal import Terminal
 from drllm.cli.verbs import VERBS
@@ -192,11 +192,13 @@ def _read_routers(command: CommandLine) -> RouterStack | None:
 
 
 def _read_path(command: CommandLine) -> PathFile | None:
-    """Read the static path of `--path`; return None without the flag."""
+    """Read and check the static path of `--path`; return None without the flag."""
     place = command.optional_path("path")
     if place is None:
         return None
-    return load_path(str(place))
+    path = load_path(str(place))
+    check_layers(choose_model(command, path=path), [path])
+    return path
 
 
 def _choose_form(config: GenerateConfig, routers: RouterStack | None) -> PromptForm:

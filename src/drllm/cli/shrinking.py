@@ -13,10 +13,11 @@ from drllm.cli.show_shrink import show_models
 from drllm.cli.terminal import LOADING, Terminal
 from drllm.cli.verbs import Flag, verb
 from drllm.config import ModelConfig, ShrinkConfig
+from drllm.models.base.places import read_num_layers
 from drllm.pipeline.shrink_power import Power, find_power
 from drllm.pipeline.shrink_questions import ShrinkQuestions, read_questions
-from drllm.records.places import check_folder
-from drllm.records.shrink import SHRINK_FILE
+from drllm.records.places import check_folder, check_new_folder
+from drllm.records.shrink import SHRINK_FILE, find_work_folder
 from drllm.work.listener import write_minutes
 
 NOT_SHOWN = 1  # the exit status if no candidate is shown to lose less than the limits
@@ -66,7 +67,12 @@ def shrink_verb(command: CommandLine, terminal: Terminal) -> int | None:
 
     config.check()
     check_model(command)
+    num_layers = read_num_layers(command.get_settings(ModelConfig))
+    if num_layers is not None:
+        config.choose_num_skipped(num_layers)
+    check_new_folder(output)
     check_folder(output, "OUT")
+    check_folder(find_work_folder(output), "OUT.work")
     with terminal.busy("reading the questions"):
         questions = read_questions(config, config.tasks)
     powers = _find_powers(questions, config)

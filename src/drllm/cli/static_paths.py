@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from drllm.cli.base_model import check_model, choose_model
+from drllm.cli.base_model import check_layers, check_model, choose_model
 from drllm.cli.command_line import CommandLine
 from drllm.cli.questions import COLUMNS
 from drllm.cli.show_paths import show_healed, show_paths
@@ -119,6 +119,7 @@ def heal_verb(command: CommandLine, terminal: Terminal) -> None:
     model = choose_model(command, path=path)
     with terminal.busy("reading the questions and texts"):
         texts = read_sources(config)
+    check_layers(model, [path])
     _note_losses(path, terminal)
     with terminal.busy(LOADING):
         from drllm.tuning.heal import heal
@@ -166,6 +167,7 @@ def export(command: CommandLine, terminal: Terminal) -> None:
     check_model(command)
     path = load_path(str(command.path("path")))
     model = choose_model(command, path=path)
+    check_layers(model, [path])
     check_folder(output, "--output-dir")
     check_new_folder(output)
     if not command.values["force"]:

@@ -116,9 +116,10 @@ class ShrinkConfig(Settings):
         else:
             return None
         if not 0 < num_skipped < num_layers:
+            num_kept = num_layers - num_skipped
             raise ConfigError(
-                f"{request} leaves out {num_skipped} of the model's {num_layers} layers; leave out "
-                f"1 to {num_layers - 1}"
+                f"{request} keeps {num_kept} layers of a model of {num_layers}; keep 1 to "
+                f"{num_layers - 1}"
             )
         return num_skipped
 

@@ -39,6 +39,7 @@ from drllm.records.shrink import (
     SHRINK_FILE,
     ShrinkRecord,
     ShrunkModel,
+    find_work_folder,
     read_shrink,
 )
 from drllm.records.static_paths import PATHS_FILE, NamedPath, StaticPaths, load_path
@@ -65,7 +66,6 @@ LEAST_SHARE_TO_HEAL = 1 / 3  # of `minutes`, also where finding paths took longe
 TIMES_FILE = "times.json"
 MAX_TOKENS = 512  # maximum tokens of a text, and of an answer to a prompt
 NUM_JUDGED = 100  # maximum questions per task that choose among paths
-WORK_ENDING = ".work"  # the folder of the work is named like the output, with this ending
 
 
 def shrink(
@@ -150,7 +150,7 @@ def shrink_questions(
     need("heal", "training an adapter")
     with ExitStack() as stack:
         output = None if output_dir is None else Path(output_dir)
-        work = _find_work_folder(output, stack)
+        work = _choose_work_folder(output, stack)
         if output is not None:
             check_new_folder(output)
         stack.enter_context(only_writer(work, "shrink", "OUT"))
@@ -163,12 +163,11 @@ def shrink_questions(
         return run.write(record, output, force=force)
 
 
-def _find_work_folder(output: Path | None, stack: ExitStack) -> Path:
+def _choose_work_folder(output: Path | None, stack: ExitStack) -> Path:
     """Return the folder of the work: beside the output, or a temporary one."""
     if output is None:
         return Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    place = output.resolve()
-    return place.with_name(place.name + WORK_ENDING)
+    return find_work_folder(output)
 
 
 class ShrinkTimes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

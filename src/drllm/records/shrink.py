@@ -14,6 +14,7 @@ from drllm.statistics.power import round_up
 from drllm.statistics.words import capitalize
 
 SHRINK_FILE = "shrink.json"
+WORK_ENDING = ".work"  # the folder of the work is named like the output, with this ending
 
 
 class TaskScores(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -192,6 +193,12 @@ class ShrinkRecord(Header, frozen=True, kw_only=True, forbid_unknown_fields=True
         losses.append(f"{self.limits.max_loss_increase:g} nats a token of text")
         places = " and ".join(self._name_held_out().values())
         return f"{' and '.join(losses)} on {places} (95 %)"
+
+
+def find_work_folder(output: Path) -> Path:
+    """Return the folder of the work, beside the output."""
+    place = output.resolve()
+    return place.with_name(place.name + WORK_ENDING)
 
 
 def read_shrink(file: Path) -> ShrinkRecord:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -461,6 +462,7 @@ def _find_content(place: str) -> _Content:
     if not file.exists() and ":" in place:
         before, _, name = place.rpartition(":")
         file = Path(before)
+        _refuse_misspelt_without(file, name)
     refuse_menu(file)
     if (file / HEALED_FILE).is_file():
         file = file / HEALED_FILE
@@ -477,6 +479,13 @@ def _find_content(place: str) -> _Content:
         path = PathFile(file, static=record.path, record=record)
         return _Content(file, name, path=path)
     return _Content(file, name, path=_read_handwritten(file, text))
+
+
+def _refuse_misspelt_without(file: Path, layers: str) -> None:
+    """Refuse a name such as `withot:3`, which is no file and nearly `without:3`."""
+    if file.exists() or not get_close_matches(str(file), ["without"]):
+        return
+    raise PathError(f"there is no file {file}; did you mean 'without:{layers}'?")
 
 
 def _parse_layers(text: str, place: Path) -> tuple[int, ...]:

@@ -73,8 +73,7 @@ def check_model(name: str, revision: str | None, *, advice: str) -> None:
     Raises:
         ModelError: The model or the revision doesn't exist, or the hub can't be reached.
     """
-    cached_file = huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision)
-    if isinstance(cached_file, str):
+    if find_cached_config(name, revision) is not None:
         return
     try:
         huggingface_hub.HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT_S)
@@ -83,6 +82,12 @@ def check_model(name: str, revision: str | None, *, advice: str) -> None:
         if is_answer and not isinstance(error, NOT_FOUND_ERRORS):
             return
         raise ModelError(explain(error, "model", name, revision, advice)) from error
+
+
+def find_cached_config(name: str, revision: str | None) -> Path | None:
+    """Return a model's `config.json` in the local cache; None if it isn't there."""
+    file = huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(file) if isinstance(file, str) else None
 
 
 def explain(error: Exception, kind: str, name: str, revision: str | None, advice: str) -> str:

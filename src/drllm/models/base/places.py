@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from drllm.config import ModelConfig
-from drllm.errors import ConfigError, ModelError
+from drllm.errors import ConfigError, ModelError, RecordError
 from drllm.models.base.aliases import ALIASES
+from drllm.records.codec import read_json
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 HUB_IDS_WITHOUT_OWNER = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
@@ -53,6 +54,46 @@ def _look_up(name: str, revision: str | None) -> None:
 def _may_be_hub_id(name: str) -> bool:
     """Tell whether a name has the form of a hub id, or is an old id without an owner."""
     return name in HUB_IDS_WITHOUT_OWNER or re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None
+
+
+def read_num_layers(config: ModelConfig) -> int | None:
+    """Return the number of a model's layers from its config, without loading the model.
+
+    Returns None if the model isn't on this machine, or if its config doesn't say it.
+    """
+    file = _find_config(config)
+    if file is None:
+        return None
+    try:
+        values = read_json(file, dict[str, Any])
+    except RecordError:  # loading the model will show what is wrong
+        return None
+    text_values = values.get("text_config", values)
+    if not isinstance(text_values, Mapping):
+        return None
+    for key in ("num_hidden_layers", "n_layer"):
+        number = text_values.get(key)
+        if isinstance(number, int):
+            return number
+    return None
+
+
+def _find_config(config: ModelConfig) -> Path | None:
+    """Return a model's `config.json`; None if it isn't on this machine."""
+    name = config.model
+    if name in ALIASES:
+        checkpoint = ALIASES[name].find_checkpoint()
+        if checkpoint is not None:
+            return checkpoint / "config.json"
+        name = ALIASES[name].hub_id
+    place = Path(name).expanduser()
+    if place.is_dir():
+        return place / "config.json"
+    if not _may_be_hub_id(name):
+        return None
+    from drllm.models.base import hub  # imported here, as in `_look_up`
+
+    return hub.find_cached_config(name, config.revision)
 
 
 def check_alias_settings(config: ModelConfig) -> None:
