@@ -169,15 +169,21 @@ def _choose_step(
     held_out: NormedTokens,
     on_solved: Callable[[], None],
 ) -> _Trial:
-    """Return the step with the least error on held-out tokens."""
-    trials = []
+    """Return the step with the least error on held-out tokens.
+
+    Only the best weight so far is kept, since each is as large as W.
+    """
+    best: _Trial | None = None
     for ridge in RIDGES:
         change = solver.solve(ridge).T  # [D, F]
         for length in LENGTHS:
             changed = replace(present, weight=present.weight + length * change)
-            trials.append(_Trial(changed, ridge, changed.error(held_out)))
+            trial = _Trial(changed, ridge, changed.error(held_out))
+            if best is None or trial.error < best.error:
+                best = trial
         on_solved()
-    return min(trials, key=lambda trial: trial.error)
+    assert best is not None
+    return best
 
 
 @dataclass(frozen=True, slots=True)

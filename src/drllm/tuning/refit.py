@@ -11,6 +11,7 @@ activations of the MLP have more inputs to explain the gap.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -136,7 +137,9 @@ def refit(
         )
     projections = find_projections(routed, gaps)
     remaining = gaps[len(earlier) :]
-    obstacle = find_memory_obstacle(routed, [projections[gap.layer] for gap in remaining])
+    obstacle = find_memory_obstacle(
+        routed, [projections[gap.layer] for gap in remaining], sum(map(len, texts))
+    )
     if obstacle:
         raise ModelError(f"{obstacle}; free some memory, or leave the refit out (--repair none)")
     run = _RefitRun(routed, path, projections, texts)
@@ -194,25 +197,39 @@ def list_modules(projection: DownProjection) -> dict[str, nn.Module]:
     return modules
 
 
-def find_memory_obstacle(routed: RoutedModel, projections: Iterable[DownProjection]) -> str:
-    """Return why the sums of a gap don't fit into the free memory; empty if they fit."""
+def find_memory_obstacle(
+    routed: RoutedModel, projections: Iterable[DownProjection], num_tokens: int
+) -> str:
+    """Return why a gap can't be solved in the free memory; empty if all can be."""
     free = free_bytes(_float64_device(routed.device))
     for projection in projections:
-        size = read_size(projection.module)
-        if size.num_bytes > free:
+        num_bytes = count_gap_bytes(projection, num_tokens)
+        if num_bytes > free:
+            num_inputs = read_size(projection.module).num_inputs
             return (
-                f"to refit {projection.name}, which has {size.num_inputs} inputs, takes "
-                f"{size.num_bytes / 1e9:.1f} GB of memory beside the model, and "
+                f"to refit {projection.name}, which has {num_inputs} inputs, takes "
+                f"{num_bytes / 1e9:.1f} GB of memory beside the model, and "
                 f"{free / 1e9:.1f} GB are free"
             )
     return ""
+
+
+def count_gap_bytes(projection: DownProjection, num_tokens: int) -> int:
+    """Return the memory that solving a gap takes: its sums, and held-out tokens if there is a norm.
+
+    `num_tokens` is the number of all calibration tokens.
+    """
+    size = read_size(projection.module)
+    if projection.norm is None:
+        return size.num_bytes
+    return size.num_bytes + size.held_out_bytes(math.ceil(num_tokens / HELD_OUT))
 
 
 def estimate_bytes(
     routed: RoutedModel, projections: Iterable[DownProjection], num_tokens: int
 ) -> int:
     """Return the memory that a refit takes beside the model, in bytes."""
-    sums = _count_sum_bytes(projections)
+    sums = _count_largest_gap(projections, num_tokens)
     states = _count_state_bytes(routed, num_tokens)
     if not _keeps_states(routed, num_tokens, sums):
         states = 0
@@ -222,9 +239,9 @@ def estimate_bytes(
     return sums + states + widened
 
 
-def _count_sum_bytes(projections: Iterable[DownProjection]) -> int:
-    """Return the size of the largest sums of a gap."""
-    return max(read_size(projection.module).num_bytes for projection in projections)
+def _count_largest_gap(projections: Iterable[DownProjection], num_tokens: int) -> int:
+    """Return the memory of the gap that takes most."""
+    return max(count_gap_bytes(projection, num_tokens) for projection in projections)
 
 
 def _count_state_bytes(routed: RoutedModel, num_tokens: int) -> int:
@@ -308,7 +325,7 @@ class _RefitRun:
         self.new_weights: dict[str, Tensor] = {}  # of the gaps that are solved
         self.num_solved = 0  # gaps
         self.num_tokens = sum(map(len, texts))
-        self.sum_bytes = _count_sum_bytes(projections.values())
+        self.sum_bytes = _count_largest_gap(projections.values(), self.num_tokens)
         self.keeps_states = _keeps_states(routed, self.num_tokens, self.sum_bytes)
         self.progress: RefitProgress | None = None
         self.batches: list[_CalibrationBatch] = []
@@ -414,7 +431,7 @@ class _RefitRun:
         factor = projection.factor
         assert factor is not None  # with a norm it is the same for all tokens
         start = NormedMap(weight, factor * norm.gain.to(device), norm.epsilon)
-        held_out = [self.read_normed(item, gap) for item in self.batches if item.is_held_out]
+        held_out = self.read_held_out(gap)
 
         def read_fit() -> Iterator[NormedTokens]:
             for batch in self.batches:
@@ -424,7 +441,7 @@ class _RefitRun:
         solution = solve_normed_change(
             start,
             read_fit,
-            join_tokens(held_out),
+            held_out,
             first_token_weight=first_token_weight,
             on_solved=self.on_solved,
         )
@@ -473,6 +490,11 @@ class _RefitRun:
             self.progress.add_tokens(len(tokens.inputs))
         device = _float64_device(self.routed.device)
         return NormedTokens(*(values.to(device) for values in tokens))
+
+    def read_held_out(self, gap: Gap) -> NormedTokens:
+        """Return the tokens that choose λ in a gap where a norm follows the MLP."""
+        parts = [self.read_normed(batch, gap) for batch in self.batches if batch.is_held_out]
+        return join_tokens(parts)
 
     def advance(self, batch: _CalibrationBatch, gap: Gap) -> tuple[Tensor, Tensor]:
         """Advance both paths of a batch to a gap.

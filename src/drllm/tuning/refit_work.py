@@ -50,6 +50,14 @@ class MapSize:
         tokens = 3 * TOKENS_AT_ONCE * size * self.num_inputs
         return squares + products + tokens
 
+    def held_out_bytes(self, num_tokens: int) -> int:
+        """Return the memory for held-out tokens where a norm follows the MLP.
+
+        The input, the state and the target of each are kept in float32, and are in float64 while
+        an error is computed. That takes less than both in float64.
+        """
+        return 2 * torch.float64.itemsize * num_tokens * (self.num_inputs + 2 * self.num_outputs)
+
 
 @dataclass(frozen=True, slots=True)
 class GapWork:

@@ -59,7 +59,8 @@ def choose_tuning_repair(config: TuneConfig, executor: Executor, listener: Liste
     if config.repair == NO_REPAIR:
         return NO_REPAIR
     with listener.busy("checking whether paths can be refitted"):
-        [obstacle] = run([Block("refit", None)], FindObstacle(), executor)
+        function = FindObstacle(config.refit_tokens or REFIT_TOKENS)
+        [obstacle] = run([Block("refit", None)], function, executor)
     if not obstacle:
         return REFIT
     if config.repair == REFIT:

@@ -265,7 +265,13 @@ class AnswerPrompts(BlockFunction[Sequence[Conversation], list[Tokens]]):
 
 @dataclass(frozen=True)
 class FindObstacle(BlockFunction[None, str]):
-    """Finds out whether the layers of a model can be refitted."""
+    """Finds out whether the layers of a model can be refitted.
+
+    Attributes:
+        num_tokens: How many tokens they are refitted on.
+    """
+
+    num_tokens: int
 
     def __call__(self, prepared: RoutedModel, data: None, steps: BlockSteps) -> str:
         """Return why a layer can't be refitted; empty if all layers can be."""
@@ -275,4 +281,4 @@ class FindObstacle(BlockFunction[None, str]):
             projections = find_projections(prepared, gaps)
         except (ArchitectureError, RoutingError) as error:
             return str(error)
-        return find_memory_obstacle(prepared, projections.values())
+        return find_memory_obstacle(prepared, projections.values(), self.num_tokens)

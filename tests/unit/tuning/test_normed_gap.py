@@ -1,5 +1,7 @@
 """A gap where a norm follows the MLP, solved by steps of the Gauss-Newton method."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -129,3 +131,22 @@ def test_a_gap_that_lacks_nothing_is_left_as_it_is():
     solution = solve(start, tokens, tokens)
     assert solution.map == start
     assert solution.unexplained == 0
+
+
+def test_of_the_steps_that_were_tried_only_the_best_and_the_last_are_in_memory(monkeypatch):
+    tried = weakref.WeakValueDictionary()
+    nums_in_memory = []
+    measure = NormedMap.error
+
+    def measure_and_count(self, tokens):
+        tried[id(self.weight)] = self.weight
+        nums_in_memory.append(len(tried))
+        return measure(self, tokens)
+
+    monkeypatch.setattr(NormedMap, "error", measure_and_count)
+    truth = make_map()
+    start = NormedMap(truth.weight + 0.3, truth.gain, EPSILON)
+    solve(start, make_tokens(truth), make_tokens(truth, 300, 6, seed=1))
+    assert len(nums_in_memory) > 20
+    # The first weight, the present one, the best step, the last step, and the one that is tried.
+    assert max(nums_in_memory) <= 5

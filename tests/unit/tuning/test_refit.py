@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from drllm.tuning.heal_texts import choose_calibration_texts, cut_texts, split_t
 from drllm.tuning.layer_states import make_batches
 from drllm.tuning.refit import (
     HELD_OUT,
+    count_gap_bytes,
     estimate_bytes,
     find_projections,
     read_size,
@@ -320,16 +322,40 @@ def test_sums_that_do_not_fit_into_memory_are_refused_before_they_are_made(tiny_
         refit(routed, StaticPath([0, 1, 3, 4, 5]), make_texts())
 
 
-@pytest.mark.parametrize("free", [1.01, 1.2, 2.0, 10.0])  # times the sums
-def test_states_and_wide_weights_only_take_the_memory_that_the_sums_leave(
-    tiny_llama, monkeypatch, free
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("free", [1.01, 1.2, 2.0, 10.0])  # times the memory of the gap
+def test_states_and_wide_weights_only_take_the_memory_that_the_gap_leaves(
+    family, tiny_model, monkeypatch, free
 ):
-    routed = RoutedModel(tiny_llama().to(torch.bfloat16))
+    routed = RoutedModel(tiny_model(family).to(torch.bfloat16))
     projections = find_projections(routed, StaticPath([0, 2, 3, 4, 5]).gaps(NUM_LAYERS)).values()
-    [sums] = [read_size(projection.module).num_bytes for projection in projections]
-    monkeypatch.setattr("drllm.tuning.refit.free_bytes", lambda device: free * sums)
+    [projection] = projections
     for num_tokens in (10, 10_000, 20_000, 40_000):
-        assert sums <= estimate_bytes(routed, projections, num_tokens) <= free * sums
+        least = count_gap_bytes(projection, num_tokens)
+        with monkeypatch.context() as patch:
+            patch.setattr("drllm.tuning.refit.free_bytes", lambda _, least=least: free * least)
+            assert least <= estimate_bytes(routed, projections, num_tokens) <= free * least
+
+
+@pytest.mark.parametrize(("family", "has_norm"), [("llama", False), ("gemma2", True)])
+def test_held_out_tokens_need_memory_where_a_norm_follows_the_mlp(
+    family, has_norm, tiny_model, monkeypatch
+):
+    routed = RoutedModel(tiny_model(family))
+    path = StaticPath([0, 1, 3, 4, 5])
+    texts = make_texts(200)
+    num_held_out = sum(map(len, texts)) // HELD_OUT
+    [projection] = find_projections(routed, path.gaps(NUM_LAYERS)).values()
+    size = read_size(projection.module)
+    held_out = 2 * 8 * num_held_out * (size.num_inputs + 2 * size.num_outputs)
+    expected = size.num_bytes + (held_out if has_norm else 0)
+    assert count_gap_bytes(projection, HELD_OUT * num_held_out) == expected
+    monkeypatch.setattr(
+        "drllm.tuning.refit.free_bytes", lambda device: size.num_bytes + held_out // 2
+    )
+    monkeypatch.setattr("drllm.tuning.refit.solve_normed_change", None)
+    with pytest.raises(ModelError, match="of memory beside") if has_norm else nullcontext():
+        refit(routed, path, texts)
 
 
 def test_one_text_is_refused(tiny_llama):
