@@ -37,6 +37,7 @@ _MODULES = {
     "load_path": "drllm.records.static_paths",
     "ModelConfig": "drllm.config",
     "ModelError": "drllm.errors",
+    "NotShownError": "drllm.errors",
     "PathError": "drllm.errors",
     "PathFile": "drllm.records.static_paths",
     "POLICIES": "drllm.models.routing.policies",

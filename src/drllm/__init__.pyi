@@ -15,6 +15,7 @@ from drllm.errors import CheckpointError as CheckpointError
 from drllm.errors import ConfigError as ConfigError
 from drllm.errors import DrllmError as DrllmError
 from drllm.errors import ModelError as ModelError
+from drllm.errors import NotShownError as NotShownError
 from drllm.errors import PathError as PathError
 from drllm.errors import RecordError as RecordError
 from drllm.errors import RoutingError as RoutingError

@@ -50,6 +50,13 @@ class RoutingError(DrllmError, RuntimeError):
     """A request to a routed model that can't be answered exactly."""
 
 
+class NotShownError(DrllmError, RuntimeError):
+    """A loss can't be shown to be small, which is known before the long work of a shrink.
+
+    `drllm shrink` exits with status 1, as where it is known after the work.
+    """
+
+
 class WorkerError(DrllmError, RuntimeError):
     """A worker process that can't be started, or dies again and again."""
 

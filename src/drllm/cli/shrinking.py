@@ -13,6 +13,7 @@ from drllm.cli.show_shrink import show_models
 from drllm.cli.terminal import LOADING, Terminal
 from drllm.cli.verbs import Flag, verb
 from drllm.config import ModelConfig, ShrinkConfig
+from drllm.errors import NotShownError
 from drllm.models.base.places import read_num_layers
 from drllm.pipeline.shrink_power import Power, find_power
 from drllm.pipeline.shrink_questions import ShrinkQuestions, read_questions
@@ -87,7 +88,11 @@ def shrink_verb(command: CommandLine, terminal: Terminal) -> int | None:
         from drllm.pipeline.shrink import shrink_questions
 
     model = command.get_settings(ModelConfig)
-    record = shrink_questions(model, questions, config, output, force=force, listener=terminal)
+    try:
+        record = shrink_questions(model, questions, config, output, force=force, listener=terminal)
+    except NotShownError as error:
+        terminal.say(f"NOT SHOWN: {error}.")
+        return NOT_SHOWN
 
     show_models(record, terminal)
     if record.written is None:

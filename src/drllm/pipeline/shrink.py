@@ -22,12 +22,13 @@ from msgspec.structs import replace
 
 from drllm.config import HealConfig, ShrinkConfig, TuneConfig
 from drllm.config.fields import make_settings, replace_settings
-from drllm.errors import ConfigError
+from drllm.errors import ConfigError, NotShownError
 from drllm.extras import need
 from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import context_length, encode
 from drllm.models.export import export_path, refuse_quantised
 from drllm.models.routed_model import RoutedModel, unrouted
+from drllm.pipeline.shrink_answers import describe_wrong_answers
 from drllm.pipeline.shrink_candidates import choose_candidates
 from drllm.pipeline.shrink_measurement import ModelMeasurement
 from drllm.pipeline.shrink_questions import ShrinkQuestions, read_questions
@@ -64,6 +65,7 @@ SHARE_TO_TUNE = 1 / 3  # of `minutes`, to find paths and to refit the best ones
 SHARE_TO_REFIT = 1 / 6  # of `minutes`, to refit the candidates before they are trained
 LEAST_SHARE_TO_HEAL = 1 / 3  # of `minutes`, also where finding paths took longer than planned
 TIMES_FILE = "times.json"
+TUNED_FOLDER = "tuned"
 MAX_TOKENS = 512  # maximum tokens of a text, and of an answer to a prompt
 NUM_JUDGED = 100  # maximum questions per task that choose among paths
 
@@ -105,7 +107,8 @@ def shrink(
             checkpoint.
         texts: Texts that the model must still be able to write, as for `heal`; None takes the
             config's texts. A quarter of them is held out.
-        force: Write the candidate whose test failed, if none passed.
+        force: Write the candidate whose test failed, if none passed. Also go on if the full model
+            answers none of some questions right.
         tokenizer: As for `tune`.
         listener: Receives progress and notes.
         settings: Settings of `ShrinkConfig` by name, which replace the config's settings.
@@ -117,6 +120,7 @@ def shrink(
         ConfigError: The settings don't fit the model, or the folders belong to another run.
         TaskError: A task is unknown, has too few questions, or has none to hold out.
         ArchitectureError: The model can't be exported, such as one with quantised weights.
+        NotShownError: The full model answers none of some questions right, without `force`.
 
     Source: ours.
     """
@@ -159,6 +163,7 @@ def shrink_questions(
         if output is not None:
             refuse_quantised(base)
         run = ShrinkRun(base, questions, config, work, listener)
+        run.check_answers(force=force)
         record = run.find_models()
         return run.write(record, output, force=force)
 
@@ -227,6 +232,29 @@ class ShrinkRun:
     config: ShrinkConfig
     work: Path
     listener: Listener
+
+    def check_answers(self, *, force: bool) -> None:
+        """Refuse questions of which the full model answers none right, before any long work.
+
+        With `force`, or where the number of layers is given, it is only noted. A run that has begun
+        isn't checked again.
+
+        Raises:
+            NotShownError: The full model answers none of some questions of a task right.
+        """
+        if (self.work / TUNED_FOLDER).exists():
+            return
+        has_limits = self.config.choose_num_skipped(self.base.num_layers) is None
+        for splits in self.questions.graded_tasks:
+            with self.listener.busy(f"asking the full model questions of {splits.task.name}"):
+                sentence = describe_wrong_answers(self.base, splits, self.config.seed)
+            if sentence and has_limits and not force:
+                raise NotShownError(
+                    f"{sentence}; check the answers and how they are graded, or give --force to go "
+                    f"on"
+                )
+            if sentence:
+                self.listener.note(sentence)
 
     def find_models(self) -> ShrinkRecord:
         """Find, heal and measure candidates, or return what an earlier run found."""
@@ -348,7 +376,7 @@ class ShrinkRun:
             self.base,
             [*questions.tasks, *text_tasks],
             tune_config,
-            self.work / "tuned",
+            self.work / TUNED_FOLDER,
             texts=questions.take_to_fit(sources),
             listener=self.listener,
         )
@@ -425,7 +453,7 @@ class ShrinkRun:
                 f"{write_minutes(minutes)} minutes of training"
             )
             folder = self.work / f"healed-{candidate.name}"
-            path = load_path(f"{self.work / 'tuned' / PATHS_FILE}:{candidate.name}")
+            path = load_path(f"{self.work / TUNED_FOLDER / PATHS_FILE}:{candidate.name}")
             heal(
                 self.base,
                 path,

@@ -164,3 +164,17 @@ def test_what_is_shown_names_its_questions_and_its_texts(record):
 def test_epsilon_is_another_name_of_the_largest_loss_of_accuracy(command, settings):
     words = [*command.split(), "--epsilon", "2"]
     assert parse(words).get_settings(settings).max_drop == 2
+
+
+def test_a_full_model_that_answers_nothing_right_ends_a_shrink_with_status_1(
+    drllm, model_folder, tmp_path
+):
+    row = {"question": "What is %d + 0?", "answer": "forty-two", "grader": "exact"}
+    file = tmp_path / "sums.jsonl"
+    file.write_text("".join(json.dumps(row) % number + "\n" for number in range(160)))
+    output = tmp_path / "out"
+    words = (model_folder(), file, output, "--device", "cpu", "--max-drop", "60")
+    out = " ".join(drllm("shrink", *words, status=1).out.split())
+    assert "NOT SHOWN: the full model answers none of 30 questions of sums right: to" in out
+    assert not output.exists()
+    assert not output.with_name("out.work").exists()
