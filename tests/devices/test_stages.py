@@ -7,16 +7,19 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import drllm
 from devices.events import own_waits
-from devices.pretended import Devices, place_model
+from devices.pretended import Devices, Pretended, place_model
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routers.config import RouterConfig
 from drllm.models.routers.stack import RouterStack
 from drllm.models.scoring import choices
 from drllm.models.scoring.score import Request, score
 from drllm.paths import StaticPath
+from drllm.tuning.refit import join_weights, refit
 from drllm.tuning.stand_in import fit_stand_in
 
 L = 4
@@ -178,6 +181,43 @@ def test_a_refit_is_solved_as_on_the_cpu(model, devices, tiny_llama, tiny_tokeni
     [expected] = drllm.heal(on_cpu, HEALED, TASK, **settings).held_out.values()
     assert losses.refit == pytest.approx(expected.refit, abs=1e-4)
     assert losses.path == pytest.approx(expected.path, abs=1e-4)
+
+
+class RefuseFloat64(TorchDispatchMode):
+    """Refuses float64 on pretended devices, as MPS does."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Pretended) and tensor.dtype == torch.float64:
+                raise TypeError(f"{func} makes float64 on {tensor.device}")
+        return result
+
+
+def solve_refit(routed):
+    """Return the new weights of a path with two gaps, by the name of their module."""
+    generator = torch.Generator().manual_seed(0)
+    texts = [tuple(torch.randint(4, 90, (8,), generator=generator).tolist()) for _ in range(80)]
+    return join_weights(refit(routed, StaticPath([0, 2]), texts))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_refit_is_solved_on_the_cpu_where_the_device_has_no_float64(
+    family, tiny_model, devices, monkeypatch
+):
+    # As above: a pretended weight has a type of its own.
+    monkeypatch.setattr("drllm.tuning.refit.check_module", lambda name, module: None)
+    expected = solve_refit(RoutedModel(tiny_model(family, num_hidden_layers=L)))
+    routed = RoutedModel(place_model(tiny_model(family, num_hidden_layers=L), 1))
+    with RefuseFloat64():
+        with pytest.raises(TypeError, match="makes float64 on cuda:0"):
+            solve_refit(routed)
+        monkeypatch.setattr("drllm.tuning.refit.DEVICES_WITHOUT_FLOAT64", ("cuda",))
+        weights = solve_refit(routed)
+    assert weights.keys() == expected.keys()
+    for name, weight in weights.items():
+        assert weight.device == torch.device("cuda:0")
+        assert torch.allclose(weight.cpu(), expected[name], atol=1e-3)
 
 
 def tuned(model, tokenizer):

@@ -57,6 +57,7 @@ from drllm.tuning.ridge import TokenSums, solve_change
 from drllm.work.listener import OnProgress
 
 HELD_OUT = 10  # every tenth text chooses λ
+DEVICES_WITHOUT_FLOAT64 = ("mps",)
 SHARE_FOR_STATES = 0.25
 """The share of the memory beside the sums that the states of all texts at one layer may take."""
 SHARE_FOR_FLOAT32 = 0.5  # the same, of what the weights grow by in float32
@@ -578,4 +579,4 @@ def read_size(module: Any) -> MapSize:
 
 def _float64_device(device: torch.device) -> torch.device:
     """Return the device if it computes in float64, else the CPU."""
-    return torch.device("cpu") if device.type == "mps" else device
+    return torch.device("cpu") if device.type in DEVICES_WITHOUT_FLOAT64 else device
