@@ -79,14 +79,15 @@ class HealConfig(Settings):
         None,
         minimum=1,
         no_effect_if=NO_TRAINING,
-        help="training steps; default: 250, unless --minutes is given",
+        help="maximum training steps; default: 250, unless --minutes is given",
     )
     minutes: float | None = basic(
         None,
         minimum=0.0,
         placeholder="MINUTES",
-        help="time limit in minutes for training and measuring, 0 for the refit alone; the time to "
-        "read the texts and to solve the refit isn't counted",
+        help="maximum minutes for training and measuring, 0 for the refit alone; training ends "
+        "earlier if it gains nothing any more; the time to read the texts and to solve the refit "
+        "isn't counted",
     )
     learning_rate: float = setting(
         5e-4,
