@@ -15,7 +15,7 @@ DIFFERING = 0.05
 """The share of questions whose answer turns from right to wrong or from wrong to right. It was 4 %
 of 285 built-in facts for healed paths of SmolLM2 without one and two of 30 layers, and is higher
 with more layers out. So this is nearly the best case."""
-FOUR_TIMES = "and a file needs four times as many"  # since a quarter of it is held out
+FOUR_TIMES = "a file needs four times as many"  # since a quarter of it is held out
 MANY = 10_000  # questions from which the needed number is estimated
 
 
@@ -56,11 +56,11 @@ def _find_task_power(name: str, num_questions: int, max_drop: float, *, is_file:
         return Power(sentence, is_enough=True)
     fewest, probable = count_needed(limit)
     sentence += (
-        f"; for --max-drop {max_drop:g} at least about {round_up(fewest):,} are needed, and about "
+        f"; for --max-drop {max_drop:g} at least about {round_up(fewest):,} are needed and about "
         f"{round_up(probable):,} are probably enough"
     )
     if is_file:
-        sentence += f", {FOUR_TIMES}"
+        sentence += f"; {FOUR_TIMES}"
     return Power(sentence, is_enough=False)
 
 
@@ -104,6 +104,6 @@ def _find_text_powers(counts: Mapping[str, int], files: Collection[str]) -> list
                 f"{FEWEST_TEXTS} are needed"
             )
             if name in files:
-                sentence += f", {FOUR_TIMES}"
+                sentence += f"; {FOUR_TIMES}"
             powers.append(Power(sentence, is_enough=False))
     return powers

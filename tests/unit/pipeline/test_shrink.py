@@ -269,11 +269,11 @@ def test_too_few_questions_are_known_before_any_work(questions):
     answers, texts = find_power(read_questions(ShrinkConfig(), questions), ShrinkConfig(max_drop=3))
     assert not answers.is_enough
     assert answers.sentence.endswith(
-        "; for --max-drop 3 at least about 270 are needed, and about 440 are probably enough, and "
-        "a file needs four times as many"
+        "; for --max-drop 3 at least about 270 are needed and about 440 are probably enough; a "
+        "file needs four times as many"
     )
     assert not texts.is_enough
-    assert "at least 30 are needed, and a file needs four times as many" in texts.sentence
+    assert "at least 30 are needed; a file needs four times as many" in texts.sentence
     answers, _ = find_power(read_questions(ShrinkConfig(), questions), ShrinkConfig(max_drop=60))
     assert answers.is_enough
 
