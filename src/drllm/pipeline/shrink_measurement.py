@@ -18,7 +18,7 @@ from drllm.models.base.load import BaseModel
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.healed import install_path
 from drllm.paths import StaticPath
-from drllm.pipeline.shrink_speed import measure_speeds
+from drllm.pipeline.shrink_speed import MAX_SECONDS, measure_speeds
 from drllm.pipeline.shrink_time import TimedListener
 from drllm.records.healed import HealedPath
 from drllm.records.results import Evaluation
@@ -71,7 +71,7 @@ class ModelMeasurement:
                 paths[name] = install_path(routed.injection, path_file)
             losses = self.measure_losses(routed, paths)
             plain_paths = {name: path.with_adapter("") for name, path in paths.items()}
-            with self.listener.busy("measuring time"):
+            with self.listener.busy(f"measuring time, about {MAX_SECONDS:g} s"):
                 speeds = measure_speeds(routed, plain_paths)
         finally:
             routed.detach()
