@@ -1,8 +1,8 @@
 """Turns the texts that `heal` trains on into tokens, and answers the prompts without answers."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from drllm.errors import ConfigError
@@ -60,7 +60,7 @@ class TextTokenizer:
         routed: The model; prompts without answers are answered along its full path.
         max_tokens: Maximum tokens of a generated answer, and of a sequence to train on.
         store: Keeps the generated answers.
-        listener: Gets a note if texts are longer than `max_tokens`.
+        listener: Gets a note if texts are longer than `max_tokens`, and how long answers took.
     """
 
     routed: RoutedModel
@@ -82,20 +82,30 @@ class TextTokenizer:
             return tokenize_source(self.routed, source)
 
     def _answer_source(self, source: TextSource) -> list[Tokens]:
-        """Answer the prompts of a source, or read the kept answers."""
+        """Answer the prompts of a source, or read the kept answers.
+
+        A note says how long the prompts took that were answered now.
+        """
         texts: list[Tokens] = []
+        num_answered = 0
+        seconds = 0.0
         prompts = [prompt.content for prompt in source.prompts]
         with self.listener.progress(f"answering prompts of {source.name}", "prompts") as report:
             for start in range(0, len(prompts), ANSWERS_AT_ONCE):
                 block = prompts[start : start + ANSWERS_AT_ONCE]
                 # By the prompts, since sources of one name may have different prompts.
                 key = f"answers to {hash_values(block)}"
-                texts += self.store.get_or_make(key, list[Tokens], partial(self._answer, block))
+                answers = self.store.get(key, list[Tokens])
+                if answers is None:
+                    started = time.perf_counter()
+                    made = answer_prompts(self.routed, block, self.max_tokens)
+                    seconds += time.perf_counter() - started
+                    num_answered += len(block)
+                    answers = self.store.of(list[Tokens]).put(key, made)
+                texts += answers
                 report(len(texts), len(prompts))
+        note_answers(self.listener, source.name, num_answered, seconds)
         return texts
-
-    def _answer(self, prompts: Sequence[Conversation]) -> list[Tokens]:
-        return answer_prompts(self.routed, prompts, self.max_tokens)
 
     def _note_cuts(self, name: str, texts: Sequence[Tokens]) -> None:
         """Note how many texts of a source are cut, and what a user can do.
@@ -115,6 +125,13 @@ class TextTokenizer:
         if context is None or longest <= context:
             note += f"; heal and bypass read them whole with --max-tokens {longest}"
         self.listener.note(note)
+
+
+def note_answers(listener: Listener, name: str, num_prompts: int, seconds: float) -> None:
+    """Note how long it took to answer prompts of a source; nothing if there were none."""
+    if num_prompts > 0:
+        prompts = "1 prompt" if num_prompts == 1 else f"{num_prompts} prompts"
+        listener.note(f"answered {prompts} of {name} in {seconds:.1f} s")
 
 
 def tokenize_source(model: RoutedModel | BaseModel, source: TextSource) -> list[Tokens]:

@@ -6,8 +6,10 @@ refitted (see `refit`). Both are solved where the blocks run, from the texts of 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from drllm.config import TuneConfig
 from drllm.config.heal import NO_REPAIR, REFIT, REFIT_TOKENS
@@ -24,7 +26,7 @@ from drllm.tuning.calibration import (
     describe_calibration,
 )
 from drllm.tuning.heal_texts import TextSource, Tokens
-from drllm.tuning.heal_tokens import ANSWERS_AT_ONCE, tokenize_source
+from drllm.tuning.heal_tokens import ANSWERS_AT_ONCE, note_answers, tokenize_source
 from drllm.tuning.score_blocks import AnswerPrompts, FindObstacle
 from drllm.work.listener import Listener
 from drllm.work.run import Block, Executor, run
@@ -85,7 +87,7 @@ def make_repair(
         with listener.busy(f"reading the texts of {source.name}"):
             if source.is_open:
                 by_source[source.name] = _answer_source(
-                    source, workers.executor, store, config.seed
+                    source, workers.executor, store, listener, config.seed
                 )
             else:
                 by_source[source.name] = tokenize_source(workers.base, source)
@@ -103,9 +105,12 @@ def make_repair(
 
 
 def _answer_source(
-    source: TextSource, executor: Executor, store: ResultStore, seed: int
+    source: TextSource, executor: Executor, store: ResultStore, listener: Listener, seed: int
 ) -> list[Tokens]:
-    """Answer some prompts of a source along the full path, or read the kept answers."""
+    """Answer some prompts of a source along the full path, or read the kept answers.
+
+    A note says how long the prompts took that were answered now.
+    """
     prompts_to_answer = choose(source.prompts, MAX_OPEN_PROMPTS, seed)
     prompts = [prompt.content for prompt in prompts_to_answer]
     blocks: list[Block[Sequence[Conversation]]] = []
@@ -113,7 +118,16 @@ def _answer_source(
         block = prompts[start : start + ANSWERS_AT_ONCE]
         blocks.append(Block(f"{source.name} texts from {start}", block, len(block)))
     function = AnswerPrompts(MAX_ANSWER_TOKENS)
-    results = run(blocks, function, executor, keep=store.of(list[Tokens]))
+    num_answered = 0
+
+    def count(block: Block[Any], _result: object, /, *, is_new: bool) -> None:
+        nonlocal num_answered
+        if is_new:
+            num_answered += len(block.data)
+
+    started = time.perf_counter()
+    results = run(blocks, function, executor, keep=store.of(list[Tokens]), on_result=count)
+    note_answers(listener, source.name, num_answered, time.perf_counter() - started)
     texts: list[Tokens] = []
     for result in results:
         texts += result

@@ -1,6 +1,7 @@
 """A tuning that judges paths as they will be used: with the refit before each gap."""
 
 import json
+import re
 import shlex
 from contextlib import contextmanager
 from statistics import fmean
@@ -366,6 +367,28 @@ def test_prompts_without_answers_repair_paths_with_the_full_path_s_answers(
     prompts = [tuple(routed.tokenizer.encode(f"Say {number}.")) for number in range(40)]
     assert all(len(text) > max(map(len, prompts)) for text in texts)
     assert list((tmp_path / "out").iterdir()) == [tmp_path / "out" / "paths.json"]
+
+
+class StoppedError(Exception):
+    pass
+
+
+def test_a_note_says_how_long_answers_took_unless_an_earlier_run_has_kept_them(
+    routed, tmp_path, monkeypatch
+):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(f'{{"prompt": "Say {number}."}}\n' for number in range(40)))
+    settings = {**SMALL, "max_skipped": 1, "beam": 1, "num_fit": 5, "num_judged": 5}
+    before = NoteListener()
+    with monkeypatch.context() as patch:
+        patch.setattr("drllm.tuning.repair.choose_texts", mock.Mock(side_effect=StoppedError))
+        with pytest.raises(StoppedError):
+            tune(routed, str(file), None, tmp_path / "out", listener=before, **settings)
+    [note] = [note for note in before.notes if "answered" in note]
+    assert re.fullmatch(r"answered \d+ prompts of prompts in \d+\.\d s", note)
+    later = NoteListener()
+    tune(routed, str(file), None, tmp_path / "out", listener=later, **settings)
+    assert not [note for note in later.notes if "answered" in note]
 
 
 def test_the_prompts_that_are_answered_are_drawn_at_random(routed, tmp_path, monkeypatch):
