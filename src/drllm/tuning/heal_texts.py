@@ -331,11 +331,15 @@ def find_text(sequence: Tokens) -> Tokens | str:
 
 
 def group_by_text(sequences: Sequence[Tokens]) -> list[list[Tokens]]:
-    """Put the sequences of each text together."""
-    groups: dict[Tokens | str, list[Tokens]] = {}
+    """Put the parts of each text together; a text that wasn't cut is a group by itself."""
+    groups: list[list[Tokens]] = []
+    parts: dict[str, list[Tokens]] = {}
     for sequence in sequences:
-        groups.setdefault(find_text(sequence), []).append(sequence)
-    return list(groups.values())
+        if isinstance(sequence, TextPart):
+            parts.setdefault(sequence.text_sha256, []).append(sequence)
+        else:
+            groups.append([sequence])
+    return groups + list(parts.values())
 
 
 def choose_calibration_texts(

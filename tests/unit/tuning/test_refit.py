@@ -472,7 +472,8 @@ def test_no_text_that_was_cut_both_fits_and_chooses_the_ridge(choose, split):
 
 
 def test_texts_that_were_not_cut_choose_the_ridge_by_their_own_hash():
-    texts = cut_texts(make_texts(57, vocabulary=10_000), 100)
+    texts = cut_texts(make_texts(55, vocabulary=10_000), 100)
+    texts += texts[:2]  # a bypass may be fitted on texts that are there twice
     ordered = sorted(texts, key=lambda text: hash_values(["ridge", text]))
     assert split_for_ridge(texts) == (ordered[5:], ordered[:5])
 
