@@ -729,7 +729,7 @@ def test_the_digest_of_sources_is_that_of_the_class_of_earlier_versions():
 
 def test_without_peft_healing_is_refused_before_anything_runs(routed, monkeypatch):
     monkeypatch.setattr(extras, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r'pip install "drllm\[heal\]"'):
+    with pytest.raises(ConfigError, match=r'pip install "peft'):
         healed(routed)
 
 

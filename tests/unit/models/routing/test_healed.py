@@ -120,7 +120,7 @@ def test_peft_loads_the_folder_and_runs_all_layers_with_the_adapter(family, tiny
 def test_without_peft_a_healed_path_is_refused_in_one_line(base, record, tmp_path, monkeypatch):
     monkeypatch.setattr(extras, "find_spec", lambda name: None)
     routed = RoutedModel(base.model)
-    with pytest.raises(ConfigError, match=r'pip install "drllm\[heal\]"') as caught:
+    with pytest.raises(ConfigError, match=r'pip install "peft') as caught:
         install_path(routed.injection, load_path(str(tmp_path / "healed")))
     assert "\n" not in str(caught.value)
 
