@@ -59,7 +59,6 @@ class ModelMeasurement:
             folders: Name of a path → the folder of the healed path.
             eval_folder: The folder for the records of the evaluation.
         """
-        evaluations = self.evaluate_tasks(folders, eval_folder)
         routed = RoutedModel(self.base.model, tokenizer=self.base.tokenizer)
         try:
             paths = {FULL: StaticPath(range(self.base.num_layers))}
@@ -75,6 +74,8 @@ class ModelMeasurement:
                 speeds = measure_speeds(routed, plain_paths)
         finally:
             routed.detach()
+        # The longest work comes last: a run that is killed before it ends has little to repeat.
+        evaluations = self.evaluate_tasks(folders, eval_folder)
         models = []
         for name, path in paths.items():
             model = ShrunkModel(

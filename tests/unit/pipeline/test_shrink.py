@@ -194,6 +194,20 @@ def test_a_killed_shrink_resumes_with_what_it_has_done(base, prompts, tmp_path, 
     assert (output / SHRINK_FILE).exists()
 
 
+def test_questions_are_measured_last_since_that_takes_longest(
+    base, questions, tmp_path, monkeypatch
+):
+    """So a run that is killed while it measures time needn't measure them again."""
+
+    def stop(*_args, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shrink_measurement, "measure_speeds", stop)
+    monkeypatch.setattr(shrink_measurement, "evaluate", None)
+    with pytest.raises(KeyboardInterrupt):
+        shrink(base, questions, output_dir=tmp_path / "smaller", force=True, **SMALL)
+
+
 def test_the_work_of_another_shrink_is_refused(base, prompts, tmp_path):
     output = tmp_path / "smaller"
     shrink(base, prompts, output_dir=output, layers=5, **SMALL)
