@@ -117,12 +117,12 @@ def test_an_empty_cell_of_a_column_of_numbers_is_named(tmp_path):
         get_task(str(file))
 
 
-def test_without_pyarrow_a_parquet_file_names_the_extra(tmp_path, monkeypatch):
+def test_without_pyarrow_a_parquet_file_names_what_to_install(tmp_path, monkeypatch):
     file = tmp_path / "mine.parquet"
     file.write_bytes(b"PAR1")
     monkeypatch.setattr("drllm.extras.find_spec", lambda name: None)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ConfigError, match=r"mine\.parquet needs pyarrow.*drllm\[eval\]"):
+    with pytest.raises(ConfigError, match=r"mine\.parquet needs pyarrow.*pip install .*pyarrow>="):
         get_task(str(file))
 
 

@@ -140,9 +140,7 @@ def test_a_wandb_run_of_the_caller_is_left_alone(tmp_path, offline):
     own.finish()
 
 
-@pytest.mark.parametrize(
-    ("name", "install"), [("wandb", '"drllm\\[trackers\\]"'), ("mlflow", "mlflow")]
-)
+@pytest.mark.parametrize(("name", "install"), [("wandb", '.*"wandb>='), ("mlflow", "mlflow")])
 def test_a_tracker_that_is_not_installed_is_refused_with_what_to_install(
     monkeypatch, name, install
 ):
