@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
-from drllm.work.listener import duration, rough_duration
+from drllm.work.listener import RESUMED_WITHIN_S, duration, rough_duration
 
 NUM_STEPS = 10  # a plain line is printed after each tenth of the work
 MIN_PAUSE_S = 10.0  # minimum time between two lines after a tenth
@@ -24,8 +24,6 @@ MAX_PAUSE_S = 5.0  # maximum time between two plain lines in the first minute
 LATER_MAX_PAUSE_S = 10.0  # the same after the first minute, so that a log of hours isn't too long
 FIRST_MINUTE_S = 60.0
 BAR_WIDTH = 10  # columns; on a terminal with 60 columns there is room for the time left too
-RESUMED_WITHIN_S = 2.0
-"""Work that is reported within this time was done by an earlier run. It isn't part of the rate."""
 STEADY = 0.2
 """An estimate is steady if recent estimates differ from it by at most this share.
 

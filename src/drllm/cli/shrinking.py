@@ -132,8 +132,8 @@ def _describe_plan(questions: ShrinkQuestions, config: ShrinkConfig) -> str:
         )
     minutes = write_minutes(config.minutes)
     return (
-        f"{goal} · about {minutes} min to find and heal paths, then measuring, whose time is said "
-        f"once its first questions are done; Ctrl-C keeps all work"
+        f"{goal} · about {minutes} min to find and heal paths; how long measuring takes is shown "
+        f"once it has begun; Ctrl-C keeps all work"
     )
 
 

@@ -5,9 +5,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from drllm.work.listener import Listener, OnProgress, rough_duration
-
-RESUMED_WITHIN_S = 2.0  # work that is done so soon was kept by an earlier run
+from drllm.work.listener import RESUMED_WITHIN_S, Listener, OnProgress, rough_duration
 
 
 class TimedListener(Listener):

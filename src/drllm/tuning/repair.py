@@ -118,17 +118,23 @@ def _answer_source(
         block = prompts[start : start + ANSWERS_AT_ONCE]
         blocks.append(Block(f"{source.name} texts from {start}", block, len(block)))
     function = AnswerPrompts(MAX_ANSWER_TOKENS)
-    num_answered = 0
-
-    def count(block: Block[Any], _result: object, /, *, is_new: bool) -> None:
-        nonlocal num_answered
-        if is_new:
-            num_answered += len(block.data)
-
+    counter = _NewPrompts()
     started = time.perf_counter()
-    results = run(blocks, function, executor, keep=store.of(list[Tokens]), on_result=count)
-    note_answers(listener, source.name, num_answered, time.perf_counter() - started)
+    results = run(blocks, function, executor, keep=store.of(list[Tokens]), on_result=counter.add)
+    note_answers(listener, source.name, counter.number, time.perf_counter() - started)
     texts: list[Tokens] = []
     for result in results:
         texts += result
     return texts
+
+
+@dataclass
+class _NewPrompts:
+    """Counts the prompts that are answered now, not those whose answers were kept."""
+
+    number: int = 0
+
+    def add(self, block: Block[Any], _result: object, /, *, is_new: bool) -> None:
+        """Receive the answers of a block; see `OnResult`."""
+        if is_new:
+            self.number += len(block.data)

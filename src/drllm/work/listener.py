@@ -13,6 +13,9 @@ from typing import Any, Protocol
 
 logger = logging.getLogger("drllm")
 
+RESUMED_WITHIN_S = 2.0
+"""Work that is reported within this time was done by an earlier run. It isn't part of the rate."""
+
 
 class OnProgress(Protocol):
     """Called with the work done so far."""

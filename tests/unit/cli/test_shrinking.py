@@ -108,8 +108,8 @@ def test_the_first_line_says_what_may_be_lost_and_how_long_it_takes(tmp_path, se
     row = {"question": "What is %d + 0?", "choices": ["a", "b"], "answer": 0}
     questions = read_rows(tmp_path, row)
     assert _describe_plan(questions, ShrinkConfig(**settings, minutes=20)) == (
-        f"{goal} · about 20 min to find and heal paths, then measuring, whose time is said once "
-        f"its first questions are done; Ctrl-C keeps all work"
+        f"{goal} · about 20 min to find and heal paths; how long measuring takes is shown once "
+        f"it has begun; Ctrl-C keeps all work"
     )
 
 

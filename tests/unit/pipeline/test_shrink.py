@@ -15,6 +15,7 @@ from drllm.pipeline.shrink_power import count_needed, find_power, smallest_exclu
 from drllm.pipeline.shrink_questions import read_questions
 from drllm.records.shrink import SHRINK_FILE, read_shrink
 from drllm.work.listener import Listener
+from notes import Notes
 
 SMALL = {"minutes": 0.03, "num_fit": 6, "rank": 2, "num_candidates": 2}
 
@@ -133,14 +134,6 @@ def test_a_resumed_run_gets_the_minutes_it_began_with(base, prompts, tmp_path, m
     with pytest.raises(ConfigError, match="minutes"):
         shrink(base, prompts, output_dir=output, **SMALL | {"minutes": 0.05})
     shrink(base, prompts, output_dir=output, **SMALL)
-
-
-class Notes(Listener):
-    def __init__(self):
-        self.texts = []
-
-    def note(self, text):
-        self.texts.append(text)
 
 
 def test_each_candidate_has_no_warning_that_another_had(base, prompts):

@@ -10,17 +10,7 @@ from drllm.pipeline.shrink import TUNED_FOLDER, ShrinkRun
 from drllm.pipeline.shrink_answers import describe_wrong_answers
 from drllm.pipeline.shrink_questions import read_questions
 from drllm.records.static_paths import TEST
-from drllm.work.listener import Listener
-
-
-class Notes(Listener):
-    """Keeps its notes."""
-
-    def __init__(self):
-        self.notes = []
-
-    def note(self, text):
-        self.notes.append(text)
+from notes import Notes
 
 
 @pytest.fixture
@@ -62,7 +52,7 @@ def test_a_shrink_by_force_or_of_a_given_size_goes_on_with_a_note(base, tmp_path
     for force, settings in ((True, {}), (False, {"layers": 3})):
         run = make_run(base, questions, tmp_path, **settings)
         run.check_answers(force=force)
-        [note] = run.listener.notes
+        [note] = run.listener.texts
         assert note.startswith("the full model answers none of 30 questions")
 
 
@@ -71,7 +61,7 @@ def test_a_shrink_that_is_resumed_asks_nothing_again(base, tmp_path):
     (tmp_path / TUNED_FOLDER).mkdir()
     run = make_run(base, questions, tmp_path)
     run.check_answers(force=False)
-    assert run.listener.notes == []
+    assert run.listener.texts == []
 
 
 def test_no_question_that_is_held_out_is_asked(base, tmp_path, monkeypatch):

@@ -4,19 +4,9 @@ import pytest
 
 from drllm.pipeline import shrink_time
 from drllm.pipeline.shrink_time import TimedListener
-from drllm.work.listener import Listener
+from notes import Notes
 
 WHAT = "measuring 90 questions with 3 models"
-
-
-class Notes(Listener):
-    """Keeps its notes."""
-
-    def __init__(self):
-        self.notes = []
-
-    def note(self, text):
-        self.notes.append(text)
 
 
 @pytest.fixture
@@ -41,7 +31,7 @@ def report(clock, steps):
         for seconds, done in steps:
             clock.now = 100.0 + seconds
             on_progress(done, 100)
-    return listener.notes
+    return listener.texts
 
 
 def test_the_time_of_the_whole_is_said_after_the_first_block(clock):

@@ -6,18 +6,8 @@ from drllm.models.routed_model import RoutedModel
 from drllm.tasks.examples import Prompt
 from drllm.tuning.heal_texts import TextSource
 from drllm.tuning.heal_tokens import ANSWERS_AT_ONCE, TextTokenizer
-from drllm.work.listener import Listener
 from drllm.work.store import ResultStore
-
-
-class Notes(Listener):
-    """Keeps the notes."""
-
-    def __init__(self):
-        self.texts = []
-
-    def note(self, text):
-        self.texts.append(text)
+from notes import Notes
 
 
 @pytest.fixture

@@ -4,17 +4,7 @@ import pytest
 import torch
 
 from drllm.work.first_block import FirstBlock, used_memory
-from drllm.work.listener import Listener
-
-
-class Notes(Listener):
-    """Keeps what it is told."""
-
-    def __init__(self):
-        self.notes = []
-
-    def note(self, text):
-        self.notes.append(text)
+from notes import Notes
 
 
 @pytest.mark.parametrize(
@@ -30,7 +20,7 @@ class Notes(Listener):
 def test_the_time_of_the_whole_is_that_of_the_block_by_its_share(seconds, share, expected):
     listener = Notes()
     FirstBlock(listener, torch.device("cpu")).finish(share, seconds)
-    [line] = listener.notes
+    [line] = listener.texts
     assert line.startswith(expected)
     assert line.endswith(" GB of memory")
 
@@ -38,13 +28,13 @@ def test_the_time_of_the_whole_is_that_of_the_block_by_its_share(seconds, share,
 def test_memory_of_other_processes_is_not_named():
     listener = Notes()
     FirstBlock(listener, torch.device("meta")).finish(0.1, 3.0)
-    assert listener.notes == ["at most 30 s"]
+    assert listener.texts == ["at most 30 s"]
 
 
 def test_a_stage_of_one_block_says_nothing():
     listener = Notes()
     FirstBlock(listener, torch.device("cpu")).finish(1.0, 2.5)
-    assert listener.notes == []
+    assert listener.texts == []
 
 
 def test_only_the_first_block_that_did_something_counts():
@@ -53,7 +43,7 @@ def test_only_the_first_block_that_did_something_counts():
     block.finish(0.0, 9.0)
     block.finish(0.5, 1.0)
     block.finish(0.5, 30.0)
-    assert [line.partition(",")[0] for line in listener.notes] == ["at most 2 s"]
+    assert [line.partition(",")[0] for line in listener.texts] == ["at most 2 s"]
 
 
 def test_the_memory_is_that_of_this_process():
@@ -69,5 +59,5 @@ def test_the_memory_is_that_of_this_process():
 def test_a_limit_of_time_is_named_if_the_work_would_take_longer(max_seconds, words):
     listener = Notes()
     FirstBlock(listener, torch.device("meta"), max_seconds).finish(0.1, 180.0)
-    [note] = listener.notes
+    [note] = listener.texts
     assert words in note
