@@ -14,14 +14,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import drllm
 from drllm.config import ModelConfig, SearchConfig
+from drllm.errors import CheckpointError
 from drllm.models.base.load import load
 from drllm.models.routed_model import RoutedModel
+from drllm.models.routers.checkpoint import save_routers
+from drllm.models.routers.config import RouterConfig
+from drllm.models.routers.stack import RouterStack
 from drllm.tasks.registry import get_task
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 NOT_OF_TWO_WAYS = {
-    *("healed", "learning_curve", "serving"),  # what paths answer
+    *("healed", "learning_curve", "routing", "serving"),  # what paths answer
     *("all", "gpu", "page", "two_commits"),  # made of others
     "growth",  # one way at several sizes
     *("repair", "repair_ranks", "bypass"),  # losses, not times
@@ -743,6 +748,70 @@ def test_a_learning_curve_needs_as_many_targets_as_its_largest_size(
         figures_of("learning_curve", "--supervision", str(alike_targets), "--sizes", "2,13")
     assert end.value.code == 2
     assert "13 targets, but there are 16, of which 4 are held out" in capsys.readouterr().err
+
+
+@pytest.fixture
+def make_router_set(tiny_folder, tmp_path):
+    """A function that writes untrained routers of two seeds, and returns their folder."""
+
+    def make(name, bypass=""):
+        base = load(ModelConfig(model=str(tiny_folder), dtype="float32", device="cpu"))
+        config = RouterConfig(
+            num_layers=NUM_LAYERS, hidden_size=base.model.config.hidden_size, bypass=bypass
+        )
+        folder = tmp_path / name
+        for seed, place in enumerate((folder, folder / "seed_1")):
+            torch.manual_seed(seed)
+            save_routers(RouterStack(config), place)
+        return folder
+
+    return make
+
+
+@pytest.mark.thorough
+def test_router_sets_and_paths_are_compared_at_the_cost_that_is_asked_for(
+    figures_of, make_router_set
+):
+    routers = f"plain={make_router_set('plain')}"
+    words = ["--task", "builtin_facts", "--routers", routers, f"again={routers[6:]}"]
+    figures = figures_of("routing", *words, "--saved", "0.25", "--paths", "without:3")
+    rows = {row["name"]: row for row in figures["rows"]}
+    assert rows.keys() == {"without 3", "plain", "again", "plain, permuted"}
+    assert rows["without 3"]["executions"] == NUM_LAYERS - 1
+    assert rows["plain"]["seeds"] == 2
+    assert rows["plain"]["from_full"] == rows["again"]["from_full"]
+    rivals = {row["theirs"]: row["by"] for row in figures["differences"]}
+    assert rivals.keys() == rows.keys() - {"plain"}
+    for found in rivals["again"].values():
+        assert found["change"] == 0
+    for quantity, found in rivals["without 3"].items():
+        path, plain = (rows[name]["from_full"][quantity] for name in ("without 3", "plain"))
+        assert found["change"] == pytest.approx(plain["change"] - path["change"])
+
+
+@pytest.mark.thorough
+def test_a_bypass_counts_into_the_cost_of_its_routers(
+    figures_of, make_router_set, tiny_folder, tmp_path
+):
+    texts = tmp_path / "texts.jsonl"
+    rows = [{"text": f"some words that are number {number}"} for number in range(60)]
+    texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    base = load(ModelConfig(model=str(tiny_folder), dtype="float32", device="cpu"))
+    bypass = drllm.fit_bypass(base, text=str(texts), rank=8, output_dir=tmp_path / "bypass")
+    folder = make_router_set("mapped", bypass=bypass.sha256)
+    words = ["--task", "builtin_facts", "--routers", f"mapped={folder}", "--saved", "0.25"]
+    figures = figures_of("routing", *words, "--bypass", f"mapped={tmp_path / 'bypass'}")
+    [cost] = {row["executions"] for row in figures["rows"]}
+    assert cost == pytest.approx(0.75 * NUM_LAYERS, abs=1.0)
+    assert cost % 0.5 != 0  # two seeds of whole executions, and what their skips cost
+
+
+def test_routers_are_not_compared_without_the_bypass_that_they_were_trained_with(
+    figures_of, make_router_set
+):
+    folder = make_router_set("mapped", bypass="f" * 64)
+    with pytest.raises(CheckpointError, match="trained with"):
+        figures_of("routing", "--task", "builtin_facts", "--routers", f"mapped={folder}")
 
 
 @pytest.fixture

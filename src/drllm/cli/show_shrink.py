@@ -10,6 +10,7 @@ from drllm.records.shrink import ShrinkRecord, ShrunkModel, TaskScores, TextScor
 from drllm.records.static_paths import FULL
 from drllm.reporting.numbers import NONE, write_number, write_percent
 from drllm.statistics.differences import Verdict
+from drllm.statistics.exclusion import Limits
 
 
 def show_shrink(file: Path, terminal: Terminal) -> None:
@@ -36,7 +37,7 @@ def _make_row(record: ShrinkRecord, model: ShrunkModel, name: str) -> list[str]:
     cells = [str(len(model.layers)), f"{model.num_bytes / 1e6:,.0f} MB"]
     scores = model.tasks.get(name)
     if scores is not None:
-        cells.append(_write_accuracy(scores))
+        cells.append(_write_accuracy(scores, record.limits))
         cells.append(_write_loss(scores.text_loss, _read_text_verdict(scores)))
     else:
         cells.append(_write_text_scores(model.texts.get(name)))
@@ -45,14 +46,15 @@ def _make_row(record: ShrinkRecord, model: ShrunkModel, name: str) -> list[str]:
     return cells
 
 
-def _write_accuracy(scores: TaskScores) -> str:
+def _write_accuracy(scores: TaskScores, limits: Limits | None) -> str:
     """Write an accuracy, and the interval of its difference from the full model's, in points."""
     accuracy = write_percent(scores.accuracy)
     if scores.against_full is None:
         return accuracy
     verdict = scores.against_full.accuracy
-    low, high = (verdict.write(end) for end in verdict.interval)
-    return f"{accuracy} ({low} to {high})"
+    low, high = verdict.interval
+    max_drop = None if limits is None else limits.max_drop / 100
+    return f"{accuracy} ({verdict.write(low, max_drop)} to {verdict.write(high)})"
 
 
 def _read_text_verdict(scores: TaskScores) -> Verdict | None:

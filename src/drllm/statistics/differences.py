@@ -17,6 +17,9 @@ LABEL_MEANINGS = {
 }
 """Label of a difference that isn't shown → what it means."""
 
+MAX_MORE_DIGITS = 3
+"""How many more digits a number gets at most to tell it from a limit."""
+
 Shown: TypeAlias = Literal["higher", "lower", "none shown", "too few", "guessing"]
 
 
@@ -166,15 +169,38 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     def _words(self) -> QuantityWords:
         return WORDS[self.quantity]
 
-    def write(self, value: float) -> str:
-        """Write a difference of this quantity: points of accuracy, or nats."""
-        return signed(self._words.scale * value, self._words.digits)
+    def write(self, value: float, limit: float | None = None) -> str:
+        """Write a difference of this quantity: points of accuracy, or nats.
 
-    def write_excluded(self) -> str:
-        """Write the excluded loss in points or nats, without a sign; a dash if it is None."""
+        Args:
+            value: The difference, a share of the questions or nats.
+            limit: A limit in the same unit. A bound of −2.97 points passes a limit of 3 points, so
+                it must not look like −3.0: it gets as many digits as tell it from the limit.
+        """
+        words = self._words
+        digits = words.digits
+        size = words.scale * value
+        if limit is not None:
+            digits += _count_more_digits(abs(size), words.scale * limit, digits)
+        return signed(size, digits)
+
+    def write_excluded(self, limit: float | None = None) -> str:
+        """Write the excluded loss in points or nats, without a sign; a dash if it is None.
+
+        Args:
+            limit: As for `write`.
+        """
         if self.excluded_loss is None:
             return "–"
-        return self.write(self.excluded_loss).removeprefix("+")
+        return self.write(self.excluded_loss, limit).removeprefix("+")
+
+
+def _count_more_digits(size: float, limit: float, digits: int) -> int:
+    """Return how many more digits tell a size from a limit, at most `MAX_MORE_DIGITS`."""
+    for more in range(MAX_MORE_DIGITS):
+        if round(size, digits + more) != round(limit, digits + more):
+            return more
+    return MAX_MORE_DIGITS
 
 
 class Differences(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

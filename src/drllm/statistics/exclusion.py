@@ -280,7 +280,7 @@ def _test_accuracy(accuracy: Verdict, limit: float) -> list[_Failure]:
         return [_Failure("base is not shown to be above chance")]
     if _is_excluded(accuracy, limit):
         return []
-    reason = f"a loss of up to {accuracy.write_excluded()} points is not excluded"
+    reason = f"a loss of up to {accuracy.write_excluded(limit)} points is not excluded"
     return [_Failure(reason, _estimate_needed(accuracy, limit))]
 
 
@@ -296,7 +296,7 @@ def _test_text(loss: Verdict | None, limit: float) -> list[_Failure]:
         return [_Failure(reason, needed)]
     if _is_excluded(loss, limit):
         return []
-    increase = f"an increase of the next-token loss by up to {loss.write_excluded()} nats"
+    increase = f"an increase of the next-token loss by up to {loss.write_excluded(limit)} nats"
     return [_Failure(f"{increase} is not excluded", _estimate_needed(loss, limit))]
 
 

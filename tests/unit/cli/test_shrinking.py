@@ -74,6 +74,15 @@ def test_the_table_has_a_row_for_each_model_and_says_what_became_of_it(record, c
     assert record.verdict in " ".join(out.split())
 
 
+def test_a_loss_that_is_excluded_never_looks_like_the_limit(record, capsys):
+    full, first, second = record.models
+    scores = first.tasks["sums"]
+    differences = replace(scores.against_full, accuracy=judge_counts(36, 48, 1026))
+    nearly = replace(first, tasks={"sums": replace(scores, against_full=differences)})
+    show_models(replace(record, models=(full, nearly, second)), Terminal())
+    assert "(−2.97 to +0.6)" in capsys.readouterr().out.replace("\u00a0", " ")
+
+
 def test_the_commands_at_the_end_can_be_pasted(capsys):
     _print_next_steps(Path("a folder"), Terminal())
     out = capsys.readouterr().out

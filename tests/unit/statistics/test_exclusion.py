@@ -56,6 +56,16 @@ def test_a_candidate_fails_where_it_does_not_and_the_number_of_questions_is_give
     assert found.sentence().count(". ") == 0
 
 
+def test_a_bound_that_nearly_is_the_limit_has_as_many_digits_as_tell_them_apart():
+    accuracy = judge_counts(36, 48, 1026)
+    low, _ = accuracy.interval
+    assert accuracy.write(low) == "−3.0"
+    assert accuracy.write(low, 0.03) == "−2.97"
+    assert accuracy.write(low, 0.02) == "−3.0"
+    found = result_of(differences(36, 48, n=1026), max_drop=2.96)
+    assert "a loss of up to 2.97 points is not excluded" in found.sentence()
+
+
 def test_where_text_is_tested_the_number_is_one_of_questions_whose_text_is_measured():
     texts = [loss + (place % 5) / 20 for place, loss in enumerate(FLAT)]
     wide = replace(differences(), text_loss=judge_means("text_loss", texts, FLAT, 0))
