@@ -67,7 +67,11 @@ class EvaluateConfig(ExecutorConfig):
         no_effect_if=("reward", None),
         help="with --reward: maximum tokens of a generated answer; default: 256",
     )
-    chat: bool = setting(False, help="use the tokenizer's chat template")
+    chat: bool | None = setting(
+        None,
+        help="use the tokenizer's chat template; default: for generated answers to questions of "
+        "files and with --reward, as in a search",
+    )
     paths: str | None = basic(
         None,
         placeholder="FILE[:NAME],...",

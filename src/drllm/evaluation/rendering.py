@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from drllm.config import EvaluateConfig
-from drllm.evaluation.lm_eval.leaves import describe_task
+from drllm.evaluation.lm_eval.leaves import HarnessTask, describe_task
 from drllm.evaluation.lm_eval.model import RoutedLM
 from drllm.evaluation.lm_eval.objects import make_task_objects
 from drllm.evaluation.lm_eval.task import RenderedTask, draw_stock_task
@@ -60,7 +60,7 @@ class TaskRenderer:
         if split == "test" and not self.may_know_questions:
             only_split = None
         harness_task = draw_stock_task(task, only_split, limit, config.seed, config.num_fewshot)
-        return RenderedTask(harness_task, task.tasks, self.lm, chat=config.chat)
+        return RenderedTask(harness_task, task.tasks, self.lm, chat=self._choose_chat(harness_task))
 
     def _render_own_task(self, task: Task, split: str, limit: int | None) -> RenderedTask:
         """Render one of drllm's tasks."""
@@ -73,4 +73,14 @@ class TaskRenderer:
             data_dir=config.data_dir,
             num_fewshot=config.num_fewshot,
         )
-        return RenderedTask(harness_task, make_task_objects(leaves), self.lm, chat=config.chat)
+        objects = make_task_objects(leaves)
+        return RenderedTask(harness_task, objects, self.lm, chat=self._choose_chat(harness_task))
+
+    def _choose_chat(self, task: HarnessTask) -> bool:
+        """Tell whether a task's prompts are put into the chat template.
+
+        Without a setting they are for tasks that are asked as in a search, if there is a template.
+        """
+        if self.config.chat is not None:
+            return self.config.chat
+        return task.chat and bool(self.lm.tokenizer.chat_template)

@@ -47,6 +47,8 @@ class Harness:
     shots: int = 0  # default number of worked examples before a question
     # Maximum tokens of an answer; 0 if options are scored, or if each question has its own maximum.
     max_new_tokens: int = 0
+    # Whether prompts are put into the chat template unless the settings say otherwise.
+    chat: bool = False
     part_of: str = ""  # the column that names a row's part of the set; empty for sets of one part
     notes: tuple[str, ...] = ()  # sentences for readers of the results
 

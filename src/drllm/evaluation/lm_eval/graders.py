@@ -85,9 +85,10 @@ def _make_generated_entry(task: Task) -> Harness:
         },
         generated=True,
         metric="exact_match",
+        chat=True,
         notes=(
-            "prompted as in a search; a search always applies the model's chat template, an "
-            "evaluation only if the harness is told to",
+            "prompted as in a search, through the model's chat template if it has one; the harness "
+            "alone uses the template only with --apply_chat_template",
         ),
     )
 

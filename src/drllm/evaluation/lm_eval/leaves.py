@@ -49,6 +49,7 @@ class HarnessTask:
         places: Name of a leaf → the places of its questions that are asked. It is set for the
             harness' own tasks only. The leaves of drllm's tasks have no other questions.
         is_group: Whether `harness_name` is a group of the harness, with the leaves as its tasks.
+        chat: Whether prompts are put into the chat template unless the settings say otherwise.
     """
 
     name: str
@@ -64,6 +65,7 @@ class HarnessTask:
     num_available: int | None = None
     places: Mapping[str, list[int]] = field(default_factory=dict)
     is_group: bool = False
+    chat: bool = False
 
     @property
     def num_questions(self) -> int:
@@ -164,6 +166,7 @@ def describe_task(
         not_asked=questions.not_asked,
         num_available=questions.num_available,
         is_group=bool(entry.part_of),
+        chat=entry.chat,
     )
     return harness_task, leaves
 

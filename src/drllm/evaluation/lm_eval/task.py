@@ -53,6 +53,7 @@ class RenderedTask:
         # Copies, since a task of the harness stores the requests that it built last.
         self.leaves = {name: copy.copy(leaves[name]) for name in task.leaves}
         self._lm = lm
+        self._chat = chat
         _build_requests(self.leaves, task.places, lm, chat=chat)
         self.instances = _group_instances(self.leaves)
         first_instances = [instances[0] for instances in self.instances]
@@ -116,10 +117,17 @@ class RenderedTask:
         answer = self._find_right_answer(place)
         if not answer:  # the task has no right answers, but a function that grades
             return _predict_all(key, self.prompt_tokens[place])
+        prompt = str(self.instances[place][0].args[0])
+        if self._chat:
+            # The template ends where the answer begins, often in white space, which the harness
+            # would count as a part of the answer.
+            context = self.prompt_tokens[place]
+            return HarnessRequest(
+                key, context, self._lm.tok_encode(prompt + answer)[len(context) :]
+            )
         name, doc_id = key
         delimiter = self.leaves[name].config.target_delimiter
-        arguments = (str(self.instances[place][0].args[0]), delimiter + answer)
-        instance = Instance("loglikelihood", {}, arguments, 0, (name, doc_id, 1))
+        instance = Instance("loglikelihood", {}, (prompt, delimiter + answer), 0, (name, doc_id, 1))
         return self._lm.encode_request(instance)
 
     def _find_right_answer(self, place: int) -> str:
