@@ -16,7 +16,8 @@ from drllm.paths import Decisions
 from drllm.tuning.bypass_solver import LayerSums, join_solutions, solve_layer
 from drllm.tuning.heal_texts import Tokens
 from drllm.tuning.layer_states import StatesBatch, make_batches
-from drllm.tuning.refit import high_precision, split_for_ridge
+from drllm.tuning.refit import split_for_ridge
+from drllm.tuning.refit_memory import high_precision
 
 ROUTES_PER_BATCH = 2
 MOST_SKIPS = 5

@@ -212,7 +212,26 @@ def test_a_refit_is_solved_on_the_cpu_where_the_device_has_no_float64(
     with RefuseFloat64():
         with pytest.raises(TypeError, match="makes float64 on cuda:0"):
             solve_refit(routed)
-        monkeypatch.setattr("drllm.tuning.refit.DEVICES_WITHOUT_FLOAT64", ("cuda",))
+        monkeypatch.setattr("drllm.tuning.refit_memory.DEVICES_WITHOUT_FLOAT64", ("cuda",))
+        weights = solve_refit(routed)
+    assert weights.keys() == expected.keys()
+    for name, weight in weights.items():
+        assert weight.device == torch.device("cuda:0")
+        assert torch.allclose(weight.cpu(), expected[name], atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_refit_is_solved_on_the_cpu_where_the_device_has_too_little_memory(
+    family, tiny_model, devices, monkeypatch
+):
+    monkeypatch.setattr("drllm.tuning.refit.check_module", lambda name, module: None)
+    expected = solve_refit(RoutedModel(tiny_model(family, num_hidden_layers=L)))
+    free = {"cuda": 1000, "cpu": 10**9}
+    monkeypatch.setattr(
+        "drllm.tuning.refit_memory.free_bytes", lambda device: free[torch.device(device).type]
+    )
+    routed = RoutedModel(place_model(tiny_model(family, num_hidden_layers=L), 1))
+    with RefuseFloat64():  # so nothing in float64 is on the device
         weights = solve_refit(routed)
     assert weights.keys() == expected.keys()
     for name, weight in weights.items():

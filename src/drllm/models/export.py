@@ -318,14 +318,14 @@ def _verify(folder: Path, base: Any, path: StaticPath, along_path: PathRun) -> N
         attn_implementation=base.config._attn_implementation,
         use_safetensors=True,
     )
-    loaded.to(base.device).eval()
     check_layers(find_layers(loaded)[1], find_layers(base)[1], path.layers)
     listed_weights = _list_weights(base, path.layers, along_path.new_weights)
     weights = {weight.name: weight.values for weight in listed_weights}
     loaded_weights = loaded.state_dict()
     for name, values in weights.items():
-        loaded_values = loaded_weights[name]
-        if loaded_values.dtype != values.dtype or not torch.equal(loaded_values, values):
+        # Compared on the CPU, since the device may have no room for all weights twice.
+        loaded_values = loaded_weights[name].cpu()
+        if loaded_values.dtype != values.dtype or not torch.equal(loaded_values, values.cpu()):
             raise ArchitectureError(
                 f"the export was removed, since after loading it has other values in {name!r}; "
                 f"this {type(base).__name__} can't be exported"
@@ -333,6 +333,7 @@ def _verify(folder: Path, base: Any, path: StaticPath, along_path: PathRun) -> N
     # The last bits of a product depend on the memory addresses of its factors, so both models get
     # the same tensors.
     loaded.load_state_dict(weights, assign=True)
+    loaded.to(base.device).eval()
     _verify_logits(_compute_logits(loaded), along_path, type(base).__name__)
 
 

@@ -28,7 +28,8 @@ from drllm.models.routing.bypass import TENSORS, Bypass, LayerMap, normalise
 from drllm.models.routing.injection import Driver, LayerCall
 from drllm.tuning.heal_texts import MIN_TEXTS, Tokens
 from drllm.tuning.layer_states import StatesBatch, make_batches
-from drllm.tuning.refit import high_precision, split_for_ridge
+from drllm.tuning.refit import split_for_ridge
+from drllm.tuning.refit_memory import high_precision
 from drllm.tuning.ridge import share_of_error
 from drllm.tuning.stand_in import RIDGES, SMALLEST_DEVIATION
 from drllm.work.listener import OnProgress

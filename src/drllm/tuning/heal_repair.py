@@ -29,11 +29,11 @@ from drllm.tuning.heal_texts import (
 from drllm.tuning.refit import (
     RefittedGap,
     check_path,
-    estimate_bytes,
     find_projections,
     join_weights,
     refit,
 )
+from drllm.tuning.refit_memory import estimate_bytes
 from drllm.work.listener import Listener, OnProgress, rough_duration
 from drllm.work.store import ResultStore
 

@@ -11,9 +11,8 @@ activations of the MLP have more inputs to explain the gap.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +22,6 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from transformers.pytorch_utils import Conv1D
 
 from drllm.errors import ModelError, PathError, TaskError
-from drllm.models.base.batching import free_bytes
 from drllm.models.base.down_projections import (
     DownProjection,
     PostNorm,
@@ -31,7 +29,6 @@ from drllm.models.base.down_projections import (
 )
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.injection import Driver
-from drllm.models.routing.lora import read_map_sizes
 from drllm.models.routing.refits import check_module, move_weight
 from drllm.paths import Gap, StaticPath
 from drllm.records.codec import hash_values
@@ -41,7 +38,6 @@ from drllm.tuning.layer_states import (
     LayerRunner,
     StatesBatch,
     Stream,
-    in_float32,
     make_batches,
 )
 from drllm.tuning.normed_gap import (
@@ -52,15 +48,19 @@ from drllm.tuning.normed_gap import (
     solve_normed_change,
 )
 from drllm.tuning.normed_gap import RIDGES as NORMED_RIDGES
-from drllm.tuning.refit_work import GapWork, MapSize, RefitProgress, count_layers
+from drllm.tuning.refit_memory import (
+    HELD_OUT,
+    choose_sums_device,
+    count_bytes_beside,
+    count_largest_gap,
+    find_memory_obstacle,
+    high_precision,
+    keeps_states,
+    read_size,
+)
+from drllm.tuning.refit_work import GapWork, RefitProgress, count_layers
 from drllm.tuning.ridge import TokenSums, solve_change
 from drllm.work.listener import OnProgress
-
-HELD_OUT = 10  # every tenth text chooses λ
-DEVICES_WITHOUT_FLOAT64 = ("mps",)
-SHARE_FOR_STATES = 0.25
-"""The share of the memory beside the sums that the states of all texts at one layer may take."""
-SHARE_FOR_FLOAT32 = 0.5  # the same, of what the weights grow by in float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,89 +198,6 @@ def list_modules(projection: DownProjection) -> dict[str, nn.Module]:
     return modules
 
 
-def find_memory_obstacle(
-    routed: RoutedModel, projections: Iterable[DownProjection], num_tokens: int
-) -> str:
-    """Return why a gap can't be solved in the free memory; empty if all can be."""
-    free = free_bytes(_float64_device(routed.device))
-    for projection in projections:
-        num_bytes = count_gap_bytes(projection, num_tokens)
-        if num_bytes > free:
-            num_inputs = read_size(projection.module).num_inputs
-            return (
-                f"to refit {projection.name}, which has {num_inputs} inputs, takes "
-                f"{num_bytes / 1e9:.1f} GB of memory beside the model, and "
-                f"{free / 1e9:.1f} GB are free"
-            )
-    return ""
-
-
-def count_gap_bytes(projection: DownProjection, num_tokens: int) -> int:
-    """Return the memory that solving a gap takes: its sums, and held-out tokens if there is a norm.
-
-    `num_tokens` is the number of all calibration tokens.
-    """
-    size = read_size(projection.module)
-    if projection.norm is None:
-        return size.num_bytes
-    return size.num_bytes + size.held_out_bytes(math.ceil(num_tokens / HELD_OUT))
-
-
-def estimate_bytes(
-    routed: RoutedModel, projections: Iterable[DownProjection], num_tokens: int
-) -> int:
-    """Return the memory that a refit takes beside the model, in bytes."""
-    sums = _count_largest_gap(projections, num_tokens)
-    states = _count_state_bytes(routed, num_tokens)
-    if not _keeps_states(routed, num_tokens, sums):
-        states = 0
-    widened = _count_widened_bytes(routed)
-    if not _has_room_for_float32(routed, sums):
-        widened = 0
-    return sums + states + widened
-
-
-def _count_largest_gap(projections: Iterable[DownProjection], num_tokens: int) -> int:
-    """Return the memory of the gap that takes most."""
-    return max(count_gap_bytes(projection, num_tokens) for projection in projections)
-
-
-def _count_state_bytes(routed: RoutedModel, num_tokens: int) -> int:
-    """Return the size of the states of all texts at one layer, along both paths."""
-    width: int = routed.config.get_text_config().hidden_size
-    return 2 * num_tokens * width * torch.float32.itemsize
-
-
-def _keeps_states(routed: RoutedModel, num_tokens: int, sum_bytes: int) -> bool:
-    """Tell whether the states of all texts stay in memory from gap to gap, beside the sums."""
-    num_bytes = _count_state_bytes(routed, num_tokens)
-    return num_bytes < SHARE_FOR_STATES * (free_bytes(routed.device) - sum_bytes)
-
-
-def _count_widened_bytes(routed: RoutedModel) -> int:
-    """Return by how much the weights grow in float32."""
-    return sum(
-        weight.numel() * max(0, torch.float32.itemsize - weight.itemsize)
-        for weight in routed.model.parameters()
-    )
-
-
-@contextmanager
-def high_precision(routed: RoutedModel, sum_bytes: int = 0) -> Iterator[None]:
-    """Compute in float32 inside the block if the memory allows it beside sums of `sum_bytes`.
-
-    bfloat16 rounds a state of norm 24,000, as at the attention sink of SmolLM2, by tens.
-    """
-    has_room = _has_room_for_float32(routed, sum_bytes)
-    with in_float32(routed.model) if has_room else nullcontext():
-        yield
-
-
-def _has_room_for_float32(routed: RoutedModel, sum_bytes: int) -> bool:
-    free = free_bytes(routed.device) - sum_bytes
-    return _count_widened_bytes(routed) < SHARE_FOR_FLOAT32 * free
-
-
 @dataclass
 class _CalibrationBatch:
     """A batch of texts with its states along both paths."""
@@ -326,8 +243,10 @@ class _RefitRun:
         self.new_weights: dict[str, Tensor] = {}  # of the gaps that are solved
         self.num_solved = 0  # gaps
         self.num_tokens = sum(map(len, texts))
-        self.sum_bytes = _count_largest_gap(projections.values(), self.num_tokens)
-        self.keeps_states = _keeps_states(routed, self.num_tokens, self.sum_bytes)
+        sum_bytes = count_largest_gap(projections.values(), self.num_tokens)
+        self.device = choose_sums_device(routed, sum_bytes)
+        self.bytes_beside = count_bytes_beside(routed, sum_bytes)
+        self.keeps_states = keeps_states(routed, self.num_tokens, self.bytes_beside)
         self.progress: RefitProgress | None = None
         self.batches: list[_CalibrationBatch] = []
         fit, held_out = split_for_ridge(texts)
@@ -340,7 +259,7 @@ class _RefitRun:
     @contextmanager
     def precision(self) -> Iterator[None]:
         """Compute in float32 inside the block if the memory allows it; see `high_precision`."""
-        with high_precision(self.routed, self.sum_bytes):
+        with high_precision(self.routed, self.bytes_beside):
             for name, weight in self.new_weights.items():  # of gaps that were solved earlier
                 module: Any = self.routed.injection.refittable_modules[name]
                 self.new_weights[name] = move_weight(weight, module.weight)
@@ -427,7 +346,7 @@ class _RefitRun:
     ) -> RefittedGap:
         """Solve a gap where a norm follows the MLP."""
         projection = self.projections[gap.layer]
-        device = _float64_device(self.routed.device)
+        device = self.device
         weight = projection.weight.detach().to(device).double()
         factor = projection.factor
         assert factor is not None  # with a norm it is the same for all tokens
@@ -457,7 +376,7 @@ class _RefitRun:
     def sum_tokens(self, gap: Gap) -> tuple[TokenSums, TokenSums]:
         """Return the sums over the tokens of the texts to fit and of those that choose λ."""
         size = read_size(self.projections[gap.layer].module)
-        device = _float64_device(self.routed.device)
+        device = self.device
         fit = TokenSums(size.num_inputs, size.num_outputs, device)
         held_out = TokenSums(size.num_inputs, size.num_outputs, device)
         for batch in self.batches:
@@ -489,8 +408,7 @@ class _RefitRun:
             batch.reset()
         if self.progress is not None:
             self.progress.add_tokens(len(tokens.inputs))
-        device = _float64_device(self.routed.device)
-        return NormedTokens(*(values.to(device) for values in tokens))
+        return NormedTokens(*(values.to(self.device) for values in tokens))
 
     def read_held_out(self, gap: Gap) -> NormedTokens:
         """Return the tokens that choose λ in a gap where a norm follows the MLP."""
@@ -569,14 +487,3 @@ def get_weight(module: nn.Module) -> Tensor:
 def join_tokens(parts: Sequence[NormedTokens]) -> NormedTokens:
     """Join the tokens of several batches."""
     return NormedTokens(*(torch.cat(values) for values in zip(*parts, strict=True)))
-
-
-def read_size(module: Any) -> MapSize:
-    """Return the size of a linear map."""
-    num_inputs, num_outputs = read_map_sizes(module)
-    return MapSize(num_inputs, num_outputs)
-
-
-def _float64_device(device: torch.device) -> torch.device:
-    """Return the device if it computes in float64, else the CPU."""
-    return torch.device("cpu") if device.type in DEVICES_WITHOUT_FLOAT64 else device

@@ -23,7 +23,8 @@ from drllm.tasks.examples import Prompt
 from drllm.tuning.heal_texts import Tokens
 from drllm.tuning.heal_tokens import answer_prompts
 from drllm.tuning.path_scorer import Item, PathScores, grade_answers, score_paths
-from drllm.tuning.refit import find_memory_obstacle, find_projections, join_weights, refit
+from drllm.tuning.refit import find_projections, join_weights, refit
+from drllm.tuning.refit_memory import find_memory_obstacle
 from drllm.tuning.stand_in import StandIn, fit_stand_in
 from drllm.work.run import BlockFunction, BlockSteps, OnStep
 

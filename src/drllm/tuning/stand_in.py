@@ -40,7 +40,8 @@ from drllm.models.routing.injection import Driver, LayerCall
 from drllm.paths import Gap
 from drllm.tuning.heal_texts import Tokens
 from drllm.tuning.layer_states import make_batches
-from drllm.tuning.refit import high_precision, split_for_ridge
+from drllm.tuning.refit import split_for_ridge
+from drllm.tuning.refit_memory import high_precision
 from drllm.tuning.ridge import share_of_error
 
 RIDGES = tuple(10.0**exponent for exponent in range(-5, 2))

@@ -584,7 +584,7 @@ def test_before_a_refit_its_size_is_noted_and_then_its_time(routed):
 
 def test_a_refit_that_does_not_fit_into_memory_is_refused_beforehand(routed, monkeypatch, tmp_path):
     folder = tmp_path / "healed"
-    monkeypatch.setattr("drllm.tuning.refit.free_bytes", lambda device: 1000)
+    monkeypatch.setattr("drllm.tuning.refit_memory.free_bytes", lambda device: 1000)
     with pytest.raises(ModelError, match=r"0\.mlp\.down_proj.* GB of memory") as raised:
         repaired(routed, folder)
     assert "\n" not in str(raised.value)

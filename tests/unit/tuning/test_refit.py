@@ -19,15 +19,8 @@ from drllm.records.codec import hash_values
 from drllm.tuning.calibration import choose_texts
 from drllm.tuning.heal_texts import choose_calibration_texts, cut_texts, split_texts
 from drllm.tuning.layer_states import make_batches
-from drllm.tuning.refit import (
-    HELD_OUT,
-    count_gap_bytes,
-    estimate_bytes,
-    find_projections,
-    read_size,
-    refit,
-    split_for_ridge,
-)
+from drllm.tuning.refit import find_projections, refit, split_for_ridge
+from drllm.tuning.refit_memory import HELD_OUT, count_gap_bytes, estimate_bytes, read_size
 from drllm.tuning.refit_work import NUM_SOLUTIONS, count_layers
 
 NUM_LAYERS = 6
@@ -212,7 +205,7 @@ def test_without_room_for_the_states_of_all_texts_the_result_is_the_same(
 ):
     path = StaticPath([0, 2, 4])
     expected = refit(RoutedModel(tiny_model(family)), path, make_texts())
-    monkeypatch.setattr("drllm.tuning.refit.SHARE_FOR_STATES", 0)
+    monkeypatch.setattr("drllm.tuning.refit_memory.SHARE_FOR_STATES", 0)
     gaps = refit(RoutedModel(tiny_model(family)), path, make_texts())
     for gap, other in zip(expected, gaps, strict=True):
         torch.testing.assert_close(dict(other.weights), dict(gap.weights))
@@ -246,7 +239,7 @@ def test_gaps_that_are_solved_already_give_the_same_result(family, tiny_model, n
 def test_the_progress_grows_with_every_batch_and_ends_at_the_total(
     tiny_llama, monkeypatch, share_for_states, num_earlier
 ):
-    monkeypatch.setattr("drllm.tuning.refit.SHARE_FOR_STATES", share_for_states)
+    monkeypatch.setattr("drllm.tuning.refit_memory.SHARE_FOR_STATES", share_for_states)
     monkeypatch.setattr("drllm.tuning.layer_states.TOKENS_AT_ONCE", 40)
     path = StaticPath([0, 2, 4])
     earlier = refit(RoutedModel(tiny_llama()), path, make_texts())[:num_earlier]
@@ -272,7 +265,7 @@ def test_the_progress_grows_with_every_batch_and_ends_at_the_total(
 
 @pytest.mark.parametrize("share_for_states", [0, 0.25])
 def test_the_progress_grows_where_a_norm_follows_the_mlp(tiny_model, monkeypatch, share_for_states):
-    monkeypatch.setattr("drllm.tuning.refit.SHARE_FOR_STATES", share_for_states)
+    monkeypatch.setattr("drllm.tuning.refit_memory.SHARE_FOR_STATES", share_for_states)
     reports = []
     refit(
         RoutedModel(tiny_model("gemma3_text")),
@@ -291,7 +284,7 @@ def test_the_progress_grows_where_a_norm_follows_the_mlp(tiny_model, monkeypatch
 @pytest.mark.parametrize("keeps_states", [True, False])
 def test_the_layers_that_run_for_each_gap_are_counted_right(tiny_llama, monkeypatch, keeps_states):
     path = StaticPath([0, 2, 4])
-    monkeypatch.setattr("drllm.tuning.refit.SHARE_FOR_STATES", 0.25 if keeps_states else 0)
+    monkeypatch.setattr("drllm.tuning.refit_memory.SHARE_FOR_STATES", 0.25 if keeps_states else 0)
     routed = RoutedModel(tiny_llama())
     num_runs = [0]  # for each gap
     original_run = LayerCall.run
@@ -316,7 +309,7 @@ def test_the_layers_that_run_for_each_gap_are_counted_right(tiny_llama, monkeypa
 
 def test_sums_that_do_not_fit_into_memory_are_refused_before_they_are_made(tiny_llama, monkeypatch):
     routed = RoutedModel(tiny_llama())
-    monkeypatch.setattr("drllm.tuning.refit.free_bytes", lambda device: 10**6)
+    monkeypatch.setattr("drllm.tuning.refit_memory.free_bytes", lambda device: 10**6)
     monkeypatch.setattr("drllm.tuning.refit.TokenSums", None)
     with pytest.raises(ModelError, match=r"1\.mlp\.down_proj, which has .* inputs"):
         refit(routed, StaticPath([0, 1, 3, 4, 5]), make_texts())
@@ -333,7 +326,9 @@ def test_states_and_wide_weights_only_take_the_memory_that_the_gap_leaves(
     for num_tokens in (10, 10_000, 20_000, 40_000):
         least = count_gap_bytes(projection, num_tokens)
         with monkeypatch.context() as patch:
-            patch.setattr("drllm.tuning.refit.free_bytes", lambda _, least=least: free * least)
+            patch.setattr(
+                "drllm.tuning.refit_memory.free_bytes", lambda _, least=least: free * least
+            )
             assert least <= estimate_bytes(routed, projections, num_tokens) <= free * least
 
 
@@ -351,7 +346,7 @@ def test_held_out_tokens_need_memory_where_a_norm_follows_the_mlp(
     expected = size.num_bytes + (held_out if has_norm else 0)
     assert count_gap_bytes(projection, HELD_OUT * num_held_out) == expected
     monkeypatch.setattr(
-        "drllm.tuning.refit.free_bytes", lambda device: size.num_bytes + held_out // 2
+        "drllm.tuning.refit_memory.free_bytes", lambda device: size.num_bytes + held_out // 2
     )
     monkeypatch.setattr("drllm.tuning.refit.solve_normed_change", None)
     with pytest.raises(ModelError, match="of memory beside") if has_norm else nullcontext():

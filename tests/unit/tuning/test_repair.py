@@ -252,7 +252,7 @@ def test_a_model_that_cannot_be_refitted_is_tuned_plain_with_the_reason(
 
 
 def test_without_memory_for_a_refit_paths_are_chosen_plain(routed, monkeypatch):
-    monkeypatch.setattr("drllm.tuning.refit.free_bytes", lambda device: 1000)
+    monkeypatch.setattr("drllm.tuning.refit_memory.free_bytes", lambda device: 1000)
     listener = NoteListener()
     settings = {**SMALL, "max_skipped": 1, "num_fit": 5, "num_judged": 5, "beam": 1}
     record = tune(routed, "builtin_facts", listener=listener, **settings)
