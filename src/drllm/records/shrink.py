@@ -133,15 +133,21 @@ class ShrinkRecord(Header, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     @property
     def verdict(self) -> str:
-        """What is shown, and what to do, in one to three sentences."""
+        """What is shown, and what to do, in one to three sentences.
+
+        It begins with OK, with NOT SHOWN if a loss beyond the limits isn't excluded, or with NO if
+        such a loss is shown.
+        """
         if self.limits is None:
             return self._describe_given_number()
         if self.chosen is not None and not self.is_forced:
             return (
                 f"OK: {self._count(self.find(self.chosen))} lose less than {self._write_limits()}."
             )
-        reason = self.trials[-1].reason(self._name_held_out())
-        sentences = [f"NOT SHOWN: {self._count(self.fallback)}: {reason}."]
+        last = self.trials[-1]
+        label = "NO" if any(test.loses for test in last.tasks) else "NOT SHOWN"
+        reason = last.reason(self._name_held_out())
+        sentences = [f"{label}: {self._count(self.fallback)}: {reason}."]
         remedy = self._describe_remedy()
         if remedy:
             sentences.append(f"{capitalize(remedy)}.")

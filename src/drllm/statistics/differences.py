@@ -166,6 +166,16 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         return f"inconclusive: about {needed} {words.samples} would show a difference of {target}"
 
     @property
+    def shown_loss(self) -> tuple[float, float] | None:
+        """The interval of the loss, both ends positive, if a loss is shown; else None."""
+        if self.is_better is not False:
+            return None
+        low, high = self.interval
+        if self.quantity == "text_loss":  # the only quantity whose increase is a loss
+            return low, high
+        return -high, -low
+
+    @property
     def _words(self) -> QuantityWords:
         return WORDS[self.quantity]
 

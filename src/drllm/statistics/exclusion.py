@@ -46,11 +46,13 @@ class TaskTest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     `failures` has the reasons why the candidate doesn't pass. `needed` estimates how many questions
     would probably be enough to pass if the differences stay as measured. For the next-token loss it
     is a number of texts. It is None if the candidate passes, or if no number would be enough.
+    `loses` tells whether a loss beyond a limit is shown.
     """
 
     task: str
     failures: tuple[str, ...] = ()
     needed: int | None = None
+    loses: bool = False
 
 
 class Trial(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -221,11 +223,13 @@ def end_at_failure(trials: Sequence[Trial], limits: Limits) -> DropTest:
 class _Failure(NamedTuple):
     """Why a loss as large as a limit isn't excluded, and how many questions would be enough.
 
-    `needed` is an estimate. It is None if no number would be enough.
+    `needed` is an estimate. It is None if no number would be enough. `loses` tells whether a loss
+    beyond the limit is shown.
     """
 
     reason: str
     needed: int | None = None
+    loses: bool = False
 
 
 def judge_task(task: str, differences: Differences | None, limits: Limits) -> TaskTest:
@@ -260,7 +264,8 @@ def _make_test(name: str, failures: Sequence[_Failure]) -> TaskTest:
     """Return a test with its failures, and the largest number of questions that they need."""
     reasons = tuple(failure.reason for failure in failures)
     needed = _find_largest([failure.needed for failure in failures])
-    return TaskTest(task=name, failures=reasons, needed=needed)
+    loses = any(failure.loses for failure in failures)
+    return TaskTest(task=name, failures=reasons, needed=needed, loses=loses)
 
 
 def _find_largest(numbers: Sequence[int | None]) -> int | None:
@@ -280,6 +285,8 @@ def _test_accuracy(accuracy: Verdict, limit: float) -> list[_Failure]:
         return [_Failure("base is not shown to be above chance")]
     if _is_excluded(accuracy, limit):
         return []
+    if _is_beyond(accuracy, limit):
+        return [_Failure(f"a loss of {_write_shown_loss(accuracy)} points is shown", loses=True)]
     reason = f"a loss of up to {accuracy.write_excluded(limit)} points is not excluded"
     return [_Failure(reason, _estimate_needed(accuracy, limit))]
 
@@ -296,6 +303,10 @@ def _test_text(loss: Verdict | None, limit: float) -> list[_Failure]:
         return [_Failure(reason, needed)]
     if _is_excluded(loss, limit):
         return []
+    if _is_beyond(loss, limit):
+        size = _write_shown_loss(loss)
+        reason = f"an increase of the next-token loss by {size} nats is shown"
+        return [_Failure(reason, loses=True)]
     increase = f"an increase of the next-token loss by up to {loss.write_excluded(limit)} nats"
     return [_Failure(f"{increase} is not excluded", _estimate_needed(loss, limit))]
 
@@ -303,6 +314,18 @@ def _test_text(loss: Verdict | None, limit: float) -> list[_Failure]:
 def _is_excluded(verdict: Verdict, limit: float) -> bool:
     """Tell whether a verdict excludes a loss as large as the limit."""
     return verdict.excluded_loss is not None and verdict.excluded_loss < limit
+
+
+def _is_beyond(verdict: Verdict, limit: float) -> bool:
+    """Tell whether a loss larger than the limit is shown."""
+    return verdict.shown_loss is not None and verdict.shown_loss[0] > limit
+
+
+def _write_shown_loss(verdict: Verdict) -> str:
+    """Write the interval of a loss that is shown."""
+    assert verdict.shown_loss is not None
+    smallest, largest = (verdict.write(end).removeprefix("+") for end in verdict.shown_loss)
+    return f"{smallest} to {largest}"
 
 
 def _estimate_needed(verdict: Verdict, limit: float) -> int | None:

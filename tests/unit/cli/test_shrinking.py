@@ -138,8 +138,8 @@ def test_the_first_line_bounds_no_accuracy_where_nothing_is_graded(tmp_path):
 
 @pytest.fixture
 def failed_record(record):
-    """A record of which the first candidate fails the test of its text's loss."""
-    model = replace(record.candidates[1], tasks={"sums": record.candidates[1].tasks["sums"]})
+    """A record of which the first candidate isn't shown to lose less than half a point."""
+    model = record.candidates[0]
     test = judge_task("sums", model.tasks["sums"].against_full, replace(LIMITS, max_drop=0.5))
     trial = Trial(name=model.name, tasks=(replace(test, needed=440),))
     return replace(record, trials=(trial,), chosen=None)
@@ -149,6 +149,15 @@ def test_what_is_not_shown_names_its_questions(failed_record):
     assert "not excluded on held-out questions of sums. " in failed_record.verdict
     assert "About 440 held-out questions would probably show it" in failed_record.verdict
     assert "four times" not in failed_record.verdict
+
+
+def test_a_loss_that_is_shown_is_a_plain_no(record):
+    model = record.candidates[1]  # its text loses 0.4 nats a token
+    test = judge_task("sums", model.tasks["sums"].against_full, LIMITS)
+    trial = Trial(name=model.name, tasks=(test,))
+    verdict = replace(record, trials=(trial,), chosen=None).verdict
+    assert verdict.startswith("NO: 4 of 6 layers: an increase of the next-token loss by 0.400")
+    assert "questions would" not in verdict
 
 
 def test_what_is_not_shown_of_a_file_says_how_many_questions_the_file_needs(failed_record):

@@ -66,6 +66,33 @@ def test_a_bound_that_nearly_is_the_limit_has_as_many_digits_as_tell_them_apart(
     assert "a loss of up to 2.97 points is not excluded" in found.sentence()
 
 
+@pytest.mark.parametrize(
+    ("candidate", "limits", "reason"),
+    [
+        (differences(0, 191, n=253), {}, "a loss of 69.8 to 80.4 points is shown"),
+        (
+            differences(increase=0.2),
+            {"max_loss_increase": 0.05},
+            "an increase of the next-token loss by 0.201 to 0.201 nats is shown",
+        ),
+    ],
+)
+def test_a_loss_beyond_the_limit_is_said_as_shown_and_no_number_would_be_enough(
+    candidate, limits, reason
+):
+    found = result_of(candidate, **limits)
+    [test] = found.trials[0].tasks
+    assert test.failures == (reason,)
+    assert test.loses
+    assert test.needed is None
+
+
+def test_a_loss_that_is_shown_but_may_be_smaller_than_the_limit_is_not_said_as_beyond_it():
+    found = result_of(differences(30, 60), max_drop=2.0)
+    assert found.trials[0].tasks[0].failures == ("a loss of up to 4.9 points is not excluded",)
+    assert not found.trials[0].tasks[0].loses
+
+
 def test_where_text_is_tested_the_number_is_one_of_questions_whose_text_is_measured():
     texts = [loss + (place % 5) / 20 for place, loss in enumerate(FLAT)]
     wide = replace(differences(), text_loss=judge_means("text_loss", texts, FLAT, 0))
