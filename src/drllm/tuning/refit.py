@@ -245,7 +245,7 @@ class _RefitRun:
         self.num_tokens = sum(map(len, texts))
         sum_bytes = count_largest_gap(projections.values(), self.num_tokens)
         self.device = choose_sums_device(routed, sum_bytes)
-        self.bytes_beside = count_bytes_beside(routed, sum_bytes)
+        self.bytes_beside = count_bytes_beside(routed, self.device, sum_bytes)
         self.keeps_states = keeps_states(routed, self.num_tokens, self.bytes_beside)
         self.progress: RefitProgress | None = None
         self.batches: list[_CalibrationBatch] = []

@@ -79,7 +79,7 @@ def estimate_bytes(
 ) -> int:
     """Return the memory that a refit takes beside the model, in bytes, on all its devices."""
     sums = count_largest_gap(projections, num_tokens)
-    beside = count_bytes_beside(routed, sums)
+    beside = count_bytes_beside(routed, choose_sums_device(routed, sums), sums)
     states = _count_state_bytes(routed, num_tokens)
     if not keeps_states(routed, num_tokens, beside):
         states = 0
@@ -89,9 +89,14 @@ def estimate_bytes(
     return sums + states + widened
 
 
-def count_bytes_beside(routed: RoutedModel, sum_bytes: int) -> int:
-    """Return how much of the sums' memory is on the model's device."""
-    return sum_bytes if choose_sums_device(routed, sum_bytes) == routed.device else 0
+def count_bytes_beside(routed: RoutedModel, sums_device: torch.device, sum_bytes: int) -> int:
+    """Return how much memory the sums take from the model's device.
+
+    Only a CUDA device has memory of its own; all others share the CPU's.
+    """
+    if routed.device.type == "cuda" and sums_device.type == "cpu":
+        return 0
+    return sum_bytes
 
 
 def keeps_states(routed: RoutedModel, num_tokens: int, bytes_beside: int) -> bool:
