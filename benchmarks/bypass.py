@@ -33,7 +33,7 @@ from typing import Any
 import common
 import msgspec
 import torch
-from common.compare import SEED
+from common.compare import SEED, divide_means
 from common.route_fit import draw_route, fit_on_routes
 from common.texts import Kinds, read_kinds
 
@@ -45,7 +45,6 @@ from drllm.models.routing.crossings import Crossings
 from drllm.models.scoring.score import Request
 from drllm.paths import Decisions, StaticPath, to_path
 from drllm.records.codec import hash_values
-from drllm.statistics.intervals import mean_interval
 from drllm.tuning.bypass_solver import BypassSolver, join_solutions
 from drllm.tuning.heal_texts import Tokens, choose_calibration_texts
 from drllm.tuning.objectives import LOSS
@@ -166,16 +165,15 @@ def time_share(base: BaseModel, bypass: Bypass, clock: Any) -> float:
 
 def compare(plain: Sequence[float], ours: Sequence[float]) -> dict[str, Any]:
     """Compare the increases along routes with one bypass and with nothing."""
-    mean = statistics.fmean(plain)
-    # The share of the mean, so that routes that lose nothing don't divide by 0.
-    gains = [(before - after) / mean for before, after in zip(plain, ours, strict=True)]
-    low, high = mean_interval(gains, SEED)
+    gains = [before - after for before, after in zip(plain, ours, strict=True)]
+    # The share of all routes together, so that routes that lose nothing don't divide by 0.
+    recovered, interval = divide_means(gains, plain)
     return {
         "routes": len(plain),
         "increase": statistics.fmean(ours),
-        "increase_with_nothing": mean,
-        "recovered": statistics.fmean(gains),
-        "interval": [low, high],
+        "increase_with_nothing": statistics.fmean(plain),
+        "recovered": recovered,
+        "interval": interval,
         "better_on": statistics.fmean(gain > 0 for gain in gains),
     }
 

@@ -6,7 +6,14 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from drllm.statistics.intervals import is_right_or_wrong, mean_interval, sum_interval
+import numpy as np
+
+from drllm.statistics.intervals import (
+    BOOTSTRAP_DRAWS,
+    is_right_or_wrong,
+    mean_interval,
+    sum_interval,
+)
 from drllm.statistics.paired import count_won_lost, mcnemar_exact, paired_interval
 
 ACCURACY = "accuracy"
@@ -46,6 +53,20 @@ def average_kinds(values: Mapping[str, Sequence[float]]) -> tuple[float, tuple[f
     weight = 1 / len(values)
     mean, low, high = sum_interval([(weight, of_kind) for of_kind in values.values()], SEED)
     return mean, (low, high)
+
+
+def divide_means(parts: Sequence[float], wholes: Sequence[float]) -> tuple[float, list[float]]:
+    """Return the mean of the parts over the mean of the wholes, and the 95 % interval of that.
+
+    Both means are of the same items, so each draw of the bootstrap takes an item's part and its
+    whole together. Otherwise the interval of a share could exceed 1.
+    """
+    pairs = np.array([parts, wholes])  # [2, N]
+    generator = np.random.default_rng(SEED)
+    places = generator.integers(pairs.shape[1], size=(BOOTSTRAP_DRAWS, pairs.shape[1]))
+    part_means, whole_means = pairs[:, places].mean(axis=2)  # [draws] each
+    interval = np.percentile(part_means / whole_means, (2.5, 97.5)).tolist()
+    return fmean(parts) / fmean(wholes), interval
 
 
 def mean_change(

@@ -516,6 +516,17 @@ def test_what_a_bypass_takes_back_is_measured_by_rank_and_number_of_skips(figure
     assert small["measured"] > 0
 
 
+def test_the_interval_of_a_share_ends_at_one_where_no_part_exceeds_its_whole(benchmark):
+    script = benchmark("bypass")
+    wholes = [0.1] * 40 + [8.0, 9.0]  # a few routes lose nearly all
+    parts = [0.02] * 40 + [7.5, 8.8]
+    share, (low, high) = script.divide_means(parts, wholes)
+    assert share == pytest.approx(sum(parts) / sum(wholes))
+    assert 0.19 < low < share < high < 1
+    same, interval = script.divide_means([value / 2 for value in wholes], wholes)
+    assert (same, *interval) == pytest.approx((0.5, 0.5, 0.5))
+
+
 def test_each_route_of_each_draw_has_a_text_of_its_own_or_the_draw_is_refused(benchmark):
     script = benchmark("bypass")
     kinds = {kind: [(kind, number) for number in range(10)] for kind in (1, 2)}
