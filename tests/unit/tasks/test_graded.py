@@ -7,7 +7,7 @@ import drllm
 from drllm.config import SearchConfig
 from drllm.errors import ConfigError, TaskError
 from drllm.models.base.load import BaseModel
-from drllm.models.base.prompts import encode
+from drllm.models.base.prompts import encode, render
 from drllm.search.questions import collect_questions
 from drllm.tasks.examples import choose
 from drllm.tasks.graded import GradedTask, pin_reward
@@ -140,7 +140,8 @@ def test_prompts_without_answers_are_searched_trained_on_and_evaluated_by_a_func
     with torch.no_grad():  # of prompts alone the prompt is the text
         losses = []
         for example in choose(get_task(prompts_file).examples("test"), 4, 0):
-            ids = torch.tensor([encode(tiny_tokenizer, example.question)])
+            text = render(tiny_tokenizer, example.question, chat=True)  # as in the search
+            ids = torch.tensor([encode(tiny_tokenizer, text)])
             losses.append(float(model(ids, labels=ids).loss))
     assert result.base.text_loss == pytest.approx(sum(losses) / 4, rel=1e-4)
     assert result.num_questions == 4
