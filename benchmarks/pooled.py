@@ -27,6 +27,7 @@ from typing import Any
 import common
 import msgspec
 from common.compare import ACCURACY, SEED, average_kinds, compare_paired, in_words
+from common.path_values import hash_path
 from common.questions import read_all_examples
 
 from drllm.models.base.load import BaseModel
@@ -34,8 +35,7 @@ from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.healed import install_path
 from drllm.paths import StaticPath
 from drllm.records.codec import hash_values
-from drllm.records.healed import HealedPath
-from drllm.records.static_paths import PathFile, load_path
+from drllm.records.static_paths import load_path
 from drllm.statistics.intervals import wilson_interval
 from drllm.tasks.examples import OPTIONS_REWARD, Prompt
 from drllm.tasks.registry import get_task
@@ -73,12 +73,6 @@ class Halves:
     first: list[Prompt]
     second: list[Prompt]
     chance: float
-
-
-def hash_path(path: PathFile) -> str:
-    """Return the hash of a path: of its adapter too, if it is healed."""
-    adapter = path.record.adapter_sha256 if isinstance(path.record, HealedPath) else ""
-    return hash_values([path.static, path.decisions, path.skipped, adapter])
 
 
 def divide_set(name: str, data_dir: str | None, num_questions: int) -> Halves:

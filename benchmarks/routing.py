@@ -6,8 +6,8 @@ next-token loss of questions with their right answers. A set is the folder of a 
 routers of further seeds in `seed_N`; it runs with the bypass that it was trained with, if any.
 At each share of saved layer executions every seed gets the depth bias that brings 64 questions of
 `select` to that cost; what a bypass costs counts as executions. A set's figures are means over its
-seeds. The first set also runs its own routes permuted, each on another question: what is lost by
-that is what it gains by choosing a route for its question.
+seeds. The first set also runs its own routes permuted, each on another question. What it loses by
+that is what it gains by choosing a route for each question.
 
 Each row is a difference from the full path; then come the differences between the first set and
 every other row, paired by question, with 95 % intervals over questions. What is measured is kept
@@ -25,14 +25,15 @@ import argparse
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import common
 import msgspec
-from common.compare import ACCURACY, SEED, mean_change
-from common.path_values import CALIBRATED_ON, QuestionSet, Values, tokens_of
+from common.compare import SEED, compare_paired, in_words
+from common.path_values import CALIBRATED_ON, QuestionSet, Values, hash_path, tokens_of
 
 from drllm.config import TuneConfig
 from drllm.config.fields import LARGEST_INT
@@ -52,7 +53,6 @@ from drllm.models.routing.policies import RouterPolicy
 from drllm.paths import StaticPath, to_path
 from drllm.pipeline.manifest import hash_file
 from drllm.records.codec import hash_values
-from drllm.records.healed import HealedPath
 from drllm.records.static_paths import SELECT, TEST, PathFile, read_path_list
 from drllm.tasks.examples import Prompt, choose
 from drllm.tuning.data_splits import split_tasks
@@ -147,22 +147,19 @@ class Measurer:
 
     def measure_path(self, name: str, file: PathFile | None) -> Row:
         """Measure a static path, or the full one for None."""
-        adapter = ""
-        if file is not None and isinstance(file.record, HealedPath):
-            adapter = file.record.adapter_sha256
+        key = name
+        if file is not None:
+            key += f" {hash_path(file)[:16]}"
+        return Row(name, None, [self._get_or_make(key, partial(self._measure_path, file))])
 
-        def measure() -> Outcome:
-            routed = attach(self.base)
-            path = StaticPath(range(self.base.num_layers))
-            if file is not None:
-                path = install_path(routed.injection, file)
-            questions = QuestionSet(routed, self.questions, self.num_texts)
-            values = questions.evaluate([path] * len(self.questions))
-            return Outcome(executions=path_executions(path), values=values)
-
-        decisions = None if file is None else file.decisions
-        key = f"{name} {hash_values([decisions, adapter])[:16]}"
-        return Row(name, None, [self._get_or_make(key, measure)])
+    def _measure_path(self, file: PathFile | None) -> Outcome:
+        routed = attach(self.base)
+        path = StaticPath(range(self.base.num_layers))
+        if file is not None:
+            path = install_path(routed.injection, file)
+        questions = QuestionSet(routed, self.questions, self.num_texts)
+        values = questions.evaluate([path] * len(self.questions))
+        return Outcome(executions=path_executions(path), values=values)
 
     def measure_routers(self, routers: RouterSet, saved: float, is_permuted: bool) -> Row:
         """Measure routers of several seeds at a share of saved executions.
@@ -171,10 +168,7 @@ class Measurer:
         """
         outcomes = []
         for seed, stack in enumerate(routers.routers):
-
-            def measure(stack: RouterStack = stack) -> Outcome:
-                return self._measure_seed(stack, routers.bypass, saved, is_permuted)
-
+            measure = partial(self._measure_seed, stack, routers.bypass, saved, is_permuted)
             hashes = [routers.weights_sha256[seed]]
             if routers.bypass is not None:
                 hashes.append(routers.bypass.sha256)
@@ -221,10 +215,10 @@ def find_bias(routed: RoutedModel, prompts: Sequence[Sequence[int]], executions:
         ConfigError: No bias comes as near as `find_depth_bias` asks for.
     """
     try:
-        found = find_depth_bias(routed, prompts, executions, tolerance=NEAR)
+        calibration = find_depth_bias(routed, prompts, executions, tolerance=NEAR)
     except ConfigError:
-        found = find_depth_bias(routed, prompts, executions, tolerance=TOLERANCE)
-    return found.depth_bias
+        calibration = find_depth_bias(routed, prompts, executions, tolerance=TOLERANCE)
+    return calibration.depth_bias
 
 
 def read_named(parser: argparse.ArgumentParser, flag: str, words: Sequence[str]) -> dict[str, Path]:
@@ -251,13 +245,13 @@ def load_router_set(name: str, folder: Path, bypass: Path | None) -> RouterSet:
 
 def compare_rows(ours: Row, theirs: Row) -> dict[str, Any]:
     """Return the difference of each quantity between two rows, mean over seeds, by quantity."""
-    figures = {}
+    differences = {}
     for quantity in ours.outcomes[0].values:
         # A path has a single outcome, so the seeds of each row are averaged before the difference.
         values = average(ours.get_values(quantity))
         others = average(theirs.get_values(quantity))
-        figures[quantity] = mean_change([values], [others])
-    return figures
+        differences[quantity] = compare_paired(quantity, values, others)
+    return differences
 
 
 def average(by_seed: Sequence[Sequence[float]]) -> list[float]:
@@ -265,13 +259,9 @@ def average(by_seed: Sequence[Sequence[float]]) -> list[float]:
     return [fmean(values) for values in zip(*by_seed, strict=True)]
 
 
-def describe(figures: Mapping[str, Any]) -> str:
-    """Return the differences of a row in words: points for accuracy, nats otherwise."""
-    parts = []
-    for quantity, found in figures.items():
-        scale = 100 if quantity == ACCURACY else 1
-        low, high = (scale * end for end in found["interval"])
-        parts.append(f"{quantity} {scale * found['change']:+.3f} ({low:+.3f} to {high:+.3f})")
+def describe(differences: Mapping[str, Any]) -> str:
+    """Return the differences of a row in words."""
+    parts = [f"{quantity} {in_words(quantity, row)}" for quantity, row in differences.items()]
     return "; ".join(parts)
 
 
@@ -294,17 +284,19 @@ class Report:
 
     def add_row(self, row: Row) -> None:
         """Add the differences between a row and the full path."""
-        found = compare_rows(row, self.full)
+        differences = compare_rows(row, self.full)
         figures = {"name": row.name, "saved": row.saved, "seeds": len(row.outcomes)}
-        self.rows.append(figures | {"executions": row.executions, "from_full": found})
-        print(f"{row.name}, {row.executions:.2f} executions: {describe(found)}", flush=True)
+        self.rows.append(figures | {"executions": row.executions, "from_full": differences})
+        words = describe(differences)
+        print(f"{row.name}, {row.executions:.2f} executions: {words}", flush=True)
 
     def add_difference(self, ours: Row, theirs: Row) -> None:
         """Add the differences between the first router set and another row."""
-        found = compare_rows(ours, theirs)
+        differences = compare_rows(ours, theirs)
         figures = {"saved": ours.saved, "ours": ours.name, "theirs": theirs.name}
-        self.differences.append(figures | {"by": found})
-        print(f"{ours.saved:.0%} saved, {ours.name} less {theirs.name}: {describe(found)}")
+        self.differences.append(figures | {"by": differences})
+        words = describe(differences)
+        print(f"{ours.saved:.0%} saved, {ours.name} less {theirs.name}: {words}", flush=True)
 
 
 def measure_all(

@@ -11,6 +11,9 @@ from drllm.models.routed_model import RoutedModel
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.depth_control import find_depth_bias
 from drllm.paths import StaticPath
+from drllm.records.codec import hash_values
+from drllm.records.healed import HealedPath
+from drllm.records.static_paths import PathFile
 from drllm.tuning.objectives import GOLD, LOSS
 from drllm.tuning.path_scorer import make_items, make_text_items, score_paths
 
@@ -89,3 +92,9 @@ def executions_of(path: StaticPath) -> int:
 def mean_executions(plans: Plans) -> float:
     """Return how many layers the paths run on average."""
     return fmean(map(executions_of, plans))
+
+
+def hash_path(path: PathFile) -> str:
+    """Return the hash of a path: of its adapter too, if it is healed."""
+    adapter = path.record.adapter_sha256 if isinstance(path.record, HealedPath) else ""
+    return hash_values([path.static, path.decisions, path.skipped, adapter])

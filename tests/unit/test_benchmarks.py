@@ -783,8 +783,8 @@ def make_router_set(tiny_folder, tmp_path):
 def test_router_sets_and_paths_are_compared_at_the_cost_that_is_asked_for(
     figures_of, make_router_set
 ):
-    routers = f"plain={make_router_set('plain')}"
-    words = ["--task", "builtin_facts", "--routers", routers, f"again={routers[6:]}"]
+    folder = make_router_set("plain")
+    words = ["--task", "builtin_facts", "--routers", f"plain={folder}", f"again={folder}"]
     figures = figures_of("routing", *words, "--saved", "0.25", "--paths", "without:3")
     rows = {row["name"]: row for row in figures["rows"]}
     assert rows.keys() == {"without 3", "plain", "again", "plain, permuted"}

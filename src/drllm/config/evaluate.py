@@ -69,8 +69,8 @@ class EvaluateConfig(ExecutorConfig):
     )
     chat: bool | None = setting(
         None,
-        help="use the tokenizer's chat template; default: for generated answers to questions of "
-        "files and with --reward, as in a search",
+        help="use the tokenizer's chat template; default: only to generate answers to questions "
+        "of a file, or with --reward, as a search does",
     )
     paths: str | None = basic(
         None,
