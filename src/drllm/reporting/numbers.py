@@ -25,8 +25,8 @@ def write_signed(value: float | None, digits: int = 3) -> str:
 
 
 def write_count(number: int | None) -> str:
-    """Write a count with spaces between thousands."""
-    return NONE if number is None else f"{number:,}".replace(",", NBSP)
+    """Write a count with commas between thousands."""
+    return NONE if number is None else f"{number:,}"
 
 
 def write_executions(executions: float) -> str:
@@ -44,7 +44,7 @@ def write_milliseconds(seconds: float) -> str:
 
 
 def write_count_with_share(number: int, total: int) -> str:
-    """Write a count and its share of a total: 3 000 (75.0 %)."""
+    """Write a count and its share of a total: 3,000 (75.0 %)."""
     share = number / total if total else None
     return f"{write_count(number)} ({write_percent(share)})"
 

@@ -175,7 +175,7 @@ def test_a_healed_folder_alone_makes_a_report_that_says_first_what_healing_did(h
     assert "runs 3 of 4 layers; it was trained for 3 minutes. Its KL from" in first
     # Of the adapter that is kept, not of the last step.
     assert "was 0.600 nats a token before and is 0.310 after 50 steps of training" in first
-    assert "(40 000 tokens" in first
+    assert "(40,000 tokens" in first
     assert "Routers" not in text
     assert suggested_path(healed) == str(healed.path / "path.json")
 

@@ -311,4 +311,4 @@ def test_texts_and_numbers_are_written_as_they_are_meant():
         "−0.5",
         "0.0",
     ]
-    assert write_count_with_share(3000, 4000) == "3\u00a0000 (75.0\u00a0%)"
+    assert write_count_with_share(3000, 4000) == "3,000 (75.0\u00a0%)"
