@@ -91,11 +91,18 @@ class StandIn:
     Args:
         fit: The states of the texts to fit the maps on.
         held_out: The states of the texts to choose λ on.
+        largest_growth: How many times as large a gap may make the state of a first token.
     """
 
-    def __init__(self, fit: FullPathStates, held_out: FullPathStates) -> None:
+    def __init__(
+        self,
+        fit: FullPathStates,
+        held_out: FullPathStates,
+        largest_growth: float = LARGEST_GROWTH,
+    ) -> None:
         self._fit = fit
         self._held_out = held_out
+        self._largest_growth = largest_growth
         self._regressions: dict[int, _Regression] = {}  # by the layer before the gap
         self._maps: dict[Gap, GapMap] = {}
 
@@ -135,7 +142,7 @@ class StandIn:
         states = torch.cat([part.first[gap.layer] for part in parts])  # [texts, D]
         targets = torch.cat([part.first[gap.next_layer - 1] for part in parts])
         change = (targets - states).mean(dim=0)
-        if targets.norm() > LARGEST_GROWTH * states.norm():
+        if targets.norm() > self._largest_growth * states.norm():
             return torch.zeros_like(change)
         return change
 
@@ -224,12 +231,15 @@ class _RecordStates(Driver):
         return hidden
 
 
-def fit_stand_in(routed: RoutedModel, texts: Sequence[Tokens]) -> StandIn:
+def fit_stand_in(
+    routed: RoutedModel, texts: Sequence[Tokens], largest_growth: float = LARGEST_GROWTH
+) -> StandIn:
     """Run the full path on texts once, and return the stand-in that is fitted on its states.
 
     Args:
         routed: The model.
         texts: Two texts or more, as tokens. A tenth, by their hash, chooses λ.
+        largest_growth: How many times as large a gap may make the state of a first token.
 
     Raises:
         ConfigError: The states don't fit into memory.
@@ -237,9 +247,9 @@ def fit_stand_in(routed: RoutedModel, texts: Sequence[Tokens]) -> StandIn:
     device = _choose_device(routed, sum(map(len, texts)))
     fit, held_out = split_for_ridge(texts)
     with torch.no_grad(), high_precision(routed):
-        return StandIn(
-            _record_states(routed, fit, device), _record_states(routed, held_out, device)
-        )
+        fit_states = _record_states(routed, fit, device)
+        held_out_states = _record_states(routed, held_out, device)
+    return StandIn(fit_states, held_out_states, largest_growth)
 
 
 def _choose_device(routed: RoutedModel, num_tokens: int) -> torch.device:

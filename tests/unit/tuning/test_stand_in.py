@@ -1,5 +1,7 @@
 """The stand-in for a refit: linear maps in gaps, fitted on the full path's states."""
 
+import math
+
 import pytest
 import torch
 
@@ -116,8 +118,13 @@ def test_a_state_is_left_alone_where_nothing_is_explained():
     assert torch.allclose(mapped[0], states[0] + found.first)
 
 
-@pytest.mark.parametrize(("growth", "is_made"), [(10.0, True), (100.0, False)])
-def test_a_first_token_that_grows_more_than_a_refit_can_make_it_is_left_alone(growth, is_made):
+@pytest.mark.parametrize(
+    ("growth", "settings", "is_made"),
+    [(10.0, {}, True), (100.0, {}, False), (100.0, {"largest_growth": math.inf}, True)],
+)
+def test_a_first_token_that_grows_more_than_a_refit_can_make_it_is_left_alone(
+    growth, settings, is_made
+):
     generator = torch.Generator().manual_seed(0)
 
     def make_states(num_tokens):
@@ -125,7 +132,7 @@ def test_a_first_token_that_grows_more_than_a_refit_can_make_it_is_left_alone(gr
         first = torch.randn(3, 8, generator=generator)
         return stand_in.FullPathStates([states, 2 * states], [first, growth * first])
 
-    found = StandIn(make_states(20), make_states(20)).find_map(Gap(0, 2))
+    found = StandIn(make_states(20), make_states(20), **settings).find_map(Gap(0, 2))
     assert bool(found.first.any()) == is_made
 
 
