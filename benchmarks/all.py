@@ -166,7 +166,7 @@ class Steps:
 def run_step(step: Step, log: Path, seconds: float) -> str:
     """Run a step within some seconds, with its output in a log, and say how it ended."""
     if step.file.exists():
-        return "done before"
+        return "already done"
     if seconds < MIN_SECONDS:
         return "not reached"
     try:

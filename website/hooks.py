@@ -25,6 +25,7 @@ ROOT_PAGES = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
+    "SECURITY.md": "security.md",
 }
 """Files of the repository's root that are pages, and the names of these pages."""
 EXAMPLES = {"docs/results/example/report.md": "docs/results/example/report.html"}
@@ -63,6 +64,10 @@ def make_commands_page() -> str:
         "",
         "Every command with every flag. `drllm VERB --help` shows the common ones. "
         "A setting may also stand in a YAML file (`--config`), with underscores.",
+        "",
+        "A command ends with status 0; with 1 if a test didn't show what was asked for (`shrink`, "
+        "`evaluate --max-drop`); with 2 after a mistake, in one line; with 130 after an "
+        "interruption; with 141 if the reader of its output closed the pipe.",
         "",
     ]
     for title, names in SECTIONS.items():

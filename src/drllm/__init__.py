@@ -1,4 +1,4 @@
-"""Layer routing for frozen Hugging Face language models: skip, execute or repeat each layer.
+"""Run a pretrained language model with fewer layers, the same for a task or chosen by routers.
 
 Each public name is imported when it is first used, so that `import drllm` loads no torch.
 """

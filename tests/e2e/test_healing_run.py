@@ -28,9 +28,9 @@ def test_a_recipe_heals_a_path_that_it_tunes_and_evaluates_it_without_routers(
     names = {system.name for system in read_evaluation(run / "eval" / "builtin_facts.json").systems}
     assert {"base", "healed:skip1"} <= names
     assert "Healed path" in (run / "report.md").read_text(encoding="utf-8")
-    assert drllm(*words).err.count("done before") == 4
+    assert drllm(*words).err.count("already done") == 4
     recipe.write_text(recipe.read_text().replace("steps: 2", "steps: 3"))
-    assert drllm(*words).err.count("done before") == 1  # the tuning
+    assert drllm(*words).err.count("already done") == 1  # the tuning
     assert read_healed(run / "healed" / "path.json").curve[-1].step == 3
 
 
@@ -57,4 +57,4 @@ def test_a_recipe_heals_a_path_of_its_own_and_evaluates_it_plain_too(drllm, mode
     for answers in evaluation.written:
         assert list(answers.answers) == names
     assert "skips layer 3, with healed weights" in printed
-    assert drllm(*words).err.count("done before") == 3
+    assert drllm(*words).err.count("already done") == 3

@@ -253,7 +253,7 @@ def test_answers_longer_than_the_model_holds_are_shorter_and_it_is_said(
     evaluate("out", f"{words} max_gen_toks=32768", pretrained=model_folder())
     [said] = (line for line in capsys.readouterr().err.splitlines() if "32768 tokens" in line)
     assert "builtin_arithmetic asks for answers of up to 32768 tokens" in said
-    assert "the model holds 512 with the question" in said
+    assert "must fit into the model's 512 tokens" in said
     most = int(said.split()[-1])
     assert 256 <= most < 512
     for each in samples_of(tmp_path / "out", "builtin_arithmetic"):

@@ -109,7 +109,7 @@ def test_a_recipe_may_tune_a_path_that_is_evaluated_beside_the_routers(run_copy,
     names = [path.name for path in read_paths(run_copy / "paths.json").paths]
     result = read_evaluation(run_copy / "eval" / "builtin_facts.json")
     assert {f"{name}" for name in names[1:]} <= {system.name for system in result.systems}
-    assert rerun("evaluate:", f"{tune}evaluate:").count("done before") == 6
+    assert rerun("evaluate:", f"{tune}evaluate:").count("already done") == 6
 
 
 def test_the_same_recipe_or_the_one_in_the_folder_does_nothing_anew(finished_run, recipe, drllm):
@@ -117,7 +117,7 @@ def test_the_same_recipe_or_the_one_in_the_folder_does_nothing_anew(finished_run
     for file in (recipe, finished_run / "run.yaml"):
         said = drllm("run", file, "--output-dir", finished_run)
         assert files_of(finished_run) == before
-        assert said.err.count("done before") == 5
+        assert said.err.count("already done") == 5
         assert f"page           {finished_run / 'report.html'}" in said.out
 
 
@@ -142,14 +142,14 @@ def test_other_training_settings_redo_the_training_and_what_follows(run_copy, re
     kept = {name for name in FILES if name.startswith(("search", "supervision"))}
     assert unchanged == kept
     assert len((run_copy / "routers" / "metrics.jsonl").read_text().splitlines()) == 3
-    assert said.count("done before") == 2
+    assert said.count("already done") == 2
 
 
 def test_a_result_that_was_changed_by_hand_is_made_again(run_copy, rerun, quick_report):
     result = run_copy / "eval" / "builtin_facts.json"
     right = json.loads(result.read_text())
     result.write_text(result.read_text().replace('"accuracy": ', '"accuracy": 1.0e-9 + '))
-    assert rerun().count("done before") == 3
+    assert rerun().count("already done") == 3
     made_again = json.loads(result.read_text())
     for system, expected in zip(made_again["systems"], right["systems"], strict=True):
         assert system["accuracy"] == expected["accuracy"]
@@ -160,7 +160,7 @@ def test_a_damaged_copy_of_the_recipe_is_written_anew(run_copy, rerun):
     kept = run_copy / "run.yaml"
     expected = kept.read_text()
     kept.write_bytes(b"\x1f\x8b")
-    assert rerun().count("done before") == 5
+    assert rerun().count("already done") == 5
     assert kept.read_text() == expected
 
 
@@ -168,7 +168,7 @@ def test_whether_and_how_time_is_measured_redoes_the_evaluation(run_copy, rerun,
     timed = "latency: true, latency_rounds: 2, latency_read: 8, latency_written: 2,"
     more_often = timed.replace("rounds: 2", "rounds: 4")
     for settings, is_timed in ((more_often, True), ("", False)):
-        assert "evaluate: done before" not in rerun(timed, settings)
+        assert "evaluate: already done" not in rerun(timed, settings)
         assert (run_copy / "eval" / "latency.json").exists() == is_timed
 
 
@@ -190,7 +190,7 @@ def test_a_moved_data_folder_with_the_same_questions_redoes_the_report_only(
     (tmp_path / "data").mkdir()
     said = rerun("", "", "--data-dir", str(tmp_path / "data"))
     for stage in ("[1/5] search", "[2/5] supervise", "[3/5] train", "[4/5] evaluate"):
-        assert f"{stage}: done before" in said
+        assert f"{stage}: already done" in said
 
 
 def test_a_recipe_with_several_seeds_evaluates_them_all(run_copy, rerun, quick_report):

@@ -1,5 +1,6 @@
 """The benchmarks run, and what they write says what was compared; no times are checked."""
 
+import ast
 import itertools
 import json
 import math
@@ -82,6 +83,14 @@ def one_question(tiny_folder):
 def generation(figures_of):
     """What the benchmark of generation writes."""
     return figures_of("generate")
+
+
+def test_the_readme_lists_each_script_with_the_first_sentence_of_its_docstring():
+    readme = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
+    for file in BENCHMARKS.glob("*.py"):
+        docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
+        first_paragraph = docstring.split("\n\n")[0].replace("\n", " ")
+        assert f"| [{file.name}]({file.name}) | {first_paragraph} |" in readme
 
 
 @pytest.mark.thorough
@@ -907,7 +916,7 @@ def test_everything_is_measured_in_steps_that_are_not_repeated(everything):
     assert steps["paths"]["figures"]["tasks"].keys() == {"builtin_facts"}
     assert steps["routing"]["figures"]["num_questions"] == 8
     steps, status = everything("--only", names)
-    assert {row["ended"] for row in steps.values()} == {"done before"}
+    assert {row["ended"] for row in steps.values()} == {"already done"}
 
 
 @pytest.fixture

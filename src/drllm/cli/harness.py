@@ -25,6 +25,7 @@ from drllm.cli.terminal import LOADING_HARNESS
 from drllm.errors import ConfigError, TaskError, nearest_name
 from drllm.evaluation.lm_eval.folders import FolderFiles, make_own_task_folder
 from drllm.evaluation.lm_eval.leaves import HarnessTask
+from drllm.models.routers.places import CONFIG_FILE
 from drllm.records.codec import hash_values
 from drllm.records.places import check_folder
 from drllm.tasks.registry import is_task_name
@@ -144,7 +145,7 @@ def _read_task_names(settings: EvaluatorConfig) -> list[str]:
 def _refuse_routers_with_other_model(settings: EvaluatorConfig) -> None:
     """Refuse a folder of routers if `--model` isn't drllm."""
     pretrained = str(settings.model_args.get("pretrained", ""))
-    if settings.model != "drllm" and (Path(pretrained) / "router_config.json").is_file():
+    if settings.model != "drllm" and (Path(pretrained) / CONFIG_FILE).is_file():
         raise ConfigError(
             f"pretrained={pretrained} is a folder of routers, which --model {settings.model} can't "
             f"load; give --model drllm"

@@ -24,8 +24,8 @@ def print_overview(terminal: Terminal) -> None:
     width = max(map(len, texts)) + 3
     terminal.say("usage: drllm VERB [flags]\n")
     terminal.say(
-        "Layer routing for frozen Hugging Face language models: skip, execute or repeat each "
-        "layer, once per prompt.\n"
+        "Run a pretrained language model with fewer layers: a smaller checkpoint for a task, or "
+        "routers that choose layers for each prompt.\n"
     )
     for title, names in SECTIONS.items():
         terminal.say(f"{title}:")

@@ -16,7 +16,7 @@ from drllm.registry import Registry
 from drllm.reporting.numbers import NONE
 
 if TYPE_CHECKING:
-    from drllm.models.check import Finding
+    from drllm.models.check import CheckResult
 
 _REGISTRIES = {
     "rewards": "drllm.tasks.rewards:REWARDS",
@@ -87,7 +87,7 @@ def _try_architectures(terminal: Terminal) -> None:
         for family in FAMILIES:
             findings.append(check_family(family))
             progress(len(findings), len(FAMILIES), family)
-    _print_findings(findings, terminal)
+    _print_check_results(findings, terminal)
 
 
 def _try_model(terminal: Terminal, model: str) -> None:
@@ -99,10 +99,10 @@ def _try_model(terminal: Terminal, model: str) -> None:
         base = load(ModelConfig(model=model, dtype="float32"))
     with terminal.busy(f"checking {model}"):
         finding = check_model(base.model)
-    _print_findings([finding], terminal)
+    _print_check_results([finding], terminal)
 
 
-def _print_findings(findings: Sequence[Finding], terminal: Terminal) -> None:
+def _print_check_results(findings: Sequence[CheckResult], terminal: Terminal) -> None:
     """Print a table of checks, and the number of checks by status."""
     rows = []
     for finding in findings:

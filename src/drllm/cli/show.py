@@ -17,12 +17,13 @@ from drllm.cli.show_shrink import show_shrink
 from drllm.cli.terminal import Terminal
 from drllm.cli.verbs import Flag, verb
 from drllm.errors import RecordError
+from drllm.models.routers.places import CONFIG_FILE
 from drllm.records import results
 from drllm.records.codec import read_json_lines
 from drllm.records.healed import HEALED_FILE
 from drllm.records.layers import LAYERS_FILE
 from drllm.records.removed import refuse_menu
-from drllm.records.search import read_search
+from drllm.records.search import SEARCH_FILE, read_search
 from drllm.records.shrink import SHRINK_FILE
 from drllm.records.static_paths import PATHS_FILE
 from drllm.records.supervision import SUPERVISION_FILE
@@ -31,12 +32,11 @@ from drllm.search import CHUNKS_FOLDER
 Renderer = Callable[[Path, Terminal], None]
 """A function that prints a file or folder."""
 
-ROUTERS_FILE = "router_config.json"
 RUN_PARTS = (
-    "search.jsonl",
+    SEARCH_FILE,
     "search.failed.jsonl",
     SUPERVISION_FILE,
-    f"routers/{ROUTERS_FILE}",
+    f"routers/{CONFIG_FILE}",
     PATHS_FILE,
     HEALED_FILE,
     f"healed/{HEALED_FILE}",
@@ -102,8 +102,8 @@ def _show_folder(folder: Path, terminal: Terminal) -> None:
     if (folder / SHRINK_FILE).is_file():
         show_shrink(folder / SHRINK_FILE, terminal)
         return
-    if (folder / ROUTERS_FILE).is_file():
-        show_routers(folder / ROUTERS_FILE, terminal)
+    if (folder / CONFIG_FILE).is_file():
+        show_routers(folder / CONFIG_FILE, terminal)
         return
     parts = _find_parts(folder)
     if not parts:
@@ -112,7 +112,7 @@ def _show_folder(folder: Path, terminal: Terminal) -> None:
     for number, (place, render) in enumerate(parts):
         if number > 0:
             terminal.say()
-        title = place.parent if place.name == ROUTERS_FILE else place
+        title = place.parent if place.name == CONFIG_FILE else place
         terminal.say(str(title))
         render(place, terminal)
     if (folder / "report.html").is_file():
@@ -124,7 +124,7 @@ def _find_parts(folder: Path) -> list[tuple[Path, Renderer]]:
     """Find the parts of a folder, and the function that prints each part."""
     parts: list[tuple[Path, Renderer]] = []
     unfinished = folder / CHUNKS_FOLDER
-    if unfinished.is_dir() and not (folder / "search.jsonl").is_file():
+    if unfinished.is_dir() and not (folder / SEARCH_FILE).is_file():
         parts.append((unfinished, show_unfinished))
     files = [folder / name for name in RUN_PARTS]
     parts += [(file, show) for file in files if file.is_file()]
@@ -132,21 +132,9 @@ def _find_parts(folder: Path) -> list[tuple[Path, Renderer]]:
     # names the file.
     if results.list_possible_results(folder / "eval"):
         parts.append((folder / "eval", show_results))
-    if _holds_results(folder):
+    if results.holds_results(folder):
         parts.append((folder, show_results))
     return parts
-
-
-def _holds_results(folder: Path) -> bool:
-    """Tell whether the folder itself holds results, as the output folder of `evaluate` does.
-
-    Any folder may hold JSON files. They count as results beside a file of samples, where a damaged
-    result is an error, or if at least one of them says that it is a result.
-    """
-    files = results.list_possible_results(folder)
-    if files and (folder / results.SAMPLES_FILE).is_file():
-        return True
-    return any(results.read_schema(file) == results.EVALUATION_SCHEMA for file in files)
 
 
 def _show_json(path: Path, terminal: Terminal) -> None:
@@ -196,7 +184,7 @@ def _show_latency_file(path: Path, terminal: Terminal) -> None:
 
 
 JSON_RENDERERS: dict[str, Renderer] = {
-    ROUTERS_FILE: show_routers,
+    CONFIG_FILE: show_routers,
     "run.manifest.json": _show_run,
     results.LATENCY_FILE: _show_latency_file,
     LAYERS_FILE: show_agreement,

@@ -54,7 +54,7 @@ NOT_SHOWN = 1  # the exit status if no candidate is shown to lose less than the 
         COLUMNS,
         Flag(
             "force",
-            "write the checkpoint that was measured last, also if it is not shown to lose little",
+            "if no checkpoint is shown to lose little, write the one whose test failed last",
             switch=True,
         ),
     ),

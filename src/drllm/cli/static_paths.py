@@ -208,7 +208,7 @@ def _print_export(exported: Export, num_layers: int, terminal: Terminal) -> None
             f"again, since a checkpoint can't say that two layers are the same"
         )
     terminal.say(f"size        {size}")
-    precision = "bit by bit"
+    precision = "bit for bit"
     if exported.is_merged:
         precision = "up to rounding, since the adapter is merged"
     terminal.say(f"checked     loaded again, its logits equal the path's {precision}")

@@ -171,8 +171,8 @@ VERBS = _Verbs(
         "ls": "listing",
     }
 )
-"""All verbs by name. Written here is the module in `drllm.cli` that has the verb; to read an entry,
-also by `values()`, imports the module and gives the `Verb`."""
+"""All verbs by name. Each value here is the name of a module in `drllm.cli`. Reading an entry, also
+through `values()`, imports the module and returns its `Verb`."""
 
 FOREIGN = {"lm-eval": "lm-evaluation-harness' own command line, with --model drllm"}
 """Verbs whose arguments another program reads, with their help."""

@@ -34,7 +34,8 @@ class ModelConfig(Settings):
     bypass: str | None = setting(
         None,
         placeholder="FILE",
-        help="file of 'drllm bypass', whose linear maps run in place of skipped layers",
+        help="file of 'drllm bypass', whose linear maps run in place of skipped layers; for "
+        "search, train, generate and evaluate",
     )
 
     def __post_init__(self) -> None:

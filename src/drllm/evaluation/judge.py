@@ -19,7 +19,7 @@ from drllm.evaluation.tables import DESCRIPTIONS, build_curve, build_table, comp
 from drllm.records import results
 from drllm.statistics.differences import Differences
 from drllm.statistics.exclusion import DropTest, Limits, exclude_drop
-from drllm.statistics.verdicts import correct_together
+from drllm.statistics.verdicts import apply_holm
 
 SYSTEMS_WITH_ANSWERS = (results.BASE, results.ROUTED)
 """Systems whose answers are in the samples. The answers of all systems would be many texts."""
@@ -96,7 +96,7 @@ def correct_tables(
                 group = ""  # the name of the group of all rivals
             groups[group].append(_ComparedRow(table, row, system.against_base))
     for rows in groups.values():
-        verdicts = correct_together([compared.differences.accuracy for compared in rows])
+        verdicts = apply_holm([compared.differences.accuracy for compared in rows])
         for (table, row, differences), verdict in zip(rows, verdicts, strict=True):
             against_base = replace(differences, accuracy=verdict)
             table[row] = replace(table[row], against_base=against_base)

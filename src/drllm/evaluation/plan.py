@@ -318,9 +318,9 @@ class Planner:
             supervision: The routers' targets.
         """
         label_counts: Sequence[Sequence[int]] = ()
-        for stack in self.routers.values():
-            label_counts = stack.config.label_counts
-            break
+        first_routers = next(iter(self.routers.values()), None)
+        if first_routers is not None:
+            label_counts = first_routers.config.label_counts
         material = Material(name=source.name, supervision=supervision, label_counts=label_counts)
         if not needs_questions(depths):
             return material

@@ -15,7 +15,7 @@ from drllm.errors import ConfigError, RecordError, TaskError, unknown_name
 from drllm.evaluation.baselines.base import (
     BASELINES,
     QUESTIONS,
-    check,
+    check_baseline_settings,
     read_curve,
     select_baselines,
 )
@@ -52,7 +52,7 @@ def select_tasks(
         tasks = require_tasks(config.tasks)
     selected = _list_tasks(tasks, config)
     names = [task.name for task in selected]
-    check(config)
+    check_baseline_settings(config)
     _check_max_drop(config, selected)
     _check_names(config, names)
     for task in selected:
@@ -121,11 +121,11 @@ def _read_questions(task: Task, split: str, config: EvaluateConfig) -> list[Exam
     Raises:
         TaskError: The split has no questions, or the task has only questions of `test`.
     """
-    if split != "test" and task.reports_test_alone:
+    if split != "test" and task.has_only_test:
         raise TaskError(
-            f"task {task.name!r} is the harness' own and has only the questions that it reports, "
-            f"which are those of 'test' and none of {split!r}; evaluate it on test, and name "
-            f"another task as fitted_on if depths or baselines are fitted"
+            f"task {task.name!r} has only test questions, so there are none for {split!r}; "
+            f"evaluate it on test, and name another task as fitted_on if depths or baselines "
+            f"are fitted"
         )
     return load_questions(task, split, config.data_dir)
 

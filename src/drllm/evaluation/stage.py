@@ -153,13 +153,13 @@ def evaluate_request(
         header = _make_header(inputs, workers)
         _refuse_other_results(output, header, request)
         check_seeds(inputs.routers, workers)
-        results = _plan_run_judge(inputs, workers, header, output, listener)
+        results = _run_evaluation(inputs, workers, header, output, listener)
     if output_dir is not None:
         results.folder = output
     return results
 
 
-def _plan_run_judge(
+def _run_evaluation(
     inputs: EvaluationInputs,
     workers: Workers,
     header: Mapping[str, Any],

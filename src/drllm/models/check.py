@@ -45,7 +45,7 @@ NUM_NEW = 8  # number of tokens generated after each prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
+class CheckResult:
     """The result of trying a model; differences are in standard deviations of the logits.
 
     The status is one of:
@@ -101,7 +101,7 @@ def make_tiny(family: str, seed: int = 0, attention: str | None = None, **overri
     return model.float().eval().requires_grad_(False)
 
 
-def check_family(family: str) -> Finding:
+def check_family(family: str) -> CheckResult:
     """Check a tiny model of a family.
 
     Raises:
@@ -109,7 +109,7 @@ def check_family(family: str) -> Finding:
     """
     if family in FAMILIES and family not in CONFIG_MAPPING:
         reason = f"not in transformers {transformers.__version__}"
-        return Finding(family=family, status="absent", reason=reason)
+        return CheckResult(family=family, status="absent", reason=reason)
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # synchronising threads would take longer than the work
     try:
@@ -119,9 +119,9 @@ def check_family(family: str) -> Finding:
         torch.set_num_threads(num_threads)
 
 
-def check_model(model: Any) -> Finding:
+def check_model(model: Any) -> CheckResult:
     """Check a model in float32. The model must not be routed, and stays unchanged."""
-    finding = Finding(
+    finding = CheckResult(
         family=model.config.model_type, class_name=type(model).__name__, status="exact"
     )
     with quiet():
@@ -144,7 +144,7 @@ def check_model(model: Any) -> Finding:
     return replace(finding, status="differs", reason=reason)
 
 
-def _try_refit(finding: Finding, model: Any) -> Finding:
+def _try_refit(finding: CheckResult, model: Any) -> CheckResult:
     """Find out whether the MLP of every layer ends in a linear map that a refit can change."""
     _, layers = find_layers(model)
     try:

@@ -144,8 +144,8 @@ def find_artefacts(sources: Sequence[Path]) -> dict[str, Path]:
         for kind, place in places.items():
             if kind in source_of:
                 raise ConfigError(
-                    f"{source_of[kind]} and {place} both are {kind}; give one of them, and "
-                    f"bundle the other into a folder of its own"
+                    f"{source_of[kind]} and {place} are both of the kind {kind!r}; give one of "
+                    f"them, and bundle the other into a folder of its own"
                 )
             source_of[kind] = place
     return source_of

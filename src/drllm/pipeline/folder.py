@@ -66,8 +66,8 @@ def _run_stages(names: Sequence[str], run: Run) -> dict[str, str]:
         times[name] = time_taken
         progress = time_taken
         if was_done:
-            times[name] += ", done before"
-            progress = "done before"
+            times[name] += ", already done"
+            progress = "already done"
         run.listener.note(f"[{number}/{len(names)}] {name}: {progress}")
     return times
 
@@ -77,7 +77,7 @@ def _run_stage(name: str, run: Run) -> bool:
     stage = make_stage(name, run)
     version = importlib.metadata.version("drllm")
     made_from = {"drllm_version": version, **stage.made_from}
-    if not stage.goes_on and run.manifest.is_done(name, made_from, run.folder):
+    if not stage.needs_rerun and run.manifest.is_done(name, made_from, run.folder):
         return True
     started = time.perf_counter()
     if name != "search":

@@ -111,12 +111,12 @@ class Stage:
     Attributes:
         made_from: The settings and the hashes of inputs that the stage's results depend on.
         run: A function that runs the stage, and returns the files that it wrote.
-        goes_on: Whether the finished stage goes on, since it may take longer than before.
+        needs_rerun: Whether a finished stage runs again, since its time limit has changed.
     """
 
     made_from: dict[str, Any]
     run: Callable[[], list[Path]]
-    goes_on: bool = False
+    needs_rerun: bool = False
 
 
 def make_stage(name: str, run: Run) -> Stage:
@@ -219,11 +219,11 @@ def _make_tune(run: Run) -> Stage:
     if texts:
         made_from["texts"] = codec.hash_values(texts)
         made_from["repair"] = config.repair
-    return Stage(made_from, partial(_run_tune, run), goes_on=_is_cut_otherwise(run, config))
+    return Stage(made_from, partial(_run_tune, run), needs_rerun=_has_new_time_limit(run, config))
 
 
-def _is_cut_otherwise(run: Run, config: TuneConfig) -> bool:
-    """Tell whether the time of a finished tuning was up, and other minutes are given now."""
+def _has_new_time_limit(run: Run, config: TuneConfig) -> bool:
+    """Tell whether a tuning ended at its time limit, and the recipe now gives another limit."""
     state = run.manifest.stages.get("tune")
     if state is None or state.outputs.get(PATHS_FILE) != hash_file(run.paths_file):
         return False  # then the stage runs again anyway

@@ -28,7 +28,7 @@ from drllm.statistics.headlines import (
     write_headline_after_test,
     write_headline_of_two,
 )
-from drllm.statistics.verdicts import exclude_together
+from drllm.statistics.verdicts import apply_bonferroni
 
 BASE = "base"
 ROUTED = "routed"
@@ -261,10 +261,9 @@ class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     def write_headline(self) -> str:
         """Say in at most three sentences what to do; empty if nothing is compared with base."""
-        if self.drop_test is not None:
-            tested = self._make_candidate(self.headline_system)
-            return write_headline_after_test(self.drop_test, tested)
         candidate = self._make_candidate(self.headline_system)
+        if self.drop_test is not None:
+            return write_headline_after_test(self.drop_test, candidate)
         if candidate is None:
             return ""
         rivals = self._find_rivals()
@@ -306,7 +305,7 @@ class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
             name = ROUTING
         against_base = system.against_base
         if self._is_picked(system):
-            accuracy = exclude_together(against_base.accuracy, len(self.paths))
+            accuracy = apply_bonferroni(against_base.accuracy, len(self.paths))
             against_base = msgspec.structs.replace(against_base, accuracy=accuracy)
         return Candidate(
             name=name,
@@ -504,6 +503,18 @@ def list_possible_results(folder: Path) -> list[Path]:
         for path in sorted(folder.glob("*.json"))
         if path.name != LATENCY_FILE and not path.name.endswith(".manifest.json")
     ]
+
+
+def holds_results(folder: Path) -> bool:
+    """Tell whether the folder itself holds results, as the output folder of `evaluate` does.
+
+    Any folder may hold JSON files. They count as results beside a file of samples, where a damaged
+    result is an error, or if at least one of them says that it is a result.
+    """
+    files = list_possible_results(folder)
+    if files and (folder / SAMPLES_FILE).is_file():
+        return True
+    return any(read_schema(file) == EVALUATION_SCHEMA for file in files)
 
 
 def read_results(folder: Path) -> list[Result]:

@@ -59,6 +59,7 @@ def question_key(question: str) -> str:
 
     Questions with equal keys count as copies of one question.
     """
-    # First, so that the key of a text in NFC, as nearly all texts are, is what it always was.
+    # NFC comes first. So texts that are in NFC already, nearly all of them, keep the keys that
+    # earlier versions gave them.
     composed = unicodedata.normalize("NFC", question)
     return " ".join(composed.split()).casefold()

@@ -145,7 +145,7 @@ def _suggest_for_path(run: Run, evaluation: Result, path: System) -> Iterator[St
         yield from _suggest_healing(run, evaluation, path)
     if not saves_layers:
         return
-    is_worse = _is_worse(differences.accuracy) or is_text_worse
+    is_worse = _is_worse_than_base(path)
     if not is_worse and _may_be_used(evaluation, differences.accuracy):
         yield _use_path_step(run, evaluation, path)
     if evaluation.drop_test is None and _may_pass(differences.accuracy):
@@ -163,7 +163,7 @@ def _suggest_for_routing(run: Run, evaluation: Result, routed: System) -> Iterat
     """Yield the steps for a routed model that the headline is about."""
     differences = routed.against_base
     assert differences is not None
-    is_worse = _is_worse(differences.accuracy) or _is_worse(differences.text_loss)
+    is_worse = _is_worse_than_base(routed)
     saves_layers = routed.executions < evaluation.num_layers
     has_depths = any(point.setting for point in evaluation.curve)
     rival = _find_unbeaten_path(evaluation)
@@ -191,7 +191,7 @@ def _may_be_used(evaluation: Result, accuracy: Verdict) -> bool:
     return accuracy.shown != "guessing" and not has_failed
 
 
-def _is_refused(system: System) -> bool:
+def _is_worse_than_base(system: System) -> bool:
     """Tell whether a system is shown to be worse than base."""
     differences = system.against_base
     if differences is None:
@@ -547,7 +547,7 @@ def _find_unbeaten_path(evaluation: Evaluation) -> System | None:
         is_path = system.reads_question is False and system.draws == 1
         if not is_path or system.name == PERMUTED or verdict is None or verdict.is_better:
             continue
-        if system.name in evaluation.paths and _is_refused(system):
+        if system.name in evaluation.paths and _is_worse_than_base(system):
             continue
         extra_executions = system.executions - routed.executions
         if system is not evaluation.best_path:  # a baseline must not run fewer layers either

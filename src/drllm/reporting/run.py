@@ -13,6 +13,7 @@ import msgspec
 from msgspec.structs import asdict
 
 from drllm.errors import RecordError
+from drllm.models.routers.places import CONFIG_FILE, WEIGHTS_FILE
 from drllm.records import results
 from drllm.records.codec import (
     Version,
@@ -225,12 +226,12 @@ def check_summary(manifest: Mapping[str, Any], file: Path) -> None:
 
 def _read_routers(run: Run) -> None:
     folder = run.folder / "routers"
-    if _has_file(run, "routers/router_config.json", "the routers"):
-        path = folder / "router_config.json"
+    if _has_file(run, f"routers/{CONFIG_FILE}", "the routers"):
+        path = folder / CONFIG_FILE
         run.router_config = read_json(path, dict[str, Any])
         if not isinstance(run.router_config.get("num_layers"), int):
             raise RecordError(f"{path}: 'num_layers' is missing, or no whole number")
-        _add_source(run, "routers/router_config.json")
+        _add_source(run, f"routers/{CONFIG_FILE}")
     if _has_file(run, "routers/metrics.jsonl", "their metrics"):
         epochs = [epoch for _, epoch in read_json_lines(folder / "metrics.jsonl", Epoch)]
         run.epochs = sorted(epochs, key=lambda epoch: epoch.epoch)
@@ -244,7 +245,8 @@ def _read_routers(run: Run) -> None:
 
 def _read_results(run: Run) -> None:
     """Read the results in `eval/`, or in the folder itself, where `drllm evaluate` writes them."""
-    run.is_eval_folder = _holds_results(run.folder)
+    has_eval_folder = (run.folder / "eval").is_dir()
+    run.is_eval_folder = not has_eval_folder and results.holds_results(run.folder)
     prefix = "" if run.is_eval_folder else "eval/"
     folder = run.folder / prefix
     paths = results.list_possible_results(folder)
@@ -260,14 +262,6 @@ def _read_results(run: Run) -> None:
         _add_source(run, f"{prefix}{path.name}", evaluation)
     if run.latency is not None:  # time is measured only if the user asks for it
         _add_source(run, f"{prefix}{results.LATENCY_FILE}", run.latency)
-
-
-def _holds_results(folder: Path) -> bool:
-    """Tell whether results lie in the folder itself; they don't if the folder has an `eval/`."""
-    if (folder / "eval").is_dir():
-        return False
-    schemas = [results.read_schema(path) for path in results.list_possible_results(folder)]
-    return results.EVALUATION_SCHEMA in schemas
 
 
 def _read_paths(run: Run) -> None:
@@ -311,7 +305,7 @@ def _refuse_empty(run: Run) -> None:
 
 def _refuse_other_routers(run: Run) -> None:
     """Refuse results of other routers than the folder's, such as older routers."""
-    weights = run.folder / "routers" / "routers.safetensors"
+    weights = run.folder / "routers" / WEIGHTS_FILE
     if not weights.is_file():
         return
     digest = sha256(weights)
@@ -332,7 +326,7 @@ def _find_num_layers(run: Run) -> int | None:
     if run.supervision:
         numbers.append((SUPERVISION_FILE, len(run.supervision[0].optimal_layer_config)))
     if run.router_config:
-        numbers.append(("router_config.json", run.router_config["num_layers"]))
+        numbers.append((CONFIG_FILE, run.router_config["num_layers"]))
     if run.layers:
         numbers.append((LAYERS_FILE, len(run.layers.train.confusion)))
     if run.paths:

@@ -33,7 +33,7 @@ MAX_QUESTION = 60  # maximum characters of a question in a message
 QuestionSource: TypeAlias = "Path | str | Sequence[Task] | Sequence[Example] | Sequence[Row]"
 """Where the questions of a search come from.
 
-A text holds names of tasks, separated by commas; a name may be a file. A path is a file. A list
+A string holds names of tasks, separated by commas; a name may be a file. A path is a file. A list
 holds tasks, examples of registered tasks, or rows with the fields of a `.jsonl` file.
 """
 
@@ -162,7 +162,7 @@ def _draw_questions(
     for group, reward in zip(groups, rewards, strict=True):
         examples = choose(group.examples, config.limit, config.seed)
         for example in examples:
-            if shard is not None and not in_shard(example, shard):
+            if shard is not None and not is_in_shard(example, shard):
                 continue
             if question_key(example.question) in earlier_keys:
                 num_copies += 1
@@ -182,7 +182,7 @@ def _draw_questions(
 
 
 def _make_id(example: Example) -> str:
-    """Return an id for a question without one, as targets without one get it."""
+    """Return a hash of the question as its id; targets without an id get theirs in this way too."""
     return hashlib.sha256(example.question.encode()).hexdigest()[:16]
 
 
@@ -248,7 +248,7 @@ def parse_shard(text: str) -> Shard:
     )
 
 
-def in_shard(example: Example, shard: Shard) -> bool:
+def is_in_shard(example: Example, shard: Shard) -> bool:
     """Tell whether a question belongs to a shard; this depends only on the question's text."""
     # The hash of `find_split` can't be used: within a split its values are close together, so most
     # shards would be empty. The prefix gives another hash.
@@ -290,7 +290,8 @@ def _load_examples(
         else:
             raise TaskError(
                 f"the questions hold {str(item)[:MAX_QUESTION]!r} ({type(item).__name__}); give a "
-                f"list of tasks, examples or rows, or names of tasks in one text with commas"
+                f"list of tasks, examples or rows, or one string with the names of tasks, "
+                f"separated by commas"
             )
     for name, examples in examples_by_task.items():
         groups.append(TaskExamples(get_task(name), examples))

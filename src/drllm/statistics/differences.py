@@ -66,7 +66,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     def target(self) -> float:
         """The difference that the comparison should be able to show.
 
-        It is the measured difference, or a difference worth having if this is larger.
+        It is the measured difference, or the smallest difference that matters if this is larger.
         """
         return max(abs(self.mean), self._words.relevant)
 

@@ -151,8 +151,8 @@ def advise(candidate: Candidate) -> str:
     accuracy = candidate.against_base.accuracy
     if accuracy.shown == "guessing":
         return (
-            f"Choose a task that the model can do, or ask more questions: here {base} layers may "
-            f"be guessing, so {name} can't be judged."
+            f"Choose a task that the model can do, or evaluate on more questions: here {base} "
+            f"layers may be guessing, so {name} can't be judged."
         )
     if candidate.saves_layers and candidate.loses_little:
         return (
@@ -166,8 +166,8 @@ def advise(candidate: Candidate) -> str:
     if accuracy.shown == "too few":
         needed = round_up(accuracy.needed or 0)
         return (
-            f"Ask about {needed} questions before you use {candidate.name_with_use}: {accuracy.n} "
-            f"are too few to tell whether it answers as well as {base}."
+            f"Evaluate on about {needed} questions before you use {candidate.name_with_use}: "
+            f"{accuracy.n} are too few to tell whether it answers as well as {base}."
         )
     if accuracy.is_better:
         return f"Use {candidate.name_with_use}: it answers better than {base}, by {accuracy.size}."
@@ -177,7 +177,7 @@ def advise(candidate: Candidate) -> str:
 def _describe_excluded_loss(accuracy: Verdict) -> str:
     """Say up to which loss a candidate may be used, where no loss of accuracy is shown."""
     if not accuracy.excluded_loss:
-        return f": no loss of accuracy is shown by {accuracy.n} questions"
+        return f": {accuracy.n} questions show no loss of accuracy"
     excluded = accuracy.write_excluded()
     return (
         f" if a loss of up to {excluded} points is acceptable: {accuracy.n} questions show no loss "
@@ -220,8 +220,8 @@ def _describe_text(candidate: Candidate) -> str:
     if text_loss.shown == "too few":
         needed = round_up(text_loss.needed or 0)
         return (
-            f"Whether {_TEXT.lower()} gets worse isn't shown by {text_loss.n} texts; about "
-            f"{needed} would do."
+            f"These {text_loss.n} texts are too few to tell whether {_TEXT.lower()} gets worse; "
+            f"about {needed} would do."
         )
     if not text_loss.excluded_loss:
         return f"{_TEXT} isn't shown to get worse by {text_loss.n} texts; other text may."
@@ -246,7 +246,10 @@ def _compare_with_routing(routing_minus_path: Differences) -> str:
         )
     if accuracy.shown == "none shown":
         return "Routing per question gains nothing over that."
-    return f"Whether routing per question gains anything isn't shown by {accuracy.n} questions."
+    return (
+        f"These {accuracy.n} questions are too few to tell whether routing per question gains "
+        f"anything."
+    )
 
 
 def _compare_with_path(path: Candidate, routing_minus_path: Differences) -> str:

@@ -70,7 +70,7 @@ def _describe_answers(name: str, accuracy: Verdict) -> str:
             f"{name} keeps its answers as far as {accuracy.n:,} questions can tell (a loss of more "
             f"than {bound} points is excluded)"
         )
-    reason = f"{accuracy.n:,} test questions can't tell less than {bound} points"
+    reason = f"{accuracy.n:,} test questions don't exclude a loss of {bound} points"
     return f"{name}: {reason}; {_describe_needed(accuracy)}"
 
 
@@ -83,11 +83,11 @@ def _describe_needed(accuracy: Verdict) -> str:
     loss = -accuracy.mean
     needed = questions_to_exclude(accuracy.n, loss, -accuracy.interval[0], MAX_DROP / 100)
     if needed is not None:
-        return f"about {round_up(needed):,} would show {MAX_DROP:g}"
-    chance = f"the loss of {write_points(loss)} on them may be chance"
+        return f"about {round_up(needed):,} would exclude one of {MAX_DROP:g}"
+    chance = f"the measured loss of {write_points(loss)} points may be chance"
     if accuracy.needed is None:
         return chance
-    return f"{chance}; about {round_up(accuracy.needed):,} would tell"
+    return f"{chance}; about {round_up(accuracy.needed):,} questions would tell"
 
 
 def _describe_text(text_loss: Verdict) -> str:

@@ -263,7 +263,7 @@ def _find_excluded_increase(increases: Sequence[float], high: float, seed: int) 
     return max(0.0, high, bound)
 
 
-def correct_together(verdicts: Sequence[Verdict]) -> list[Verdict]:
+def apply_holm(verdicts: Sequence[Verdict]) -> list[Verdict]:
     """Judge comparisons again, after correcting their exact tests by Holm's method.
 
     Comparisons without an exact test stay as they are. If only one comparison has an exact test,
@@ -290,7 +290,7 @@ def correct_together(verdicts: Sequence[Verdict]) -> list[Verdict]:
     return corrected
 
 
-def exclude_together(verdict: Verdict, num_candidates: int) -> Verdict:
+def apply_bonferroni(verdict: Verdict, num_candidates: int) -> Verdict:
     """Return a verdict on accuracies whose excluded loss holds for the best of several candidates.
 
     A candidate that was picked by its results on the same questions looks better than it is. So the

@@ -35,7 +35,8 @@ class QuantityWords(NamedTuple):
         samples: The word for the samples that the quantity is measured on.
         loss: The word for a change for the worse.
         a_loss: The same word with its article.
-        relevant: A difference worth having, unscaled. A comparison should be able to show it.
+        relevant: The smallest difference that matters, unscaled. A comparison should be able to
+            show it.
     """
 
     title: str

@@ -404,7 +404,7 @@ def _describe_no_targets(summary: Mapping[str, Any]) -> str:
         remedy = "search more simulations, or give a smaller --min-saving"
     else:
         remedy = "search more questions or simulations, or choose another --target"
-    reasons = ", ".join(f"{count} {reason}" for reason, count in num_rejected.items())
+    reasons = ", ".join(f"{reason}: {count}" for reason, count in num_rejected.items())
     return (
         f"none of the {summary['questions']} searched questions has a target ({reasons}); {remedy}"
     )

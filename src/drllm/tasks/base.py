@@ -132,7 +132,7 @@ class Task(ABC):
         return ""
 
     @property
-    def reports_test_alone(self) -> bool:
+    def has_only_test(self) -> bool:
         """Whether `test` is the only split that an evaluation may use."""
         return False
 

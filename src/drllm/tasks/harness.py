@@ -88,7 +88,7 @@ class LmEvalTask(Task):
         return list(examples.values())
 
     @property
-    def reports_test_alone(self) -> bool:
+    def has_only_test(self) -> bool:
         """Whether there are unreported questions; else all splits share the reported questions."""
         return bool(self.unreported)
 
@@ -96,7 +96,7 @@ class LmEvalTask(Task):
         """Return the questions of one split; the class says what is in each split."""
         check_split(split)
         reported = [example for *_, example in self.reported]
-        if self.reports_test_alone:
+        if self.has_only_test:
             if split == "test":
                 return reported
             origin = "train"

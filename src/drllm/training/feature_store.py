@@ -209,8 +209,8 @@ class FeatureStore:
             if not isinstance(cause, OSError):
                 raise
             raise RecordError(
-                f"can't write {path}: {cause.strerror}; fix that and give the same command again, "
-                f"which resumes after {self.num_done} of {self.shape.num_targets} targets"
+                f"can't write {path}: {cause.strerror}; fix that and run the same command again; "
+                f"it resumes after {self.num_done} of {self.shape.num_targets} targets"
             ) from cause
         block = self._read_block(path)
         self.filled[block.targets] = block.filled
@@ -324,10 +324,10 @@ class FeatureStore:
                 f"{self.manifest_path}: {describe_invalid(error)}; {remedy}"
             ) from error
         refuse_other_run(
-            f"{self.folder} holds other features: what is there",
+            f"the folder of features {self.folder}",
             _make_identity(stored),
             _make_identity(msgspec.convert(self.manifest, _Manifest)),
-            "choose another folder, or delete it to pool them again",
+            "choose another folder, or delete this one to compute the features again",
         )
 
     def _check_space(self, note: Callable[[str], None]) -> None:

@@ -20,7 +20,8 @@ OVERFLOWS = "hidden states that are NaN or infinite"
 REJECTED_FILE = "rejected.jsonl"
 """File in the output folder that lists the targets that were set aside."""
 MAXIMUM_SET_ASIDE = 0.1
-"""Maximum share of the targets that may be set aside. One of several targets always may."""
+"""Maximum share of the targets that may be set aside. Of a few targets one may be set
+aside, unless it is the only one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +106,6 @@ def are_too_many(num_rejected: int, total: int) -> bool:
 
 
 def describe_reasons(rejected: Sequence[RejectedQuestion]) -> str:
-    """Say how many targets were set aside for each reason, such as "2 prompt without tokens"."""
+    """Say how many targets were set aside for each reason, such as "prompt without tokens: 2"."""
     counts = Counter(question.reason for question in rejected)
-    return ", ".join(f"{number} {reason}" for reason, number in counts.items())
+    return ", ".join(f"{reason}: {number}" for reason, number in counts.items())

@@ -114,13 +114,12 @@ def make_beam(
     """
     if num_layers == 1:
         raise ConfigError(
-            "the model has one layer, and a model of one layer has none to skip; tune a model with "
-            "more layers"
+            "the model has only one layer, so there is none to skip; tune a model with more layers"
         )
     if keeps_ends and num_layers == 2:
         raise ConfigError(
-            "the model has two layers, and both stay where paths are repaired; give --repair none, "
-            "or tune a model with more layers"
+            "the model has two layers, and repair keeps the first and the last layer; give "
+            "--repair none, or tune a model with more layers"
         )
     max_skipped = config.max_skipped or max(1, int(MAX_SHARE_SKIPPED * num_layers))
     if max_skipped >= num_layers:
@@ -130,9 +129,8 @@ def make_beam(
         )
     if keeps_ends and max_skipped > num_layers - 2:
         raise ConfigError(
-            f"{max_skipped:g} of {num_layers} layers can't be left out, since the first and the "
-            f"last stay where paths are repaired; leave out at most {num_layers - 2}, or give "
-            f"--repair none"
+            f"--max-skipped {max_skipped:g} is too many of {num_layers} layers, since repair keeps "
+            f"the first and the last; give at most {num_layers - 2}, or --repair none"
         )
     if max_skipped < 1:
         raise ConfigError(f"--max-skipped {max_skipped:g} is less than one layer; give 1 or more")

@@ -98,10 +98,10 @@ class LayerSums:
 
     def error(self, weight: Tensor, bias: Tensor) -> float:
         """Return Σ ‖d − W x − b‖² over the tokens, with W `[D, D]` and b `[D]`."""
-        explained = 2 * float((weight.T * self.cross).sum() + bias @ self.changes)
-        size = float(((weight @ self.inner) * weight).sum())
-        size += float(2 * bias @ (weight @ self.inputs) + self.num_tokens * bias @ bias)
-        return self.squares - explained + size
+        cross_term = 2 * float((weight.T * self.cross).sum() + bias @ self.changes)
+        square = float(((weight @ self.inner) * weight).sum())  # of the predictions
+        square += float(2 * bias @ (weight @ self.inputs) + self.num_tokens * bias @ bias)
+        return self.squares - cross_term + square
 
 
 class LayerSolution(NamedTuple):
@@ -186,7 +186,7 @@ def solve_layer(fit: LayerSums, held_out: LayerSums, rank: int) -> LayerSolution
     return LayerSolution(LayerMap(down, up, bias, first), unexplained)
 
 
-class _SumChanges(Driver):
+class _ChangeSummer(Driver):
     """Runs all layers, and adds what some of them change to their sums."""
 
     def __init__(self, batch: StatesBatch, sums: dict[int, LayerSums]) -> None:
@@ -209,8 +209,8 @@ class BypassSolver:
 
     Args:
         routed: The model; it has no bypass yet.
-        texts: Texts as tokens, 50 thousand tokens or more. Every tenth text, by its hash, chooses
-            λ.
+        texts: Texts as tokens, 50 thousand tokens or more. λ is chosen on a tenth of the texts,
+            picked by their hash.
         rank: The rank of the maps, at most the hidden size.
         on_progress: Receives the progress after each batch of texts.
         layers: The layers to solve; None solves all.
@@ -257,7 +257,7 @@ class BypassSolver:
         held_out = {layer: LayerSums(self.hidden_size) for layer in group}
         with torch.no_grad(), high_precision(self.routed):
             for batch, is_held_out in self._batches:
-                driver = _SumChanges(batch, held_out if is_held_out else fit)
+                driver = _ChangeSummer(batch, held_out if is_held_out else fit)
                 with self.routed.injection.driven_by(driver):
                     self.routed.injection.decoder(input_ids=batch.ids, use_cache=False)
                 self._num_done += 1

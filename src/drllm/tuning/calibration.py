@@ -20,8 +20,8 @@ from drllm.tuning.heal_texts import (
     choose_calibration_texts,
     cut_texts,
     find_sources,
+    list_text_warnings,
     read_sources,
-    warn_of_texts,
 )
 
 STAND_IN_TOKENS = 10_000  # maximum tokens of the texts that the stand-in is fitted on
@@ -91,7 +91,7 @@ def choose_texts(
     for name, texts in by_source.items():
         new_texts = set(cut_texts(texts, max_tokens)) - seen
         seen |= new_texts
-        new_by_source[name] = sorted(new_texts)  # in an order of its own, whatever the file's
+        new_by_source[name] = sorted(new_texts)  # so that the order in the file doesn't matter
     chosen: list[Tokens] = []
     for texts in choose_calibration_texts(new_by_source, num_tokens, seed).values():
         chosen += texts
@@ -115,7 +115,7 @@ def describe_calibration(
     """
     num_tokens = sum(map(len, texts))
     lines = [
-        f"paths are refitted on {num_tokens:,} tokens of {', '.join(names)}; the states that "
-        f"candidates are compared by take {num_bytes / 1e9:.2g} GB of memory"
+        f"paths are refitted on {num_tokens:,} tokens of {', '.join(names)}; comparing "
+        f"candidates keeps {num_bytes / 1e9:.2g} GB of states in memory"
     ]
-    return lines + warn_of_texts(names, num_tokens)
+    return lines + list_text_warnings(names, num_tokens)

@@ -40,7 +40,7 @@ class CastWeights:
     """The cast weights of a model's frozen linear maps.
 
     They are kept from the first `use` on. Without enough memory none is kept, and autocast casts
-    them as always; the results are the same, bit by bit.
+    them as always; the results are the same, bit for bit.
 
     Args:
         model: The model, with its adapter.

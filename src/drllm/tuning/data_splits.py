@@ -111,11 +111,11 @@ def split_tasks(config: TuneConfig, tasks: TasksArgument = None) -> list[TaskSpl
         split_task(task, config.data_dir, config.num_fit, config.seed) for task in all_tasks
     ]
     if len(all_splits) > 1:
-        all_splits = _leave_out_shared(all_splits)
+        all_splits = _drop_shared_questions(all_splits)
     return all_splits
 
 
-def _leave_out_shared(all_splits: Sequence[TaskSplits]) -> list[TaskSplits]:
+def _drop_shared_questions(all_splits: Sequence[TaskSplits]) -> list[TaskSplits]:
     """Leave out of each task's parts the questions that a later part of any task has.
 
     Raises TaskError if a part has no questions left.
@@ -126,29 +126,28 @@ def _leave_out_shared(all_splits: Sequence[TaskSplits]) -> list[TaskSplits]:
     num_left_out = 0
     for splits in all_splits:
         examples = {
-            FIT: _without(splits.examples[FIT], tested_or_chosen),
-            SELECT: _without(splits.examples[SELECT], tested),
+            FIT: _drop_questions(splits.examples[FIT], tested_or_chosen),
+            SELECT: _drop_questions(splits.examples[SELECT], tested),
             TEST: splits.examples[TEST],
         }
         for part, remaining in examples.items():
             num_left_out += len(splits.examples[part]) - len(remaining)
             if not remaining:
                 raise TaskError(
-                    f"all {len(splits.examples[part])} questions of {splits.task.name!r} in the "
-                    f"part {part!r} are also questions that paths are chosen or tested on, of "
-                    f"another task; give these tasks apart"
+                    f"another task chooses or tests paths on all {len(splits.examples[part])} "
+                    f"questions of {splits.task.name!r} in the part {part!r}; tune these tasks "
+                    f"one at a time"
                 )
         result = dataclasses.replace(
             splits,
             examples=examples,
-            spare=_without(splits.spare, tested_or_chosen),
-            all_to_fit=_without(splits.all_to_fit, tested_or_chosen),
+            spare=_drop_questions(splits.spare, tested_or_chosen),
+            all_to_fit=_drop_questions(splits.all_to_fit, tested_or_chosen),
         )
         results.append(result)
     if num_left_out > 0:
         logger.warning(
-            "questions to fit or to choose on that are left out, since another task chooses or "
-            "tests on them: %d",
+            "questions left out, since another task chooses or tests paths on them: %d",
             num_left_out,
         )
     return results
@@ -161,8 +160,8 @@ def _collect_keys(all_splits: Sequence[TaskSplits], part: str) -> set[str]:
     }
 
 
-def _without(examples: Sequence[Example], keys: Collection[str]) -> list[Example]:
-    """Return the examples whose questions have other keys."""
+def _drop_questions(examples: Sequence[Example], keys: Collection[str]) -> list[Example]:
+    """Return the examples without those whose questions have one of the keys."""
     return [example for example in examples if question_key(example.question) not in keys]
 
 

@@ -31,7 +31,8 @@ LOGITS_AT_ONCE = 2**26
 """How many logits are computed at once. They take 256 MB in float32, and several times that with
 their gradients. Fewer take longer, since each part reads the whole head."""
 LOGITS_IN_CACHE = 2**18
-"""How many logits' KL is computed at once on a CPU: 1 MB in float32, which a core's cache holds."""
+"""How many logits' KL is computed at once on a CPU: 1 MB in float32, which fits into a core's
+cache."""
 
 
 class LastStates(NamedTuple):
@@ -181,11 +182,11 @@ class Distillation:
 
 @torch.no_grad()
 def compute_kl(target: Tensor, logits: Tensor, weight: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Return the weighted KL of some tokens, summed, and its gradient by the logits.
+    """Return the weighted KL of some tokens, summed, and its gradient in the logits.
 
-    The gradient is the difference of the two distributions. To write it down takes fewer passes
-    over the vocabulary than to let autograd find it. On a CPU a few tokens at a time are computed,
-    whose numbers stay in the processor's cache.
+    The gradient is the difference of the two distributions. Computing it directly takes fewer
+    passes over the vocabulary than autograd. On a CPU, a few tokens at a time are computed, so
+    that their numbers stay in the processor's cache.
 
     Args:
         target: The teacher's logits, `[n, V]`.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -37,8 +37,8 @@ from drllm.tuning.heal_texts import (
     choose_calibration_texts,
     cut_texts,
     digest_sources,
+    list_text_warnings,
     read_bypass_sources,
-    warn_of_texts,
 )
 from drllm.tuning.heal_tokens import (
     PROMPTS,
@@ -129,41 +129,26 @@ def _fit(
     listener: Listener,
 ) -> Bypass:
     """Fit a bypass and write it, or return the one that an earlier run has written."""
-    identity = {
-        "settings": config.decisive(),
-        "model": base.identity,
-        "runtime": {**base.runtime, **describe_adapters(base.model)},
-        "texts_sha256": digest_sources(sources),
-    }
-    prompts_sha256 = digest_prompts(base, sources)
-    made_from = {**identity, PROMPTS: prompts_sha256}
+    identity = _make_identity(base, sources, config)
+    prompts = {PROMPTS: digest_prompts(base, sources)}
+    made_from = {**identity, **prompts}
     file = folder / BYPASS_FILE
     if file.exists():
-        bypass, record = load_bypass_with_record(file)
-        # Older files have no digest of the prompts, so it isn't compared.
-        stored = {PROMPTS: prompts_sha256, **record.made_from}
-        remedy = "choose another --output-dir, or delete the old one"
-        refuse_other_run(f"the bypass in {file}", stored, made_from, remedy)
-        return bypass
+        return _read_finished(file, made_from)
     store = ResultStore(folder / PARTIAL_FOLDER, identity, stage="bypass")
     store.open()
-    store.expect("bypass", {PROMPTS: prompts_sha256})
+    store.expect("bypass", prompts)
     tokenizer = TextTokenizer(routed, config.max_tokens, store, listener)
-    by_source = tokenizer.tokenize_sources(sources)
-    texts_to_fit = choose_calibration_texts(
-        {name: cut_texts(texts, config.max_tokens) for name, texts in by_source.items()},
-        config.tokens,
-        config.seed,
-    )
-    texts = [text for source_texts in texts_to_fit.values() for text in source_texts]
+    by_source = _choose_texts(tokenizer.tokenize_sources(sources), config)
+    texts = [text for source_texts in by_source.values() for text in source_texts]
     num_tokens = sum(map(len, texts))
-    for warning in warn_of_texts(list(texts_to_fit), num_tokens, "bypass"):
+    for warning in list_text_warnings(list(by_source), num_tokens, "bypass"):
         listener.note(warning)
     solutions = _solve(routed, texts, config.rank, store, listener)
     bypass = join_solutions(solutions, base.identity)
     record = BypassRecord(
         model=dict(base.identity),
-        texts=tuple(texts_to_fit),
+        texts=tuple(by_source),
         num_tokens=num_tokens,
         unexplained=tuple(solution.unexplained for solution in solutions),
         made_from=made_from,
@@ -172,6 +157,38 @@ def _fit(
     save_bypass(file, bypass, record)
     store.remove()
     return load_bypass(file)
+
+
+def _make_identity(
+    base: BaseModel, sources: Sequence[TextSource], config: BypassConfig
+) -> dict[str, Any]:
+    """Return the values by which a run recognises its own files."""
+    return {
+        "settings": config.decisive(),
+        "model": base.identity,
+        "runtime": {**base.runtime, **describe_adapters(base.model)},
+        "texts_sha256": digest_sources(sources),
+    }
+
+
+def _read_finished(file: Path, made_from: Mapping[str, Any]) -> Bypass:
+    """Return the bypass that an earlier run has written; refuse that of another run."""
+    bypass, record = load_bypass_with_record(file)
+    # Older files have no digest of the prompts, so it isn't compared.
+    stored = {PROMPTS: made_from[PROMPTS], **record.made_from}
+    remedy = "choose another --output-dir, or delete the old one"
+    refuse_other_run(f"the bypass in {file}", stored, made_from, remedy)
+    return bypass
+
+
+def _choose_texts(
+    by_source: Mapping[str, Sequence[Tokens]], config: BypassConfig
+) -> dict[str, list[Tokens]]:
+    """Cut the texts of each source, and choose those to fit on."""
+    sequences = {}
+    for name, texts in by_source.items():
+        sequences[name] = cut_texts(texts, config.max_tokens)
+    return choose_calibration_texts(sequences, config.tokens, config.seed)
 
 
 def _solve(

@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ from drllm.tuning.heal_texts import (
     split_texts,
 )
 from drllm.tuning.heal_tokens import PROMPTS, TextTokenizer, check_max_tokens, digest_prompts
-from drllm.tuning.heal_training import AdapterTraining, make_batches
+from drllm.tuning.heal_training import AdapterTraining, draw_batches
 from drllm.work.first_block import FirstBlock
 from drllm.work.listener import Listener, OnProgress, write_minutes
 from drllm.work.store import ResultStore, refuse_other_run
@@ -325,12 +326,7 @@ class HealRun:
         paths = {FULL: self.full, PLAIN: self.plain}
         if record.refit is not None:
             paths[REPAIRED] = self.healed
-
-        def measure() -> LossesBefore:
-            started = time.perf_counter()
-            losses = measure_text_losses(self.routed, paths, texts.held_out)
-            return LossesBefore(by_source=losses, seconds=time.perf_counter() - started)
-
+        measure = partial(_measure_before, self.routed, paths, texts.held_out)
         with self.listener.busy("measuring the losses by source"):
             return store.get_or_make("losses before", LossesBefore, measure)
 
@@ -383,7 +379,7 @@ class HealRun:
             self.check(training, held_out)
         first_block = FirstBlock(self.listener, self.base.model.device)
         last_save = 0.0  # so the state is saved before the first step
-        batches = make_batches(texts.to_train, self.config)
+        batches = draw_batches(texts.to_train, self.config)
         for batch in itertools.islice(batches, training.state.step):  # done before an interruption
             training.distillation.teacher.register(batch)
         for batch in batches:
@@ -392,23 +388,28 @@ class HealRun:
                 last_save = time.monotonic()
             if training.is_over:
                 break
-            before = training.progress
+            progress_before = training.progress
             num_parts_done = training.num_parts_done
             training.step(batch)
-            first_block.finish((training.progress - before) / (1 - before))  # of this run's work
+            share = (training.progress - progress_before) / (1 - progress_before)
+            first_block.finish(share)  # of this run's work
             if training.num_parts_done > num_parts_done:
                 self.check(training, held_out)
             on_progress(min(training.progress, 1.0), 1.0, training.describe())
         if not training.is_checked:
             self.check(training, held_out)
         if training.state.step == 0:
-            assert self.config.minutes is not None  # without a limit there are steps
-            self.listener.note(
-                f"{write_minutes(self.config.minutes)} minutes left no time to train: measuring "
-                f"the held-out texts once takes {training.state.check_seconds:.0f} s; give more "
-                f"--minutes, or a lower --num-held-out"
-            )
+            self.note_no_time(training)
         training.use_best()
+
+    def note_no_time(self, training: AdapterTraining) -> None:
+        """Note that the time limit left no time for a step."""
+        assert self.config.minutes is not None  # without a limit there are steps
+        self.listener.note(
+            f"{write_minutes(self.config.minutes)} minutes left no time to train: measuring the "
+            f"held-out texts once takes {training.state.check_seconds:.0f} s; give more "
+            f"--minutes, or a lower --num-held-out"
+        )
 
     def check(self, training: AdapterTraining, held_out: Sequence[Tokens]) -> None:
         """Measure the KL on the held-out texts, and note it."""
@@ -451,3 +452,14 @@ def _identity(record: HealedPath) -> dict[str, Any]:
         "path": record.path.layers,
         "texts_sha256": record.questions_sha256,
     }
+
+
+def _measure_before(
+    routed: RoutedModel,
+    paths: Mapping[str, StaticPath],
+    texts_by_source: Mapping[str, Sequence[Tokens]],
+) -> LossesBefore:
+    """Measure the losses before the training, and how long that takes."""
+    started = time.perf_counter()
+    losses = measure_text_losses(routed, paths, texts_by_source)
+    return LossesBefore(by_source=losses, seconds=time.perf_counter() - started)

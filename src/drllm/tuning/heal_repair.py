@@ -5,9 +5,12 @@ and isn't used if it doesn't make the path better there. The solved gaps are kep
 loses at most one gap.
 """
 
+from __future__ import annotations
+
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -24,7 +27,7 @@ from drllm.tuning.heal_texts import (
     MIN_TEXTS,
     Tokens,
     choose_calibration_texts,
-    warn_of_texts,
+    list_text_warnings,
 )
 from drllm.tuning.refit import (
     RefittedGap,
@@ -157,25 +160,26 @@ class RefitSolver:
             self._note_work(len(solved_gaps))
             if not solved_gaps:
                 self._warn()
+        earlier = []
+        for gap, solved in zip(self.gaps, solved_gaps, strict=False):
+            earlier.append(self._decode(gap, solved))
         with self.listener.progress("solving the refit", "") as on_progress:
             tracker = _TimeTracker(on_progress, self.listener)
-            pairs = zip(self.gaps, solved_gaps, strict=False)
-            earlier = [self._decode(gap, solved) for gap, solved in pairs]
-            seconds = [solved.seconds for solved in solved_gaps]
-
-            def keep(refitted: RefittedGap) -> None:
-                seconds.append(tracker.end_gap())
-                self.store.put(_key(refitted.gap), _encode(refitted, seconds[-1]))
-
             gaps = refit(
                 self.routed,
                 self.path,
                 self.texts,
                 earlier=earlier,
-                on_gap=keep,
+                on_gap=partial(self._keep, tracker),
                 on_progress=tracker,
             )
-        return SolvedRefit(gaps, self.num_tokens, sum(seconds))
+        earlier_seconds = sum(solved.seconds for solved in solved_gaps)
+        return SolvedRefit(gaps, self.num_tokens, earlier_seconds + sum(tracker.gap_seconds))
+
+    def _keep(self, tracker: _TimeTracker, refitted: RefittedGap) -> None:
+        """Keep a gap that was solved now, with its time."""
+        seconds = tracker.end_gap()
+        self.store.put(_key(refitted.gap), _encode(refitted, seconds))
 
     def _read_solved(self) -> list[SolvedGap]:
         """Return the gaps that an interrupted run has solved, up to the first missing one."""
@@ -208,7 +212,7 @@ class RefitSolver:
 
     def _warn(self) -> None:
         """Warn of texts that are too few, or all of one kind."""
-        for warning in warn_of_texts(list(self.by_source), self.num_tokens):
+        for warning in list_text_warnings(list(self.by_source), self.num_tokens):
             self.listener.note(warning)
 
 
@@ -220,6 +224,7 @@ class _TimeTracker:
         self.listener = listener
         self.start_time = time.perf_counter()
         self.gap_start_time = self.start_time
+        self.gap_seconds: list[float] = []
         self.has_noted = False
 
     def __call__(self, done: float, total: float, note: str = "") -> None:
@@ -235,6 +240,7 @@ class _TimeTracker:
         now = time.perf_counter()
         seconds = now - self.gap_start_time
         self.gap_start_time = now
+        self.gap_seconds.append(seconds)
         return seconds
 
 

@@ -325,7 +325,7 @@ def shorten(sequence: Tokens, size: int) -> Tokens:
     return tokens
 
 
-def find_text(sequence: Tokens) -> Tokens | str:
+def identify_text(sequence: Tokens) -> Tokens | str:
     """Return what a sequence's text is known by: its tokens, or the hash of a text that was cut."""
     return sequence.text_sha256 if isinstance(sequence, TextPart) else sequence
 
@@ -372,8 +372,8 @@ def choose_calibration_texts(
     return {name: sequences for name, sequences in chosen.items() if sequences}
 
 
-def warn_of_texts(names: Sequence[str], num_tokens: int, what: str = "refit") -> list[str]:
-    """Return what is to be said if the texts of a refit are all of one kind, or few.
+def list_text_warnings(names: Sequence[str], num_tokens: int, what: str = "refit") -> list[str]:
+    """Return warnings: that the texts are all of one kind, or that they are few.
 
     Args:
         names: The names of the sources.
@@ -383,9 +383,9 @@ def warn_of_texts(names: Sequence[str], num_tokens: int, what: str = "refit") ->
     warnings = []
     if len(names) == 1:
         warnings.append(
-            f"all texts of the {what} are of one kind ({names[0]}), so text of other kinds may "
-            f"lose by it (a refit of SmolLM2-135M on GSM8K alone lost 0.11 nats a token on the "
-            f"mean of four kinds); add other texts with --text"
+            f"all texts of the {what} are of one kind ({names[0]}), so the model may get worse on "
+            f"other text (a refit of SmolLM2-135M on GSM8K alone lost 0.11 nats a token, averaged "
+            f"over four kinds); add other texts with --text"
         )
     if num_tokens < FEW_TOKENS:
         warnings.append(

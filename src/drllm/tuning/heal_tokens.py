@@ -84,7 +84,7 @@ class TextTokenizer:
     def _answer_source(self, source: TextSource) -> list[Tokens]:
         """Answer the prompts of a source, or read the kept answers.
 
-        A note says how long the prompts took that were answered now.
+        A note says how long the new answers took.
         """
         texts: list[Tokens] = []
         num_answered = 0
@@ -119,8 +119,8 @@ class TextTokenizer:
         context = context_length(self.routed.model)
         note = (
             f"{num_cut} of {len(texts)} texts of {name} have over {self.max_tokens} tokens and are "
-            f"cut; each part is trained on without the text before it, so divide them where it "
-            f"suits"
+            f"cut; each part is trained on without the text before it, so split long texts "
+            f"yourself, at the end of a section"
         )
         if context is None or longest <= context:
             note += f"; heal and bypass read them whole with --max-tokens {longest}"

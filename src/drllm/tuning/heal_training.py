@@ -30,8 +30,8 @@ from drllm.work.store import ResultStore
 
 STATE_KEY = "training"  # the key under which the state is kept
 STEPS = 250  # training steps, unless a number or a time is given
-PATIENCE = 3  # the training ends after this many checks in a row without a lower KL,
-PATIENT_SHARE = 0.5  # but not in this share of it, while the learning rate is high
+PATIENCE = 3  # the training ends after this many checks in a row without a lower KL
+EARLIEST_STOP = 0.5  # but not before this share of it, while the learning rate is high
 CHECKS = 10  # the number of checks in a training, besides the check before the first step
 WARM_UP = 0.05  # share of the training in which the learning rate rises
 MAX_GRAD_NORM = 1.0
@@ -105,7 +105,7 @@ class AdapterTraining:
         return share
 
     def _share_of_time(self, seconds: float) -> float:
-        """Return which share of the time for the training some seconds are.
+        """Return some seconds as a share of the time for the training.
 
         The measurements after the training, a check and the losses, are in the time limit too.
         """
@@ -155,7 +155,7 @@ class AdapterTraining:
         if self.progress >= 1 or not self.has_time:
             return True
         # After a good repair, the KL may rise until the learning rate falls.
-        return self.progress >= PATIENT_SHARE and num_checks_since >= PATIENCE
+        return self.progress >= EARLIEST_STOP and num_checks_since >= PATIENCE
 
     @property
     def is_checked(self) -> bool:
@@ -257,7 +257,7 @@ def learning_rate(peak: float, progress: float) -> float:
     return peak * rise * fall
 
 
-def make_batches(
+def draw_batches(
     by_source: Mapping[str, Sequence[Tokens]], config: HealConfig
 ) -> Iterator[list[Tokens]]:
     """Yield a batch of sequences for each step, without end.

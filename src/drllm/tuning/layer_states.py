@@ -32,7 +32,7 @@ TOKENS_AT_ONCE = 4096  # maximum tokens of a batch, with padding
 
 @dataclass
 class Stream:
-    """The states of a batch along a path, up to the layer where they wait.
+    """The states of a batch along a path, as far as its layers have run.
 
     Attributes:
         layers: The layers of the path, in order.

@@ -108,7 +108,7 @@ def solve_normed_change(
     """Solve a new weight and a new gain.
 
     Args:
-        start: The present ones.
+        start: The present weight and gain.
         read_tokens: Yields the tokens to fit, in parts; each step reads them twice.
         held_out: The tokens that choose λ and the lengths of steps.
         first_token_weight: As in `TokenSums.with_first_tokens`.

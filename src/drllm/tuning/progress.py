@@ -20,7 +20,7 @@ class TuningProgress:
     Attributes:
         on_progress: Called with both numbers and a note.
         first_block: Estimates the time of the tuning.
-        max_seconds: The tuning begins no level that would end later; None if it ends with its work.
+        max_seconds: The tuning begins no level that would end later; None for no limit.
         num_done: The pairs that are scored.
         seconds: The time of all scores so far, including kept scores.
         level_ends: For each level left, about how many pairs are scored at its end.

@@ -32,7 +32,7 @@ from drllm.models.routing.injection import Driver
 from drllm.models.routing.refits import check_module, move_weight
 from drllm.paths import Gap, StaticPath
 from drllm.records.codec import hash_values
-from drllm.tuning.heal_texts import MIN_TEXTS, Tokens, find_text, group_by_text
+from drllm.tuning.heal_texts import MIN_TEXTS, Tokens, group_by_text, identify_text
 from drllm.tuning.layer_states import (
     GapTokens,
     LayerRunner,
@@ -388,11 +388,15 @@ class _RefitRun:
                 tokens.targets.to(device),
                 tokens.is_first.to(device),
             )
-            if not self.keeps_states:
-                batch.reset()
-            if self.progress is not None:
-                self.progress.add_tokens(len(tokens.inputs))
+            self.finish_batch(batch, len(tokens.inputs))
         return fit, held_out
+
+    def finish_batch(self, batch: _CalibrationBatch, num_tokens: int) -> None:
+        """Drop the states of a batch if memory has no room for them, and report its tokens."""
+        if not self.keeps_states:
+            batch.reset()
+        if self.progress is not None:
+            self.progress.add_tokens(num_tokens)
 
     def read_tokens(self, batch: _CalibrationBatch, gap: Gap) -> GapTokens:
         """Advance both paths of a batch to a gap, and return what the gap's regression needs."""
@@ -400,14 +404,11 @@ class _RefitRun:
         return self.runner.read_gap(batch.batch, self.projections[gap.layer], start, targets)
 
     def read_normed(self, batch: _CalibrationBatch, gap: Gap) -> NormedTokens:
-        """Do the same for a gap where a norm follows the MLP."""
+        """Do the same for a gap where a norm follows the MLP, and finish the batch."""
         start, targets = self.advance(batch, gap)
         projection = self.projections[gap.layer]
         tokens = self.runner.read_normed_gap(batch.batch, projection, start, targets)
-        if not self.keeps_states:
-            batch.reset()
-        if self.progress is not None:
-            self.progress.add_tokens(len(tokens.inputs))
+        self.finish_batch(batch, len(tokens.inputs))
         return NormedTokens(*(values.to(self.device) for values in tokens))
 
     def read_held_out(self, gap: Gap) -> NormedTokens:
@@ -440,7 +441,8 @@ def split_for_ridge(texts: Sequence[Tokens]) -> tuple[list[Tokens], list[Tokens]
     """Return the texts to fit, and those to choose λ on: a tenth, by their hash, at least one.
 
     The parts of a text that was cut stay together, unless there is only one text. A text with more
-    parts than a tenth of all is for the fit, or the shortest for λ if all have more.
+    parts than the tenth still has room for goes to the fit. If every text has more parts than
+    that, one with the fewest is held out.
 
     The prefix gives another hash than in `split_texts`, which has taken the texts of the lowest
     hashes out of each source. With that hash, a small source would have no text to choose λ on.
@@ -448,7 +450,7 @@ def split_for_ridge(texts: Sequence[Tokens]) -> tuple[list[Tokens], list[Tokens]
     groups = group_by_text(texts)
     if len(groups) == 1:
         groups = [[tuple(text)] for text in texts]  # each is a text of its own
-    groups.sort(key=lambda group: hash_values(["ridge", find_text(group[0])]))
+    groups.sort(key=lambda group: hash_values(["ridge", identify_text(group[0])]))
     num_left = max(len(texts) // HELD_OUT, min(map(len, groups)))
     fit: list[Tokens] = []
     held_out: list[Tokens] = []

@@ -16,7 +16,7 @@ from drllm.models.routing.lora import read_map_sizes
 from drllm.tuning.layer_states import in_float32
 from drllm.tuning.refit_work import MapSize
 
-HELD_OUT = 10  # every tenth text chooses λ
+HELD_OUT = 10  # one text in ten is held out, to choose λ
 DEVICES_WITHOUT_FLOAT64 = ("mps",)
 SHARE_FOR_STATES = 0.25
 """The share of the memory beside the sums that the states of all texts at one layer may take."""
@@ -67,8 +67,8 @@ def find_memory_obstacle(
         if num_bytes > free:
             num_inputs = read_size(projection.module).num_inputs
             return (
-                f"to refit {projection.name}, which has {num_inputs} inputs, takes "
-                f"{num_bytes / 1e9:.1f} GB of memory beside the model, and "
+                f"refitting {projection.name}, which has {num_inputs} inputs, takes "
+                f"{num_bytes / 1e9:.1f} GB of memory beside the model, but only "
                 f"{free / 1e9:.1f} GB are free"
             )
     return ""

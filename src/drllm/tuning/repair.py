@@ -109,7 +109,7 @@ def _answer_source(
 ) -> list[Tokens]:
     """Answer some prompts of a source along the full path, or read the kept answers.
 
-    A note says how long the prompts took that were answered now.
+    A note says how long the new answers took.
     """
     prompts_to_answer = choose(source.prompts, MAX_OPEN_PROMPTS, seed)
     prompts = [prompt.content for prompt in prompts_to_answer]

@@ -288,8 +288,8 @@ class _TuningRun:
             seconds_before = table.seconds
             if minutes is not None and table.seconds + seconds > 60 * minutes:
                 self.listener.note(
-                    f"the search ends here: to leave out one more layer would probably take it "
-                    f"beyond {write_minutes(minutes)} minutes"
+                    f"the search ends here: one more level would probably take it beyond "
+                    f"{write_minutes(minutes)} minutes"
                 )
                 return _SearchResult(best_paths, is_cut=True)
             if not gains.may_extend(best):  # so no path of the level may

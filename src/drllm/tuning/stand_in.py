@@ -1,7 +1,7 @@
 """A cheap stand-in for the refit of a path: a linear map of the state that crosses each gap.
 
-A tuning compares hundreds of paths, and a refit of each would take a minute. In their place a state
-h that crosses a gap (i, k) becomes
+A tuning compares hundreds of paths, and a refit of each would take a minute. Instead, a state h
+that crosses a gap (i, k) becomes
 
     h + A n(h) + b,    n(h) = h / rms(h)
 
@@ -181,7 +181,8 @@ class _Regression:
         differences = differences.double()
         held_out_differences = held_out_differences.double()
         mean = differences.mean(dim=0)
-        cross = self.axes.T @ (self._standardise(self.states).T @ (differences - mean))  # [D, D]
+        inputs = self._standardise(self.states)
+        cross = self.axes.T @ (inputs.T @ (differences - mean))  # [D, D]
         plain_error = float(held_out_differences.square().sum())
         best_error = plain_error
         weight = torch.zeros_like(cross)
@@ -238,7 +239,7 @@ def fit_stand_in(
 
     Args:
         routed: The model.
-        texts: Two texts or more, as tokens. A tenth, by their hash, chooses λ.
+        texts: Two texts or more, as tokens. λ is chosen on a tenth of them, picked by their hash.
         largest_growth: How many times as large a gap may make the state of a first token.
 
     Raises:

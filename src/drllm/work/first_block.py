@@ -19,7 +19,7 @@ class FirstBlock:
         listener: Gets one line with the time and the memory.
         device: The model's device; `meta` if the model is in other processes, whose memory isn't
             named.
-        max_seconds: The stage ends after about so many seconds; None if it ends with its work.
+        max_seconds: The time limit of the stage, about; None for no limit.
     """
 
     def __init__(

@@ -247,8 +247,9 @@ class RayExecutor:
                 seat.preparing = None
             result = self._get(future)
         except self._loss_errors:
-            # If this is a block, it may have ended and its result be lost with the worker, which
-            # then died on the next block. So a block's loss is no verdict; its parts run alone.
+            # The worker may have finished this block and died on the next one; then the result was
+            # lost with it. So the loss of a whole block isn't counted. Its parts run again, one by
+            # one.
             jobs.retries.extend(waiting for _, waiting in seat.jobs)
             self._replace(seat)
             return jobs.lose(job)
@@ -319,7 +320,7 @@ class RayExecutor:
             if value != model.get(name):
                 raise ModelError(
                     f"the workers' models differ: one has {name} {value!r}, another "
-                    f"{model.get(name)!r}; give --dtype and --revision, and nodes that are alike"
+                    f"{model.get(name)!r}; set --dtype and --revision, and use nodes of one kind"
                 )
 
     def _get(self, future: Any) -> Any:

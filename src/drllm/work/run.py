@@ -93,8 +93,8 @@ class BlockFunction(Generic[D, R]):
     def give_up(self, data: D, num_losses: int) -> R:
         """Return the result of a part on which `num_losses` workers died, or raise WorkerError."""
         raise WorkerError(
-            f"{num_losses} workers died on the same block; the same command goes on with the "
-            f"blocks that are left: give fewer workers (--num-workers), or --executor local"
+            f"{num_losses} workers died on the same block; run the same command again to continue, "
+            f"with fewer workers (--num-workers) or --executor local"
         )
 
 

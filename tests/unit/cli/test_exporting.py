@@ -103,7 +103,7 @@ def test_the_checkpoint_is_written_and_described(export, tmp_path: Path) -> None
         "path        0 1 2 3 1 2 3 4",
         "layers      8, the base model has 5",
         "in float32; 0.1 MB of it are layers that are executed again",
-        "logits equal the path's bit by bit",
+        "logits equal the path's bit for bit",
     ):
         assert text in said.out
     assert json.loads((output / "config.json").read_text())["num_hidden_layers"] == 8
@@ -228,7 +228,7 @@ def test_a_healed_path_is_exported_with_its_losses_by_source(base, drllm, tmp_pa
         assert "what it does to accuracy" in text
 
 
-@pytest.mark.thorough  # the tiny model's checkpoint is loaded again and compared bit by bit
+@pytest.mark.thorough  # the tiny model's checkpoint is loaded again and compared bit for bit
 def test_a_real_model_exported_from_decisions_answers_as_the_routed_one(smollm2, tmp_path, drllm):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -211,7 +211,7 @@ def test_what_is_missing_or_there_twice_is_refused(searched, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="has nothing to publish"):
         bundle([tmp_path / "empty"], tmp_path / "publish")
-    with pytest.raises(ConfigError, match="both are search-log"):
+    with pytest.raises(ConfigError, match="both of the kind 'search-log'"):
         bundle([searched, searched], tmp_path / "publish")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()

@@ -111,9 +111,11 @@ def test_other_worked_examples_run_a_search_again(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("is_cut", "minutes", "goes_on"), [(True, 3, True), (True, 2, False), (False, 3, False)]
+    ("is_cut", "minutes", "needs_rerun"), [(True, 3, True), (True, 2, False), (False, 3, False)]
 )
-def test_a_tuning_whose_time_was_up_goes_on_with_more_minutes(tmp_path, is_cut, minutes, goes_on):
+def test_a_tuning_whose_time_was_up_goes_on_with_more_minutes(
+    tmp_path, is_cut, minutes, needs_rerun
+):
     tune = f"tune: {{tasks: builtin_facts, minutes: {minutes}}}"
     text = f"{tune}\nevaluate: {{tasks: builtin_facts}}\n"
     (tmp_path / "recipe.yaml").write_text(text)
@@ -123,7 +125,7 @@ def test_a_tuning_whose_time_was_up_goes_on_with_more_minutes(tmp_path, is_cut, 
     write_json(file, replace(read_paths(file), is_cut=is_cut, config={"minutes": 2.0}))
     outputs = {PATHS_FILE: sha256(file)}
     manifest = RunManifest(stages={"tune": StageState(made_from={}, outputs=outputs)})
-    assert make_stage("tune", new_run(tmp_path, manifest)).goes_on == goes_on
+    assert make_stage("tune", new_run(tmp_path, manifest)).needs_rerun == needs_rerun
 
 
 def test_a_damaged_result_of_a_tuning_is_no_reason_to_stop(tmp_path):
@@ -132,7 +134,7 @@ def test_a_damaged_result_of_a_tuning_is_no_reason_to_stop(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / PATHS_FILE).write_text("{")
     manifest = RunManifest(stages={"tune": StageState(made_from={}, outputs={PATHS_FILE: "0"})})
-    assert not make_stage("tune", new_run(tmp_path, manifest)).goes_on
+    assert not make_stage("tune", new_run(tmp_path, manifest)).needs_rerun
 
 
 def test_more_seconds_for_the_measurement_of_time_run_an_evaluation_again(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import drllm
 from drllm.config import SearchConfig
 from drllm.errors import ConfigError, TaskError
 from drllm.records.splits import question_key
-from drllm.search.questions import Shard, collect_questions, in_shard, split_into_batches
+from drllm.search.questions import Shard, collect_questions, is_in_shard, split_into_batches
 from drllm.tasks.examples import choose
 from drllm.tasks.registry import get_task
 
@@ -88,7 +88,7 @@ def test_a_task_without_questions_in_a_shard_is_left_out_of_it(facts):
     def shards(seed):
         """Return the shards' questions by task, or None where all are in one shard."""
         drawn = [choose(task.examples("search"), 1, seed)[0] for task in tasks]
-        if in_shard(drawn[0], Shard(1, 2)) == in_shard(drawn[1], Shard(1, 2)):
+        if is_in_shard(drawn[0], Shard(1, 2)) == is_in_shard(drawn[1], Shard(1, 2)):
             return None
         configs = [SearchConfig(limit=1, seed=seed, shard=f"{part}/2") for part in (1, 2)]
         return [collect_questions(tasks, config) for config in configs]

@@ -88,7 +88,9 @@ def test_too_few_questions_are_a_verdict_of_their_own_with_how_many_would_do(inc
     needed = round_up(few.against_base.accuracy.needed)
     assert needed > 120
     text = write_headline(few)
-    assert text.startswith(f"Ask about {needed} questions before you use path skip2 (28 of 30 ")
+    assert text.startswith(
+        f"Evaluate on about {needed} questions before you use path skip2 (28 of 30 "
+    )
     assert "120 are too few to tell whether it answers as well as all 30." in text
     assert "answers better" not in text
 
@@ -101,8 +103,8 @@ def test_too_few_texts_come_with_the_number_that_would_do():
     needed = round_up(noisy.needed)
     assert text.startswith("Use it (2.5 of 3 layers) if a loss of up to ")
     sentence = (
-        f"Whether text like these questions gets worse isn't shown by 4 texts; about {needed} "
-        f"would do."
+        f"These 4 texts are too few to tell whether text like these questions gets worse; "
+        f"about {needed} would do."
     )
     assert sentence in text
 
@@ -129,7 +131,7 @@ def test_a_small_loss_that_is_shown_is_named_with_what_it_is_at_most():
 @pytest.mark.parametrize("counts", COUNTS)
 def test_where_base_may_be_guessing_nothing_is_advised(counts):
     text = write_headline(candidate(counts, above_chance=False))
-    assert text.startswith("Choose a task that the model can do, or ask more questions:")
+    assert text.startswith("Choose a task that the model can do, or evaluate on more questions:")
     assert "answers as well" not in text
     assert "better" not in text
 
@@ -160,7 +162,11 @@ def test_a_path_is_preferred_unless_routing_is_shown_to_do_better(
     ("difference", "increase", "sentence"),
     [
         (SAME, 0.0, "Routing per question gains nothing over that."),
-        (TOO_FEW, 0.0, "Whether routing per question gains anything isn't shown by 120 questions."),
+        (
+            TOO_FEW,
+            0.0,
+            "120 questions are too few to tell whether routing per question gains anything.",
+        ),
         (WORSE, -0.5, "Routing per question answers worse than that, by 16.7 points."),
         (SAME, -0.5, "Routing per question writes better text (by 0.5 nats a token), and isn't "),
     ],

@@ -10,7 +10,7 @@ from drllm.statistics.verdicts import judge_counts, judge_means
 
 DONT = "don't use it"
 KEEPS = "keeps its answers"
-CANT_TELL = "can't tell less than"
+CANT_TELL = "don't exclude a loss of"
 
 
 def sentence_on(won: int, lost: int, n: int, *, above_chance: bool = True) -> str:
@@ -46,17 +46,21 @@ def test_a_path_is_refused_kept_or_not_judged_by_what_its_questions_exclude(won,
 def test_too_few_questions_say_what_they_exclude_and_how_many_would_be_enough():
     verdict = judge_counts(0, 0, 12)
     needed = round_up(questions_to_exclude(12, 0.0, -verdict.interval[0], MAX_DROP / 100))
+    bound = -100 * verdict.interval[0]
     assert sentence_on(0, 0, 12) == (
-        f"skip2: 12 test questions can't tell less than {-100 * verdict.interval[0]:.0f} points; "
-        f"about {needed:,} would show 3"
+        f"skip2: 12 test questions don't exclude a loss of {bound:.0f} points; "
+        f"about {needed:,} would exclude one of 3"
     )
 
 
 def test_no_number_of_questions_is_promised_if_the_measured_loss_is_too_large():
     sentence = sentence_on(2, 5, 60)  # 5 points less, which isn't shown
-    assert "would show" not in sentence
+    assert "would exclude" not in sentence
     needed = judge_counts(2, 5, 60).needed
-    assert f"the loss of 5.0 on them may be chance; about {round_up(needed)} would tell" in sentence
+    assert (
+        f"the measured loss of 5.0 points may be chance; about {round_up(needed)} questions"
+        in sentence
+    )
 
 
 def test_a_path_of_a_model_that_may_be_guessing_is_not_judged():

@@ -11,9 +11,9 @@ from drllm.statistics.paired import Outcomes, mcnemar_exact, paired_interval
 from drllm.statistics.power import FEWEST_DIFFERENT, chance_to_show
 from drllm.statistics.verdicts import (
     EXCLUSION_CONFIDENCE,
+    apply_bonferroni,
+    apply_holm,
     compare,
-    correct_together,
-    exclude_together,
     judge_counts,
     judge_means,
     judge_times,
@@ -127,13 +127,13 @@ def test_other_questions_are_refused():
 def test_several_tasks_are_corrected_for_each_other_and_the_corrected_value_decides():
     alone = [judge_counts(15, 4, 120), judge_counts(3, 2, 120), judge_counts(30, 3, 120)]
     means = judge_means("accuracy", [0.5] * 9, [0.25] * 9, 0)
-    together = correct_together([*alone, means])
+    together = apply_holm([*alone, means])
     assert together[3] is means
     assert [each.p for each in together[:3]] == [each.p for each in alone]
     assert together[0].p_corrected == pytest.approx(2 * alone[0].p)
     assert all(each.num_tests == 3 for each in together[:3])
     assert [each.shown for each in together[:3]] == ["higher", "too few", "higher"]
-    assert correct_together([alone[0], means]) == [alone[0], means]
+    assert apply_holm([alone[0], means]) == [alone[0], means]
     taken_away = judge_counts(15, 4, 120, p_corrected=0.06, num_tests=3)
     assert taken_away.is_better is None
     assert "corrected" in taken_away.sentence()
@@ -231,7 +231,7 @@ def test_the_best_of_several_paths_excludes_less_and_its_true_loss_is_seldom_bey
         won, lost, _ = max(counts.tolist(), key=lambda path: path[0] - path[1])
         alone = judge_counts(won, lost, 400)
         for number in num_beyond:
-            num_beyond[number] += exclude_together(alone, number).excluded_loss < 0.02
+            num_beyond[number] += apply_bonferroni(alone, number).excluded_loss < 0.02
     assert num_beyond[1] > 0.05 * 400  # as if the path hadn't been picked
     assert num_beyond[5] <= 0.025 * 400
 

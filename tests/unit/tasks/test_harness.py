@@ -27,7 +27,7 @@ def test_a_set_without_questions_to_train_on_is_divided_by_their_texts(tmp_path)
     parts = [questions(task, split) for split in SPLITS]
     assert sum(map(len, parts)) == len(set.union(*parts)) == len(MORE)
     assert all(parts)
-    assert not task.reports_test_alone
+    assert not task.has_only_test
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
@@ -36,7 +36,7 @@ def test_the_questions_that_are_not_reported_are_those_to_fit_on(tmp_path, split
     assert len(task.examples("test")) == len(ROWS)
     parts = [questions(task, split) for split in SPLITS if split != "test"]
     assert sum(map(len, parts)) == len(set.union(*parts)) == len(MORE)
-    assert task.reports_test_alone
+    assert task.has_only_test
 
 
 def test_a_trusted_task_file_runs_code_from_its_folder(tmp_path):

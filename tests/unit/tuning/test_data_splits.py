@@ -125,7 +125,7 @@ def test_no_question_of_a_task_is_in_an_earlier_part_of_another_one(tmp_path, ca
             num_left_out += len(before.examples[part]) - len(after.examples[part])
     [warning] = caplog.records
     assert num_left_out > 0
-    assert warning.getMessage().endswith(f"tests on them: {num_left_out}")
+    assert warning.getMessage().endswith(f"tests paths on them: {num_left_out}")
 
 
 def test_tasks_without_common_questions_are_divided_as_each_alone(tmp_path, caplog):
@@ -141,7 +141,7 @@ def test_a_task_whose_questions_are_all_tested_on_by_another_one_is_refused(tmp_
     tested = keys(split_task(first, None, 10_000, 0).examples[TEST])
     numbers = [n for n in range(400) if f"is {n} even?" in tested]
     [second] = read_tasks(tmp_path, numbers)
-    with pytest.raises(TaskError, match=r"in the part 'fit' are also questions .*; give these"):
+    with pytest.raises(TaskError, match=r"another task .* in the part 'fit'; tune these"):
         split_tasks(TuneConfig(), [first, second])
 
 

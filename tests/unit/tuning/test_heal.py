@@ -43,7 +43,7 @@ from drllm.tuning.heal_texts import (
     split_texts,
 )
 from drllm.tuning.heal_tokens import TextTokenizer
-from drllm.tuning.heal_training import make_batches
+from drllm.tuning.heal_training import draw_batches
 from drllm.tuning.refit import refit
 from drllm.work.listener import Listener
 from drllm.work.store import ResultStore
@@ -282,8 +282,8 @@ def test_texts_are_on_one_side_with_all_their_sequences():
 def test_sources_take_turns_and_a_batch_has_its_tokens_of_like_length():
     texts = {"many": [(n,) * 20 for n in range(200)], "few": [(1000 + n,) * 7 for n in range(5)]}
     config = HealConfig(batch_size=4, max_tokens=32)
-    found = [batch for _, batch in zip(range(40), make_batches(texts, config), strict=False)]
-    again = [batch for _, batch in zip(range(40), make_batches(texts, config), strict=False)]
+    found = [batch for _, batch in zip(range(40), draw_batches(texts, config), strict=False)]
+    again = [batch for _, batch in zip(range(40), draw_batches(texts, config), strict=False)]
     assert found == again
     assert all(len(batch) * max(map(len, batch)) <= 128 for batch in found)
     named = [text[0] >= 1000 for batch in found for text in batch]

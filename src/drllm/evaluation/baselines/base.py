@@ -206,7 +206,7 @@ def needs_targets(baselines: str) -> bool:
     return any(BASELINES.get(name).required_data == "supervision" for name in names)
 
 
-def check(config: EvaluateConfig) -> None:
+def check_baseline_settings(config: EvaluateConfig) -> None:
     """Refuse settings that don't fit together, before anything is loaded or written.
 
     Raises:

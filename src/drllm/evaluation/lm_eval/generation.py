@@ -85,8 +85,8 @@ def _warn_of_limits(task: str, length: int, limits: Sequence[int], max_length: i
     if min(limits) < max(limits):
         most = f"{min(limits)} to {max(limits)}"
     _warn_once(
-        f"{task} asks for answers of up to {length} tokens, and the model holds {max_length} "
-        f"with the question; answers have at most {most}"
+        f"{task} asks for answers of up to {length} tokens, but question and answer must fit into "
+        f"the model's {max_length} tokens; answers have at most {most}"
     )
 
 

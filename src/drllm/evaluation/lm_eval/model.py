@@ -54,7 +54,7 @@ from drllm.work.launcher import count_processes
 from drllm.work.listener import logger, quiet
 
 MAX_ROWS = 64  # the harness' default of `max_batch_size`
-PATIENCE = datetime.timedelta(weeks=52)
+PROCESS_TIMEOUT = datetime.timedelta(weeks=52)
 """How long a process waits for the others, which may have much more to do. If one dies, the wait
 ends earlier."""
 FIXED_PLAN_ADVICE = "give a fixed plan (path=FILE, or static_routing=true)"
@@ -358,7 +358,7 @@ def _join_processes(device: str | None) -> Accelerator | None:
         return None
     return Accelerator(
         cpu=device == "cpu" or not torch.cuda.is_available(),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
     )
 
 

@@ -198,7 +198,7 @@ def draw_stock_task(
     """
     note = "prompted as in lm-evaluation-harness, on the questions that it reports"
     questions = task.reported
-    if split is not None and not task.reports_test_alone:
+    if split is not None and not task.has_only_test:
         ids = {example.id for example in task.examples(split)}
         questions = [question for question in questions if question[2].id in ids]
         note += f": {len(questions)} of {len(task.reported)}, since others are to be fitted on"

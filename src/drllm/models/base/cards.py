@@ -1,6 +1,5 @@
 """Cards of models and data sets: metadata for the hub, then a body from a template."""
 
-import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,6 @@ import jinja2
 from huggingface_hub import CardData, ModelCard
 
 CARD_FILE = "README.md"
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-"""The form of a hub id, OWNER/NAME."""
 
 
 def render_card(template: Path, metadata: CardData, **values: Any) -> str:

@@ -24,13 +24,11 @@ from drllm.errors import ArchitectureError
 from drllm.models.base.layers import (
     MAP_ROWS,
     MAP_TOKENS,
-    evaluation_mode,
     find_layers,
     list_linear_maps,
     list_norms,
-    one_token,
     parse_layer,
-    temporary_hooks,
+    run_batch,
     unwrap_peft,
 )
 from drllm.models.base.sublayers import (
@@ -120,7 +118,7 @@ def find_down_projections(model: Any, layers: Sequence[int]) -> dict[int, DownPr
         hooks: list[RemovableHandle] = []
         for layer, probe in probes.items():
             hooks += probe.register_hooks(all_layers[layer], step)
-        _run_batch(model, decoder, hooks)
+        run_batch(model, decoder, hooks)
     return {layer: probe.result() for layer, probe in probes.items()}
 
 
@@ -157,7 +155,7 @@ def _find_ends(model: Any) -> dict[int, _MlpEnd]:
         hooks += watches[parse_layer(name)].watch_map(name, module)
     for name, module in list_norms(model).items():
         hooks += watches[parse_layer(name)].watch_norm(name, module)
-    _run_batch(model, decoder, hooks)
+    run_batch(model, decoder, hooks)
     return {layer: watch.end for layer, watch in enumerate(watches) if watch.end is not None}
 
 
@@ -305,10 +303,3 @@ class _Probe:
         seed = 2 * self.layer + (use == "direction")
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(like.shape, generator=generator).to(like.device, like.dtype)
-
-
-def _run_batch(model: Any, decoder: nn.Module, hooks: list[RemovableHandle]) -> None:
-    """Run a small batch through the model with hooks, and remove the hooks."""
-    ids = one_token(model).expand(MAP_ROWS, MAP_TOKENS)
-    with temporary_hooks(hooks), torch.no_grad(), evaluation_mode(decoder):
-        decoder(input_ids=ids, use_cache=False)

@@ -1,9 +1,9 @@
 """Find a model's layers and their linear maps, and test what the loop over the layers allows.
 
-`find_layers` finds the layers by a rule, not by a table of model names. `probe` tests whether the
-loop allows routing. It runs one token through the model, since configs and return annotations don't
-say this reliably. `can_pack` tests whether several continuations may share a row, and `can_split`
-whether a prompt may be read in parts.
+`find_layers` finds the layers by a rule, not by a table of model names. `check_loop` tests whether
+the loop allows routing. It runs one token through the model, since configs and return annotations
+don't say this reliably. `can_pack` tests whether several continuations may share a row, and
+`can_split` whether a prompt may be read in parts.
 
 Axes: P rows, T tokens, K keys.
 """
@@ -125,7 +125,7 @@ def is_kv(entry: Any) -> bool:
     return isinstance(entry, CacheLayerMixin) and not isinstance(entry, NOT_KV)
 
 
-def probe(model: Any, decoder: nn.Module, layers: nn.ModuleList) -> bool:
+def check_loop(model: Any, decoder: nn.Module, layers: nn.ModuleList) -> bool:
     """Run one token to check that a model can be routed; tell whether its layers return tuples.
 
     A model without weights can't run, so it isn't checked, and the result is False. It stands for a
@@ -143,15 +143,10 @@ def probe(model: Any, decoder: nn.Module, layers: nn.ModuleList) -> bool:
     if _has_no_weights(model):
         return False
     name = type(unwrap_peft(model)).__name__
-    token = one_token(model)
     outputs: list[Any] = []
-
-    def run(hook: Callable[[nn.Module, Any, Any], Any]) -> Any:
-        hooks = [layer.register_forward_hook(hook) for layer in layers]
-        with temporary_hooks(hooks), torch.no_grad(), evaluation_mode(decoder):
-            return decoder(input_ids=token, use_cache=True)
-
-    result = run(lambda _layer, _inputs, output: outputs.append(output))
+    result = _run_with_hook(
+        model, decoder, layers, lambda _layer, _inputs, output: outputs.append(output)
+    )
     if len(outputs) != len(layers):
         raise ArchitectureError(
             f"{name} called {len(outputs)} of its {len(layers)} layers in a forward pass; "
@@ -168,7 +163,9 @@ def probe(model: Any, decoder: nn.Module, layers: nn.ModuleList) -> bool:
     # A skipped layer can return a hidden state, but nothing else. So the loop runs again with
     # layers that return only this.
     try:
-        result_again = run(lambda _layer, _inputs, output: output[:1])
+        result_again = _run_with_hook(
+            model, decoder, layers, lambda _layer, _inputs, output: output[:1]
+        )
     except (IndexError, TypeError, ValueError):  # the loop unpacks more values
         result_again = None
     if result_again is None or not torch.equal(result_again[0], result[0]):
@@ -177,6 +174,18 @@ def probe(model: Any, decoder: nn.Module, layers: nn.ModuleList) -> bool:
             f"return isn't known, so it can't be routed"
         )
     return True
+
+
+def _run_with_hook(
+    model: Any,
+    decoder: nn.Module,
+    layers: nn.ModuleList,
+    hook: Callable[[nn.Module, Any, Any], Any],
+) -> Any:
+    """Run one token with a hook on each layer, and return the decoder's output."""
+    hooks = [layer.register_forward_hook(hook) for layer in layers]
+    with temporary_hooks(hooks), torch.no_grad(), evaluation_mode(decoder):
+        return decoder(input_ids=one_token(model), use_cache=True)
 
 
 def _has_no_weights(model: Any) -> bool:
@@ -331,7 +340,12 @@ def find_linear_maps(model: Any) -> dict[str, nn.Module]:
     hooks = []
     for name, module in list_linear_maps(model).items():
         hooks.append(module.register_forward_hook(partial(add_map, name)))
+    run_batch(model, decoder, hooks)
+    return maps
+
+
+def run_batch(model: Any, decoder: nn.Module, hooks: list[RemovableHandle]) -> None:
+    """Run a small batch through the model with hooks, and remove the hooks."""
     ids = one_token(model).expand(MAP_ROWS, MAP_TOKENS)
     with temporary_hooks(hooks), torch.no_grad(), evaluation_mode(decoder):
         decoder(input_ids=ids, use_cache=False)
-    return maps

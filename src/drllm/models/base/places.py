@@ -16,6 +16,8 @@ from drllm.models.base.aliases import ALIASES
 from drllm.records.codec import read_json
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+"""The form of a hub id, OWNER/NAME. A path such as ./routers doesn't have it."""
 HUB_IDS_WITHOUT_OWNER = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
 """Language models that were on the hub before its ids had owners."""
 
@@ -53,7 +55,7 @@ def _look_up(name: str, revision: str | None) -> None:
 
 def _may_be_hub_id(name: str) -> bool:
     """Tell whether a name has the form of a hub id, or is an old id without an owner."""
-    return name in HUB_IDS_WITHOUT_OWNER or re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None
+    return name in HUB_IDS_WITHOUT_OWNER or HUB_ID.fullmatch(name) is not None
 
 
 def read_num_layers(config: ModelConfig) -> int | None:

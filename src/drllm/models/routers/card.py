@@ -9,7 +9,8 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from drllm.models.base.cards import HUB_ID, render_card
+from drllm.models.base.cards import render_card
+from drllm.models.base.places import HUB_ID
 from drllm.models.routers.config import RouterConfig
 from drllm.paths import Decision
 

@@ -135,7 +135,7 @@ def _replace_files(folder: Path, files: Mapping[str, bytes]) -> None:
     mark = uuid.uuid4().hex
     for name in names:
         if (folder / name).is_dir():
-            raise IsADirectoryError(0, f"{name} in it is a folder")  # `save_routers` words it
+            raise IsADirectoryError(0, f"{name} in it is a folder")  # `save_routers` adds to it
     with ExitStack() as undo:
         for name in names:
             new = folder / f".{name}.{mark}.new"

@@ -8,7 +8,8 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 
 from drllm.errors import CheckpointError, ConfigError
 from drllm.models.base import hub
-from drllm.models.base.cards import CARD_FILE, HUB_ID
+from drllm.models.base.cards import CARD_FILE
+from drllm.models.base.places import HUB_ID
 from drllm.models.routers.places import CONFIG_FILE, WEIGHTS_FILE
 
 AUTO_FILE = "config.json"  # for the hub, which counts downloads by it, and for transformers
@@ -30,7 +31,7 @@ def find_routers(place: Path | str, revision: str | None = None, **options: Any)
     """
     name = str(place)
     folder = Path(place).expanduser()
-    has_hub_form = HUB_ID.fullmatch(name) is not None and not name.startswith(".")
+    has_hub_form = HUB_ID.fullmatch(name) is not None
     if folder.exists() or not has_hub_form:
         if revision is not None:
             raise ConfigError(

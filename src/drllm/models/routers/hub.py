@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from drllm.errors import CheckpointError
 from drllm.models.base import hub
 from drllm.models.base.aliases import ALIASES
-from drllm.models.base.cards import HUB_ID
+from drllm.models.base.places import HUB_ID
 from drllm.models.routers.checkpoint import complete_config, save_routers
 from drllm.models.routers.config import RouterConfig
 from drllm.models.routers.stack import RouterStack

@@ -1,13 +1,12 @@
 """Check that a folder may hold routers, and explain why one doesn't. Doesn't import torch."""
 
-import re
 from pathlib import Path
 
 from drllm.errors import CheckpointError
+from drllm.models.base.places import HUB_ID
 
 CONFIG_FILE = "router_config.json"
 WEIGHTS_FILE = "routers.safetensors"
-_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")  # unlike `cards.HUB_ID` without paths such as ./routers
 
 
 def check_place(place: Path) -> None:
@@ -15,7 +14,7 @@ def check_place(place: Path) -> None:
 
     A hub id is only checked for its form. Whether it exists is known when the routers are fetched.
     """
-    is_hub_id = _HUB_ID.fullmatch(str(place)) is not None and not place.exists()
+    is_hub_id = HUB_ID.fullmatch(str(place)) is not None and not place.exists()
     if not is_hub_id and not (place / CONFIG_FILE).is_file():
         raise CheckpointError(explain_missing_config(place))
 

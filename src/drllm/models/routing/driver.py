@@ -26,7 +26,7 @@ from drllm.models.routers.stack import Spans
 from drllm.models.routing.bypass import Bypass
 from drllm.models.routing.context import Override
 from drllm.models.routing.injection import Driver, Forward, LayerCall
-from drllm.models.routing.kv_cache import RoutedCacheLayer, break_off_pass, routed_entry
+from drllm.models.routing.kv_cache import RoutedCacheLayer, abort_pass, routed_entry
 from drllm.models.routing.policies import FullPolicy, PathPolicy, Policy, PromptView
 from drllm.paths import StaticPath
 
@@ -203,10 +203,10 @@ class RoutedPass(Driver):
         if self._static_pass is not None:
             self._static_pass.end()
 
-    def break_off(self) -> None:
-        """See `Driver.break_off`. Some layers may have stored the tokens in the cache."""
+    def abort(self) -> None:
+        """See `Driver.abort`. Some layers may have stored the tokens in the cache."""
         if self._cache is not None:
-            break_off_pass(self._cache, reads_prompt=self._reads_prompt)
+            abort_pass(self._cache, reads_prompt=self._reads_prompt)
 
     def _begin(self, call: LayerCall, hidden: Tensor) -> None:
         """Use what earlier passes left in the cache, and find the static path if there is one."""

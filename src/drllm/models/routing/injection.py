@@ -24,11 +24,11 @@ from transformers.cache_utils import Cache
 from drllm.errors import RoutingError
 from drllm.models.base.devices import on_device
 from drllm.models.base.layers import (
+    check_loop,
     find_layers,
     find_linear_maps,
     list_linear_maps,
     list_norms,
-    probe,
 )
 from drllm.models.routing.adapters import Adapters, AdapterWeights
 from drllm.models.routing.call_arguments import (
@@ -77,7 +77,7 @@ class Driver:
     def end(self) -> None:
         """Finish a pass, once every layer was called."""
 
-    def break_off(self) -> None:
+    def abort(self) -> None:
         """Finish a pass that raised an exception."""
 
 
@@ -117,7 +117,7 @@ _driver: Override[Driver] = Override("driver")  # see `Injection.driven_by`
 class Injection:
     """Puts a driver between a model's loop and its layers.
 
-    A pass with one token, the probe, shows what the layers return and how the loop uses it. In
+    A pass with one token, the check_loop, shows what the layers return and how the loop uses it. In
     every later pass the loop must call all layers in order.
 
     Args:
@@ -125,7 +125,7 @@ class Injection:
         default: The driver that runs the layers while no other driver is active.
 
     Raises:
-        ArchitectureError: `find_layers` or `probe` refuses the model.
+        ArchitectureError: `find_layers` or `check_loop` refuses the model.
         RoutingError: The model is routed already.
     """
 
@@ -140,7 +140,7 @@ class Injection:
                 "this model is routed already; use that RoutedModel, drllm.attach(...) to replace "
                 "it, or drllm.detach(model) first"
             )
-        self.returns_tuple = probe(model, self.decoder, self.layers)
+        self.returns_tuple = check_loop(model, self.decoder, self.layers)
         self.lora = LoraAdapters(model)
         self.refits = Refits(self.current)
         self.adapters = Adapters(self.lora, self.refits)
@@ -339,7 +339,7 @@ class DecoderHandle(ForwardOverride):
         except BaseException:  # such as an interruption by the user, of which hooks aren't told
             current = self.injection.current.get()
             if current is not None:
-                current.driver.break_off()
+                current.driver.abort()
             raise
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:

@@ -162,11 +162,11 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         return [int(entry.get_seq_length()) for entry in self._entries()]
 
     def check_complete(self) -> None:
-        """Raise RoutingError if a forward pass after the prompt was broken off."""
+        """Raise RoutingError if a forward pass after the prompt was interrupted."""
         if self.is_incomplete:
             raise RoutingError(
-                "a pass with this cache was broken off, so some layers lack its tokens; start with "
-                "a new cache"
+                "a forward pass with this cache was interrupted, so some layers lack its tokens; "
+                "start with a new cache"
             )
 
     def lengthen_shadow(self, num_tokens: int, like: Tensor) -> None:
@@ -293,7 +293,7 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         self.rows = []
         self.shadow = None
         self.is_plain = False  # whether all rows run the layer once, as without routing
-        # Whether layers of the cache lack tokens of a forward pass that was broken off. The entry
+        # Whether layers of the cache lack tokens of a forward pass that was interrupted. The entry
         # of the first layer knows it.
         self.is_incomplete = False
         self._unstored = 0  # tokens that were counted, but that the shadow doesn't store yet
@@ -437,8 +437,8 @@ def routed_entry(cache: Cache, index: int) -> RoutedCacheLayer:
     return cache.layers[index]  # type: ignore[no-any-return]
 
 
-def break_off_pass(cache: Cache, *, reads_prompt: bool) -> None:
-    """Tidy up a cache after a forward pass that raised an exception.
+def abort_pass(cache: Cache, *, reads_prompt: bool) -> None:
+    """Clean up a cache after a forward pass that raised an exception.
 
     Args:
         cache: The cache of the pass. Some of its layers may have stored the tokens of the pass.

@@ -179,10 +179,6 @@ class LoraAdapters:
             maps[key] = (a, b)
         return LoraWeights(config.r, config.lora_alpha, maps)
 
-    def all_weights(self) -> dict[str, LoraWeights]:
-        """Return the weights of all adapters, by name."""
-        return {name: self.weights(name) for name in self.names}
-
     def config(self, name: str) -> Any:
         """Return the `LoraConfig` of an adapter."""
         return self._configs[self.check(name)]

@@ -2,7 +2,7 @@
 
 The modules are linear maps, and norms behind an MLP. An override of a module's forward looks at the
 pass that runs in its thread. If the pass has a new weight for the module, it runs with it.
-Otherwise the module's own forward runs, so results equal those of the base model bit by bit.
+Otherwise the module's own forward runs, so results equal those of the base model bit for bit.
 Nothing is switched for the whole model, so threads may run different refits at the same time.
 """
 

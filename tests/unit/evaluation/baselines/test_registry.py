@@ -9,7 +9,7 @@ import pytest
 from drllm.config import EvaluateConfig
 from drllm.errors import ConfigError
 from drllm.evaluation.baselines.base import (
-    check,
+    check_baseline_settings,
     list_baselines,
     needs_targets,
     select_baselines,
@@ -45,16 +45,16 @@ def test_a_name_that_there_is_not_is_refused_with_the_nearest():
 def test_files_are_asked_for_where_a_baseline_is_fitted_on_them():
     assert not needs_targets("quick")
     assert needs_targets("all")
-    check(EvaluateConfig(baselines="sequence-router", supervision="x"))
+    check_baseline_settings(EvaluateConfig(baselines="sequence-router", supervision="x"))
     with pytest.raises(ConfigError, match=r"--supervision x has no effect .* sequence-router"):
-        check(EvaluateConfig(baselines="block-influence", supervision="x"))
+        check_baseline_settings(EvaluateConfig(baselines="block-influence", supervision="x"))
 
 
 def test_draws_that_no_baseline_has_a_use_for_are_refused():
     said = "--num-random-draws 9 has no effect .*; leave it out, or add permuted-routes"
     with pytest.raises(ConfigError, match=said):
-        check(EvaluateConfig(num_random_draws=9, baselines="last-layers"))
-    check(EvaluateConfig(num_random_draws=9))
+        check_baseline_settings(EvaluateConfig(num_random_draws=9, baselines="last-layers"))
+    check_baseline_settings(EvaluateConfig(num_random_draws=9))
 
 
 def test_every_baseline_says_in_a_line_what_it_is():

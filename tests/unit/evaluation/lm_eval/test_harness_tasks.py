@@ -114,7 +114,7 @@ def test_nothing_is_fitted_on_questions_that_are_reported(tmp_path, base):
     train = [{**row, "q": f"Say: {row['q']}"} for row in ROWS]
     name = written_task(tmp_path, OPTIONS, {"train": train, "test": ROWS})
     for values in ({"split": "select"}, {"curve": "0.1"}):
-        with pytest.raises(TaskError, match="has only the questions that it reports"):
+        with pytest.raises(TaskError, match="has only test questions"):
             select_tasks(config_of(name, **values))
     fitted_on = {"larger": "builtin_facts"}
     assert select_tasks(config_of(name, curve="0.1", fitted_on=fitted_on))[0].name == "larger"

@@ -151,8 +151,8 @@ def test_one_process_of_several_says_once_what_was_asked_for_and_what_is_given(t
     for _ in range(3):
         limit_answers(requests, encode, CONTEXT, 256, warns=True)
     assert [record.getMessage() for record in caplog.records] == [
-        f"{task} asks for answers of up to 32768 tokens, and the model holds 160 with the "
-        f"question; answers have at most 80 to 140"
+        f"{task} asks for answers of up to 32768 tokens, but question and answer must fit into "
+        f"the model's 160 tokens; answers have at most 80 to 140"
     ]
 
 

@@ -1,4 +1,4 @@
-"""Which models can be routed: what the rule finds and what the probe refuses."""
+"""Which models can be routed: what the rule finds and what the check_loop refuses."""
 
 import accelerate
 import pytest
@@ -7,7 +7,7 @@ from torch import nn
 from transformers import BertConfig, BertLMHeadModel, T5Config, T5ForConditionalGeneration
 
 from drllm.errors import ArchitectureError
-from drllm.models.base.layers import can_pack, can_split, find_layers, probe
+from drllm.models.base.layers import can_pack, can_split, check_loop, find_layers
 from drllm.models.routed_model import RoutedModel
 
 SMALL = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 64}
@@ -50,7 +50,7 @@ def test_what_is_no_decoder_only_language_model_is_refused():
 
 
 def probed(model):
-    return probe(model, *find_layers(model))
+    return check_loop(model, *find_layers(model))
 
 
 def looping_over(model, layers_of):

@@ -202,7 +202,7 @@ def test_a_refit_alone_is_loaded_and_exported_without_peft(
         assert torch.equal(plain(IDS, use_cache=False).logits[0], logits)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "solved the weights of these modules anew on 50,000 tokens" in card
-    assert "found its logits equal, bit by bit" in card
+    assert "found its logits equal, bit for bit" in card
 
 
 def test_peft_refuses_the_folder_of_a_refit_alone(base, tmp_path):
@@ -476,7 +476,7 @@ def test_the_command_line_answers_along_a_refitted_path_and_exports_it(
     answer = drllm(command, "--path", place, "a metal").out
     assert "skips layers 2 and 5, with healed weights" in answer
     exported = drllm("export --device cpu", "--path", place, "--output", tmp_path / "out").out
-    assert ("up to rounding" if has_lora else "bit by bit") in exported
+    assert ("up to rounding" if has_lora else "bit for bit") in exported
     plain = drllm(command, "--model", tmp_path / "out", "a metal").out
     assert plain.splitlines()[0] == answer.splitlines()[0]
     assert "4.mlp.down_proj" in drllm("show", place).out

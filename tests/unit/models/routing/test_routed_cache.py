@@ -114,7 +114,7 @@ def test_a_cache_can_be_used_again_after_an_interrupted_prompt_but_not_after_a_l
         routed(IDS[:, :1], **inputs)
         with Interrupting(routed.model, 3), pytest.raises(KeyboardInterrupt):
             routed(IDS[:, :1], **inputs)
-        with pytest.raises(RoutingError, match=r"was broken off.*start with a new cache"):
+        with pytest.raises(RoutingError, match=r"was interrupted.*start with a new cache"):
             routed(IDS[:, :1], **inputs)
         cache.reset()
         routed(IDS, **inputs)
