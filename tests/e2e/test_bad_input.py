@@ -413,9 +413,9 @@ generate --model run/routers hello => run/routers doesn't hold a model
 generate --model MODEL --device cpu LONG => tokens and --max-new-tokens is 64
 TRAINED => its target has 5 layers, the base model has 4 \
 => run/supervision.jsonl: @one_layer_more_in_all
-TRAINED => longer than the base model's context; its context holds \
+TRAINED => longer than the base model's context: 4; its context holds \
 => run/supervision.jsonl: @too_long
-TRAINED --features kept => kept holds other features: \
+TRAINED --features kept => the folder of features kept was made with \
 => kept/features.manifest.json: @other_features
 ROUTED => run/routers has no routers.safetensors => run/routers/routers.safetensors: @removed
 ROUTED => 'hidden_weight' holds NaN => run/routers/routers.safetensors: @a_nan

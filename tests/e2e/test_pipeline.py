@@ -264,7 +264,7 @@ def test_a_target_that_is_set_aside_is_said_and_listed(run_copy, train, tmp_path
     said = train("--output", tmp_path / "routers").err
 
     rejected = tmp_path / "routers" / "rejected.jsonl"
-    why = "targets are set aside (1 longer than the base model's context)"
+    why = "targets are set aside (longer than the base model's context: 1)"
     assert f"{why}: {rejected}" in said
     [line] = rejected.read_text().splitlines()
     assert json.loads(line)["id"] == "long"

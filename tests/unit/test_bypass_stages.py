@@ -114,7 +114,7 @@ def test_features_with_another_bypass_are_not_used_again(base, bypass, tmp_path,
     features = tmp_path / "features"
     targets = make_targets()
     drllm.train(route(base, other), targets, features=features, **TRAIN)
-    with pytest.raises(ConfigError, match=r"holds other features: .* bypass"):
+    with pytest.raises(ConfigError, match=r"the folder of features .* bypass"):
         drllm.train(route(base, bypass), targets, features=features, **TRAIN)
 
 

@@ -501,17 +501,17 @@ def test_two_questions_under_one_id_are_refused(tmp_path):
         (
             (LUCKY, HOPELESS, HOPELESS),
             {},
-            r"none of the 3 .* \(2 no valid path, 1 no path survived the re-test\)",
+            r"none of the 3 .* \(no valid path: 2, no path survived the re-test: 1\)",
         ),
         (
             (SAVING, IMPROVING),
             {"target": "least_kl"},
-            r"2 no KL in the record\); search again with --kl",
+            r"no KL in the record: 2\); search again with --kl",
         ),
         (
             ("1111!~0 1110!~.25",),
             {"target": "least_kl", "min_saving": 0.5},
-            r"1 no path saves enough\); .* smaller --min-saving",
+            r"no path saves enough: 1\); .* smaller --min-saving",
         ),
     ],
 )

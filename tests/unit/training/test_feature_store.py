@@ -181,7 +181,7 @@ def test_features_of_something_else_are_refused_with_what_differs(folder, what):
     with pytest.raises(ConfigError, match=message) as caught:
         pool(folder, N, store=store, **options)
     assert "\n" not in str(caught.value)
-    assert "choose another folder, or delete it" in str(caught.value)
+    assert "choose another folder, or delete this one" in str(caught.value)
     assert files_of(folder) == before
 
 

@@ -141,7 +141,7 @@ def test_a_prompt_as_long_as_the_context_is_read():
         ([], "no targets to train on"),
         (
             [*RECORDS, *LONG],
-            r"^2 of 9 targets can't be used .*2 longer than the base model's context; its context "
+            r"^2 of 9 targets can't be used .*longer than the base model's context: 2; its context "
             r"holds 48 tokens\); the first is question 'q8'; give targets that were searched",
         ),
         (LONG[:1], r"^1 of 1 targets can't be used"),
@@ -240,6 +240,6 @@ def test_a_model_without_a_limit_of_its_context_is_not_said_to_hold_none_tokens(
     def tokenizer(text, **_):
         return {"input_ids": []}
 
-    message = r"\([0-9]+ prompt without tokens\); the first is question"
+    message = r"\(prompt without tokens: [0-9]+\); the first is question"
     with pytest.raises(RecordError, match=message):
         encode_targets(model, tokenizer, L, RECORDS)

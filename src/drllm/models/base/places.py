@@ -16,7 +16,7 @@ from drllm.models.base.aliases import ALIASES
 from drllm.records.codec import read_json
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+HUB_ID = re.compile(r"(?!\.)[\w.-]+/[\w.-]+")
 """The form of a hub id, OWNER/NAME. A path such as ./routers doesn't have it."""
 HUB_IDS_WITHOUT_OWNER = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
 """Language models that were on the hub before its ids had owners."""
