@@ -34,7 +34,7 @@ import torch
 
 from drllm.config import ModelConfig, SearchConfig
 from drllm.models.base.load import BaseModel
-from drllm.models.workers import LoadRouted, Workers
+from drllm.models.workers import RoutedModelLoader, Workers
 from drllm.paths import Decisions, full_decisions
 from drllm.records.manifest import to_lines
 from drllm.records.search import Retest, SearchRecord, TriedPath
@@ -296,7 +296,7 @@ def time_with_ray(questions: Sequence[SearchQuestion], repeats: int) -> Way:
     way = Way()
     with (
         tempfile.TemporaryDirectory() as folder,
-        RayExecutor(LoadRouted(ModelConfig()), device="cpu", num_workers=2) as executor,
+        RayExecutor(RoutedModelLoader(ModelConfig()), device="cpu", num_workers=2) as executor,
     ):
         for repeat in range(repeats):
             run_driver(way, executor, questions, Path(folder) / str(repeat))

@@ -15,7 +15,7 @@ from drllm.cost import mean_executions
 from drllm.errors import ConfigError
 from drllm.paths import num_executions
 from drllm.records.codec import write_atomically
-from drllm.work.listener import duration
+from drllm.work.listener import format_duration
 
 if TYPE_CHECKING:
     from drllm.models.base.prompts import Prompt, PromptForm
@@ -166,9 +166,8 @@ def _print_totals(
     num_new = sum(len(answer.tokens) for answer in answers)
     print_line(f"executions  {_describe_executions(executions, session.routed)}")
     print_line(f"tokens      {num_read} read, {num_new} generated")
-    print_line(
-        f"time        {duration(seconds)} ({num_new / seconds:.1f} tokens generated a second)"
-    )
+    speed = f"{num_new / seconds:.1f} tokens generated a second"
+    print_line(f"time        {format_duration(seconds)} ({speed})")
 
 
 def to_line(

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
-from drllm.work.listener import RESUMED_WITHIN_S, duration, rough_duration
+from drllm.work.listener import RESUMED_WITHIN_S, format_duration, format_rough_duration
 
 NUM_STEPS = 10  # a plain line is printed after each tenth of the work
 MIN_PAUSE_S = 10.0  # minimum time between two lines after a tenth
@@ -127,7 +127,7 @@ def busy_lines(console: Console, title: str) -> StatusLines:
     def describe(seconds: float) -> str:
         if seconds < MAX_PAUSE_S:
             return f"{title} …"
-        return f"{title}: {duration(seconds)} so far"
+        return f"{title}: {format_duration(seconds)} so far"
 
     return StatusLines(console, describe)
 
@@ -236,7 +236,7 @@ class Progress:
         if self.unit:
             parts.insert(1, f"{int(self.done)}/{int(self.total)} {self.unit}")
         if seconds_left is not None and not is_over:
-            parts.insert(0, f"about {rough_duration(seconds_left)} left")
+            parts.insert(0, f"about {format_rough_duration(seconds_left)} left")
         return parts
 
     def _update_bar(self, bar: Bar, text: str) -> None:
@@ -253,12 +253,12 @@ class Progress:
             percentage = 100 * self.done / self.total
         parts = [f"{percentage:.0f} %", *self._describe(now, seconds_left)]
         if self.done >= self.total:
-            parts.append(duration(now - self.started))
+            parts.append(format_duration(now - self.started))
         return f"{self.title}: {', '.join(parts)}"
 
     def _status_line(self, seconds: float) -> str:
         """Return the line that the thread prints to show that the work goes on."""
-        so_far = f"{duration(seconds)} so far"
+        so_far = f"{format_duration(seconds)} so far"
         if not self.total:
             return f"{self.title}: {so_far}"
         now = time.monotonic()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from drllm.cli.terminal import Terminal
 from drllm.config import GenerateConfig
-from drllm.work.listener import duration
+from drllm.work.listener import format_duration
 
 if TYPE_CHECKING:
     from drllm.models.base.prompts import Prompt, PromptForm
@@ -117,9 +117,9 @@ class Reply:
         start = self.times[0]
         first = self.times[1]
         last = self.times[-1]
-        text = f"prefill {duration(first - start)}"
+        text = f"prefill {format_duration(first - start)}"
         if self.speed is not None:
-            text += f", decode {duration(last - first)} ({self.speed:.1f} tokens a second)"
+            text += f", decode {format_duration(last - first)} ({self.speed:.1f} tokens a second)"
         return text
 
     def put(self, value: Any) -> None:

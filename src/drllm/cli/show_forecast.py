@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from drllm.cli.terminal import Terminal
 from drllm.config import SearchConfig
-from drllm.work.listener import duration
+from drllm.work.listener import format_duration
 
 if TYPE_CHECKING:
     from drllm.models.base.load import BaseModel
@@ -50,10 +50,10 @@ def _print_totals(
 ) -> None:
     """Print the time, memory and disk that the search of all tasks needs."""
     seconds = sum(forecast.seconds for forecast in forecasts)
-    time = f"{duration(seconds)} on one {base.runtime['device']}"
+    time = f"{format_duration(seconds)} on one {base.runtime['device']}"
     num_workers = config.num_workers or 1
     if num_workers > 1:
-        time += f", {duration(seconds / num_workers)} on {num_workers} like it"
+        time += f", {format_duration(seconds / num_workers)} on {num_workers} like it"
     terminal.fact("time", time)
 
     weights_gb = base.model.num_parameters() * base.model.dtype.itemsize / 1e9

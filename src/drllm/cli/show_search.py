@@ -21,7 +21,7 @@ from drllm.reporting.run import check_summary
 from drllm.search import count_kept_batches
 from drllm.supervision.rules import survived
 from drllm.supervision.summary import KINDS, summarise
-from drllm.work.listener import duration
+from drllm.work.listener import format_duration
 
 
 def show_search(records: Sequence[SearchRecord], terminal: Terminal) -> None:
@@ -86,7 +86,7 @@ def _print_shortest(records: Sequence[SearchRecord], num_layers: int, terminal: 
 def _print_search_time(records: Sequence[SearchRecord], num_paths: int, terminal: Terminal) -> None:
     """Print how long the search took, and how fast it was."""
     seconds = sum(record.seconds for record in records)
-    text = f"{duration(seconds)}, {write_number(seconds / len(records))} s a question"
+    text = f"{format_duration(seconds)}, {write_number(seconds / len(records))} s a question"
     if seconds > 0:
         text += f", {write_number(num_paths / seconds)} paths a second"
     terminal.fact("time", text)

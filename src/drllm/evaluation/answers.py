@@ -1,6 +1,6 @@
 """The work of an evaluation that runs the model: questions under a system, and texts.
 
-`AnswerQuestions` runs a system on a block of questions. `ScoreTexts` measures the next-token loss
+`QuestionRunner` runs a system on a block of questions. `TextScorer` measures the next-token loss
 of texts. Both run in this process or on Ray, so their data holds tokens and decisions, and no part
 of the model. A draw is one way in which a system decides on all questions. Most systems have one
 draw, and baselines with random decisions have several.
@@ -129,7 +129,7 @@ class BatchResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 @dataclass(frozen=True)
-class AnswerQuestions(BlockFunction[QuestionBlock, BatchResult]):
+class QuestionRunner(BlockFunction[QuestionBlock, BatchResult]):
     """Runs a system on a block of questions.
 
     Attributes:
@@ -265,7 +265,7 @@ class TextBlock:
 
 
 @dataclass(frozen=True)
-class ScoreTexts(BlockFunction[TextBlock, list[float]]):
+class TextScorer(BlockFunction[TextBlock, list[float]]):
     """Measures the next-token loss of texts, in nats a token."""
 
     settings: ModelSettings

@@ -1,7 +1,7 @@
 """The work of an evaluation that comes before a system's questions: depths and baselines.
 
-`FindDepth` finds the depth bias of routers. `DrawRoutes` fits a baseline, and lets it decide on the
-questions. Like all work, they run in this process or on Ray.
+`DepthFinder` finds the depth bias of routers. `BaselineFitter` fits a baseline, and lets it decide
+on the questions. Like all work, they run in this process or on Ray.
 
 Axes: Q questions, L layers.
 """
@@ -48,7 +48,7 @@ class DepthResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 @dataclass(frozen=True)
-class FindDepth(BlockFunction[DepthSearch, DepthResult]):
+class DepthFinder(BlockFunction[DepthSearch, DepthResult]):
     """Finds the depth bias of routers for a depth."""
 
     settings: ModelSettings
@@ -96,7 +96,7 @@ class BaselineBlock:
 
 
 @dataclass(frozen=True)
-class DrawRoutes(BlockFunction[BaselineBlock, list[list[BaselineRun]]]):
+class BaselineFitter(BlockFunction[BaselineBlock, list[list[BaselineRun]]]):
     """Fits a baseline, and lets it decide at the executions of routed models."""
 
     settings: ModelSettings

@@ -5,7 +5,13 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from drllm.evaluation.answers import RoutersDecide
-from drllm.evaluation.fitting import BaselineBlock, DepthResult, DepthSearch, DrawRoutes, FindDepth
+from drllm.evaluation.fitting import (
+    BaselineBlock,
+    BaselineFitter,
+    DepthFinder,
+    DepthResult,
+    DepthSearch,
+)
 from drllm.evaluation.flops import ModelShape
 from drllm.evaluation.outcomes import SeedRuns, SystemRun, TaskRuns
 from drllm.evaluation.plan import BaselineSystem, RoutedSystem, SeedPlan, System, TaskPlan
@@ -86,7 +92,7 @@ def search_depths(
             prompts=plan.material.prompts,
         )
         blocks.append(Block(system.search_key, search, plan.search_cost))
-    search_results = runner.run(blocks, FindDepth(runner.settings), runner.store.of(DepthResult))
+    search_results = runner.run(blocks, DepthFinder(runner.settings), runner.store.of(DepthResult))
     for system, result in zip(systems_to_search, search_results, strict=True):
         results[system.key] = result
     return results
@@ -158,7 +164,7 @@ def draw_baselines(
         )
         key = f"{first.name} fitted on {plan.material.name}"
         blocks.append(Block(key, block, size=0.0))
-    results = runner.run(blocks, DrawRoutes(runner.settings), KeepSteps(runner.store))
+    results = runner.run(blocks, BaselineFitter(runner.settings), StepStore(runner.store))
     ready = []
     for baseline_systems, draws_by_system in zip(systems.values(), results, strict=True):
         for system, draws in zip(baseline_systems, draws_by_system, strict=True):
@@ -168,7 +174,7 @@ def draw_baselines(
 
 
 @dataclass(frozen=True)
-class KeepSteps(Generic[R]):
+class StepStore(Generic[R]):
     """Keeps the steps of blocks, and not their results, which are made of the steps quickly."""
 
     store: ResultStore

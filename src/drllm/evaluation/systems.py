@@ -16,14 +16,14 @@ from torch import Tensor
 
 from drllm.config import EvaluateConfig
 from drllm.evaluation.answers import (
-    AnswerQuestions,
     BatchResult,
     Draw,
     ModelSettings,
     QuestionBlock,
+    QuestionRunner,
     RoutersDecide,
-    ScoreTexts,
     TextBlock,
+    TextScorer,
 )
 from drllm.evaluation.flops import count_bypass_cost
 from drllm.evaluation.lm_eval.model import RoutedLM
@@ -142,7 +142,7 @@ def answer_questions(
             blocks.append(block)
             system_keys[block.key] = system.key
     warm_up = questions.requests[0] if questions.requests else ()
-    function = AnswerQuestions(runner.settings, warm_up)
+    function = QuestionRunner(runner.settings, warm_up)
     results = runner.run(blocks, function, SystemSteps(runner.store, system_keys, BatchResult))
     by_system: dict[str, list[BatchResult]] = {system.key: [] for system in systems}
     for block, result in zip(blocks, results, strict=True):
@@ -220,7 +220,7 @@ def score_texts(
     blocks = [make_text_block(questions, system, answers[system.key]) for system in systems]
     system_keys = {block.key: block.data.system for block in blocks}
     keep = SystemSteps(runner.store, system_keys, list[float])
-    losses = runner.run(blocks, ScoreTexts(runner.settings), keep)
+    losses = runner.run(blocks, TextScorer(runner.settings), keep)
     return {block.data.system: loss for block, loss in zip(blocks, losses, strict=True)}
 
 

@@ -24,7 +24,7 @@ from drllm.work.run import Executor
 
 
 @dataclass(frozen=True)
-class LoadRouted:
+class RoutedModelLoader:
     """Loads a base model in a worker, and attaches an empty routing to it."""
 
     config: ModelConfig
@@ -99,7 +99,7 @@ def _open_ray(model: Any, config: ExecutorConfig, listener: Listener) -> Iterato
         )
     with listener.busy("starting Ray"):
         executor = RayExecutor(
-            LoadRouted(model),
+            RoutedModelLoader(model),
             device=model.device,
             num_workers=config.num_workers,
             address=config.ray_address,

@@ -22,7 +22,7 @@ from drllm.pipeline.stages import RECIPE_FILE, STAGES, Run, make_stage
 from drllm.records import codec
 from drllm.records.places import check_folder
 from drllm.records.supervision import SUPERVISION_FILE
-from drllm.work.listener import Listener, duration
+from drllm.work.listener import Listener, format_duration
 
 
 def run_recipe(recipe: Recipe, folder: Path, listener: Listener) -> dict[str, str]:
@@ -62,7 +62,7 @@ def _run_stages(names: Sequence[str], run: Run) -> dict[str, str]:
         was_done = _run_stage(name, run)
         if number == 1:  # the stage didn't refuse the folder
             _write_recipe(run)
-        time_taken = duration(run.manifest.stages[name].seconds)
+        time_taken = format_duration(run.manifest.stages[name].seconds)
         times[name] = time_taken
         progress = time_taken
         if was_done:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from drllm.work.listener import RESUMED_WITHIN_S, Listener, OnProgress, rough_duration
+from drllm.work.listener import RESUMED_WITHIN_S, Listener, OnProgress, format_rough_duration
 
 
 class TimedListener(Listener):
@@ -58,4 +58,4 @@ class _TimedProgress:
             self.has_reported = True
             seconds_per_unit = (now - self.block_started) / (done - self.done_before)
             seconds = seconds_per_unit * (total - self.done_before)
-            self.listener.note(f"{self.what}: about {rough_duration(seconds)}")
+            self.listener.note(f"{self.what}: about {format_rough_duration(seconds)}")

@@ -22,7 +22,7 @@ from drllm.reporting.numbers import (
 )
 from drllm.statistics.headlines import Candidate, advise
 from drllm.statistics.words import capitalize, uncapitalize
-from drllm.work.listener import duration
+from drllm.work.listener import format_duration
 
 COLUMNS = (
     "path|layers|accuracy on test|minus full's (95 %)|loss excluded above|next-token loss on test|"
@@ -248,7 +248,7 @@ def _describe_training(record: HealedPath) -> str:
         f"Its KL from the full path on held-out texts of the same sources was "
         f"{first_kl} nats a token {before} and is {kept_kl} "
         f"after {write_count(kept.step)} steps of training ({write_count(kept.tokens)} tokens, "
-        f"{duration(kept.seconds)})."
+        f"{format_duration(kept.seconds)})."
     )
 
 

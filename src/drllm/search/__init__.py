@@ -2,7 +2,7 @@
 
     run.py        `search_paths`: the whole stage; start here
     questions.py  the questions with their prompts, in batches
-    batch.py      `SearchBatch`: searches a batch; the function of the stage's blocks
+    batch.py      `BatchSearcher`: searches a batch; the function of the stage's blocks
     rounds.py     the rounds over the questions of a batch
     strategies/   which paths of a question are tried next: the tree search, the walk
     evaluator.py  scores paths on questions

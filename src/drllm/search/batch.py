@@ -1,7 +1,7 @@
 """Search a batch of questions: from questions to search records.
 
-`SearchBatch` is what the search stage does with one block of its work. The questions of a batch are
-searched in step: each round runs new paths of all of them in one batch of the model (`rounds`).
+`BatchSearcher` is what the search stage does with one block of its work. The questions of a batch
+are searched in lockstep: each round runs new paths of all of them in one forward batch (`rounds`).
 When a batch fails, its questions are searched one by one. A question that keeps failing is set
 aside.
 """
@@ -51,7 +51,7 @@ class BatchRecords:
 
 
 @dataclass(frozen=True)
-class SearchBatch(BlockFunction[Batch, BatchRecords]):
+class BatchSearcher(BlockFunction[Batch, BatchRecords]):
     """Searches a batch of questions; the function of the search's blocks.
 
     A batch whose worker died is searched again question by question. This gives the same records,
@@ -88,7 +88,7 @@ class SearchBatch(BlockFunction[Batch, BatchRecords]):
     def give_up(self, data: Batch, num_losses: int) -> BatchRecords:
         """Set the only question of a batch aside."""
         [question] = data.questions
-        failed = failed_question(question, "its worker process died", num_losses)
+        failed = make_failed_question(question, "its worker process died", num_losses)
         return BatchRecords((), (failed,))
 
 
@@ -114,7 +114,7 @@ def search_batch(
     counter = PathCounter(steps.report)
     counted_steps = BlockSteps(steps.store, counter.report)
     try:
-        records = search_in_step(routed, batch.questions, config, counted_steps, on_first_round)
+        records = search_in_lockstep(routed, batch.questions, config, counted_steps, on_first_round)
         return BatchRecords(tuple(records), num_new=counter.num_new)
     except QUESTION_ERRORS as error:
         logger.info("a batch of %d questions failed: %s", len(batch.questions), error)
@@ -154,13 +154,13 @@ def _search_alone(
     for _ in range(ATTEMPTS - 1):
         counter.begin_attempt()
         try:
-            return search_in_step(routed, [question], config, steps)[0]
+            return search_in_lockstep(routed, [question], config, steps)[0]
         except QUESTION_ERRORS as error:
             message = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return failed_question(question, message, ATTEMPTS)
+    return make_failed_question(question, message, ATTEMPTS)
 
 
-def failed_question(question: SearchQuestion, error: str, attempts: int) -> FailedQuestion:
+def make_failed_question(question: SearchQuestion, error: str, attempts: int) -> FailedQuestion:
     """Return the record of a question that is set aside."""
     return FailedQuestion(
         id=question.example.id,
@@ -171,14 +171,14 @@ def failed_question(question: SearchQuestion, error: str, attempts: int) -> Fail
     )
 
 
-def search_in_step(
+def search_in_lockstep(
     routed: RoutedModel,
     questions: Sequence[SearchQuestion],
     config: SearchConfig,
     steps: BlockSteps | None = None,
     on_first_round: OnFirstRound | None = None,
 ) -> list[SearchRecord]:
-    """Search several questions of one task in step, and return their records.
+    """Search several questions of one task in lockstep, and return their records.
 
     A round evaluates up to `leaves_per_round` new paths of every unfinished question in one batch.
     Each question has its own `PathSearch`, which depends only on the question's seed and outcomes,

@@ -31,7 +31,7 @@ from drllm.records.search import (
     read_search,
 )
 from drllm.search import CHUNKS_FOLDER, FAILED_FILE
-from drllm.search.batch import BatchRecords, SearchBatch
+from drllm.search.batch import BatchRecords, BatchSearcher
 from drllm.search.progress import SearchProgress
 from drllm.search.questions import (
     Batch,
@@ -313,10 +313,10 @@ def _run_blocks(
     keep = None if store is None else store.of(BatchRecords, reads_back=False)
     with listener.progress("searching", "") as on_progress:
         watch = SearchWatch(SearchProgress.of(search.blocks, on_progress), store)
-        function = SearchBatch(config)
+        function = BatchSearcher(config)
         if config.executor == "local":  # workers of Ray search several batches at a time
             watch.first_block = FirstBlock(listener, workers.base.model.device)
-            function = SearchBatch(config, FirstAnswers(listener).add)
+            function = BatchSearcher(config, FirstAnswers(listener).add)
         results = run(
             search.blocks,
             function,

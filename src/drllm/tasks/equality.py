@@ -40,21 +40,21 @@ for line in sys.stdin:
 """
 
 
-def plain_number(text: str) -> Decimal | None:
+def parse_plain_number(text: str) -> Decimal | None:
     """Return the value of a number in plain digits; None for any other text."""
     stripped = text.strip()
     return Decimal(stripped) if _PLAIN_NUMBER.fullmatch(stripped) else None
 
 
 @functools.lru_cache(maxsize=65536)
-def same_value(gold: str, answer: str) -> bool:
+def have_same_value(gold: str, answer: str) -> bool:
     r"""Tell whether an answer means the same as the gold answer.
 
     Both are LaTeX or plain text, without `\boxed`. Plain numbers are compared here, and everything
     else by math-verify. The result is False if math-verify takes more than `LIMIT_S` seconds.
     """
-    gold_number = plain_number(gold)
-    answer_number = plain_number(answer)
+    gold_number = parse_plain_number(gold)
+    answer_number = parse_plain_number(answer)
     if gold_number is not None and answer_number is not None:
         return gold_number == answer_number
     return _comparer.compare(gold, answer)

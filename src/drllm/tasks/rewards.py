@@ -11,7 +11,7 @@ from typing import ClassVar
 from drllm.errors import TaskError
 from drllm.extras import need
 from drllm.registry import Registry
-from drllm.tasks.equality import same_value
+from drllm.tasks.equality import have_same_value
 from drllm.tasks.examples import Prompt
 from drllm.tasks.graded import SUFFIX, grade_by_function
 
@@ -151,7 +151,7 @@ class Boxed(Reward):
         content = first_boxed(text)
         if content is None:
             return 0.0 if finished else None
-        return float(same_value(prompt.answer, content))
+        return float(have_same_value(prompt.answer, content))
 
     def gold_text(self, prompt: Prompt) -> str:
         """Return the answer in a box."""

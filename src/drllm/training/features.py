@@ -6,7 +6,7 @@ target's decisions in this pass. So the inputs of a target never change, and tra
 the base model again.
 
 A block of this work is a batch of targets that aren't in the folder of features yet. The blocks run
-in this process or on Ray, with `PoolBatch`.
+in this process or on Ray, with `BatchPooler`.
 
 Axes: N targets, B targets of a batch, D hidden, L layers, W windows.
 """
@@ -58,7 +58,7 @@ class TargetBatch:
 
 
 @dataclass(frozen=True)
-class PoolBatch(BlockFunction[TargetBatch, FeatureBlock]):
+class BatchPooler(BlockFunction[TargetBatch, FeatureBlock]):
     """Computes the routers' inputs for a batch of targets, in one pass of the base model."""
 
     num_windows: int
@@ -252,7 +252,7 @@ def _pool_missing(
             _refuse_many_overflows(workers.base, targets, store.filled)
             progress(store.num_done, num_targets)
 
-        function = PoolBatch(store.shape.num_windows)
+        function = BatchPooler(store.shape.num_windows)
         run(blocks, function, workers.executor, keep=store, on_result=on_result)
 
 

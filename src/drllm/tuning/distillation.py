@@ -69,7 +69,7 @@ class Distillation:
         self._cast_weights: CastWeights | None = None
         if low_precision is not None:
             self._cast_weights = CastWeights(routed.model, low_precision)
-        self._num_shared = num_shared_layers(self.full, path, first_layer)
+        self._num_shared = count_shared_layers(self.full, path, first_layer)
         self.teacher = TeacherStates(self._run_teacher, self._count_kept_tokens())
 
     def compute_gradients(self, batch: Sequence[Tokens]) -> Tensor:
@@ -238,7 +238,7 @@ class StatesPass(PathPass):
         return self.states[-1]
 
 
-def num_shared_layers(full: StaticPath, path: StaticPath, first_layer: int) -> int:
+def count_shared_layers(full: StaticPath, path: StaticPath, first_layer: int) -> int:
     """Return how many layers both paths begin with, up to the first layer with the adapter."""
     num_shared = 0
     for layer, full_layer in zip(path.layers, full.layers, strict=False):

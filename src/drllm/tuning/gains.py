@@ -41,7 +41,7 @@ class Gains:
         """Return the gains of paths that are repaired in another way."""
         return replace(self, repair=repair)
 
-    def as_scored(self, path: StaticPath) -> StaticPath:
+    def mark_repair(self, path: StaticPath) -> StaticPath:
         """Return a path as the table of scores has it; the full path is always plain."""
         if path == self.full:
             return path
@@ -89,4 +89,4 @@ class Gains:
         return dominated
 
     def _differences(self, task: TaskQuestions, path: StaticPath) -> list[float]:
-        return self.table.compare(task, SELECT, self.as_scored(path), self.full)
+        return self.table.compare(task, SELECT, self.mark_repair(path), self.full)

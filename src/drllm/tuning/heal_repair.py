@@ -37,7 +37,7 @@ from drllm.tuning.refit import (
     refit,
 )
 from drllm.tuning.refit_memory import estimate_bytes
-from drllm.work.listener import Listener, OnProgress, rough_duration
+from drllm.work.listener import Listener, OnProgress, format_rough_duration
 from drllm.work.store import ResultStore
 
 
@@ -232,7 +232,7 @@ class _TimeTracker:
         if not self.has_noted and done > 0:
             self.has_noted = True
             seconds = (time.perf_counter() - self.start_time) * total / done
-            self.listener.note(f"the refit takes at most {rough_duration(seconds)}")
+            self.listener.note(f"the refit takes at most {format_rough_duration(seconds)}")
         self.on_progress(done, total, note)
 
     def end_gap(self) -> float:

@@ -37,7 +37,7 @@ def make_named_paths(paths: Sequence[StaticPath], gains: Gains) -> list[NamedPat
     named_paths = []
     for path, is_dominated in zip(paths, gains.find_dominated(paths), strict=True):
         repaired: list[PathScore] = []
-        if gains.as_scored(path).adapter == REFIT:
+        if gains.mark_repair(path).adapter == REFIT:
             repaired = _make_scores(gains, path)
         named_path = NamedPath(
             name=_name_path(path, gains.full),
@@ -69,7 +69,7 @@ def _name_path(path: StaticPath, full: StaticPath) -> str:
 def _make_score(gains: Gains, task: TaskQuestions, part: str, path: StaticPath) -> PathScore:
     """Return the scores of a path on a part of a task's questions."""
     seed = gains.seed
-    scored_path = gains.as_scored(path)
+    scored_path = gains.mark_repair(path)
     values = gains.table.objective(task, part, scored_path)
     score = PathScore(task=task.name, part=part, num_questions=len(values), objective=fmean(values))
     if path != gains.full:
@@ -93,7 +93,7 @@ def _make_score(gains: Gains, task: TaskQuestions, part: str, path: StaticPath) 
 
 def _collect_outcomes(gains: Gains, task: TaskQuestions, part: str, path: StaticPath) -> Outcomes:
     """Return what a path gives for each question of a part of a task."""
-    scored_path = gains.as_scored(path)
+    scored_path = gains.mark_repair(path)
     objective = gains.table.objective(task, part, scored_path)
     texts = gains.table.objective(task, TEXTS_OF + part, scored_path)
     return Outcomes(

@@ -27,7 +27,7 @@ from drllm.tuning.calibration import (
 )
 from drllm.tuning.heal_texts import TextSource, Tokens
 from drllm.tuning.heal_tokens import ANSWERS_AT_ONCE, note_answers, tokenize_source
-from drllm.tuning.score_blocks import AnswerPrompts, FindObstacle
+from drllm.tuning.score_blocks import PromptAnswerer, RefitCheck
 from drllm.work.listener import Listener
 from drllm.work.run import Block, Executor, run
 from drllm.work.store import ResultStore
@@ -61,7 +61,7 @@ def choose_tuning_repair(config: TuneConfig, executor: Executor, listener: Liste
     if config.repair == NO_REPAIR:
         return NO_REPAIR
     with listener.busy("checking whether paths can be refitted"):
-        function = FindObstacle(config.refit_tokens or REFIT_TOKENS)
+        function = RefitCheck(config.refit_tokens or REFIT_TOKENS)
         [obstacle] = run([Block("refit", None)], function, executor)
     if not obstacle:
         return REFIT
@@ -117,7 +117,7 @@ def _answer_source(
     for start in range(0, len(prompts), ANSWERS_AT_ONCE):
         block = prompts[start : start + ANSWERS_AT_ONCE]
         blocks.append(Block(f"{source.name} texts from {start}", block, len(block)))
-    function = AnswerPrompts(MAX_ANSWER_TOKENS)
+    function = PromptAnswerer(MAX_ANSWER_TOKENS)
     counter = _NewPrompts()
     started = time.perf_counter()
     results = run(blocks, function, executor, keep=store.of(list[Tokens]), on_result=counter.add)

@@ -376,7 +376,7 @@ class _TuningRun:
 
 def _fill_select(gains: Gains, paths: Sequence[StaticPath]) -> None:
     """Score paths and the full path on all questions of `select`."""
-    scored_paths = [gains.as_scored(path) for path in (gains.full, *paths)]
+    scored_paths = [gains.mark_repair(path) for path in (gains.full, *paths)]
     gains.table.fill(PathsOnPart(task, SELECT, scored_paths) for task in gains.tasks)
 
 
@@ -393,7 +393,7 @@ def _measure_fit(
         num_all: All questions of the task with the most.
     """
     tasks = gains.tasks
-    scored_paths = [gains.as_scored(path) for path in paths]
+    scored_paths = [gains.mark_repair(path) for path in paths]
     requests = []
     for task in tasks:
         limit = math.ceil(num_questions * len(task.items[FIT]) / num_all)

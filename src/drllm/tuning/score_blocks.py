@@ -248,7 +248,7 @@ def _report_refit(report: OnStep, done: float, total: float, note: str = "") -> 
 
 
 @dataclass(frozen=True)
-class AnswerPrompts(BlockFunction[Sequence[Conversation], list[Tokens]]):
+class PromptAnswerer(BlockFunction[Sequence[Conversation], list[Tokens]]):
     """Answers the prompts of a block along the full path.
 
     Attributes:
@@ -265,7 +265,7 @@ class AnswerPrompts(BlockFunction[Sequence[Conversation], list[Tokens]]):
 
 
 @dataclass(frozen=True)
-class FindObstacle(BlockFunction[None, str]):
+class RefitCheck(BlockFunction[None, str]):
     """Finds out whether the layers of a model can be refitted.
 
     Attributes:

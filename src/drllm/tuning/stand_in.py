@@ -219,7 +219,7 @@ class FullPathStates:
         return self.states[gap.next_layer - 1] - self.states[gap.layer]
 
 
-class _RecordStates(Driver):
+class _StateRecorder(Driver):
     """Runs all layers, and records what each returns."""
 
     def __init__(self) -> None:
@@ -277,7 +277,7 @@ def _record_states(
     states: list[list[Tensor]] = [[] for _ in range(routed.num_layers)]
     first: list[list[Tensor]] = [[] for _ in range(routed.num_layers)]
     for batch in make_batches(texts, routed.device):
-        driver = _RecordStates()
+        driver = _StateRecorder()
         with routed.injection.driven_by(driver):
             routed.injection.decoder(input_ids=batch.ids, use_cache=False)
         for layer, output in enumerate(driver.states):

@@ -5,7 +5,7 @@ import time
 import psutil
 import torch
 
-from drllm.work.listener import Listener, rough_duration
+from drllm.work.listener import Listener, format_rough_duration
 
 
 class FirstBlock:
@@ -50,17 +50,17 @@ class FirstBlock:
             seconds = time.monotonic() - self.start_time
         note = self._describe_time(seconds / share)
         if self.device.type != "meta":
-            note += f", {used_memory(self.device) / 1e9:.1f} GB of memory"
+            note += f", {measure_memory(self.device) / 1e9:.1f} GB of memory"
         self.listener.note(note)
 
     def _describe_time(self, seconds: float) -> str:
         """Say how long the stage takes at most."""
         if self.max_seconds is None or seconds <= self.max_seconds:
-            return f"at most {rough_duration(seconds)}"
-        return f"about {rough_duration(self.max_seconds)}"
+            return f"at most {format_rough_duration(seconds)}"
+        return f"about {format_rough_duration(self.max_seconds)}"
 
 
-def used_memory(device: torch.device) -> int:
+def measure_memory(device: torch.device) -> int:
     """Return the memory in use in bytes: on CUDA the peak, elsewhere this process's current use."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

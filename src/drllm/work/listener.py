@@ -58,11 +58,11 @@ class Listener:
 def _ignore(done: float, total: float, note: str = "") -> None: ...
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Format a time for people.
 
     Example:
-        >>> [duration(seconds) for seconds in (59.94, 59.96, 75.0, 3599.6, 7260.0)]
+        >>> [format_duration(seconds) for seconds in (59.94, 59.96, 75.0, 3599.6, 7260.0)]
         ['59.9 s', '1 min 0 s', '1 min 15 s', '1 h 0 min', '2 h 1 min']
     """
     if seconds < 59.95:  # 59.95 would be written as 60.0
@@ -83,11 +83,11 @@ def write_minutes(minutes: float) -> str:
     return f"{max(minutes, 0.01):,.2f}".rstrip("0").rstrip(".")
 
 
-def rough_duration(seconds: float) -> str:
+def format_rough_duration(seconds: float) -> str:
     """Format an estimated time in whole seconds or minutes, rounded up.
 
     Example:
-        >>> [rough_duration(seconds) for seconds in (0.2, 59.0, 61.0, 3599.0, 7260.0)]
+        >>> [format_rough_duration(seconds) for seconds in (0.2, 59.0, 61.0, 3599.0, 7260.0)]
         ['1 s', '59 s', '2 min', '1 h 0 min', '2 h 1 min']
     """
     if seconds <= 59:

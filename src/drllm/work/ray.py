@@ -45,7 +45,7 @@ class WorkerPlan:
     options: Mapping[str, int]  # the devices of a worker, as Ray's options of an actor
 
 
-class LoadModel(Protocol):
+class ModelLoader(Protocol):
     """Loads the model of one worker; Ray pickles it and calls it in the worker."""
 
     def __call__(self, plan: WorkerPlan, /) -> tuple[Any, Mapping[str, Any], Mapping[str, Any]]:
@@ -56,7 +56,7 @@ class Worker:
     """A process with a copy of the model; Ray makes it an actor."""
 
     def load(
-        self, load_model: LoadModel, plan: WorkerPlan
+        self, load_model: ModelLoader, plan: WorkerPlan
     ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         """Load the model; return its identity and how it runs."""
         self.model, identity, runtime = load_model(plan)
@@ -138,7 +138,7 @@ class RayExecutor:
 
     def __init__(
         self,
-        load_model: LoadModel,
+        load_model: ModelLoader,
         *,
         device: str = "auto",
         num_workers: int | None = None,

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drllm.errors import ModelError
-from drllm.evaluation.answers import BatchResult, ModelSettings, ScoreTexts, TextBlock
+from drllm.evaluation.answers import BatchResult, ModelSettings, TextBlock, TextScorer
 from drllm.evaluation.plan import separate_repeats
 from drllm.evaluation.systems import join_blocks
 from drllm.models.base.batching import group_by_length
@@ -47,7 +47,7 @@ def test_a_text_without_a_finite_loss_is_refused_with_what_to_do(logprob):
     model = SimpleNamespace(lm=SimpleNamespace(scorer=scorer))
     block = TextBlock("base", [SimpleNamespace(continuation=[1, 2])], {})
     with pytest.raises(ModelError, match=r"the text of base is -?(nan|inf); load the model with"):
-        ScoreTexts(ModelSettings(1))(model, block, SimpleNamespace(report=None))
+        TextScorer(ModelSettings(1))(model, block, SimpleNamespace(report=None))
 
 
 def test_no_part_of_a_block_has_a_prompt_twice():

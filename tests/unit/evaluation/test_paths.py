@@ -9,7 +9,7 @@ import pytest
 from drllm.config import EvaluateConfig
 from drllm.errors import ConfigError, PathError
 from drllm.evaluation import systems
-from drllm.evaluation.answers import AnswerQuestions
+from drllm.evaluation.answers import QuestionRunner
 from drllm.evaluation.outcomes import TaskRuns
 from drllm.evaluation.request import read_request
 from drllm.evaluation.stage import evaluate
@@ -348,7 +348,7 @@ def test_what_only_routers_have_is_refused_without_them(base, tmp_path):
 
 
 def test_an_interrupted_evaluation_resumes_with_the_same_paths_alone(base, tmp_path, monkeypatch):
-    asked, ask = [], AnswerQuestions.__call__
+    asked, ask = [], QuestionRunner.__call__
 
     def once(self, prepared, block, steps):
         if len(asked) == 2:
@@ -357,7 +357,7 @@ def test_an_interrupted_evaluation_resumes_with_the_same_paths_alone(base, tmp_p
         return ask(self, prepared, block, steps)
 
     few = {"limit": 2, "num_texts": 2}
-    monkeypatch.setattr(AnswerQuestions, "__call__", once)
+    monkeypatch.setattr(QuestionRunner, "__call__", once)
     with pytest.raises(KeyboardInterrupt):
         run(base, tmp_path, **few)
     changed = {**PATHS, "four": StaticPath([0, 1, 4, 5])}
@@ -368,7 +368,7 @@ def test_an_interrupted_evaluation_resumes_with_the_same_paths_alone(base, tmp_p
         asked.append(block.draws[0])
         return ask(self, prepared, block, steps)
 
-    monkeypatch.setattr(AnswerQuestions, "__call__", keeping)
+    monkeypatch.setattr(QuestionRunner, "__call__", keeping)
     run(base, tmp_path, **few)
     assert asked[1:] == [*PATHS.values()]
     with pytest.raises(ConfigError, match=r"made with paths four.*another --output-dir"):

@@ -15,7 +15,7 @@ import torch
 from drllm.config import EvaluateConfig
 from drllm.errors import CheckpointError, ConfigError, ModelError, RecordError
 from drllm.evaluation import latency, outcomes, plan, stage
-from drllm.evaluation.answers import AnswerQuestions
+from drllm.evaluation.answers import QuestionRunner
 from drllm.evaluation.baselines.base import read_curve, select_baselines
 from drllm.evaluation.baselines.random_routes import permute_routes
 from drllm.evaluation.latency import device_clock, measure
@@ -516,7 +516,7 @@ def test_an_evaluation_that_goes_on_measures_time_anew_as_often_as_it_is_told(
         with pytest.raises(ZeroDivisionError):
             run(tmp_path, **few, latency_rounds=2)
     assert not list(tmp_path.glob("*.json"))
-    monkeypatch.setattr(AnswerQuestions, "__call__", lambda *_: pytest.fail("all was asked"))
+    monkeypatch.setattr(QuestionRunner, "__call__", lambda *_: pytest.fail("all was asked"))
     run(tmp_path, **few, latency_rounds=1)
     assert read_latency(tmp_path).measured.num_rounds == 1
 
@@ -548,7 +548,7 @@ def test_an_evaluation_interrupted_at_random_questions_ends_as_an_unbroken_one(
 ):
     moments, asked = random.Random(5), []
     breaks, breaks_in_it = False, 0
-    ask = AnswerQuestions.__call__
+    ask = QuestionRunner.__call__
 
     def interrupted(self, prepared, block, steps):
         if breaks and moments.random() < 1 / 6:
@@ -557,7 +557,7 @@ def test_an_evaluation_interrupted_at_random_questions_ends_as_an_unbroken_one(
         asked.append(block.ids)
         return answers
 
-    monkeypatch.setattr(AnswerQuestions, "__call__", interrupted)
+    monkeypatch.setattr(QuestionRunner, "__call__", interrupted)
     run(tmp_path / "unbroken", **BROKEN_OFF)
     whole = list(asked)
     assert whole == whole[:4] * 5
@@ -646,7 +646,7 @@ def test_routers_that_an_earlier_start_saved_are_used_again(base, task, tmp_path
 def test_a_folder_with_foreign_files_is_refused_before_anything_is_asked(
     run, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(AnswerQuestions, "__call__", lambda *_: pytest.fail("asked"))
+    monkeypatch.setattr(QuestionRunner, "__call__", lambda *_: pytest.fail("asked"))
     (tmp_path / "notes.json").write_text("{}")
     with pytest.raises(RecordError, match=r"notes\.json isn't a result"):
         run(tmp_path)

@@ -15,9 +15,9 @@ from drllm.search import evaluator, retest
 from drllm.search.batch import (
     ATTEMPTS,
     BatchRecords,
-    SearchBatch,
+    BatchSearcher,
     search_batch,
-    search_in_step,
+    search_in_lockstep,
 )
 from drllm.search.evaluator import Evaluator, JudgedOutcome, gold_text, tokenize_prompt
 from drllm.search.questions import Batch, build_question, collect_questions
@@ -110,7 +110,7 @@ def retested(facts):
 def test_progress_within_a_batch_counts_new_paths_up_to_all_of_them(routed, retested):
     calls = []
     steps = BlockSteps(report=lambda *call: calls.append(call))
-    records = search_in_step(routed, retested, CONFIG, steps)
+    records = search_in_lockstep(routed, retested, CONFIG, steps)
     shares, num_run, steps = zip(*calls, strict=True)
     assert list(shares) == sorted(shares)
     assert shares[0] < shares[steps.index("re-testing") - 1] < shares[-1] == 1.0
@@ -144,11 +144,11 @@ def test_an_interrupted_re_test_resumes_at_the_questions_that_it_was_at(
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            search_in_step(routed, retested, CONFIG, BlockSteps(store, stop))
+            search_in_lockstep(routed, retested, CONFIG, BlockSteps(store, stop))
         assert len(list(tmp_path.glob("*retest*"))) == number + 1
         assert number == 0 or sum(new_steps) == 1, "what was kept was run again"
-    resumed = search_in_step(routed, retested, CONFIG, BlockSteps(store))
-    assert_same_run(resumed, search_in_step(routed, retested, CONFIG))
+    resumed = search_in_lockstep(routed, retested, CONFIG, BlockSteps(store))
+    assert_same_run(resumed, search_in_lockstep(routed, retested, CONFIG))
 
 
 def length(prompt, tokenizer):
@@ -172,9 +172,9 @@ def test_a_question_must_fit_the_context_in_every_way_of_asking_it(
     for context in (first - 1, longest - 1):
         tight = RoutedModel(tiny_llama(max_position_embeddings=context), tokenizer=tiny_tokenizer)
         with pytest.raises(ModelError, match=rf"tokens, and up to \d+ follow; .* holds {context};"):
-            search_in_step(tight, [build_question(task, example, reward)], CONFIG)
+            search_in_lockstep(tight, [build_question(task, example, reward)], CONFIG)
     enough = RoutedModel(tiny_llama(max_position_embeddings=longest), tokenizer=tiny_tokenizer)
-    [record] = search_in_step(enough, [build_question(task, example, reward)], CONFIG)
+    [record] = search_in_lockstep(enough, [build_question(task, example, reward)], CONFIG)
     assert len(record.paths) == 5
 
 
@@ -279,7 +279,7 @@ def test_what_is_no_fault_of_a_question_ends_the_search(routed, batch, error):
 
 
 def test_a_batch_whose_worker_died_is_searched_question_by_question(routed, batch, assert_same_run):
-    function = SearchBatch(CONFIG)
+    function = BatchSearcher(CONFIG)
     parts = function.split(batch)
     assert [part.questions for part in parts] == [(question,) for question in batch.questions]
     results = [function(routed, part, BlockSteps()) for part in parts]
@@ -288,7 +288,7 @@ def test_a_batch_whose_worker_died_is_searched_question_by_question(routed, batc
 
 
 def test_a_question_on_which_too_many_workers_died_is_set_aside_alone(batch):
-    function = SearchBatch(CONFIG)
+    function = BatchSearcher(CONFIG)
     _, second, _ = function.split(batch)
     lost = function.give_up(second, 3)
     question = second.questions[0]

@@ -94,9 +94,9 @@ class Sequential:
         skips = [edit for edit in left if edit.decision == 0]
         left = skips if skips and self.known[node][0] == 1 else left
         num_drawn = EDITS_DRAWN if self.gains else 1
-        return max((self.rng.choice(left) for _ in range(num_drawn)), key=self._promise)
+        return max((self.rng.choice(left) for _ in range(num_drawn)), key=self._estimate_gain)
 
-    def _promise(self, edit: Action) -> float:
+    def _estimate_gain(self, edit: Action) -> float:
         every = [gain for gains in self.gains.values() for gain in gains]
         usual = math.fsum(every) / max(1, len(every))
         changes = [(edit.layer + i, int(edit.decision)) for i in range(edit.span)]

@@ -15,7 +15,7 @@ from drllm.errors import ModelError
 from drllm.models.workers import open_workers
 from drllm.records.manifest import read_manifest
 from drllm.search import FAILED_FILE
-from drllm.search.batch import SearchBatch
+from drllm.search.batch import BatchSearcher
 from drllm.search.questions import collect_questions, split_into_batches
 from drllm.search.run import run_search
 from drllm.tasks.examples import Prompt
@@ -149,7 +149,7 @@ def test_workers_share_the_memory_of_a_machine_and_the_manifest_keeps_all_of_it(
     put = executor.ray.put
     monkeypatch.setattr(executor.ray, "put", lambda value: sent.append(value) or put(value))
     records = run_search(workers, collect_questions([facts], config), config, tmp_path)
-    functions = [value for value in sent if isinstance(value, SearchBatch)]
+    functions = [value for value in sent if isinstance(value, BatchSearcher)]
     assert [function.config.state_cache_gb for function in functions] == [3.0 / WORKERS]
     assert read_manifest(records.file, "search")["config"]["state_cache_gb"] == 3.0
 

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from drllm.tasks import equality
-from drllm.tasks.equality import plain_number, same_value
+from drllm.tasks.equality import have_same_value, parse_plain_number
 
 NUMBERS = st.one_of(
     st.integers(-(10**9) + 1, 10**9 - 1).map(str),
@@ -36,8 +36,8 @@ def by_math_verify(gold, given):
 @example("999999999.9999", "999999999.9998")
 def test_plain_numbers_are_compared_as_math_verify_compares_them(gold, other):
     given_answer = gold if other is None else other
-    assert plain_number(gold) is not None
-    assert same_value(gold, given_answer) == by_math_verify(gold, given_answer)
+    assert parse_plain_number(gold) is not None
+    assert have_same_value(gold, given_answer) == by_math_verify(gold, given_answer)
 
 
 @pytest.mark.parametrize(
@@ -55,18 +55,18 @@ def test_plain_numbers_are_compared_as_math_verify_compares_them(gold, other):
     ],
 )
 def test_other_answers_are_compared_by_value(gold, given_answer, expected):
-    assert same_value(gold, given_answer) is expected
+    assert have_same_value(gold, given_answer) is expected
 
 
 def test_only_plainly_written_numbers_take_the_fast_way():
-    assert plain_number(" -12.5 ") == Decimal("-12.5")
+    assert parse_plain_number(" -12.5 ") == Decimal("-12.5")
     for text in ("007", "1e3", "1,000", "+1", "12.", ".5", "12345678901", "0.33333", "", "٣"):
-        assert plain_number(text) is None
+        assert parse_plain_number(text) is None
 
 
 def test_another_thread_may_ask():
     answers: list[bool] = []
-    thread = threading.Thread(target=lambda: answers.append(same_value("7", "\\frac{14}{2}")))
+    thread = threading.Thread(target=lambda: answers.append(have_same_value("7", "\\frac{14}{2}")))
     thread.start()
     thread.join()
     assert answers == [True]
@@ -78,7 +78,7 @@ def test_an_alarm_of_the_caller_goes_on_running():
     before = signal.signal(signal.SIGALRM, handler)
     signal.setitimer(signal.ITIMER_REAL, 500)
     try:
-        assert same_value("9", "\\sqrt{81}")
+        assert have_same_value("9", "\\sqrt{81}")
         assert signal.getsignal(signal.SIGALRM) is handler
         assert 400 < signal.getitimer(signal.ITIMER_REAL)[0] <= 500
     finally:
@@ -87,21 +87,21 @@ def test_an_alarm_of_the_caller_goes_on_running():
 
 
 def test_an_answer_that_takes_for_ever_is_wrong_and_the_next_is_compared(monkeypatch, caplog):
-    assert same_value("4", "2+2")  # the process runs, so that the limit is for comparing alone
+    assert have_same_value("4", "2+2")  # the process runs, so that the limit is for comparing alone
     monkeypatch.setattr(equality, "LIMIT_S", 0.5)
-    assert same_value("12", "9^{9^{9^{9}}}") is False
+    assert have_same_value("12", "9^{9^{9^{9}}}") is False
     assert "counted as wrong" in caplog.text
     monkeypatch.undo()
-    assert same_value("6", "3+3")
+    assert have_same_value("6", "3+3")
 
 
 def test_a_worker_that_was_killed_between_two_comparisons_is_started_again():
-    assert same_value("4", "1+3")
+    assert have_same_value("4", "1+3")
     process = equality._comparer._process
     assert process is not None
     process.kill()
     process.wait()
-    assert same_value("8", "3+5")
+    assert have_same_value("8", "3+5")
 
 
 def test_a_worker_that_dies_again_and_again_gives_no_answer_and_no_error(monkeypatch, caplog):
@@ -109,5 +109,5 @@ def test_a_worker_that_dies_again_and_again_gives_no_answer_and_no_error(monkeyp
         raise BrokenPipeError
 
     monkeypatch.setattr(equality._Comparer, "_exchange", fail)
-    assert same_value("8", "2+6") is False
+    assert have_same_value("8", "2+6") is False
     assert "gave no answer: counted as wrong" in caplog.text

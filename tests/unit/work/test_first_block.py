@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from drllm.work.first_block import FirstBlock, used_memory
+from drllm.work.first_block import FirstBlock, measure_memory
 from notes import Notes
 
 
@@ -47,9 +47,9 @@ def test_only_the_first_block_that_did_something_counts():
 
 
 def test_the_memory_is_that_of_this_process():
-    before = used_memory(torch.device("cpu"))
+    before = measure_memory(torch.device("cpu"))
     kept = torch.ones(2**24)
-    assert used_memory(torch.device("cpu")) - before > 0.9 * kept.nbytes
+    assert measure_memory(torch.device("cpu")) - before > 0.9 * kept.nbytes
 
 
 @pytest.mark.parametrize(

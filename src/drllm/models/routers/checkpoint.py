@@ -68,7 +68,7 @@ def save_routers(
     tensors = {
         name: weight.detach().cpu().contiguous() for name, weight in routers.state_dict().items()
     }
-    problem = _find_misfit(tensors, config)
+    problem = _find_weights_problem(tensors, config)
     if problem is not None:
         raise CheckpointError(f"these routers can't be saved: {problem}")
     # Only one note: safetensors writes several notes in an order that varies from run to run.
@@ -178,7 +178,7 @@ def load_routers(folder: Path | str) -> RouterStack:
     config = read_config(folder)
     path = Path(folder) / WEIGHTS_FILE
     tensors, notes = _read_weights(path)
-    problem = _find_misfit(tensors, config)
+    problem = _find_weights_problem(tensors, config)
     if problem is not None:
         raise CheckpointError(f"{path}: {problem}")
     num_windows = notes.get("num_windows", str(config.num_windows))
@@ -226,7 +226,7 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from error
 
 
-def _find_misfit(tensors: Mapping[str, Tensor], config: RouterConfig) -> str | None:
+def _find_weights_problem(tensors: Mapping[str, Tensor], config: RouterConfig) -> str | None:
     """Say why weights don't fit a config; return None if they do."""
     L = config.num_layers
     D = config.hidden_size

@@ -62,11 +62,11 @@ def _choose_penalty(inputs: Tensor, labels: Tensor, num_classes: int, weights: T
     held_out = weights.index_fill(0, order[num_held_out:], 0.0)  # 0 for examples to fit on
     fitted = weights - held_out  # 0 for held-out examples
 
-    def loss_held_out(penalty: float) -> float:
+    def compute_held_out_loss(penalty: float) -> float:
         linear = _fit(inputs, labels, num_classes, fitted, penalty)
         return float(_compute_loss(linear, inputs, labels, num_classes, held_out))
 
-    return min(PENALTIES, key=loss_held_out)
+    return min(PENALTIES, key=compute_held_out_loss)
 
 
 def _fit(

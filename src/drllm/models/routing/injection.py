@@ -504,11 +504,11 @@ class LayerCall:
         memo = self.forward.parts
         whole, result = memo.get((name, part), (None, None))
         if whole is not value:
-            is_several = isinstance(value, (tuple, list))
-            tensors = value if is_several else (value,)  # such as cosines and sines
+            is_sequence = isinstance(value, (tuple, list))
+            tensors = value if is_sequence else (value,)  # such as cosines and sines
             check_tensors(name, tensors, type(value).__name__)
             parts = tuple([cut(name, tensor) for tensor in tensors])
-            result = parts if is_several else parts[0]
+            result = parts if is_sequence else parts[0]
             memo[name, part] = value, result
         return result
 

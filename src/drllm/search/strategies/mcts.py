@@ -152,7 +152,7 @@ class TreeSearch(PathSearch):
         if self._gains:  # before any score is known, all edits promise the same
             num_drawn = EDITS_DRAWN
         candidates = [self.rng.choice(edits) for _ in range(num_drawn)]
-        action = max(candidates, key=self._promise)
+        action = max(candidates, key=self._estimate_gain)
         node.untried.remove(action)
         child = self._get_node(apply(node.decisions, action))
         node.children[action] = child
@@ -202,7 +202,7 @@ class TreeSearch(PathSearch):
             return node.untried
         return skips
 
-    def _promise(self, action: Action) -> float:
+    def _estimate_gain(self, action: Action) -> float:
         """Estimate how much an edit adds to the score, from earlier paths that contain it.
 
         The estimate of each layer is a mean over the earlier paths and one more path, whose gain is
