@@ -257,7 +257,7 @@ def test_without_memory_for_a_refit_paths_are_chosen_plain(routed, monkeypatch):
     settings = {**SMALL, "max_skipped": 1, "num_fit": 5, "num_judged": 5, "beam": 1}
     record = tune(routed, "builtin_facts", listener=listener, **settings)
     assert record.repair == ""
-    assert any("without repair: to refit 0.mlp" in note for note in listener.notes)
+    assert any("without repair: refitting 0.mlp" in note for note in listener.notes)
     with pytest.raises(ArchitectureError, match=r"GB are free; give --repair none"):
         tune(routed, "builtin_facts", repair="refit", **settings)
 
