@@ -117,7 +117,7 @@ _driver: Override[Driver] = Override("driver")  # see `Injection.driven_by`
 class Injection:
     """Puts a driver between a model's loop and its layers.
 
-    A pass with one token, the check_loop, shows what the layers return and how the loop uses it. In
+    A pass with one token shows what the layers return and how the loop uses it (`check_loop`). In
     every later pass the loop must call all layers in order.
 
     Args:
