@@ -206,14 +206,14 @@ class TreeSearch(PathSearch):
         """Estimate how much an edit adds to the score, from earlier paths that contain it.
 
         The estimate of each layer is a mean over the earlier paths and one more path, whose gain is
-        the mean of all edits. So an edit without earlier paths promises the mean of all edits.
+        the mean of all edits. So an edit without earlier paths gets the mean of all edits.
         """
         mean_of_all = self._all_gains.total / max(1, self._all_gains.num_paths)
-        promise = 0.0
+        estimate = 0.0
         for layer in range(action.layer, action.layer + action.span):
             gain = self._gains.get((layer, int(action.decision)), EditGain())
-            promise += (mean_of_all + gain.total) / (1 + gain.num_paths)
-        return promise
+            estimate += (mean_of_all + gain.total) / (1 + gain.num_paths)
+        return estimate
 
     def _add_gain(self, decisions: Decisions, gain: float) -> None:
         """Divide a path's gain over the full path evenly among its edited layers."""

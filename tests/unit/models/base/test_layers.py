@@ -1,4 +1,4 @@
-"""Which models can be routed: what the rule finds and what the check_loop refuses."""
+"""Which models can be routed: what the rule finds and what the check of its loop refuses."""
 
 import accelerate
 import pytest
