@@ -99,7 +99,8 @@ class Measurer:
         base: The model.
         paths: The paths by name, of which healed ones are already installed.
         sets: The sets of questions.
-        path_sha256: The hash of the shorter path's files.
+        labels: What each path's measurements are kept under; that of a shorter path has the hash
+            of its files, so that another path goes on with the same answers of the full one.
         folder: Where measurements are kept.
     """
 
@@ -109,15 +110,15 @@ class Measurer:
         base: BaseModel,
         paths: Mapping[str, StaticPath],
         sets: Sequence[Halves],
-        path_sha256: str,
+        labels: Mapping[str, str],
         folder: Path,
     ) -> None:
         self.routed = routed
         self.paths = paths
+        self.labels = labels
         identity = {
             "model": base.identity,
             "runtime": base.runtime,
-            "path_sha256": path_sha256,
             "prompts_sha256": hash_values(
                 prompt for each in sets for prompt in (*each.first, *each.second)
             ),
@@ -139,7 +140,7 @@ class Measurer:
         values = []
         for start in range(0, len(prompts), BLOCK):
             block = prompts[start : start + BLOCK]
-            key = f"{name}, {label}, {len(block)} from {start}"
+            key = f"{self.labels[name]}, {label}, {len(block)} from {start}"
             make = partial(measure, self.paths[name], block)
             values += self.store.get_or_make(key, BlockResult, make).values
             print(f"{name}, {label}: {len(values)} of {len(prompts)}", flush=True)
@@ -242,7 +243,8 @@ def measure_all(
         FULL: StaticPath(range(base.num_layers)),
         SHORTER: install_path(routed.injection, path),
     }
-    measurer = Measurer(routed, base, paths, sets, hash_path(path), folder)
+    labels = {FULL: FULL, SHORTER: hash_path(path)}
+    measurer = Measurer(routed, base, paths, sets, labels, folder)
     rows = find_sets_that_count(measurer, sets)
     counting = [each for each, row in zip(sets, rows, strict=True) if row["counts"]]
     return {
