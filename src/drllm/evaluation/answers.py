@@ -23,7 +23,13 @@ from drllm.errors import ModelError
 from drllm.evaluation.baselines.base import PolicyMaker
 from drllm.evaluation.latency import device_clock
 from drllm.evaluation.lm_eval.model import RoutedLM
-from drllm.evaluation.lm_eval.scoring import Decides, HarnessRequest, OptionScore, Paths, Plan
+from drllm.evaluation.lm_eval.scoring import (
+    DecisionsByQuestion,
+    HarnessRequest,
+    OptionScore,
+    PathsByQuestion,
+    Routing,
+)
 from drllm.evaluation.lm_eval.task import Key
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routers.stack import RouterStack
@@ -80,7 +86,7 @@ class EvaluationModel:
     routers: Mapping[str, RouterStack]
     _policies: dict[PolicyMaker, Policy] = field(default_factory=dict)
 
-    def make_decides(self, draw: Draw, keys: Sequence[Key]) -> Decides:
+    def make_routing(self, draw: Draw, keys: Sequence[Key]) -> Routing:
         """Return a policy, a path, or the decisions of questions by their keys."""
         if isinstance(draw, RoutersDecide):
             return RouterPolicy(self.routers[draw.routers], depth_bias=draw.depth_bias)
@@ -154,7 +160,7 @@ class QuestionRunner(BlockFunction[QuestionBlock, BatchResult]):
         """Run a block's questions under all draws; only the first draw is timed."""
         report_start(steps)
         lm = prepared.lm
-        draws = [prepared.make_decides(draw, data.keys) for draw in data.draws]
+        draws = [prepared.make_routing(draw, data.keys) for draw in data.draws]
         clock = device_clock(lm.device)
         started = clock()
         first_answers, first_routes = _run_draw(lm, data, draws[0])
@@ -176,7 +182,9 @@ def report_start(steps: BlockSteps) -> None:
         steps.report(0.0, 0, "")
 
 
-def _run_plans(lm: RoutedLM, block: QuestionBlock, plans: Sequence[Plan]) -> list[Answers]:
+def _run_plans(
+    lm: RoutedLM, block: QuestionBlock, plans: Sequence[DecisionsByQuestion]
+) -> list[Answers]:
     """Return a block's answers under each plan."""
     if block.requests:  # layers that begin several plans run once for all
         scores = lm.scorer.score_plans(_list_requests(block), plans)
@@ -189,35 +197,35 @@ def _run_plans(lm: RoutedLM, block: QuestionBlock, plans: Sequence[Plan]) -> lis
 
 
 def _run_draw(
-    lm: RoutedLM, block: QuestionBlock, decides: Decides
+    lm: RoutedLM, block: QuestionBlock, routing: Routing
 ) -> tuple[Answers, list[Decisions]]:
     """Return a block's answers and the questions' routes under one draw.
 
     For a static path the routes are to be ignored.
     """
     if not block.requests:
-        return _generate(lm, block, decides)
-    scores, routes_by_key = lm.scorer.score(_list_requests(block), decides)
+        return _generate(lm, block, routing)
+    scores, routes_by_key = lm.scorer.score(_list_requests(block), routing)
     routes: list[Decisions] = []
-    if not isinstance(decides, StaticPath):
+    if not isinstance(routing, StaticPath):
         routes = _list_decisions(routes_by_key, block)
     return _group_by_question(block, scores), routes
 
 
 def _generate(
-    lm: RoutedLM, block: QuestionBlock, decides: Decides
+    lm: RoutedLM, block: QuestionBlock, routing: Routing
 ) -> tuple[Answers, list[Decisions]]:
     """Generate a block's answers; return them and the questions' routes."""
     routed = lm.routed
     prompts = [str(instance.args[0]) for instance in block.prompts]
     key_by_prompt = dict(zip(prompts, block.keys, strict=True))
-    if isinstance(decides, StaticPath):
-        decides = routed.build_policy(decides)
+    if isinstance(routing, StaticPath):
+        routing = routed.build_policy(routing)
 
     def make_policy(batch: Sequence[str]) -> Policy:
-        if not isinstance(decides, Mapping):
-            return decides
-        decisions = [decides[key_by_prompt[prompt]] for prompt in batch]
+        if not isinstance(routing, Mapping):
+            return routing
+        decisions = [routing[key_by_prompt[prompt]] for prompt in batch]
         return FixedPolicy(decisions, routed.num_layers)
 
     lm.choose_policy = make_policy
@@ -226,9 +234,9 @@ def _generate(
     return answers, [lm.generated_routes[prompt] for prompt in prompts]
 
 
-def _list_decisions(plan: Plan, block: QuestionBlock) -> list[Decisions]:
-    """Return a plan's decisions on the questions of a block."""
-    return [plan[key] for key in block.keys]
+def _list_decisions(decisions: DecisionsByQuestion, block: QuestionBlock) -> list[Decisions]:
+    """Return the decisions on the questions of a block, in their order."""
+    return [decisions[key] for key in block.keys]
 
 
 def _list_requests(block: QuestionBlock) -> list[HarnessRequest]:
@@ -261,7 +269,7 @@ class TextBlock:
 
     system: str
     texts: Sequence[HarnessRequest]
-    paths: Paths | StaticPath
+    paths: PathsByQuestion | StaticPath
 
 
 @dataclass(frozen=True)

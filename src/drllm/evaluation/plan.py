@@ -66,7 +66,7 @@ class System:
 class FixedSystem(System):
     """Base, or a static path: it needs nothing first."""
 
-    decides: FullPolicy | StaticPath
+    routing: FullPolicy | StaticPath
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,10 +235,10 @@ class Planner:
         return TaskPlan(
             questions=questions,
             material=self._read_material(source, depths, supervision),
-            base=FixedSystem(name=BASE, key=f"{task.name}: {BASE}", decides=FullPolicy()),
+            base=FixedSystem(name=BASE, key=f"{task.name}: {BASE}", routing=FullPolicy()),
             depths=depths,
             paths=[
-                FixedSystem(name=name, key=f"{task.name}: {name}", decides=path)
+                FixedSystem(name=name, key=f"{task.name}: {name}", routing=path)
                 for name, path in self.paths.items()
             ],
             notes=notes,

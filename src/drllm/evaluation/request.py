@@ -21,7 +21,7 @@ from drllm.records.supervision import read_supervision
 from drllm.tasks.base import Task
 from drllm.tasks.graded import pin_reward
 
-Paths: TypeAlias = "str | Path | Sequence[str | Path] | Mapping[str, StaticPath]"
+PathSources: TypeAlias = "str | Path | Sequence[str | Path] | Mapping[str, StaticPath]"
 TextPaths: TypeAlias = "str | Sequence[str] | Mapping[str, StaticPath]"
 
 
@@ -48,7 +48,7 @@ class EvaluationRequest:
 def read_request(
     config: EvaluateConfig,
     tasks: Task | str | Sequence[Task | str] | None = None,
-    paths: Paths | None = None,
+    paths: PathSources | None = None,
     *,
     has_routers: bool,
 ) -> EvaluationRequest:
@@ -77,7 +77,7 @@ def read_request(
     return EvaluationRequest(config, selected_tasks, named_paths)
 
 
-def _write_places(paths: Paths | None) -> TextPaths | None:
+def _write_places(paths: PathSources | None) -> TextPaths | None:
     """Return paths with the places of files as texts."""
     if isinstance(paths, Path):
         return [str(paths)]  # a list, since the name of a file may have a comma

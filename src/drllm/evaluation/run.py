@@ -33,11 +33,11 @@ def run_task(plan: TaskPlan, runner: Runner, shape: ModelShape | str) -> TaskRun
     """
     runs = read_kept(plan, runner)
     # Base alone comes first, so that a task that can't be graded is refused soon.
-    runs |= run_systems(plan, [ReadySystem(plan.base, [plan.base.decides])], runs, runner)
+    runs |= run_systems(plan, [ReadySystem(plan.base, [plan.base.routing])], runs, runner)
     depths = find_depths(plan, runner)
     seeds = list_reachable(plan, depths)
     ready = [decide_by_routers(seed.routed, depths) for seed in seeds]
-    ready += [ReadySystem(path, [path.decides]) for path in plan.paths]
+    ready += [ReadySystem(path, [path.routing]) for path in plan.paths]
     runs |= run_systems(plan, ready, runs, runner)
     obstacles = find_obstacles(plan, seeds, runs, runner)
     runs |= run_systems(plan, draw_baselines(plan, seeds, runs, obstacles, runner), runs, runner)
@@ -168,8 +168,8 @@ def draw_baselines(
     ready = []
     for baseline_systems, draws_by_system in zip(systems.values(), results, strict=True):
         for system, draws in zip(baseline_systems, draws_by_system, strict=True):
-            decides = [draw.decides for draw in draws]
-            ready.append(ReadySystem(system, decides, draws[0].note))
+            routing = [draw.routing for draw in draws]
+            ready.append(ReadySystem(system, routing, draws[0].note))
     return ready
 
 

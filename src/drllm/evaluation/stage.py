@@ -32,7 +32,7 @@ from drllm.evaluation.inputs import (
 )
 from drllm.evaluation.latency import write_latency
 from drllm.evaluation.questions import check_output, needs_fitting
-from drllm.evaluation.request import EvaluationRequest, Paths, read_request
+from drllm.evaluation.request import EvaluationRequest, PathSources, read_request
 from drllm.evaluation.written import write_answers
 from drllm.models.routed_model import unrouted
 from drllm.models.routers.places import WEIGHTS_FILE
@@ -70,7 +70,7 @@ def evaluate(
     output_dir: Path | str | None = None,
     *,
     routers: Routers | Sequence[Routers] = (),
-    paths: Paths | None = None,
+    paths: PathSources | None = None,
     tokenizer: Any = None,
     listener: Listener | None = None,
     **settings: Any,

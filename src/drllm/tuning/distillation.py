@@ -25,6 +25,7 @@ from drllm.models.routing.injection import Driver, LayerCall
 from drllm.paths import StaticPath
 from drllm.tuning.cast_weights import CastWeights
 from drllm.tuning.heal_texts import Tokens
+from drllm.tuning.layer_states import StatesBatch
 from drllm.tuning.teacher_states import MAX_BYTES, SequenceStates, TeacherStates
 
 LOGITS_AT_ONCE = 2**26
@@ -107,11 +108,9 @@ class Distillation:
             starts = [states.start for states in teacher if states.start is not None]
             start = on_device(pad_sequence(starts, batch_first=True), self.routed.device)
         student = StatesPass(self.path, start, self._num_shared)
-        self._run(self.routed.injection.decoder, student, self._pad(batch))
-        lengths = torch.tensor([len(tokens) for tokens in batch])
-        is_real = torch.arange(int(max(lengths))) < lengths[:, None]  # [B, T]
-        places = is_real.flatten().nonzero()[:, 0]  # [N]
-        student_states = _select_tokens(student.states[-1], places)
+        padded = StatesBatch(batch, self.routed.device)
+        self._run(self.routed.injection.decoder, student, padded.ids)
+        student_states = padded.select(student.states[-1])
         teacher_states = torch.cat([states.last for states in teacher])
         return LastStates(on_device(teacher_states, student_states.device), student_states)
 
@@ -119,7 +118,8 @@ class Distillation:
     def _run_teacher(self, batch: Sequence[Tokens]) -> list[SequenceStates]:
         """Run the full path on a batch, and return the states of each sequence, on the CPU."""
         teacher = StatesPass(self.full)
-        self._run(self.routed.injection.decoder, teacher, self._pad(batch))
+        padded = StatesBatch(batch, self.routed.device)
+        self._run(self.routed.injection.decoder, teacher, padded.ids)
         sequences = []
         for row, tokens in enumerate(batch):
             start = None
@@ -128,14 +128,6 @@ class Distillation:
             last = _copy_row(teacher.states[-1], row, len(tokens))
             sequences.append(SequenceStates(start, last))
         return sequences
-
-    def _pad(self, batch: Sequence[Tokens]) -> Tensor:
-        """Return a batch as token ids `[B, T]`, with padding on the right.
-
-        There causal attention hides it from real tokens without a mask.
-        """
-        rows = [torch.tensor(tokens) for tokens in batch]
-        return on_device(pad_sequence(rows, batch_first=True), self.routed.device)
 
     def _count_kept_tokens(self) -> int:
         """Return how many tokens the teacher's states may be kept of."""
@@ -265,8 +257,3 @@ def choose_low_precision(model: Any) -> torch.dtype | None:
 def _copy_row(states: Tensor, row: int, num_tokens: int) -> Tensor:
     """Copy the states of one row's real tokens to the CPU, `[T, D]`."""
     return states[row, :num_tokens].to("cpu", copy=True)
-
-
-def _select_tokens(states: Tensor, places: Tensor) -> Tensor:
-    """Return the states `[N, D]` at some places of states `[B, T, D]`, counted row by row."""
-    return states.flatten(0, 1).index_select(0, on_device(places, states.device))

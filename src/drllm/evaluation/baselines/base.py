@@ -61,12 +61,12 @@ class BaselineRun:
     It can be pickled, since the questions may be answered in other processes.
 
     Attributes:
-        decides: Decisions for each question `[Q, L]`, a policy, what makes a policy of the model,
+        routing: Decisions for each question `[Q, L]`, a policy, what makes a policy of the model,
             or one path for all questions.
         note: Further information for the reader of the results, as part of a sentence.
     """
 
-    decides: Tensor | Policy | PolicyMaker | StaticPath
+    routing: Tensor | Policy | PolicyMaker | StaticPath
     note: str = ""
 
 

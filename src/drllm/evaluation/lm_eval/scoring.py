@@ -28,11 +28,11 @@ from drllm.paths import Decisions, StaticPath
 OptionScore: TypeAlias = tuple[float, bool]
 """A continuation's log-probability in nats, and whether it is the likeliest continuation."""
 
-Plan: TypeAlias = Mapping[Any, Decisions]
+DecisionsByQuestion: TypeAlias = Mapping[Any, Decisions]
 """Question → its decisions. Questions are identified as in `HarnessRequest.question`."""
-Paths: TypeAlias = Mapping[Any, Decisions | StaticPath]
+PathsByQuestion: TypeAlias = Mapping[Any, Decisions | StaticPath]
 """Question → its decisions or static path."""
-Decides: TypeAlias = Policy | Plan | StaticPath
+Routing: TypeAlias = Policy | DecisionsByQuestion | StaticPath
 """What decides which layers a question runs."""
 
 STATE_CACHE_GB = 1.0  # for states that the paths of a batch share; emptied after each batch
@@ -247,7 +247,7 @@ class RequestScorer:
     def score(
         self,
         requests: Sequence[HarnessRequest],
-        decides: Decides,
+        routing: Routing,
         *,
         by_prompt: bool = True,
         on_progress: Callable[[int], object] = lambda _: None,
@@ -256,21 +256,21 @@ class RequestScorer:
 
         Args:
             requests: The requests.
-            decides: The policy, decisions or path.
+            routing: The policy, decisions or path.
             by_prompt: See `batch_requests`.
             on_progress: Called after each pass with the number of continuations that it scored.
 
         Returns:
             The answer to each request, and question → its route (empty for a static path).
         """
-        if isinstance(decides, StaticPath):
-            return self.score_plans(requests, [decides])[0], {}
+        if isinstance(routing, StaticPath):
+            return self.score_plans(requests, [routing])[0], {}
         request_batch = batch_requests(requests, self.max_length, by_prompt=by_prompt)
         outcomes: dict[int, Outcome] = {}
         routes: dict[Hashable, Decisions] = {}
         for places, scorer in self._batches(request_batch.questions):
             keys = [request_batch.keys[place] for place in places]
-            policy = self._make_policy(decides, keys)
+            policy = self._make_policy(routing, keys)
             batch_outcomes, batch_routes = scorer.score_under_policy(policy)
             self.counts.add(batch_routes)
             outcomes.update(zip(places, batch_outcomes, strict=True))
@@ -280,7 +280,7 @@ class RequestScorer:
         return request_batch.answers(outcomes), routes
 
     def score_plans(
-        self, requests: Sequence[HarnessRequest], plans: Sequence[Paths | StaticPath]
+        self, requests: Sequence[HarnessRequest], plans: Sequence[PathsByQuestion | StaticPath]
     ) -> list[list[OptionScore]]:
         """Return the answers to all requests under each of several plans.
 
@@ -302,11 +302,13 @@ class RequestScorer:
             scorer.forget()
         return [request_batch.answers(plan_outcomes) for plan_outcomes in outcomes]
 
-    def _make_policy(self, decides: Policy | Plan, keys: Sequence[Hashable]) -> Policy:
+    def _make_policy(
+        self, routing: Policy | DecisionsByQuestion, keys: Sequence[Hashable]
+    ) -> Policy:
         """Return the policy for a pass with the questions of these keys."""
-        if isinstance(decides, Mapping):
-            return FixedPolicy([decides[key] for key in keys], self.routed.num_layers)
-        return decides
+        if isinstance(routing, Mapping):
+            return FixedPolicy([routing[key] for key in keys], self.routed.num_layers)
+        return routing
 
     def _batches(self, questions: Sequence[Request]) -> Iterator[tuple[list[int], Scorer]]:
         """Yield the questions of each pass: their places, and their scorer.

@@ -39,7 +39,7 @@ from drllm.models.routing.policies import (
 from drllm.paths import StaticPath
 from drllm.records.static_paths import PathFile, load_path
 
-Plan: TypeAlias = "PathFile | StaticPath | Sequence[int] | Sequence[Sequence[int]] | Tensor"
+PlanLike: TypeAlias = "PathFile | StaticPath | Sequence[int] | Sequence[Sequence[int]] | Tensor"
 """What prompts can be pinned to: a path, maybe as `drllm.load_path` returns it, or decisions."""
 
 MODULE_ATTRIBUTES = frozenset(vars(torch.nn.Module()))
@@ -207,7 +207,7 @@ class Routing:
         with self.driver.using(policy), self.injection.driven_by(self.driver):
             yield
 
-    def fixed(self, plan: Plan | str) -> AbstractContextManager[None]:
+    def fixed(self, plan: PlanLike | str) -> AbstractContextManager[None]:
         """Pin decisions or a static path inside the block.
 
         Decisions are `[L]` for every row, or `[B, L]`. A static path may run its layers in any
@@ -224,7 +224,7 @@ class Routing:
         """
         return self.using(self.build_policy(plan))
 
-    def build_policy(self, plan: Plan | str) -> Policy:
+    def build_policy(self, plan: PlanLike | str) -> Policy:
         """Return the policy that follows a plan. The plan is as for `fixed`."""
         if isinstance(plan, str):
             plan = load_path(plan)

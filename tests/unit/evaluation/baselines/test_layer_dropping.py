@@ -53,7 +53,7 @@ def routes_with(skipped, questions):
     ("skipped", "questions"), [(0, 1), (7, 1), (8, 7), (19, 7), (0, 200), (2, 200), (1599, 200)]
 )
 def test_executions_are_those_of_the_routes(without_a_model, kind, skipped, questions):
-    drawn = without_a_model(kind, L).make_run(routes_with(skipped, questions), rng()).decides
+    drawn = without_a_model(kind, L).make_run(routes_with(skipped, questions), rng()).routing
     assert drawn.shape == (questions, L)
     assert int((drawn == 0).sum()) == skipped
 
@@ -61,20 +61,20 @@ def test_executions_are_those_of_the_routes(without_a_model, kind, skipped, ques
 @KINDS
 def test_all_questions_drop_one_layer_more_or_less(without_a_model, kind):
     baseline = without_a_model(kind, L)
-    drawn = baseline.make_run(routes_with(150, 40), rng()).decides
+    drawn = baseline.make_run(routes_with(150, 40), rng()).routing
     assert {tuple(row) for row in drawn.tolist()} == {
         baseline.choose_decisions(3),
         baseline.choose_decisions(4),
     }
     assert int((drawn.sum(dim=1) == 26).sum()) == 30
-    again, other = (baseline.make_run(routes_with(150, 40), rng(seed)).decides for seed in (0, 1))
+    again, other = (baseline.make_run(routes_with(150, 40), rng(seed)).routing for seed in (0, 1))
     assert torch.equal(drawn, again)
     assert not torch.equal(drawn, other), "which questions drop more is drawn"
 
 
 def test_where_more_is_executed_than_there_are_layers_the_full_path_runs(without_a_model):
     drawn = without_a_model(LastLayers, L).make_run(torch.full((3, L), 2), rng())
-    assert torch.equal(drawn.decides, torch.ones(3, L, dtype=torch.long))
+    assert torch.equal(drawn.routing, torch.ones(3, L, dtype=torch.long))
     assert drawn.note == "runs all 30 layers, since it can't repeat any"
 
 

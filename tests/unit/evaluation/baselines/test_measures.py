@@ -81,4 +81,4 @@ def test_what_is_known_of_candidates_is_not_measured_again(material, routed, mon
     assert {name for name, _ in known} == {"arc by loss", "arc by answers"}
     monkeypatch.setattr(path_scorer, "score_paths", measured_again)
     for first, again in zip(before, plans(), strict=True):
-        assert torch.equal(again.decides, first.decides)
+        assert torch.equal(again.routing, first.routing)

@@ -25,7 +25,7 @@ def random_like(routes, generator):
     return (
         RandomDecisions(SimpleNamespace(num_layers=8), lambda: None)
         .make_run(routes, generator)
-        .decides
+        .routing
     )
 
 
