@@ -4,7 +4,8 @@ For the oldest and the newest Python that is found, the wheel is installed witho
 extra, and with all of them. Each environment has to import every public name and to have what the
 extra is for; the one with all extras runs the demo. A table has the result of each.
 
-    python .ci/check_release.py [--pythons PATH,...] [--extras NAME,...] [--without-demo]
+    python .ci/check_release.py [--wheel FILE] [--pythons PATH,...] [--extras NAME,...]
+        [--without-demo]
 """
 
 from __future__ import annotations
@@ -28,11 +29,9 @@ NO_EXTRA = "none"
 ALL_EXTRAS = "all"
 IMPORT_ALL = "import drllm; [getattr(drllm, name) for name in drllm.__all__]"
 NEED = """
-import sys
 from drllm.extras import EXTRAS, need
 for extra in EXTRAS if {extra!r} == 'all' else [{extra!r}]:
-    if extra != 'ray' or sys.version_info < (3, 14):  # Ray has no release for it
-        need(extra, 'this release')
+    need(extra, 'this release')
 """
 
 
@@ -57,12 +56,13 @@ class Trial(NamedTuple):
 def main() -> int:
     """Build and try; return 1 if an environment fails."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--wheel", type=Path, help="a wheel to try; default: build one")
     parser.add_argument("--pythons", help="interpreters, separated by commas")
     parser.add_argument("--extras", help="extras, separated by commas; default: all there are")
     parser.add_argument("--without-demo", action="store_true", help="don't run the demo")
     options = parser.parse_args()
 
-    wheel = build()
+    wheel = options.wheel.resolve() if options.wheel else build()
     pythons = options.pythons.split(",") if options.pythons else find_pythons()
     extras = options.extras.split(",") if options.extras else list_extras()
     trials = []

@@ -1,13 +1,16 @@
 """What mkdocs does for this site beside its plugins.
 
-- README, CONTRIBUTING and CHANGELOG become pages, so that nothing is written twice.
+- README, CONTRIBUTING, CHANGELOG and SECURITY become pages, so that nothing is written twice.
 - The page of commands is made from the table of verbs and the settings.
+- In the Python reference, a group of settings is a table.
 - A link that leaves docs/ becomes plain text, or a link to the repository if `repo_url` is set.
 - Headings get the same anchors as in a repository's own view of the files.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import posixpath
 import re
 from pathlib import Path
@@ -17,8 +20,10 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+import drllm
 from drllm.cli.help import describe_flag, format_flag, format_title
 from drllm.cli.verbs import CONFIG, SECTIONS, VERBS, Flag, Verb, list_flags
+from drllm.config.fields import Settings
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ROOT_PAGES = {
@@ -30,6 +35,7 @@ ROOT_PAGES = {
 """Files of the repository's root that are pages, and the names of these pages."""
 EXAMPLES = {"docs/results/example/report.md": "docs/results/example/report.html"}
 """Files that the site has in another form."""
+PUBLIC_NAME = re.compile(r"^::: drllm\.(\w+)$", re.MULTILINE)
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 MARKUP = str.maketrans({"&": "&amp;", "<": "&lt;", "|": "&#124;", "*": "&#42;", "_": "&#95;"})
 CODE = re.compile(r"(^```.*?^```$|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
@@ -107,8 +113,48 @@ def escape(text: str) -> str:
     return text.translate(MARKUP)
 
 
+def describe_settings(group: type[Settings]) -> str:
+    """Return a group of settings as a section with a table: name, type, default and meaning."""
+    lines = [f"### {group.__name__} {{ #drllm.{group.__name__} }}", "", str(group.__doc__), ""]
+    lines += ["| setting | type | default | |", "|---|---|---|---|"]
+    for field in dataclasses.fields(group):
+        kind = escape(inspect.formatannotation(field.type))
+        default = escape(repr(field.default))
+        meaning = escape(describe_setting(field))
+        lines.append(
+            f"| <code>{escape(field.name)}</code> | <code>{kind}</code> | "
+            f"<code>{default}</code> | {meaning} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def describe_setting(field: dataclasses.Field[Any]) -> str:
+    """Return what a setting means, and the values that it may have."""
+    bounds = field.metadata
+    parts = [bounds["help"]]
+    if bounds["choices"] is not None:
+        parts.append(f"one of {', '.join(bounds['choices'])}")
+    if bounds["minimum"] is not None:
+        parts.append(f"at least {bounds['minimum']:g}")
+    if bounds["above"] is not None:
+        parts.append(f"more than {bounds['above']:g}")
+    if bounds["maximum"] is not None:
+        parts.append(f"at most {bounds['maximum']:g}")
+    return "; ".join(parts)
+
+
+def _write_settings(match: re.Match[str]) -> str:
+    """Return the section of a class, if it is a group of settings."""
+    value = getattr(drllm, match[1])
+    if isinstance(value, type) and issubclass(value, Settings):
+        return describe_settings(value)
+    return match[0]
+
+
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) -> str:
-    """Let links lead to pages of the site."""
+    """Let links lead to pages of the site, and show settings as tables."""
+    if page.file.src_uri == "reference/python.md":
+        markdown = PUBLIC_NAME.sub(_write_settings, markdown)
     parts = CODE.split(markdown)
     for number in range(0, len(parts), 2):  # the others are code
         parts[number] = LINK.sub(lambda match: _rewrite(match, page, config), parts[number])

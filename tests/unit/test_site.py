@@ -68,6 +68,16 @@ def test_a_link_out_of_the_site_is_text_unless_the_repository_has_an_address(hoo
     assert there == "[example](https://example.org/drllm/blob/main/examples/first_hour.py)"
 
 
+def test_a_group_of_settings_is_a_table_with_types_defaults_and_bounds(hooks):
+    page = rewrite(hooks, "::: drllm.BypassConfig\n\n::: drllm.Bypass", page="reference/python.md")
+    [row] = [line for line in page.splitlines() if line.startswith("| <code>rank<")]
+    assert "<code>int</code>" in row
+    assert "<code>64</code>" in row
+    assert "at least 1" in row
+    assert "::: drllm.BypassConfig" not in page
+    assert "::: drllm.Bypass" in page
+
+
 def test_links_in_code_are_left_alone(hooks):
     code = "```\n[a](docs/b.md)\n```\nand `[a](docs/b.md)`"
     assert rewrite(hooks, code, page="index.md") == code

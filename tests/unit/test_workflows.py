@@ -1,4 +1,5 @@
-"""The workflows of the host of the repository: they run `make`, with no rights and no secrets."""
+"""What a release and the host of the repository need: workflows without rights and secrets, forms,
+and one version in all files."""
 
 import re
 from pathlib import Path
@@ -48,6 +49,16 @@ def test_only_publishing_jobs_may_identify_themselves():
         if "id-token" in job.get("permissions", {})
     }
     assert trusted == {("docs", "publish"), ("publish", "publish")}
+
+
+def test_the_version_and_its_date_are_the_same_in_all_files():
+    project = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
+    [version] = re.findall(r'^version = "(.*)"', project, re.MULTILINE)
+    citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text(encoding="utf-8"))
+    assert str(citation["version"]) == version
+    changelog = (REPOSITORY / "CHANGELOG.md").read_text(encoding="utf-8")
+    newest = re.search(r"^## (.*)$", changelog, re.MULTILINE)
+    assert newest[1] == f"{version} ({citation['date-released']})"
 
 
 @pytest.mark.parametrize("file", FORMS, ids=lambda file: file.stem)

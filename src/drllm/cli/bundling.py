@@ -22,7 +22,7 @@ from drllm.records.places import check_folder, check_new_folder
     flags=(
         Flag(
             "sources",
-            "folders that drllm run, shrink, heal, train or search have written",
+            "folders that drllm run, shrink, heal, train, bypass or search have written",
             required=True,
             many=True,
             positional=True,

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from drllm.errors import ArchitectureError
 from drllm.models.base import hub
-from drllm.models.base.cards import CARD_FILE, render_card
+from drllm.models.base.cards import CARD_FILE, describe_alias, name_base_model, render_card
 from drllm.models.base.layers import find_layers
 from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import context_length
@@ -390,6 +390,7 @@ def model_card(
         CARD_TEMPLATE,
         _describe_for_hub(base),
         base=hide_model_place(base),
+        alias=describe_alias(base["id"]),
         steps=layers,
         decisions=decisions,
         skipped=sorted(set(range(num_layers)) - set(layers)),
@@ -410,7 +411,5 @@ def model_card(
 def _describe_for_hub(base: Mapping[str, Any]) -> ModelCardData:
     """Return metadata for the hub. It names the base model only if that came from the hub."""
     metadata = ModelCardData(library_name="transformers", tags=["layer-path"])
-    if base["revision"]:
-        metadata.base_model = base["id"]
-        metadata["base_model_relation"] = "merge"
+    name_base_model(metadata, base["id"], "merge", is_on_hub=bool(base["revision"]))
     return metadata

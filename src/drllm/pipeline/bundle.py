@@ -1,7 +1,7 @@
 """The stage `bundle`: collect what can be published, each artefact in a folder with a card.
 
-An artefact is a checkpoint with fewer layers, the same as a GGUF file, trained routers, or the log
-of a search as a data set. Each folder can be pushed to the hub as it is.
+An artefact is a checkpoint with fewer layers, the same as a GGUF file, trained routers, a bypass,
+or the log of a search as a data set. Each folder can be pushed to the hub as it is.
 
 Source: ours.
 """
@@ -23,11 +23,20 @@ from msgspec.structs import replace
 
 from drllm.config import ModelConfig
 from drllm.errors import ConfigError, ModelError
-from drllm.models.base.cards import CARD_FILE, render_card
+from drllm.models.base.cards import CARD_FILE, describe_alias, name_base_model, render_card
+from drllm.models.base.places import HUB_ID
 from drllm.models.export import export_path
 from drllm.models.routed_model import unrouted
 from drllm.models.routers.checkpoint import load_routers, save_routers
 from drllm.models.routers.places import CONFIG_FILE
+from drllm.models.routing.bypass import Bypass
+from drllm.models.routing.bypass_file import (
+    BYPASS_FILE,
+    BypassRecord,
+    load_bypass,
+    load_bypass_with_record,
+    save_bypass,
+)
 from drllm.records.codec import write_atomically, write_json
 from drllm.records.healed import HEALED_FILE
 from drllm.records.manifest import read_manifest, to_lines, write_records
@@ -42,10 +51,12 @@ from drllm.work.listener import Listener
 CHECKPOINT = "checkpoint"
 GGUF = "checkpoint-gguf"
 ROUTERS = "routers"
+BYPASS = "bypass"
 SEARCH_LOG = "search-log"
 """The artefacts, by the names of their folders."""
 
 SEARCH_CARD = Path(__file__).with_name("search_card.md.j2")
+BYPASS_CARD = Path(__file__).with_name("bypass_card.md.j2")
 GGUF_CARD = Path(__file__).with_name("gguf_card.md.j2")
 CONVERTER = "convert_hf_to_gguf.py"  # of a checkout of llama.cpp
 GGUF_TYPE = "bf16"
@@ -57,7 +68,7 @@ class Artefact(NamedTuple):
     """What can be published.
 
     Attributes:
-        kind: `checkpoint`, `checkpoint-gguf`, `routers` or `search-log`.
+        kind: `checkpoint`, `checkpoint-gguf`, `routers`, `bypass` or `search-log`.
         folder: Its folder, with a card.
         source: The folder that it was made from.
     """
@@ -80,7 +91,8 @@ def bundle(
     The output appears only when every artefact is complete.
 
     Args:
-        sources: Folders that `drllm run`, `shrink`, `heal`, `train` or `search` have written.
+        sources: Folders that `drllm run`, `shrink`, `heal`, `train`, `bypass` or `search` have
+            written.
         output_dir: The folder to make. An empty folder may exist.
         model: The base model, as for `tune`, if a healed path is exported; None loads it by its
             name.
@@ -91,8 +103,9 @@ def bundle(
         The artefacts.
 
     Raises:
-        ConfigError: A source has nothing to publish, two have the same kind of artefact, the output
-            is inside a checkpoint, there is no converter, or it can't be trusted with the layers.
+        ConfigError: A source has nothing to publish, two have the same kind of artefact, routers
+            come without their bypass, the output is inside a checkpoint, there is no converter, or
+            it can't be trusted with the layers.
         ModelError: The converter failed.
         RecordError: A file can't be read or written.
     """
@@ -103,6 +116,8 @@ def bundle(
     source_of = find_artefacts([Path(source) for source in sources])
     if CHECKPOINT in source_of:
         _refuse_inside(output, source_of[CHECKPOINT])
+    if ROUTERS in source_of:
+        _refuse_without_bypass(source_of[ROUTERS], source_of.get(BYPASS))
     if converter is not None and CHECKPOINT not in source_of:
         raise ConfigError("no source has a checkpoint to convert; leave --llama-cpp out")
     with create_folder(output) as folder:
@@ -112,6 +127,8 @@ def bundle(
                     write_checkpoint(source, folder / kind, model, listener)
                 elif kind == ROUTERS:
                     write_routers(source, folder / kind)
+                elif kind == BYPASS:
+                    write_bypass(source, folder / kind)
                 else:
                     write_search_log(source, folder / kind)
         if converter is not None:
@@ -127,6 +144,23 @@ def _refuse_inside(output: Path, checkpoint: Path) -> None:
         raise ConfigError(f"{output} is inside {checkpoint}, which is copied; give another folder")
 
 
+def _refuse_without_bypass(routers_folder: Path, bypass_folder: Path | None) -> None:
+    """Refuse routers that were trained with a bypass, if it isn't published beside them."""
+    expected = load_routers(routers_folder).config.bypass
+    if not expected:
+        return
+    if bypass_folder is None:
+        raise ConfigError(
+            f"the routers in {routers_folder} were trained with a bypass, without which they don't "
+            f"run; give its folder too"
+        )
+    if load_bypass(bypass_folder).sha256 != expected:
+        raise ConfigError(
+            f"the routers in {routers_folder} were trained with another bypass than that in "
+            f"{bypass_folder}; give its folder instead"
+        )
+
+
 def find_artefacts(sources: Sequence[Path]) -> dict[str, Path]:
     """Return where each kind of artefact is.
 
@@ -139,7 +173,7 @@ def find_artefacts(sources: Sequence[Path]) -> dict[str, Path]:
         if not places:
             raise ConfigError(
                 f"{source} has nothing to publish; give a folder that drllm run, shrink, heal, "
-                f"train or search has written"
+                f"train, bypass or search has written"
             )
         for kind, place in places.items():
             if kind in source_of:
@@ -163,6 +197,9 @@ def _find_in_folder(source: Path) -> dict[str, Path]:
     for folder in (source / "routers", source):
         if (folder / CONFIG_FILE).is_file() and ROUTERS not in places:
             places[ROUTERS] = folder
+    for folder in (source / "bypass", source):
+        if (folder / BYPASS_FILE).is_file() and BYPASS not in places:
+            places[BYPASS] = folder
     if (source / SEARCH_FILE).is_file():
         places[SEARCH_LOG] = source
     return places
@@ -213,6 +250,40 @@ def write_routers(source: Path, folder: Path) -> None:
         base_model = hide_folder(base_model)
     config = dataclasses.replace(routers.config, training=training, base_model=base_model)
     save_routers(routers, folder, config=config)
+
+
+def write_bypass(source: Path, folder: Path) -> None:
+    """Write a bypass with a card, without the places of the texts that it was fitted on."""
+    bypass, record = load_bypass_with_record(source)
+    model = hide_model_place(record.model)
+    settings = hide_places(record.made_from.get("settings", {}))
+    public = replace(
+        record,
+        model=model,
+        texts=tuple(hide_folder(name) for name in record.texts),
+        made_from={**record.made_from, "model": model, "settings": settings},
+    )
+    folder.mkdir()
+    save_bypass(folder / BYPASS_FILE, bypass, public)
+    write_atomically(folder / CARD_FILE, write_bypass_card(bypass, public))
+
+
+def write_bypass_card(bypass: Bypass, record: BypassRecord) -> str:
+    """Return the card of a bypass, from its file alone."""
+    metadata = ModelCardData(library_name="drllm", tags=["layer-routing", "dynamic-depth"])
+    name = record.model.get("id") or ""
+    is_on_hub = HUB_ID.fullmatch(name) is not None
+    name_base_model(metadata, name, "adapter", is_on_hub=is_on_hub)
+    return render_card(
+        BYPASS_CARD,
+        metadata,
+        alias=describe_alias(name),
+        base=record.model,
+        bypass=bypass,
+        file=BYPASS_FILE,
+        record=record,
+        settings=record.made_from["settings"],
+    )
 
 
 def write_search_log(source: Path, folder: Path) -> None:

@@ -1,7 +1,10 @@
 """What `bundle` collects from folders, which cards it writes, and what it refuses."""
 
+import dataclasses
+
 import msgspec
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from drllm.config import ModelConfig
@@ -12,6 +15,13 @@ from drllm.models.routed_model import attach, detach
 from drllm.models.routers.checkpoint import load_routers, save_routers
 from drllm.models.routers.config import RouterConfig
 from drllm.models.routers.stack import RouterStack
+from drllm.models.routing.bypass import Bypass
+from drllm.models.routing.bypass_file import (
+    BYPASS_FILE,
+    BypassRecord,
+    load_bypass_with_record,
+    save_bypass,
+)
 from drllm.pipeline.bundle import bundle
 from drllm.records.codec import write_json
 from drllm.records.manifest import new_manifest, read_manifest, write_records
@@ -66,6 +76,35 @@ def healed(tmp_path, base):
     return folder
 
 
+@pytest.fixture
+def bypass_folder(tmp_path, base):
+    folder = tmp_path / "bypass"
+    folder.mkdir()
+    size = base.model.config.hidden_size
+    bypass = Bypass(
+        down=torch.randn(NUM_LAYERS, 2, size),
+        up=torch.randn(NUM_LAYERS, size, 2),
+        bias=torch.randn(NUM_LAYERS, size),
+        first=torch.randn(NUM_LAYERS, size),
+    )
+    record = BypassRecord(
+        model=base.identity,
+        texts=("/home/me/texts.jsonl", "builtin_texts"),
+        num_tokens=1234,
+        unexplained=(0.5,) * NUM_LAYERS,
+        made_from={"settings": {"rank": 2, "text": "/home/me/texts.jsonl"}},
+    )
+    save_bypass(folder / BYPASS_FILE, bypass, record)
+    return folder
+
+
+def write_routers_trained_with(bypass, folder, base):
+    """Write routers that name a bypass by its hash."""
+    hidden_size = base.model.config.hidden_size
+    config = RouterConfig(num_layers=NUM_LAYERS, hidden_size=hidden_size, bypass=bypass.sha256)
+    save_routers(RouterStack(config), folder)
+
+
 def write_shrunken(folder, base):
     """Write a checkpoint as `shrink` does, from files in places of this machine."""
     config = {
@@ -113,6 +152,40 @@ def test_routers_come_without_what_else_a_training_leaves(routers_folder, base, 
     [artefact] = bundle([routers_folder], tmp_path / "publish")
     assert not (artefact.folder / "metrics.jsonl").exists()
     detach(attach(base, artefact.folder))
+
+
+def test_a_bypass_comes_with_what_it_was_fitted_on_but_no_place(bypass_folder, base, tmp_path):
+    [artefact] = bundle([bypass_folder], tmp_path / "publish")
+    bypass, record = load_bypass_with_record(artefact.folder)
+    assert bypass.sha256 == load_bypass_with_record(bypass_folder)[0].sha256
+    assert record.texts == ("texts.jsonl", "builtin_texts")
+    assert record.made_from["settings"] == {"rank": 2, "text": "texts.jsonl"}
+    card = (artefact.folder / CARD_FILE).read_text()
+    assert "1,234 tokens of texts.jsonl, builtin_texts" in card
+    assert "/home/me" not in card
+    detach(attach(base, bypass=artefact.folder))
+
+
+def test_routers_that_need_a_bypass_are_published_beside_it(bypass_folder, base, tmp_path):
+    bypass, _ = load_bypass_with_record(bypass_folder)
+    write_routers_trained_with(bypass, tmp_path / "routers", base)
+    artefacts = bundle([tmp_path / "routers", bypass_folder], tmp_path / "publish")
+    folders = {artefact.kind: artefact.folder for artefact in artefacts}
+    card = (folders["routers"] / CARD_FILE).read_text()
+    assert 'bypass="bypass.safetensors"' in card
+    detach(attach(base, folders["routers"], bypass=folders["bypass"]))
+
+
+def test_routers_that_need_a_bypass_are_refused_without_it(bypass_folder, base, tmp_path):
+    bypass, record = load_bypass_with_record(bypass_folder)
+    write_routers_trained_with(bypass, tmp_path / "routers", base)
+    with pytest.raises(ConfigError, match="trained with a bypass"):
+        bundle([tmp_path / "routers"], tmp_path / "publish")
+    other = dataclasses.replace(bypass, bias=bypass.bias + 1)
+    save_bypass(bypass_folder / BYPASS_FILE, other, record)
+    with pytest.raises(ConfigError, match="another bypass"):
+        bundle([tmp_path / "routers", bypass_folder], tmp_path / "publish")
+    assert not (tmp_path / "publish").exists()
 
 
 def test_the_log_of_a_search_is_a_data_set_and_is_read_again(searched, tmp_path):

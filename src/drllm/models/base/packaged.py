@@ -54,6 +54,8 @@ class PackagedModel(ABC):
         alias: The name that drllm gives to the model.
         description: The model, its number of layers and its licence, for `drllm ls models`.
         hub_id: The model on the hub that the GGUF file was made from.
+        licence: Its licence, by the hub's name for it.
+        quantisation: The type of the GGUF file's weights.
         package: The package that the user installs.
         part_packages: The packages that hold the GGUF file, in the order of the file's parts; one
             package if the file is whole.
@@ -66,6 +68,8 @@ class PackagedModel(ABC):
     alias: ClassVar[str]
     description: ClassVar[str]
     hub_id: ClassVar[str]
+    licence: ClassVar[str]
+    quantisation: ClassVar[str]
     package: ClassVar[str]
     part_packages: ClassVar[tuple[str, ...]]
     pip_arguments: ClassVar[str]

