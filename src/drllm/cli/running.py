@@ -43,6 +43,12 @@ RECIPES = Path(__file__).with_name("recipes")  # the folder of the packaged reci
             "folder with TASK/SPLIT.jsonl[.gz] files; default: fetched from the hub",
             placeholder="DIR",
         ),
+        Flag(
+            "trust_code",
+            "let the recipe run code that isn't drllm's: a model's own, a task file's, or a "
+            "reward's Python file; read it first",
+            switch=True,
+        ),
     ),
     resumes=True,
 )
@@ -53,7 +59,8 @@ def run(command: CommandLine, terminal: Terminal) -> int:
         place = _find_longer_form(place)
     path = _find_recipe(place)
     folder = command.optional_path("output_dir") or Path("runs") / path.stem
-    recipe = read_recipe(path, command.values["data_dir"])
+    data_dir = command.values["data_dir"]
+    recipe = read_recipe(path, data_dir, trusts_code=command.values["trust_code"])
     check_model(recipe.model)
     times = run_recipe(recipe, folder, terminal)
     finished_run = read_run(folder)

@@ -15,6 +15,7 @@ from drllm.config.files import (
     normalise_settings,
     read_sections,
     read_yaml,
+    refuse_code,
     replace_aliases,
     with_preset,
 )
@@ -48,6 +49,7 @@ def read_settings(name: str, verb: Verb) -> dict[str, Any]:
                 values[flag.name] = check_value(flag, values[flag.name])
         for group in verb.settings:
             make_settings(group, values)  # checks the values
+        refuse_code(values, "leave it out, and give the flag on the command line")
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     return values

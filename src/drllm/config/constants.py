@@ -18,6 +18,9 @@ TRUST_HELP = (
     "take task files of lm-evaluation-harness (.yaml), which can run code: read their folder first"
 )
 
+PYTHON_FUNCTION = ".py:"
+"""What the name of a reward has in it if it is a function in a Python file, as FILE.py:FUNCTION."""
+
 MAX_DROP = 3.0
 """A loss of accuracy, in points, that matters: `shrink` allows no larger loss, `export` refuses a
 path that is shown to lose more, and the verdicts on paths go by it, unless told otherwise."""

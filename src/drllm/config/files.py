@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from drllm.config.constants import PYTHON_FUNCTION
 from drllm.config.fields import Settings, convert_text, list_kinds, to_flag
 from drllm.config.removed import REMOVED_FLAGS
 from drllm.errors import ConfigError, unknown_name
@@ -122,6 +123,30 @@ def with_preset(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
             settings = {**preset, **with_underscores(path, settings)}
         sections[section] = settings
     return sections
+
+
+def refuse_code(settings: Mapping[str, Any], remedy: str, section: str = "") -> None:
+    """Refuse the settings of a file that let code run: a model's, a task file's, or a reward's.
+
+    A settings file may come from somebody else, and is data. Such a setting is for the command
+    line.
+
+    Args:
+        settings: The settings by name.
+        remedy: What to do instead, for the message.
+        section: The section of a recipe that has the settings.
+
+    Raises:
+        ConfigError: There is such a setting.
+    """
+    place = f"{section}: " if section else ""
+    for name in ("trust_remote_code", "trust_task_code"):
+        if settings.get(name):
+            raise ConfigError(f"{place}'{name}' in a file would let foreign code run; {remedy}")
+    if PYTHON_FUNCTION in str(settings.get("reward")):
+        raise ConfigError(
+            f"{place}'reward' in a file names a Python file, which would run; {remedy}"
+        )
 
 
 def read_sections(

@@ -20,7 +20,7 @@ from drllm.pipeline.model import open_model_lazily
 from drllm.pipeline.recipes import Recipe
 from drllm.pipeline.stages import RECIPE_FILE, STAGES, Run, make_stage
 from drllm.records import codec
-from drllm.records.places import check_folder
+from drllm.records.places import check_folder, only_writer
 from drllm.records.supervision import SUPERVISION_FILE
 from drllm.work.listener import Listener, format_duration
 
@@ -28,7 +28,8 @@ from drllm.work.listener import Listener, format_duration
 def run_recipe(recipe: Recipe, folder: Path, listener: Listener) -> dict[str, str]:
     """Run the stages of a recipe in a folder, except finished ones.
 
-    A wrong recipe, task, file or folder is refused before anything is written.
+    A wrong recipe, task, file or folder is refused before anything is written, and so is a folder
+    in which another run works.
 
     Returns:
         The time of each stage in words, by the name of the stage.
@@ -37,7 +38,10 @@ def run_recipe(recipe: Recipe, folder: Path, listener: Listener) -> dict[str, st
     check_folder(folder, "--output-dir")
     if not _makes_targets(recipe, folder):
         refuse_wrong_targets(recipe.evaluate)
-    with open_model_lazily(recipe.model, listener) as load:
+    with (
+        only_writer(folder, "run", "--output-dir"),
+        open_model_lazily(recipe.model, listener) as load,
+    ):
         run = Run(
             recipe=recipe,
             folder=folder,
@@ -80,6 +84,8 @@ def _run_stage(name: str, run: Run) -> bool:
     if not stage.needs_rerun and run.manifest.is_done(name, made_from, run.folder):
         return True
     started = time.perf_counter()
+    if stage.loads_model:
+        run.load()  # a model that can't be loaded is refused before old results are deleted
     if name != "search":
         # The search checks the folder itself, and a folder that it refuses must not change.
         begin_stage(name, made_from, run)
@@ -111,12 +117,19 @@ def begin_stage(name: str, made_from: dict[str, Any], run: Run) -> None:
 
         discard(run.routers_folder, run.recipe.train)
     for output in last_state.outputs:
-        path = run.folder / output
-        # A link may lead out of the folder; nothing is deleted there.
-        is_inside = path.resolve() == run.folder.resolve() / output
-        if is_inside:
-            codec.delete_file(path)
+        if _is_inside(output, run.folder):
+            codec.delete_file(run.folder / output)
     _record(name, StageState(made_from=made_from), run)
+
+
+def _is_inside(output: str, folder: Path) -> bool:
+    """Tell whether a file that a manifest names is in the run folder.
+
+    A name may be absolute, or a link may lead out of the folder. Nothing is deleted there.
+    """
+    if Path(output).is_absolute():
+        return False
+    return (folder / output).resolve() == folder.resolve() / output
 
 
 def _record(name: str, state: StageState, run: Run) -> None:

@@ -18,6 +18,7 @@ from drllm.config.files import (
     normalise_settings,
     read_sections,
     read_yaml,
+    refuse_code,
     with_preset,
 )
 from drllm.config.heal import NO_REPAIR
@@ -220,15 +221,18 @@ SECTIONS: dict[str, Any] = {
 SECTIONS_WITH_QUESTIONS = ("search", "evaluate", *PATHS)
 
 
-def read_recipe(path: Path, data_dir: str | None = None) -> Recipe:
+def read_recipe(path: Path, data_dir: str | None = None, *, trusts_code: bool = False) -> Recipe:
     """Read a recipe.
 
     Args:
         path: The YAML file.
         data_dir: Replaces the `data_dir` of every section with questions; None leaves them.
+        trusts_code: Whether the recipe may let code run: a model's own, a task file's, or the
+            Python file of a reward.
 
     Raises:
-        ConfigError: The file isn't a recipe, or a setting is unknown or wrong.
+        ConfigError: The file isn't a recipe, a setting is unknown or wrong, or the recipe lets code
+            run without being trusted.
     """
     values = with_preset(path, read_yaml(path, "a recipe"))
     sections = read_sections(path, values, SECTIONS)
@@ -240,6 +244,9 @@ def read_recipe(path: Path, data_dir: str | None = None) -> Recipe:
             continue
         try:
             groups[name] = _make_group(name, kind, sections.get(name, {}), data_dir)
+            if not trusts_code:
+                remedy = "read the recipe and what it names, then give --trust-code"
+                refuse_code(groups[name].to_dict(), remedy, section=name)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
     return Recipe(**groups)

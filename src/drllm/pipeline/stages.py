@@ -21,6 +21,7 @@ from drllm.config import (
     ModelConfig,
     TuneConfig,
 )
+from drllm.config.constants import PYTHON_FUNCTION
 from drllm.evaluation.baselines.base import needs_targets
 from drllm.evaluation.questions import choose_fitting_split, find_sources, needs_fitting
 from drllm.models.routers.places import CONFIG_FILE, WEIGHTS_FILE
@@ -39,7 +40,7 @@ from drllm.records.static_paths import (
 from drllm.records.supervision import SUPERVISION_FILE, rejected_path
 from drllm.tasks.base import NoSplitError, Task
 from drllm.tasks.examples import Example, choose
-from drllm.tasks.graded import SUFFIX, pin_reward
+from drllm.tasks.graded import pin_reward
 from drllm.work.listener import Listener
 
 if TYPE_CHECKING:
@@ -111,11 +112,13 @@ class Stage:
     Attributes:
         made_from: The settings and the hashes of inputs that the stage's results depend on.
         run: A function that runs the stage, and returns the files that it wrote.
+        loads_model: Whether the stage loads the base model in this process.
         needs_rerun: Whether a finished stage runs again, since its time limit has changed.
     """
 
     made_from: dict[str, Any]
     run: Callable[[], list[Path]]
+    loads_model: bool = False
     needs_rerun: bool = False
 
 
@@ -125,10 +128,13 @@ def make_stage(name: str, run: Run) -> Stage:
 
 
 def _choose_model(config: ExecutorConfig, run: Run) -> BaseModel | ModelConfig:
-    """Return the base model of a stage; Ray's workers load it themselves."""
-    if config.executor == "ray":
-        return run.recipe.model
-    return run.load()
+    """Return the base model of a stage."""
+    return run.load() if _loads_model(config) else run.recipe.model
+
+
+def _loads_model(config: ExecutorConfig) -> bool:
+    """Tell whether this process loads the base model; Ray's workers load it themselves."""
+    return config.executor != "ray"
 
 
 # --- the stages in order ------------------------------------------------------------------------
@@ -146,7 +152,7 @@ def _make_search(run: Run) -> Stage:
     if recipe.search.num_fewshot is not None:  # the prompts have worked examples of other splits
         prompts = [question.prompt for question in recipe.questions]
         made_from["prompts"] = codec.hash_values(prompts)
-    return Stage(made_from, partial(_run_search, run))
+    return Stage(made_from, partial(_run_search, run), loads_model=_loads_model(recipe.search))
 
 
 def _run_search(run: Run) -> list[Path]:
@@ -181,7 +187,7 @@ def _make_train(run: Run) -> Stage:
         "model": run.recipe.model.to_dict(),
         SUPERVISION_FILE: hash_file(run.supervision_file),
     }
-    return Stage(made_from, partial(_run_train, run))
+    return Stage(made_from, partial(_run_train, run), loads_model=_loads_model(run.recipe.train))
 
 
 def _run_train(run: Run) -> list[Path]:
@@ -219,7 +225,12 @@ def _make_tune(run: Run) -> Stage:
     if texts:
         made_from["texts"] = codec.hash_values(texts)
         made_from["repair"] = config.repair
-    return Stage(made_from, partial(_run_tune, run), needs_rerun=_has_new_time_limit(run, config))
+    return Stage(
+        made_from,
+        partial(_run_tune, run),
+        loads_model=_loads_model(config),
+        needs_rerun=_has_new_time_limit(run, config),
+    )
 
 
 def _has_new_time_limit(run: Run, config: TuneConfig) -> bool:
@@ -260,7 +271,7 @@ def _make_heal(run: Run) -> Stage:
         "texts": codec.hash_values(run.recipe.healing_texts),
         "path": [path_name, hash_file(path_file.file)],
     }
-    return Stage(made_from, partial(_run_heal, run, config, path_file))
+    return Stage(made_from, partial(_run_heal, run, config, path_file), loads_model=True)
 
 
 def _complete_heal_config(run: Run) -> HealConfig:
@@ -314,7 +325,7 @@ def _make_evaluate(run: Run) -> Stage:
             made_from[file.relative_to(run.routers_folder).as_posix()] = hash_file(file)
     for file in _list_path_files(run):
         made_from[file.name] = hash_file(file)
-    return Stage(made_from, partial(_run_evaluate, run))
+    return Stage(made_from, partial(_run_evaluate, run), loads_model=_loads_model(config))
 
 
 def _is_timed(run: Run) -> bool:
@@ -422,11 +433,11 @@ def _hash_other_questions(tasks: Sequence[Task], config: EvaluateConfig) -> dict
 
 def _pin_reward(reward: str | None) -> str | None:
     """Return the name of a reward, with the hash of its file if it is a function in a file."""
-    if reward is None or SUFFIX not in reward:
+    if reward is None or PYTHON_FUNCTION not in reward:
         return reward
     names = []
     for name in reward.split(","):
-        if SUFFIX in name:
+        if PYTHON_FUNCTION in name:
             name = pin_reward(name)
         names.append(name)
     return ",".join(names)

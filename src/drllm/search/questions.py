@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 from drllm.config import SearchConfig
+from drllm.config.constants import PYTHON_FUNCTION
 from drllm.config.fields import require_tasks, to_flag
 from drllm.errors import ConfigError, TaskError
 from drllm.records.codec import hash_values
@@ -22,7 +23,7 @@ from drllm.search.strategies import STRATEGIES
 from drllm.tasks.base import Task, check_data_dir, load_questions
 from drllm.tasks.examples import Example, Prompt, Row, choose
 from drllm.tasks.files import FileTask
-from drllm.tasks.graded import SUFFIX, GradedTask
+from drllm.tasks.graded import GradedTask
 from drllm.tasks.registry import get_task, get_tasks
 from drllm.tasks.rewards import check_installed
 from drllm.tasks.worked import WorkedTask
@@ -312,7 +313,9 @@ def _apply_prompt_settings(
     """
     max_new_tokens = config.max_new_tokens
     groups = list(groups)
-    if config.reward is not None and SUFFIX in config.reward:  # a function in a user's file
+    if (
+        config.reward is not None and PYTHON_FUNCTION in config.reward
+    ):  # a function in a user's file
         groups = [
             TaskExamples(GradedTask(group.task, config.reward, max_new_tokens), group.examples)
             for group in groups

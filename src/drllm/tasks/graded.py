@@ -13,13 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from drllm.config.constants import PYTHON_FUNCTION
 from drllm.errors import ConfigError, TaskError
 from drllm.records.codec import sha256
 from drllm.tasks.base import Task
 from drllm.tasks.examples import Example, Prompt, QuestionRow
 from drllm.tasks.prompt_formats import add_context
 
-SUFFIX = ".py:"
 _HASH = re.compile(r"@[0-9a-f]{16}$")
 MAX_NEW_TOKENS = 256  # default of the maximum tokens of an answer
 
@@ -82,7 +82,7 @@ def pin_reward(reward: str) -> str:
     if _HASH.search(reward):
         load_function(reward)
         return reward
-    if SUFFIX not in reward:
+    if PYTHON_FUNCTION not in reward:
         raise ConfigError(f"--reward {reward} names no function in a file; give FILE.py:FUNCTION")
     file = Path(reward.rpartition(":")[0])
     if not file.is_file():

@@ -8,12 +8,13 @@ import re
 from collections.abc import Sequence
 from typing import ClassVar
 
+from drllm.config.constants import PYTHON_FUNCTION
 from drllm.errors import TaskError
 from drllm.extras import need
 from drllm.registry import Registry
 from drllm.tasks.equality import have_same_value
 from drllm.tasks.examples import Prompt
-from drllm.tasks.graded import SUFFIX, grade_by_function
+from drllm.tasks.graded import grade_by_function
 
 _OPENING_MARKS = " \t\"'`*_“”‘’«»"
 _CLOSING_MARKS = _OPENING_MARKS + ".,;:!?"
@@ -46,7 +47,7 @@ REWARDS: Registry[type[Reward]] = Registry("reward", error=TaskError)
 
 def check_installed(reward: str) -> None:
     """Raise a ConfigError if a reward needs packages that aren't installed."""
-    if SUFFIX in reward:  # a function in a user's file
+    if PYTHON_FUNCTION in reward:  # a function in a user's file
         return
     extra = REWARDS.get(reward).needs
     if extra:
@@ -55,7 +56,7 @@ def check_installed(reward: str) -> None:
 
 def get_reward(prompt: Prompt) -> Reward:
     """Return the reward that a prompt names, which may be a function in a user's file."""
-    if SUFFIX in prompt.reward:
+    if PYTHON_FUNCTION in prompt.reward:
         return _FunctionReward()
     return REWARDS.get(prompt.reward)()
 

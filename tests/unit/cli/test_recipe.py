@@ -1,4 +1,5 @@
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -7,8 +8,8 @@ import yaml
 
 import drllm
 from drllm.cli import main, running
-from drllm.config import ModelConfig
-from drllm.errors import ConfigError, RecordError
+from drllm.config import EvaluateConfig, ModelConfig, TuneConfig
+from drllm.errors import ConfigError, ModelError, RecordError
 from drllm.pipeline import folder as run_folders
 from drllm.pipeline.folder import begin_stage, run_recipe
 from drllm.pipeline.manifest import RunManifest, StageState, read_run_manifest
@@ -16,6 +17,7 @@ from drllm.pipeline.model import open_model_lazily
 from drllm.pipeline.recipes import Recipe, read_recipe
 from drllm.pipeline.stages import STAGES, Run
 from drllm.records.codec import sha256, write_json
+from drllm.records.places import only_writer
 from drllm.tasks.registry import get_tasks
 from drllm.work.listener import Listener
 from run_folder import TESTED, RunFolderWriter
@@ -228,14 +230,47 @@ def test_a_broken_foreign_or_future_manifest_is_refused(tmp_path: Path, text: st
         read_run_manifest(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("section", "setting"),
+    [
+        ("model", "trust_remote_code: true"),
+        ("search", "trust-task-code: true"),
+        ("evaluate", "trust_task_code: true"),
+        ("search", "reward: grade.py:right"),
+        ("evaluate", "reward: 'exact,/tmp/grade.py:right'"),
+    ],
+)
+def test_a_recipe_that_lets_code_run_is_refused_unless_it_is_trusted(tmp_path, section, setting):
+    path = write(tmp_path, f"{section}: {{{setting}}}\n")
+    with pytest.raises(ConfigError, match=rf"{section}: .*--trust-code"):
+        read_recipe(path)
+    read_recipe(path, trusts_code=True)
+
+
+def test_a_settings_file_that_lets_code_run_is_refused(tmp_path, capsys):
+    (tmp_path / "grade.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    for setting in ("trust_task_code: true", f"reward: {tmp_path}/grade.py:right"):
+        file = write(tmp_path, setting)
+        status = main(["search", "--tasks", "builtin_facts", "--config", str(file)])
+        assert status == 2
+        assert "give the flag on the command line" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
+
+
 def test_what_a_stage_did_not_write_is_never_deleted(tmp_path: Path):
     folder, outside = tmp_path / "run", tmp_path / "outside"
     outside.mkdir()
     folder.mkdir()
-    for place in (outside / "mine.txt", folder / "old.txt", folder / "foreign.txt"):
+    for place in (
+        outside / "mine.txt",
+        tmp_path / "absolute.txt",
+        folder / "old.txt",
+        folder / "foreign.txt",
+    ):
         place.write_text("x")
     (folder / "link").symlink_to(outside)
-    outputs = dict.fromkeys(["../outside/mine.txt", "link/mine.txt", "old.txt"], "0")
+    names = ["../outside/mine.txt", "link/mine.txt", str(tmp_path / "absolute.txt"), "old.txt"]
+    outputs = dict.fromkeys(names, "0")
     stage = StageState(made_from={"seed": 0}, outputs=outputs)
     write_json(folder / "run.manifest.json", RunManifest(stages={"evaluate": stage}))
 
@@ -250,6 +285,48 @@ def test_what_a_stage_did_not_write_is_never_deleted(tmp_path: Path):
         begin_stage("evaluate", {"seed": 1}, run)
 
     assert (outside / "mine.txt").exists()
+    assert (tmp_path / "absolute.txt").exists()
     assert (folder / "foreign.txt").exists()
     assert not (folder / "old.txt").exists()
     assert read_run_manifest(folder).stages["evaluate"].outputs == {}
+
+
+@pytest.fixture
+def tuned_folder(tmp_path):
+    """A run folder with the paths of a tuning with other settings than `RECIPE_OF_PATHS`."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "paths.json").write_text("{}")
+    state = StageState(made_from={"seed": 0}, outputs={"paths.json": "0"})
+    write_json(folder / "run.manifest.json", RunManifest(stages={"tune": state}))
+    return folder
+
+
+RECIPE_OF_PATHS = Recipe(
+    tune=TuneConfig(tasks="builtin_facts", repair="none"),
+    evaluate=EvaluateConfig(tasks="builtin_facts"),
+    has_routers=False,
+)
+
+
+def test_a_model_that_cannot_be_loaded_costs_no_earlier_result(tuned_folder, monkeypatch):
+    @contextmanager
+    def open_no_model(config, listener):
+        def load():
+            raise ModelError("there is no such device")
+
+        yield load
+
+    monkeypatch.setattr(run_folders, "open_model_lazily", open_no_model)
+    with pytest.raises(ModelError, match="no such device"):
+        run_recipe(RECIPE_OF_PATHS, tuned_folder, Listener())
+    assert (tuned_folder / "paths.json").read_text() == "{}"
+
+
+def test_a_second_run_in_a_folder_is_refused(tuned_folder):
+    with (
+        only_writer(tuned_folder, "run", "--output-dir"),
+        pytest.raises(RecordError, match="another run is writing to"),
+    ):
+        run_recipe(RECIPE_OF_PATHS, tuned_folder, Listener())
+    assert (tuned_folder / "paths.json").exists()
