@@ -8,6 +8,7 @@ working folder, which holds a finished run as `run/`: a file with a text (`NAME:
 one (`NAME: OLD -> NEW`) or one of the functions below (`NAME: @FUNCTION`).
 """
 
+import errno
 import io
 import json
 import re
@@ -118,6 +119,11 @@ def without_improving(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def cut_off(path: Path) -> None:
     path.write_text(path.read_text()[:-100])
     path.with_name("search.manifest.json").unlink()
+
+
+def in_a_circle(path: Path) -> None:
+    """Link a file to itself."""
+    path.symlink_to(path.name)
 
 
 def other_features(path: Path) -> None:
@@ -254,6 +260,10 @@ SUPERVISE nowhere.jsonl => nowhere.jsonl doesn't exist
 SUPERVISE run/supervision.jsonl => 'drllm.supervision'
 supervise --search run/search.jsonl --output run/search.jsonl => run/search.jsonl
 TRAIN run/routers/routers.safetensors => routers.safetensors, line 1
+SUPERVISE loop => loop: its symbolic links lead in a circle => loop: @in_a_circle
+supervise --search run/search.jsonl --output loop => loop => loop: @in_a_circle
+TRAIN loop => loop: its symbolic links lead in a circle => loop: @in_a_circle
+shrink MODEL builtin_facts loop => loop: its symbolic links lead in a circle => loop: @in_a_circle
 search --config nowhere.yaml => nowhere.yaml doesn't exist
 HARNESS --tasks lambada_openai --data_dir run => --data_dir and --split have no effect
 HARNESS --tasks builtin_facts --data_dir run => --data_dir run has no effect
@@ -265,6 +275,16 @@ report file => file is a file; give a folder => file: x
 report run run => 2 run folders are given and no --output-dir
 show nowhere => nowhere doesn't exist
 show nowhere --question q1 => nowhere doesn't exist
+show LONG => xxxxxxxx
+report LONG => xxxxxxxx
+run LONG => xxxxxxxx
+search --config LONG => xxxxxxxx
+search --dataset LONG.jsonl => xxxxxxxx
+search FACTS --model LONG => xxxxxxxx
+search FACTS --output-dir LONG => xxxxxxxx
+search --dataset arc_easy --data-dir LONG => xxxxxxxx
+shrink LONG builtin_facts new => xxxxxxxx
+shrink MODEL builtin_facts LONG => xxxxxxxx
 show run/supervision.jsonl --question q1 => run/supervision.jsonl is no search.jsonl
 search --dataset owner/name --model misspelt => there is no model 'misspelt'; give a hub id
 search FACTS --model run --output-dir new => the folder run doesn't hold a model
@@ -427,6 +447,11 @@ EVALUATE => >= 1; it is 0 => run/routers/router_config.json: "num_windows": 8 ->
 ROUTED => unknown key 'num_window' \
 => run/routers/router_config.json: "num_windows" -> "num_window": 8, "num_windows"
 ROUTED => don't name their base model => run/routers/router_config.json: @no_base_model
+bundle LONG --output-dir new => xxxxxxxx
+bundle run --output-dir LONG => xxxxxxxx
+GENERATE LONG => xxxxxxxx
+ls architectures --model LONG => xxxxxxxx
+heal FACTS --model MODEL --path without:1 --text LONG --output-dir new => xxxxxxxx
 EXPORT out => 9 at position 1 => plan: {"path": [0, 9]}
 EXPORT run => isn't empty => plan: {"path": [0, 1]}
 EXPORT plan => is a file => plan: {"path": [0, 1]}
@@ -615,6 +640,34 @@ def test_a_process_ends_with_the_same_status_and_line(words, models, make_workin
     child = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     check_answer(case, Answer(child.returncode, child.stdout, child.stderr))
     assert listing(folder) == before
+
+
+SUPERVISE_WORDS = ["supervise", "--search", "search.jsonl", "--output", "targets.jsonl"]
+
+
+def fail_in_supervise(monkeypatch: pytest.MonkeyPatch, error: OSError) -> None:
+    """Let `drllm supervise` fail with an error of the system."""
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("drllm.cli.searching.supervise_to_file", fail)
+
+
+def test_a_file_that_the_system_refuses_is_named_in_one_line(monkeypatch, capsys):
+    refusal = PermissionError(errno.EACCES, "Permission denied", "closed/search.jsonl")
+    fail_in_supervise(monkeypatch, refusal)
+
+    status = main(SUPERVISE_WORDS)
+
+    case = Case("supervise", "can't use closed/search.jsonl: Permission denied; check the name")
+    check_answer(case, Answer(status, *capsys.readouterr()))
+
+
+def test_a_failure_of_the_system_that_names_no_file_keeps_its_traceback(monkeypatch):
+    fail_in_supervise(monkeypatch, OSError(errno.ENOMEM, "Cannot allocate memory"))
+    with pytest.raises(OSError, match="Cannot allocate memory"):
+        main(SUPERVISE_WORDS)
 
 
 def test_a_defect_of_ours_keeps_its_traceback(tmp_path: Path, finished_run: Path, monkeypatch):

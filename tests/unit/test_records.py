@@ -21,7 +21,7 @@ from drllm.records.manifest import (
     to_lines,
     write_records,
 )
-from drllm.records.places import check_file, choose_file
+from drllm.records.places import check_file, choose_file, resolve
 from drllm.records.published import hide_places
 from drllm.records.search import Retest, SearchRecord, TriedPath, read_search
 from drllm.records.splits import find_split, question_key
@@ -491,6 +491,20 @@ def test_results_may_be_named_by_their_folder_or_their_file(tmp_path: Path):
     places = {"new": "new/a.jsonl", "v1.2": "v1.2/a.jsonl", "b.jsonl": "b.jsonl", "old": "old"}
     for place, file in places.items():
         assert choose_file(tmp_path / place, "a.jsonl") == tmp_path / file
+
+
+def test_links_are_followed_also_to_a_place_that_does_not_exist(tmp_path: Path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("folder")
+    assert resolve(tmp_path / "link" / "new.jsonl") == tmp_path.resolve() / "folder" / "new.jsonl"
+
+
+def test_links_that_lead_in_a_circle_are_refused(tmp_path: Path):
+    (tmp_path / "first").symlink_to("second")
+    (tmp_path / "second").symlink_to("first")
+    for place in (tmp_path / "first", tmp_path / "first" / "file.jsonl"):
+        with pytest.raises(RecordError, match=r"can't follow .*first.* lead in a circle"):
+            resolve(place)
 
 
 def test_a_manifest_does_not_vouch_for_a_file_that_another_process_has_replaced(

@@ -1,6 +1,7 @@
 """The command line. `main` runs one command, `drllm VERB [flags]`, and turns errors into messages.
 
-After a mistake of the user, the command prints one line and ends with exit status 2. After an
+After a mistake of the user, the command prints one line and ends with exit status 2. So it does if
+the system refuses a file, for example in a folder that the user may not read. After an
 interruption, it prints one sentence and ends with status 130. If the reader of its output closes
 the pipe (`drllm show … | head`), it ends silently with status 141. Any other exception is a defect
 of drllm and keeps its traceback.
@@ -33,8 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The words after `drllm`; None for those in `sys.argv`.
 
     Returns:
-        0 or what the verb returns, 2 after a mistake of the user, 130 after an interruption, 141
-        if the reader of the output closed the pipe and the verb didn't return a status before.
+        0 or what the verb returns, 2 after a mistake of the user or if the system refuses a file,
+        130 after an interruption, 141 if the reader of the output closed the pipe and the verb
+        didn't return a status before.
     """
     if arguments is None:
         arguments = sys.argv[1:]
@@ -47,11 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(end="", flush=True)  # a closed pipe may show itself only now
         return status
     except DrllmError as error:
-        if not is_first_process():
-            # If the first process failed too, it prints the error, and the launcher ends this
-            # process during the sleep.
-            time.sleep(3)
-        terminal.fail(str(error))
+        _print_mistake(str(error), terminal)
         return 2
     except KeyboardInterrupt:
         advice = "no file is half-written. Run the same command again."
@@ -65,6 +63,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Python would complain at its end, when it flushes standard output.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return status or OUTPUT_CLOSED
+    except OSError as error:
+        # Any look at a place can fail, even at whether a file exists: nobody may enter its folder,
+        # or the name is too long. An error without a file isn't about a place, and is a defect.
+        if error.filename is None:
+            raise
+        _print_mistake(
+            f"can't use {error.filename}: {error.strerror}; check the name, and whether you may "
+            f"read and write there",
+            terminal,
+        )
+        return 2
+
+
+def _print_mistake(message: str, terminal: Terminal) -> None:
+    """Print the line that ends a command, in one process only."""
+    if not is_first_process():
+        # If the first process failed too, it prints the error, and the launcher ends this process
+        # during the sleep.
+        time.sleep(3)
+    terminal.fail(message)
 
 
 def _is_output_closed() -> bool:

@@ -72,7 +72,7 @@ def create_folder(output: Path) -> Iterator[Path]:
 
     Raises RecordError if a file or folder can't be written. Then nothing is left.
     """
-    place = output.resolve()
+    place = resolve(output)
     folder = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
     try:
         folder.mkdir(parents=True)
@@ -93,6 +93,20 @@ def make_output_error(output: Path, reason: str) -> RecordError:
     return RecordError(
         f"can't write {output}: {reason}; free some space, or give a folder that you may write to"
     )
+
+
+def resolve(path: Path) -> Path:
+    """Return the absolute path of a file or folder, with all links followed.
+
+    Raises RecordError if the links lead in a circle.
+    """
+    # Unlike Path.resolve, realpath does the same in all versions of Python: it stops at a circle.
+    place = Path(os.path.realpath(path))
+    if any(part.is_symlink() for part in (place, *place.parents)):
+        raise RecordError(
+            f"can't follow {path}: its symbolic links lead in a circle; give the place itself"
+        )
+    return place
 
 
 def choose_file(place: Path, name: str) -> Path:

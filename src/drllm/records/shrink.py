@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 
 from drllm.records.codec import read_json
+from drllm.records.places import resolve
 from drllm.records.results import Header
 from drllm.records.static_paths import FULL
 from drllm.statistics.differences import Differences, Verdict
@@ -203,7 +204,7 @@ class ShrinkRecord(Header, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 def find_work_folder(output: Path) -> Path:
     """Return the folder of the work, beside the output."""
-    place = output.resolve()
+    place = resolve(output)
     return place.with_name(place.name + WORK_ENDING)
 
 

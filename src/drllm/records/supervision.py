@@ -18,6 +18,7 @@ from drllm.errors import PathError, RecordError
 from drllm.paths import Decisions, check_decisions, num_executions
 from drllm.records.identity import compare_bypass, differ
 from drllm.records.manifest import read_manifest, read_numbered_records
+from drllm.records.places import resolve
 from drllm.records.search import Question
 from drllm.records.splits import question_key
 
@@ -101,9 +102,10 @@ def join_supervision(paths: Sequence[Path]) -> list[SupervisionRecord]:
     merger = _Merger()
     resolved: list[Path] = []
     for path in paths:
-        if path.resolve() in resolved:
+        place = resolve(path)
+        if place in resolved:
             raise RecordError(f"{path} is given twice; name each supervision file once")
-        resolved.append(path.resolve())
+        resolved.append(place)
         for line, record in read_numbered_records(path, SupervisionRecord, "supervision"):
             merger.add(_Target(record, path, line))
     return [target.record for target in merger.targets]

@@ -19,6 +19,7 @@ from drllm.config.fields import replace_settings
 from drllm.errors import ConfigError, RecordError, unknown_name
 from drllm.records.identity import compare_bypass, differ
 from drllm.records.manifest import new_manifest, write_or_remove, write_records
+from drllm.records.places import resolve
 from drllm.records.search import SearchRecord, SearchRecords, TriedPath, read_search
 from drllm.records.splits import question_key
 from drllm.records.supervision import (
@@ -158,12 +159,13 @@ def _check_files(sources: Sequence[SearchRecords | Path], output: Path | None) -
         file = source.file if isinstance(source, SearchRecords) else source
         if file is None:
             continue
-        if file.resolve() in inputs:
+        place = resolve(file)
+        if place in inputs:
             raise RecordError(f"{file} is given twice; name each search file once")
-        inputs.add(file.resolve())
+        inputs.add(place)
     if output is not None:
         for file in (output, rejected_path(output)):
-            if file.resolve() in inputs:
+            if resolve(file) in inputs:
                 raise RecordError(f"{file} is both read and written; choose another output file")
 
 
