@@ -224,6 +224,7 @@ def write_checkpoint(source: Path, folder: Path, model: Any, listener: Listener)
         record = read_shrink(source / SHRINK_FILE)
         if record.is_forced:
             listener.note(f"{source} was written by --force: {record.verdict}")
+        _refuse_links(source)
         shutil.copytree(source, folder)
         public = replace(
             record, model=hide_model_place(record.model), config=hide_places(record.config)
@@ -237,6 +238,16 @@ def write_checkpoint(source: Path, folder: Path, model: Any, listener: Listener)
         model = ModelConfig(model=identity["id"], revision=identity.get("revision"))
     with unrouted(model, None, listener) as base:
         export_path(base, path, folder)
+
+
+def _refuse_links(folder: Path) -> None:
+    """Refuse a folder with links, since a copy would have what they lead to, wherever it is."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink():
+            raise ConfigError(
+                f"{path} is a link, and what it leads to would be published; delete it, or put the "
+                f"file in its place"
+            )
 
 
 def write_routers(source: Path, folder: Path) -> None:

@@ -1,13 +1,13 @@
 """Writes the parts of a report as Markdown. Whatever a text holds, it is shown and not obeyed."""
 
-import html
 import re
 from collections.abc import Iterable, Sequence
 from typing import NewType
 
 import msgspec
 
-from drllm.reporting.numbers import NBSP, NONE
+from drllm.records.markdown import escape
+from drllm.reporting.numbers import NONE
 
 Markdown = NewType("Markdown", str)
 """A text with markup. mypy refuses a plain text in its place, so that none stays unescaped."""
@@ -126,15 +126,6 @@ def write_table(
 def write_caption(text: str) -> Markdown:
     """Write the caption of a table or a figure."""
     return Markdown(f"*{escape(text)}*")
-
-
-def escape(text: str) -> str:
-    """Escape a text so that Markdown shows it unchanged, on one line."""
-    line = re.sub(rf"[^\S{NBSP}]+", " ", text).strip()
-    escaped = html.escape(line, quote=False)
-    escaped = re.sub(r"([\\`*\[\]|~])", r"\\\1", escaped)
-    # Between two letters or digits, `_` has no meaning.
-    return re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\_", escaped)
 
 
 def _escape_line(text: str) -> str:

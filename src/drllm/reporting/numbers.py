@@ -1,12 +1,12 @@
 """Writes numbers and verdicts for reports and tables, with digits, units and signs."""
 
+from drllm.records.markdown import NBSP
 from drllm.records.results import System
 from drllm.statistics import words
 from drllm.statistics.differences import Verdict
 from drllm.statistics.power import round_up
 
 NONE = "–"  # for a missing value
-NBSP = "\u00a0"
 
 
 def write_percent(share: float | None, digits: int = 1) -> str:

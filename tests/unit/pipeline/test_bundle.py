@@ -5,6 +5,7 @@ import dataclasses
 import msgspec
 import pytest
 import torch
+from markdown_it import MarkdownIt
 from transformers import AutoModelForCausalLM
 
 from drllm.config import ModelConfig
@@ -207,6 +208,31 @@ def test_the_card_of_a_search_counts_what_is_in_it(searched, tmp_path):
     assert "`num_simulations` 30" in card
 
 
+NASTY = "<img src=x onerror=alert(1)> [c](javascript:alert(1)) | `x` \x1b[31m"
+
+
+def list_markup(text):
+    """Return the HTML and the links of a Markdown text, and its raw control characters."""
+    markup = {"html_block", "html_inline", "link_open", "image"}
+    tokens = MarkdownIt().parse(text)
+    for token in list(tokens):
+        tokens += token.children or ()
+    found = [token.content or str(token.attrs) for token in tokens if token.type in markup]
+    return found + [character for character in text if character < " " and character != "\n"]
+
+
+def test_no_text_of_a_record_becomes_markup_in_a_card(searched, base, tmp_path):
+    records = read_search(searched / "search.jsonl")
+    nasty = [msgspec.structs.replace(record, task=NASTY, reward=NASTY) for record in records]
+    identity = {**base.identity, "id": NASTY, "class": NASTY, "revision": NASTY}
+    manifest = new_manifest("search", model=identity, config={"strategy": NASTY})
+    write_records(searched / "search.jsonl", nasty, manifest)
+    [artefact] = bundle([searched], tmp_path / "publish")
+    _, _, body = (artefact.folder / CARD_FILE).read_text().split("---\n", 2)
+    assert list_markup(body) == []
+    assert "javascript" in body  # it is shown
+
+
 def test_no_place_of_this_machine_is_published(searched, tmp_path):
     [artefact] = bundle([searched], tmp_path / "publish")
     manifest = read_manifest(artefact.folder / "search.jsonl", "search")
@@ -298,6 +324,16 @@ import pathlib, sys
 assert pathlib.Path(sys.argv[1], "config.json").is_file()
 pathlib.Path(sys.argv[sys.argv.index("--outfile") + 1]).write_bytes(b"GGUF")
 """
+
+
+def test_a_link_in_a_checkpoint_is_refused_and_what_it_leads_to_is_not_published(base, tmp_path):
+    source = write_shrunken(tmp_path / "smaller", base)
+    secret = tmp_path / "secret.txt"
+    secret.write_text("secret")
+    (source / "notes.txt").symlink_to(secret)
+    with pytest.raises(ConfigError, match=r"notes\.txt.* is a link"):
+        bundle([source], tmp_path / "publish")
+    assert not (tmp_path / "publish").exists()
 
 
 def test_the_checkpoint_is_converted_by_the_converter_of_llama_cpp(healed, base, tmp_path):

@@ -7,7 +7,9 @@ from typing import Any
 import jinja2
 from huggingface_hub import CardData, ModelCard, ModelCardData
 
+from drllm.errors import printable
 from drllm.models.base.aliases import ALIASES
+from drllm.records.markdown import escape, write_inside_code
 
 CARD_FILE = "README.md"
 
@@ -49,9 +51,9 @@ def render_card(template: Path, metadata: CardData, **values: Any) -> str:
     """Render the text of a card: metadata for the hub, then the body.
 
     Args:
-        template: The body, a Jinja template of Markdown. Its filter `line` writes a value
-            without line breaks and backticks, which would end a code span. Its filter `number`
-            writes a number in four digits.
+        template: The body, a Jinja template of Markdown. Its filter `line` writes a value among
+            other text, and `code` writes it inside a code span or block; nothing in the value
+            becomes markup. Its filter `number` writes a number in four digits.
         metadata: What the hub reads: library, base model, tags. It is written as front matter.
         values: The template's variables.
     """
@@ -62,18 +64,24 @@ def render_card(template: Path, metadata: CardData, **values: Any) -> str:
 
 @cache
 def _load_template(path: Path) -> jinja2.Template:
-    """Return a template of Markdown, with the filters `line` and `number`."""
+    """Return a template of Markdown, with the filters `line`, `code` and `number`."""
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False
     )
     environment.filters["line"] = _write_line
+    environment.filters["code"] = _write_code
     environment.filters["number"] = _write_number
     return environment.from_string(path.read_text(encoding="utf-8"))
 
 
 def _write_line(value: object) -> str:
-    """Write a value without line breaks and backticks."""
-    return " ".join(str(value).split()).replace("`", "'")
+    """Write a value among other text of Markdown, where nothing in it becomes markup."""
+    return escape(printable(str(value)))
+
+
+def _write_code(value: object) -> str:
+    """Write a value inside a code span or block."""
+    return write_inside_code(str(value))
 
 
 def _write_number(value: float | None) -> str:

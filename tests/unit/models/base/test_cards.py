@@ -27,7 +27,8 @@ def test_the_hub_reads_the_metadata_above_the_text(render):
 @pytest.mark.parametrize(
     ("text", "values", "expected"),
     [
-        ("`{{ value | line }}`", {"value": "a`b\n\n# Great"}, "`a'b # Great`"),
+        ("`{{ value | code }}`", {"value": "a`b\n\n# Great"}, "`a'b # Great`"),
+        ("{{ value | line }}", {"value": "<b>a`b\n\x1b"}, r"&lt;b&gt;a\`b \\x1b"),
         ("{{ value | line }}", {"value": 5}, "5"),
         ("{{ value | number }}", {"value": 0.123456}, "0.1235"),
         ("{{ value | number }}", {"value": None}, "–"),

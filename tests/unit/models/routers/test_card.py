@@ -84,9 +84,17 @@ def test_the_hubs_own_reader_finds_the_metadata_and_the_text():
     assert card.text.strip().startswith("# Routers for org/tiny\n")
 
 
-@pytest.mark.parametrize("name", ["smollm2-135m", "/home/me/models/tiny", "a/b\nlicense: mit"])
+@pytest.mark.parametrize("name", ["/home/me/models/tiny", "a/b\nlicense: mit"])
 def test_a_name_that_is_no_hub_id_is_not_given_to_the_hub(name):
     assert set(front_matter(card_with(base_model=name))) == {"library_name", "tags"}
+
+
+def test_an_alias_is_given_to_the_hub_by_the_name_that_the_hub_has_for_it():
+    card = card_with(base_model="smollm2-135m")
+    values = front_matter(card)
+    assert values["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert values["license"] == "apache-2.0"
+    assert "GGUF file in Q4_1" in card
 
 
 def test_a_name_breaks_out_of_neither_line_nor_code():
