@@ -315,8 +315,9 @@ search --tasks arc_eazy => unknown task 'arc_eazy'; did you mean 'arc_easy'
 evaluate --tasks arc_eazy --routers run/routers => did you mean 'arc_easy'
 evaluate --tasks no_such_task --paths p.json:x => p.json isn't a paths.json => p.json: {"path": [0]}
 heal --tasks no_such_task --path p.json:x => p.json isn't a paths.json => p.json: {"path": [0]}
-evaluate FACTS --paths t/paths.json:skip9 => unknown path 'skip9' => t/paths.json: @another_task
-export --path t/paths.json:skip9 --output-dir new => unknown path 'skip9' \
+evaluate FACTS --paths t/paths.json:skip9 => 'tasks' names 'renamed' \
+=> t/paths.json: @another_task
+export --path t/paths.json:skip9 --output-dir new => 'tasks' names 'renamed' \
 => t/paths.json: @another_task
 run dem => unknown recipe 'dem'; did you mean 'demo'?
 run recipes/demo.yaml => packaged recipes are run by name: drllm run demo
@@ -388,7 +389,7 @@ report run => mixes models of different depth \
 => run/routers/router_config.json: "num_layers": 4 -> "num_layers": 5
 show notes.jsonl => notes.jsonl, line 1: has text => notes.jsonl: {"text": "hello"}\\n
 show run/search.jsonl => search.jsonl, line 6 => run/search.jsonl: @cut_off
-show t/paths.json => t/paths.json names the task 'renamed' => t/paths.json: @another_task
+show t/paths.json => 'tasks' names 'renamed' => t/paths.json: @another_task
 show search.failed.jsonl => search.failed.jsonl, line 1: \
 => search.failed.jsonl: {"error": "x"}\\n
 show new.rejected.jsonl => new.rejected.jsonl, line 1: \

@@ -63,6 +63,14 @@ READERS: dict[str, tuple[str, Reader]] = {
     "questions": ("own/questions.jsonl", lambda f: load_source(str(f)).examples("search")),
 }
 """Name → a valid file, and what reads it."""
+REPORTED = (
+    *("run/search.jsonl", "run/search.manifest.json", "run/run.manifest.json"),
+    *("run/supervision.jsonl", "run/supervision.manifest.json"),
+    *("run/routers/router_config.json", "run/routers/metrics.jsonl", "run/routers/layers.json"),
+    *("run/eval/builtin_facts.json", "run/eval/samples.jsonl", "run/eval/latency.json"),
+    *("tuned/paths.json", "healed/path.json"),
+)
+"""The files that `drllm report` reads, in folders of which it makes a report."""
 IN_FOLDERS = ("results", "latency", "routers", "run")
 SHOWN = ("search", "supervision", "tuned", "healed", "shrink", *IN_FOLDERS)
 """What `drllm show` prints: files, and files that it finds in their folder."""
@@ -214,6 +222,39 @@ def show_damaged(name: str, seed: int, valid_files: Path, folder: Path) -> None:
 def test_a_damaged_file_is_shown_or_refused(name, valid_files, tmp_path, capsys):
     for seed in SEEDS:
         show_damaged(name, seed, valid_files, tmp_path)
+
+
+def report_damaged(relative: str, seed: int, valid_files: Path, folder: Path) -> None:
+    """Change a copy of a valid file, and report on the folder that holds it, as `drllm report`.
+
+    Every other seed makes a records file one of the user's own, by leaving its manifest out.
+    """
+    top, *way = Path(relative).parts
+    copied = folder / f"reported-{seed}"
+    shutil.copytree(valid_files / top, copied)
+    file = copied.joinpath(*way)
+    corrupt(file, random.Random(f"report {relative} {seed}"))
+    if file.suffix == ".jsonl" and seed % 2:
+        file.with_name(f"{file.stem}.manifest.json").unlink(missing_ok=True)
+    assert drllm.cli.main(["report", str(copied)]) in (0, 2)
+
+
+@pytest.mark.parametrize("relative", REPORTED)
+def test_a_damaged_file_is_reported_or_refused(
+    relative, valid_files, tmp_path, capsys, monkeypatch
+):
+    # Drawing takes seconds; the thorough test below draws.
+    monkeypatch.setattr("drllm.reporting.stage.draw_png", lambda *_: b"")
+    monkeypatch.setattr("drllm.reporting.page.draw_svg", lambda *_, **__: "")
+    for seed in SEEDS:
+        report_damaged(relative, seed, valid_files, tmp_path)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("relative", REPORTED)
+def test_many_more_damaged_files_are_reported_or_refused(relative, valid_files, tmp_path, capsys):
+    for seed in MORE_SEEDS:
+        report_damaged(relative, seed, valid_files, tmp_path)
 
 
 @pytest.mark.thorough

@@ -1,5 +1,7 @@
 """`paths.json`: which of its paths is meant, and for which model."""
 
+import json
+
 import pytest
 
 from drllm.errors import PathError, RecordError
@@ -23,6 +25,28 @@ def test_without_a_name_the_names_are_listed(tmp_path):
         with pytest.raises(PathError, match=r"name one of them.*: full, 5\.00, 4\.00, again"):
             read(str(file))
     assert list(read_path_list(str(file))) == ["5.00", "4.00", "again"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"tasks": ["arc_easy", "renamed"]},
+            "'tasks' names 'renamed', and 'objective' has",
+        ),
+        (
+            {"objective": {"arc_easy": "x"}, "tasks": ["arc_easy"]},
+            "'objective' of 'arc_easy' is 'x'",
+        ),
+        ({"num_layers": 10**30}, r"expected .* \(at `num_layers`\)"),
+        ({"runtime": {"device": 3}}, "'device' of 'runtime' is 3"),
+    ],
+)
+def test_a_file_whose_parts_do_not_fit_each_other_is_refused_in_one_line(tmp_path, changes, said):
+    file = written_paths(tmp_path / "paths.json", MODEL)
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    with pytest.raises(RecordError, match=rf"paths\.json: {said}"):
+        load_path(f"{file}:5.00")
 
 
 def test_a_file_of_a_newer_version_is_answered_by_its_version_alone(tmp_path):

@@ -106,7 +106,7 @@ def _print_counts(summary: Mapping[str, Any], terminal: Terminal) -> None:
             before = write_count(counts[f"{kind}_before_retest"])
             after = write_count(counts[f"{kind}_after_retest"])
             cells.append(f"{before} → {after}")
-        cells += [write_count(counts[name]) for name in target_columns]
+        cells += [write_count(counts.get(name)) for name in target_columns]
         rows.append(cells)
     terminal.table(
         "|".join(columns).replace("_", "\n"),
@@ -121,9 +121,11 @@ def _list_counts(summary: Mapping[str, Any]) -> dict[str, Any]:
     counts = dict(summary.get("tasks", {}))  # older manifests don't have it
     if len(counts) == 1:
         return counts
+    # A manifest may lack the count of a task. Then the sum isn't known.
+    improving = [task_counts.get("improving_targets") for task_counts in counts.values()]
     num_improving = None
-    if counts:
-        num_improving = sum(task_counts["improving_targets"] for task_counts in counts.values())
+    if improving and None not in improving:
+        num_improving = sum(improving)
     counts["all"] = {**summary, "improving_targets": num_improving}
     return counts
 

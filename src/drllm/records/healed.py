@@ -9,6 +9,7 @@ import msgspec
 from drllm.errors import PathError, RecordError
 from drllm.paths import StaticPath
 from drllm.records.codec import read_json, sha256
+from drllm.records.manifest import NumLayers, check_runtime
 from drllm.records.removed import refuse_removed
 from drllm.records.results import Header, StepRecord
 
@@ -94,7 +95,7 @@ class HealedPath(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
     name: str
     steps: tuple[StepRecord, ...]
     executions: float
-    num_layers: int
+    num_layers: NumLayers
     first_layer: Annotated[int, msgspec.Meta(ge=0)]
     rank: Annotated[int, msgspec.Meta(ge=0)]
     alpha: Annotated[float, msgspec.Meta(ge=0, le=1e6)]
@@ -110,6 +111,9 @@ class HealedPath(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
     runtime: dict[str, Any] = msgspec.field(default_factory=dict)
     curve: tuple[HealPoint, ...] = ()
     held_out: dict[str, Losses] = msgspec.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_runtime(self.runtime)
 
     @property
     def adapter(self) -> str:

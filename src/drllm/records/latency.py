@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from drllm.records.manifest import check_runtime
 from drllm.records.results import (
     BASE,
     LATENCY_FILE,
@@ -20,6 +21,7 @@ from drllm.statistics.verdicts import judge_times
 PREFILL = "prefill"
 DECODE = "decode"
 LATENCY_SCHEMA = "drllm.latency"
+MAX_SECONDS = 1e9  # 30 years; no measured time is longer
 
 
 class Timing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -35,7 +37,9 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     batch_size: int
     num_tokens: int
     executions: float
-    seconds: Annotated[tuple[Annotated[float, msgspec.Meta(gt=0)], ...], msgspec.Meta(min_length=1)]
+    seconds: Annotated[
+        tuple[Annotated[float, msgspec.Meta(gt=0, le=MAX_SECONDS)], ...], msgspec.Meta(min_length=1)
+    ]
 
     @property
     def median(self) -> float:
@@ -105,6 +109,7 @@ class Latency(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
     measured: Timings
 
     def __post_init__(self) -> None:
+        check_runtime(self.runtime)
         timings = self.measured.timings
         places = {timing.place for timing in timings}
         for name in (BASE, ROUTED):

@@ -9,7 +9,7 @@ import importlib.metadata
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeAlias, TypeVar
 
 import msgspec
 
@@ -17,8 +17,13 @@ from drllm.errors import RecordError
 from drllm.records import codec
 
 LIBRARIES = ("torch", "transformers", "safetensors", "datasets", "math-verify")
+RUNTIME = ("dtype", "device", "attn_implementation")
+"""The settings of `ModelConfig` that say how a base model ran."""
 
 T = TypeVar("T", bound=Any)
+
+NumLayers: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=10_000)]
+"""A number of layers in a file. A damaged file mustn't let a reader count to 10^30."""
 
 
 class _Manifest(msgspec.Struct):
@@ -39,6 +44,22 @@ class _Manifest(msgspec.Struct):
     summary: dict[str, Any] | None = None
     rewards: list[str] = []
     files: dict[str, Any] = {}
+    runtime: dict[str, Any] = {}
+    machine: str | None = None
+
+    def __post_init__(self) -> None:
+        check_runtime(self.runtime)
+        check_runtime(self.plan.get("runtime"))
+
+
+def check_runtime(runtime: object) -> None:
+    """Raise ValueError if a value that says how a model ran isn't a text; it may be missing."""
+    if not isinstance(runtime, dict):
+        return  # not recorded
+    for name in RUNTIME:
+        value = runtime.get(name)
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"{name!r} of 'runtime' is {value!r}; expected a text")
 
 
 def manifest_path(path: Path) -> Path:

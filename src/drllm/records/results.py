@@ -16,7 +16,7 @@ import msgspec
 from drllm.errors import RecordError
 from drllm.paths import Decisions, check_decisions
 from drllm.records.codec import Version, read_json
-from drllm.records.manifest import read_records
+from drllm.records.manifest import NumLayers, check_runtime, read_records
 from drllm.records.removed import note_ignored_certificate
 from drllm.statistics.differences import Differences
 from drllm.statistics.exclusion import DropTest
@@ -197,7 +197,7 @@ class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
     num_questions: int
     num_available: int | None = None  # questions in the split; None in files of earlier versions
     not_asked: dict[str, str] = {}
-    num_layers: int
+    num_layers: NumLayers
     chance: float
     routers: str | None = None
     routers_sha256: str | None = None
@@ -218,6 +218,7 @@ class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
     pooled: Any | msgspec.UnsetType = msgspec.UNSET
 
     def __post_init__(self) -> None:
+        check_runtime(self.runtime)
         names = [system.name for system in self.systems]
         refuse_duplicates("system", names)
         refuse_duplicates("point", [point.name for point in self.curve])

@@ -25,6 +25,7 @@ from drllm.records.healed import (
     refuse_parts_of_layers,
 )
 from drllm.records.identity import differ
+from drllm.records.manifest import NumLayers, check_runtime
 from drllm.records.removed import (
     MENU_SCHEMA,
     note_ignored_certificate,
@@ -44,6 +45,8 @@ TEST = "test"
 PARTS = (FIT, SELECT, TEST)
 """The parts of a task's questions: paths are fitted on the first, chosen on the second, and tested
 on the third."""
+OBJECTIVES = ("gold_logprob", "next_token_loss", "kl")
+"""What a path may preserve; see `TuneConfig`."""
 IDENTITY = ("class", "num_layers", "hidden_size", "fingerprint", "id")
 """The fields in which the identities of two models are compared; see `check_model`."""
 FORMS = (
@@ -140,7 +143,7 @@ class StaticPaths(Header, frozen=True, kw_only=True, forbid_unknown_fields=True)
     tasks: tuple[str, ...]
     divided: tuple[str, ...] = ()
     objective: dict[str, str]
-    num_layers: int
+    num_layers: NumLayers
     runtime: dict[str, Any] = msgspec.field(default_factory=dict)
     questions_sha256: str = ""
     prompts_sha256: str = ""
@@ -150,6 +153,21 @@ class StaticPaths(Header, frozen=True, kw_only=True, forbid_unknown_fields=True)
     texts_sha256: str = ""
     paths: tuple[NamedPath, ...]
     choice: Any | msgspec.UnsetType = msgspec.UNSET
+
+    def __post_init__(self) -> None:
+        check_runtime(self.runtime)
+        for task in self.tasks:
+            if task not in self.objective:
+                names = ", ".join(self.objective) or "nothing"
+                raise ValueError(
+                    f"'tasks' names {task!r}, and 'objective' has {names}; the file was changed, "
+                    f"so tune again"
+                )
+            if self.objective[task] not in OBJECTIVES:
+                raise ValueError(
+                    f"'objective' of {task!r} is {self.objective[task]!r}; expected one of "
+                    f"{', '.join(OBJECTIVES)}"
+                )
 
     @property
     def notes(self) -> list[str]:

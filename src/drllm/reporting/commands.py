@@ -8,9 +8,8 @@ from typing import Any
 
 from drllm.config import TIMING, EvaluateConfig, SearchConfig, SuperviseConfig, TrainConfig
 from drllm.config.fields import Settings, to_flag
+from drllm.records.manifest import RUNTIME
 
-RUNTIME = ("dtype", "device", "attn_implementation")
-"""The settings of `ModelConfig` that say how a base model ran."""
 SETTINGS_FILE = "drllm-settings.yaml"
 """The file that a command writes for settings by task, since these settings have no flags."""
 ALWAYS_WRITTEN = ("tasks", "dataset")
@@ -66,8 +65,11 @@ def train_command(router_config: Mapping[str, Any], **changes: Any) -> str:
         "model": router_config.get("base_model") or None,
         "revision": router_config.get("base_revision"),
     }
-    training = router_config.get("training") or {}
-    settings = _list_changed_settings(TrainConfig, training.get("settings") or {})
+    training = router_config.get("training")
+    settings = training.get("settings") if isinstance(training, dict) else None
+    if not isinstance(settings, dict):
+        settings = {}  # not recorded
+    settings = _list_changed_settings(TrainConfig, settings)
     return write_command("train", values | settings | changes)
 
 

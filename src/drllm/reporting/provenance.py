@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from drllm.records.manifest import RUNTIME
 from drllm.records.results import EVALUATION_SCHEMA
-from drllm.reporting.commands import RUNTIME, evaluate_command, find_runtime
+from drllm.reporting.commands import evaluate_command, find_runtime
 from drllm.reporting.document import Section
 from drllm.reporting.markdown import Markdown, write_code, write_paragraph, write_table
 from drllm.reporting.numbers import NONE

@@ -304,6 +304,14 @@ def test_a_summary_of_an_older_version_is_told_as_far_as_it_goes(printed):
     assert out.endswith("decisions skip 2 (25.0 %), execute 6 (75.0 %), repeat 0 (0.0 %)")
 
 
+def test_a_missing_count_of_a_task_is_left_open(printed):
+    summary = pick_targets(FOUND, SHORTEST).summary
+    for counts in summary["tasks"].values():
+        del counts["improving_targets"]
+    print_supervision(summary, Terminal())
+    assert "all 2 1 (50.0 %) 2 → 2 2 → 2 1 → 1 2 –" in printed()
+
+
 @pytest.mark.parametrize(
     ("name", "value"), [("questions", "x"), ("targets", None), ("class_counts", [1]), ("tasks", 3)]
 )

@@ -166,6 +166,11 @@ REFUSED: list[tuple[str, Any, str]] = [
     (TIMES, lambda v: v.update(schema="drllm.x"), "schema 'drllm.x'; expected 'drllm.latency'"),
     (TIMES, lambda v: v.update(schema_version=1), "older form"),
     (TIMES, times(lambda v: v[0].update(seconds=[0.1, 0.0, 0.1])), ".seconds[1]`"),
+    (TIMES, times(lambda v: v[0].update(seconds=[0.1, 1e308, 0.1])), "`float` <= 1000000000.0"),
+    (TIMES, lambda v: v["runtime"].update(dtype=True), "latency.json: 'dtype' of 'runtime' is T"),
+    (RESULT, lambda v: v["runtime"].update(device=[0]), "'device' of 'runtime' is [0]"),
+    ("search.manifest.json", lambda v: v.update(plan={"runtime": {"dtype": 3}}), "'dtype' of 'run"),
+    ("search.manifest.json", lambda v: v.update(machine=3), "`machine`"),
     (TIMES, times(lambda v: v[2].update(seconds=[0.1])), "same number"),
     (TIMES, times(lambda v: v.pop(0)), "times of 'base' at"),
     (TIMES, times(lambda v: v.clear()), "times of 'base' at"),
@@ -194,6 +199,11 @@ def test_what_cannot_be_trusted_is_refused_in_one_line_and_nothing_is_written(
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert not list(copied.path.glob("report*"))
+
+
+def test_training_settings_that_cannot_be_read_are_left_out(copied):
+    copied.change(CONFIG, lambda values: values.update(training=True))
+    assert "## Provenance" in report_text(copied.path)
 
 
 def test_one_task_in_two_files_is_refused(copied):
