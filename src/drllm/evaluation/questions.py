@@ -66,12 +66,18 @@ def select_tasks(
 
 
 def _check_names(config: EvaluateConfig, names: Sequence[str]) -> None:
-    """Refuse a task named like the file of times, and settings for tasks that aren't evaluated."""
+    """Refuse tasks whose results would have another file's name, and settings without a task."""
     if Path(LATENCY_FILE).stem in names:
         raise ConfigError(
             f"a task is called {Path(LATENCY_FILE).stem!r}, but {LATENCY_FILE} holds the measured "
             f"times; rename its file"
         )
+    for name in names:
+        if not name or name.endswith(".manifest"):
+            raise ConfigError(
+                f"a task is called {name!r}, and its results would be in a file of another kind, "
+                f"{name}.json; rename its file"
+            )
     for setting in ("limits", "splits", "fitted_on"):
         for name in getattr(config, setting) or {}:
             if name not in names:

@@ -275,8 +275,11 @@ def _read_paths(run: Run) -> None:
 def _read_healed_path(run: Run) -> None:
     for name in (HEALED_FILE, f"healed/{HEALED_FILE}"):
         file = run.folder / name
-        # A plain path may be called path.json too.
-        if file.is_file() and read_json(file, Version).schema == HEALED_SCHEMA:
+        if not file.is_file():
+            continue
+        # In the run folder itself, a plain path may be called path.json too.
+        is_in_own_folder = name != HEALED_FILE
+        if is_in_own_folder or read_json(file, Version).schema == HEALED_SCHEMA:
             run.healed = read_healed(file)
             _add_source(run, name, run.healed)
             return

@@ -71,7 +71,8 @@ def write_report(runs: Sequence[Run], page: Path) -> tuple[Path, Path]:
     for path, content in files.items():
         write_atomically(path, content)
     for picture in list_pictures(page):
-        if picture not in files:  # it is a picture of an earlier report
+        # Pictures of an earlier report go. A link may lead to somebody's own pictures.
+        if picture not in files and not picture.parent.is_symlink():
             delete_file(picture)
     return page, page.with_suffix(".md")
 

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from safetensors.torch import load as from_safetensors
-from safetensors.torch import save as to_safetensors
 
 from drllm.config import BypassConfig
 from drllm.config.fields import replace_settings
@@ -46,6 +44,7 @@ from drllm.tuning.heal_tokens import (
     check_max_tokens,
     digest_prompts,
 )
+from drllm.tuning.kept_tensors import KeptTensors
 from drllm.work.listener import Listener
 from drllm.work.store import ResultStore, refuse_other_run
 
@@ -57,11 +56,11 @@ class SolvedLayer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     Attributes:
         unexplained: As in `LayerSolution`.
-        weights: The tensors, as a file of safetensors.
+        weights: The tensors by name.
     """
 
     unexplained: float
-    weights: bytes
+    weights: KeptTensors
 
 
 def fit_bypass(
@@ -221,14 +220,12 @@ def _name_layer(layer: int) -> str:
 
 def _encode(solution: LayerSolution) -> SolvedLayer:
     """Return a map as it is kept."""
-    tensors = {}
-    for name, tensor in zip(TENSORS, solution.layer_map, strict=True):
-        tensors[name] = tensor.contiguous()
-    return SolvedLayer(unexplained=solution.unexplained, weights=to_safetensors(tensors))
+    tensors = dict(zip(TENSORS, solution.layer_map, strict=True))
+    return SolvedLayer(unexplained=solution.unexplained, weights=KeptTensors.pack(tensors))
 
 
 def _decode(kept: SolvedLayer) -> LayerSolution:
     """Return a map that is kept."""
-    tensors = from_safetensors(kept.weights)
+    tensors = kept.weights.unpack()
     layer_map = LayerMap(*(tensors[name] for name in TENSORS))
     return LayerSolution(layer_map, kept.unexplained)

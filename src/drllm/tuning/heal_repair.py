@@ -14,8 +14,6 @@ from functools import partial
 from typing import Any
 
 import msgspec
-from safetensors.torch import load as from_safetensors
-from safetensors.torch import save as to_safetensors
 
 from drllm.config import HealConfig
 from drllm.config.heal import NO_REPAIR, REFIT
@@ -29,6 +27,7 @@ from drllm.tuning.heal_texts import (
     choose_calibration_texts,
     list_text_warnings,
 )
+from drllm.tuning.kept_tensors import KeptTensors
 from drllm.tuning.refit import (
     RefittedGap,
     check_path,
@@ -49,14 +48,14 @@ class SolvedGap(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         ridge: λ.
         unexplained: As in `RefittedGap`.
         seconds: How long it took.
-        weights: The new weights by the name of their module, as a file of safetensors.
+        weights: The new weights by the name of their module.
     """
 
     map: str
     ridge: float
     unexplained: float
     seconds: float
-    weights: bytes
+    weights: KeptTensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +193,7 @@ class RefitSolver:
     def _decode(self, gap: Gap, solved: SolvedGap) -> RefittedGap:
         """Return a kept gap with its weights beside the model's own."""
         weights = {}
-        for name, weight in from_safetensors(solved.weights).items():
+        for name, weight in solved.weights.unpack().items():
             module: Any = self.routed.injection.refittable_modules[name]
             weights[name] = weight.to(module.weight.device)
         return RefittedGap(gap, solved.map, weights, solved.ridge, solved.unexplained)
@@ -250,15 +249,12 @@ def _key(gap: Gap) -> str:
 
 def _encode(refitted: RefittedGap, seconds: float) -> SolvedGap:
     """Return a gap as it is kept."""
-    weights = {}
-    for name, weight in refitted.weights.items():
-        weights[name] = weight.detach().cpu().contiguous()
     return SolvedGap(
         map=refitted.name,
         ridge=refitted.ridge,
         unexplained=refitted.unexplained,
         seconds=seconds,
-        weights=to_safetensors(weights),
+        weights=KeptTensors.pack(refitted.weights),
     )
 
 

@@ -12,8 +12,6 @@ from random import Random
 
 import msgspec
 import torch
-from safetensors.torch import load as from_safetensors
-from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
@@ -26,6 +24,7 @@ from drllm.records.healed import HealPoint
 from drllm.tuning.distillation import Distillation
 from drllm.tuning.heal_checks import measure_kl
 from drllm.tuning.heal_texts import Tokens
+from drllm.tuning.kept_tensors import KeptTensors
 from drllm.work.store import ResultStore
 
 STATE_KEY = "training"  # the key under which the state is kept
@@ -47,7 +46,7 @@ class TrainingState(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     check_seconds: float = 0.0  # duration of the last check
     train_kl: float | None = None  # a running mean over the last steps
     curve: list[HealPoint] = []  # one point for each check
-    tensors: bytes = b""  # parameters and optimiser, as a file of safetensors; set by `save`
+    tensors: KeptTensors | None = None  # parameters and optimiser; set by `save`
 
 
 class AdapterTraining:
@@ -223,20 +222,20 @@ class AdapterTraining:
         self._count_time()
         tensors: dict[str, Tensor] = {}
         for number, parameter in enumerate(self.parameters):
-            tensors[f"{number} weight"] = parameter.detach().cpu()
-            tensors[f"{number} best"] = self.best[number].cpu()
+            tensors[f"{number} weight"] = parameter
+            tensors[f"{number} best"] = self.best[number]
             for part, tensor in self.optimizer.state[parameter].items():
-                tensors[f"{number} {part}"] = tensor.cpu()
-        self.state.tensors = to_safetensors(tensors)
+                tensors[f"{number} {part}"] = tensor
+        self.state.tensors = KeptTensors.pack(tensors)
         store.put(STATE_KEY, self.state)
 
     @torch.no_grad()
     def resume(self, store: ResultStore) -> None:
         """Load the state that was kept, if there is one."""
         state = store.get(STATE_KEY, TrainingState)
-        if state is None:
+        if state is None or state.tensors is None:
             return
-        for name, tensor in from_safetensors(state.tensors).items():
+        for name, tensor in state.tensors.unpack().items():
             number, _, part = name.partition(" ")
             parameter = self.parameters[int(number)]
             if part == "weight":

@@ -94,6 +94,13 @@ def test_a_task_that_is_called_as_the_measured_times_are_is_refused(write_rows):
         select_tasks(EvaluateConfig(tasks=str(file)))
 
 
+def test_a_task_whose_results_would_look_like_a_manifest_is_refused(write_rows):
+    row = {"question": "One or two?", "choices": ["one", "two"], "answer": 0}
+    file = write_rows("samples.manifest", [{**row, "id": str(n)} for n in range(3)])
+    with pytest.raises(ConfigError, match=r"samples\.manifest\.json; rename its file"):
+        select_tasks(EvaluateConfig(tasks=str(file)))
+
+
 def test_a_file_that_would_be_taken_for_a_result_is_refused(tmp_path):
     check_output(tmp_path / "not yet there")
     (tmp_path / "arc.json").write_text('{"schema": "drllm.evaluation"}')

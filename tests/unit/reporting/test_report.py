@@ -284,6 +284,15 @@ def test_figures_lie_beside_the_markdown_and_replace_those_of_an_earlier_report(
     assert sorted(place.name for place in figures.iterdir()) == [*names, "mine.png"]
 
 
+def test_pictures_that_a_link_leads_to_are_not_deleted(quick, tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    (pictures / "01-beach.png").write_bytes(b"")
+    (tmp_path / "one_figures").symlink_to(pictures)
+    report(quick, output_dir=tmp_path / "one.html")
+    assert (pictures / "01-beach.png").exists()
+
+
 def test_reporting_loads_no_torch_and_matplotlib_only_when_drawing():
     code = (
         "import sys, drllm.reporting.stage\n"

@@ -185,6 +185,8 @@ REFUSED: list[tuple[str, Any, str]] = [
     (CONFIG, {"num_windows": 8}, "'num_layers' is missing"),
     (CONFIG, {"num_layers": 5, "num_windows": 8}, "mixes models of different depth"),
     ("healed/path.json", b"garbage", "healed/path.json"),
+    ("healed/path.json", b"{}", "healed/path.json"),
+    ("healed/path.json", b'{"schema": "drllm.other"}', "healed/path.json"),
     ("run.yaml", b"\xff", "not a UTF-8"),
 ]
 

@@ -1,5 +1,8 @@
 """The stage that fits a bypass: what it writes, how it resumes, and what it is refused for."""
 
+import base64
+import json
+
 import msgspec
 import pytest
 import torch
@@ -64,6 +67,26 @@ def test_the_same_call_returns_what_is_there_and_others_are_refused(base, tmp_pa
 
 class KilledError(Exception):
     """Stands for a kill."""
+
+
+def test_a_damaged_map_of_a_killed_fit_is_solved_again(base, tmp_path, monkeypatch):
+    expected = fit_bypass(base, TEXTS, **SMALL)
+
+    def stop(*arguments):
+        raise KilledError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stage, "join_solutions", stop)
+        with pytest.raises(KilledError):
+            fit_bypass(base, TEXTS, output_dir=tmp_path, **SMALL)
+    folder = tmp_path / stage.PARTIAL_FOLDER
+    kept = min(file for file in folder.glob("*.json") if "weights" in file.read_text())
+    values = json.loads(kept.read_text())
+    content = bytearray(base64.b64decode(values["weights"]["content"]))
+    content[-1] ^= 1
+    values["weights"]["content"] = base64.b64encode(content).decode()
+    kept.write_text(json.dumps(values))
+    assert fit_bypass(base, TEXTS, output_dir=tmp_path, **SMALL).sha256 == expected.sha256
 
 
 def test_a_killed_fit_resumes_with_the_layers_that_are_solved_also_with_more_memory(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,10 +11,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from drllm.errors import CheckpointError, RoutingError
+from drllm.errors import CheckpointError, RecordError, RoutingError
 from drllm.models.base.identity import describe
 from drllm.models.routing.bypass import TENSORS, Bypass
-from drllm.records.codec import refuse_special_file, write_atomically
+from drllm.records.codec import decode, refuse_special_file, write_atomically
 from drllm.records.identity import differ
 
 BYPASS_FILE = "bypass.safetensors"
@@ -90,6 +89,8 @@ def load_bypass_with_record(file: Path | str) -> tuple[Bypass, BypassRecord]:
             f"{file} isn't a safetensors file, or it is damaged ({error}); give a file that "
             f"'drllm bypass' has written"
         ) from error
+    except OSError as error:
+        raise CheckpointError(f"{file} can't be read; see whether you may read it") from error
     for name, tensor in tensors.items():
         if tensor.dtype != torch.float32 or not bool(tensor.isfinite().all()):
             raise CheckpointError(f"{file}: {name!r} isn't made of finite float32 numbers")
@@ -101,12 +102,13 @@ def load_bypass_with_record(file: Path | str) -> tuple[Bypass, BypassRecord]:
 
 def _read_record(file: Path, metadata: Mapping[str, str]) -> BypassRecord:
     """Return what a file says about its bypass."""
+    if KEY not in metadata:
+        raise CheckpointError(f"{file} isn't a bypass; give a file that 'drllm bypass' has written")
     try:
-        values = json.loads(metadata[KEY])
-        is_bypass = values.get("format") == FORMAT
-    except (KeyError, ValueError, AttributeError):
-        is_bypass = False
-    if not is_bypass:
+        values = decode(metadata[KEY], dict[str, Any], str(file))
+    except RecordError as error:
+        raise CheckpointError(f"{error}; fit the bypass anew") from error
+    if values.get("format") != FORMAT:
         raise CheckpointError(f"{file} isn't a bypass; give a file that 'drllm bypass' has written")
     if values.get("version") != VERSION:
         raise CheckpointError(

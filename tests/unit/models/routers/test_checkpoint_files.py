@@ -344,6 +344,14 @@ def rewrite_config(folder: Path, changes: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "value"), [("tasks", 3), ("tasks", {"facts": "many"}), ("rewards", "exact")]
+)
+def test_what_later_stages_use_of_a_training_is_checked(folder, name, value):
+    rewrite_config(folder, {"training": {name: value}})
+    refused(folder, rf"router_config\.json: 'training\.{name}': expected ")
+
+
+@pytest.mark.parametrize(
     ("name", "value"), [(name, value) for name in TYPES for value in WRONG_VALUES[TYPES[name]]]
 )
 def test_a_value_of_another_type_than_its_fields_is_refused_by_name(folder, name, value):

@@ -72,6 +72,16 @@ def test_a_bypass_of_another_model_is_refused_and_the_model_stays_as_it_was(file
     attach(other)
 
 
+@pytest.mark.parametrize(
+    "metadata",
+    ["[" * 100_000, '{"format": "drllm.bypass", "version": 1, "model": {}, "unexplained": [NaN]}'],
+)
+def test_metadata_that_json_cannot_hold_is_refused(file, bypass, metadata):
+    save_file(bypass.tensors(), file, {KEY: metadata})
+    with pytest.raises(CheckpointError, match=r"bypass\.safetensors: .*fit the bypass anew"):
+        load_bypass(file)
+
+
 def write_tensors(path, tensors, record):
     metadata = {} if record is None else {KEY: json.dumps(record)}
     save_file(tensors, path, metadata)
