@@ -16,6 +16,7 @@ from drllm.config import SuperviseConfig
 from drllm.paths import full_decisions
 from drllm.records.codec import SCHEMA_VERSION
 from drllm.records.manifest import new_manifest, write_records
+from drllm.records.markdown import NBSP
 from drllm.records.results import (
     Evaluation,
     Flops,
@@ -27,7 +28,6 @@ from drllm.records.results import (
 )
 from drllm.records.search import Retest, SearchRecord
 from drllm.reporting.document import Document, Section, to_markdown
-from drllm.reporting.numbers import NBSP
 from drllm.reporting.run import read_run
 from drllm.reporting.sections import build_document
 from drllm.statistics.differences import Differences, Verdict

@@ -24,7 +24,7 @@ from rich.text import Text
 from drllm.cli.progress import Progress, busy_lines
 from drllm.errors import printable
 from drllm.paths import Decision, sketch
-from drllm.reporting.numbers import NBSP
+from drllm.records.markdown import NBSP
 from drllm.work.listener import Listener
 
 NAME_WIDTH = 14  # columns for the name of a fact

@@ -8,9 +8,9 @@ from urllib.parse import quote
 import msgspec
 
 from drllm.errors import printable
-from drllm.records.markdown import NBSP
+from drllm.records.markdown import NBSP, escape
 from drllm.reporting.drawing import Draw
-from drllm.reporting.markdown import Markdown, escape, write_caption, write_paragraph
+from drllm.reporting.markdown import Markdown, write_caption, write_paragraph
 
 
 class Figure(msgspec.Struct, frozen=True, kw_only=True):

@@ -8,10 +8,10 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from msgspec.structs import replace
 
+from drllm.records.markdown import escape
 from drllm.reporting.accuracy_figure import draw_accuracy, group_curves
 from drllm.reporting.drawing import LIGHT, NARROW, WIDE, draw_png, spread_apart
 from drllm.reporting.key_figures import build_tiles, describe_times, find_most_accurate
-from drllm.reporting.markdown import escape
 from drllm.reporting.run import read_run
 from drllm.reporting.tables import comparisons_table
 from drllm.statistics.differences import Differences

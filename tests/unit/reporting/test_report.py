@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from drllm.errors import ConfigError, RecordError
+from drllm.records.markdown import escape
 from drllm.reporting.document import to_markdown
-from drllm.reporting.markdown import escape
 from drllm.reporting.numbers import write_count_with_share, write_number, write_signed
 from drllm.reporting.page import to_html
 from drllm.reporting.run import read_run

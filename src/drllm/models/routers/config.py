@@ -24,8 +24,12 @@ ROUTER_WIDTH = 128
 Size = Annotated[int, msgspec.Meta(ge=1)]
 Count = Annotated[int, msgspec.Meta(ge=0)]
 
-TRAINING_KINDS: dict[str, Any] = {"tasks": dict[str, int] | None, "rewards": list[str] | None}
-"""The kinds of those values of `training` that later stages use; the others may be anything."""
+
+class TrainingValues(msgspec.Struct, frozen=True):
+    """The values of `training` that later stages use; the others may be anything."""
+
+    tasks: dict[str, int] | None = None
+    rewards: list[str] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,11 +77,10 @@ class RouterConfig:
                 message = f"{name!r}: {describe_invalid(error)}; it is {reprlib.repr(value)}"
                 raise ConfigError(message) from error
             object.__setattr__(self, name, converted)  # the dataclass is frozen
-        for name, kind in TRAINING_KINDS.items():
-            try:
-                msgspec.convert(self.training.get(name), kind)
-            except msgspec.ValidationError as error:
-                raise ConfigError(f"'training.{name}': {describe_invalid(error)}") from error
+        try:
+            msgspec.convert(self.training, TrainingValues)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"'training': {describe_invalid(error)}") from error
         num_rows = len(self.label_counts)
         if num_rows not in (0, self.num_layers):
             raise ConfigError(
