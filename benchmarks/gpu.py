@@ -15,7 +15,7 @@ Llama 3.1 8B.
         [--output-dir runs/gpu]
 
 The figures are written to `gpu.json`, and as a page to `gpu.md`. The exit status is 1 if something
-isn't exact or a bound of waits is broken.
+isn't exact, a bound of waits is broken, or a benchmark came to its end on no shape.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import common
 import torch
 from common import shapes
 from common.page import HEADER, RULE, write_rows
-from common.process import run_python
+from common.process import DONE, run_python
 
 from drllm.models.base.load import BaseModel
 from drllm.models.check import replace_layers
@@ -238,6 +238,18 @@ def passes(figures: dict[str, Any]) -> bool:
     return is_exact and is_quick and not has_failed
 
 
+def list_untimed(figures: dict[str, Any]) -> list[str]:
+    """Return the benchmarks that came to their end on no shape."""
+    timed = set()
+    names = set()
+    for key, row in figures["times"].items():
+        name, _ = key.split(", ")
+        names.add(name)
+        if row["ended"] == DONE:
+            timed.add(name)
+    return sorted(names - timed)
+
+
 def main() -> None:
     """Run it from the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -255,7 +267,10 @@ def main() -> None:
     (options.output_dir / "gpu.json").write_text(json.dumps(figures, indent=1) + "\n")
     (options.output_dir / "gpu.md").write_text(write_page(figures), encoding="utf-8")
     print(f"figures: {options.output_dir}/gpu.json, page: {options.output_dir}/gpu.md")
-    if not passes(figures):
+    untimed = list_untimed(figures)
+    if untimed:
+        print(f"incomplete: {', '.join(untimed)} weren't timed on any shape; give more --minutes")
+    if untimed or not passes(figures):
         sys.exit(1)
 
 

@@ -7,12 +7,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+DONE = "done"
+"""How a program ended that came to its end without an error."""
+
 
 def run_python(arguments: Sequence[str], log: Path, seconds: float) -> str:
     """Run Python within some seconds, with its output in a log, and say how it ended.
 
     Returns:
-        `done`, `out of time`, or `failed` with the place of the log.
+        `DONE`, `out of time`, or `failed` with the place of the log.
     """
     command = [sys.executable, *arguments]
     with log.open("w", encoding="utf-8") as output:
@@ -20,4 +23,4 @@ def run_python(arguments: Sequence[str], log: Path, seconds: float) -> str:
             done = subprocess.run(command, stdout=output, stderr=output, timeout=seconds)
         except subprocess.TimeoutExpired:
             return "out of time"
-    return "done" if done.returncode == 0 else f"failed, see {log}"
+    return DONE if done.returncode == 0 else f"failed, see {log}"

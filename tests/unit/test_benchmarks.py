@@ -856,7 +856,7 @@ def on_gpu(benchmark, tiny_base, tmp_path, monkeypatch):
 
 def test_the_check_on_a_gpu_says_what_is_exact_and_what_was_not_reached(on_gpu, tmp_path):
     figures, status = on_gpu("--minutes", "0")
-    assert status == 0
+    assert status == 1  # nothing was timed
     assert len(figures["exactness"]) == 4
     assert all(row["every_layer"] and row["plan"] for row in figures["exactness"])
     assert {row["ended"] for row in figures["times"].values()} == {"not reached"}
@@ -874,6 +874,13 @@ def test_a_difference_or_a_wait_too_many_is_a_failure(benchmark):
     assert not script.passes({**figures, "waits": {**waits, "step": 1}})
     failed = {"generate, 1b": {"ended": "failed, see log", "seconds": 1.0}}
     assert not script.passes({**figures, "times": failed})
+
+
+def test_a_benchmark_that_was_timed_on_one_shape_counts_as_timed(benchmark):
+    script = benchmark("gpu")
+    done, late = {"ended": "done", "seconds": 1.0}, {"ended": "not reached", "seconds": 0.0}
+    times = {"tune, 1b": done, "tune, 8b": late, "search, 1b": late}
+    assert script.list_untimed({"times": times}) == ["search"]
 
 
 def test_a_shape_that_is_unknown_is_named_with_the_others(benchmark):
