@@ -29,7 +29,7 @@ def refuse_unknown_name(name: str, other_names: Iterable[str]) -> None:
         other_names: Names that aren't the harness', for the suggestion.
     """
     # Not a part of a longer name, such as `arc_eas` of `arc_easy`.
-    word = name.encode()
+    word = name.encode(errors="surrogatepass")  # a word of the command line may be no UTF-8 text
     pattern = re.compile(rb"(?<![\w-])" + re.escape(word) + rb"(?![\w-])")
     names = set(other_names)
     for content in _read_task_files():

@@ -41,6 +41,7 @@ def test_a_name_that_is_in_a_file_is_left_to_the_harness(name: str):
         ("not_a_task", "unknown task 'not_a_task'; did you mean 'own_task'?"),  # code has no names
         ("zzz", "unknown task 'zzz'. 'drllm ls tasks' and"),
         ("own_tas", "did you mean 'own_task'?"),
+        ("\udcff", r"unknown task '\udcff'"),  # a byte of the command line that isn't UTF-8
     ],
 )
 def test_a_name_that_is_in_no_file_is_refused_with_the_nearest(name: str, message: str):
