@@ -13,6 +13,11 @@ from collections.abc import Iterable
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 """Control characters, marks of the writing direction, and halves of surrogate pairs."""
 
+MAX_VALUE = 80
+"""How many characters of a value a message shows."""
+MAX_NAME = 200
+"""How many characters of an unknown name a message shows; it may be the path of a file."""
+
 
 class DrllmError(Exception):
     """The base of all errors that a user can cause and mend."""
@@ -86,12 +91,25 @@ def nearest_name(kind: str, name: str, choices: Iterable[str]) -> str:
         >>> nearest_name("flag", "--num-epoch", ["--num-epochs", "--seed"])
         "unknown flag '--num-epoch'; did you mean '--num-epochs'?"
     """
-    message = f"unknown {kind} {name!r}"
+    message = f"unknown {kind} {shorten(repr(name), MAX_NAME)}"
     closest_names = difflib.get_close_matches(name, sorted(choices), n=2)
     if not closest_names:
         return message
     suggestion = " or ".join(repr(closest) for closest in closest_names)
     return f"{message}; did you mean {suggestion}?"
+
+
+def shorten(text: str, length: int = MAX_VALUE) -> str:
+    """Return a text for a message, cut off with an ellipsis after some characters.
+
+    The value of a setting, a cell or a field is shown this way: a wrong file can hold a whole book
+    there.
+
+    Example:
+        >>> shorten("a very long value", length=8)
+        'a very …'
+    """
+    return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
 def printable(text: str) -> str:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from drllm.config.files import read_yaml
+from drllm.config.files import read_sections, read_yaml
 from drllm.errors import ConfigError
 
 FRAGMENTS = (
@@ -35,6 +35,22 @@ def test_tags_and_names_given_twice_are_refused_with_their_line(tmp_path, text):
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"a\.yaml, line [12]: "):
         read_yaml(tmp_path / "a.yaml", "settings")
+
+
+def test_aliases_are_refused_before_they_stand_for_gigabytes(tmp_path):
+    names = [f"a{number}" for number in range(9)]
+    lists = ["&a0 [x,x,x,x,x,x,x,x,x]"]
+    for name, former in zip(names[1:], names, strict=False):
+        lists.append(f"&{name} [{','.join(9 * [f'*{former}'])}]")
+    (tmp_path / "a.yaml").write_text(f"search: [{', '.join(lists)}]")
+    with pytest.raises(ConfigError, match=r"a\.yaml, line 1: .*alias '\*a0' can't be read"):
+        read_yaml(tmp_path / "a.yaml", "settings")
+
+
+def test_of_a_long_section_a_message_shows_the_beginning(tmp_path):
+    with pytest.raises(ConfigError, match=r"section 'search' is \['x', .*…; give") as caught:
+        read_sections(tmp_path / "a.yaml", {"search": ["x"] * 100_000}, ["search"])
+    assert len(str(caught.value)) < 500
 
 
 def test_a_date_is_a_text(tmp_path):

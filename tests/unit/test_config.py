@@ -103,6 +103,24 @@ def test_a_value_that_does_not_fit_is_refused(group, name, value, said):
         group(**{name: value})
 
 
+@pytest.mark.parametrize(
+    ("group", "name", "value"),
+    [
+        (SearchConfig, "limit", "x" * 100_000),
+        (SearchConfig, "limit", ["x"] * 100_000),
+        (SearchConfig, "data_dir", "\0" * 100_000),
+        (SearchConfig, "reward", "x" * 100_000),
+        (ModelConfig, "device", "x" * 100_000),
+        (EvaluateConfig, "limits", "x" * 100_000),
+        (EvaluateConfig, "limits", {"task": "x" * 100_000}),
+    ],
+)
+def test_of_a_long_value_a_message_shows_the_beginning(group, name, value):
+    with pytest.raises(ConfigError, match="…") as caught:
+        group(**{name: value})
+    assert len(str(caught.value)) < 500
+
+
 def test_a_message_has_the_flag_that_help_shows():
     with pytest.raises(ConfigError, match=r"^--tasks is 5; give text"):
         SearchConfig(dataset=5)

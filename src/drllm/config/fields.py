@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from drllm.config.removed import REMOVED_FLAGS
-from drllm.errors import ConfigError, unknown_name
+from drllm.errors import ConfigError, shorten, unknown_name
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def _format(value: Any) -> str:
         return f"{value:g}"
     if isinstance(value, int) and value.bit_length() >= 100:
         return "a huge number"
-    return str(value)
+    return shorten(str(value))
 
 
 def _check(name: str, value: Any, kinds: tuple[type, ...], rules: Mapping[str, Any]) -> None:
@@ -228,7 +228,7 @@ def _check(name: str, value: Any, kinds: tuple[type, ...], rules: Mapping[str, A
     is_wrong_bool = is_bool and bool not in kinds  # to Python, a bool is an int
     if is_wrong_bool or not isinstance(value, accepted_kinds):
         expected = " or ".join(_KINDS.get(kind, "nothing") for kind in kinds)
-        raise ConfigError(f"{name} is {value!r}; give {expected}")
+        raise ConfigError(f"{name} is {shorten(repr(value))}; give {expected}")
     if isinstance(value, str):
         check_text(name, value)
         if rules["choices"] and value not in rules["choices"]:
@@ -245,7 +245,9 @@ def _check_by_task(
         return
     if not isinstance(values, dict):
         example = f"{name}: {rules['placeholder']}"
-        raise ConfigError(f"{name} is {values!r}; give values by task, as in '{example}'")
+        raise ConfigError(
+            f"{name} is {shorten(repr(values))}; give values by task, as in '{example}'"
+        )
     for task, value in values.items():
         _check(f"{name} of {task}", value, _list_task_kinds(kinds), rules)
 
@@ -271,7 +273,7 @@ def _check_bounds(name: str, value: float, rules: Mapping[str, Any]) -> None:
 def check_text(flag: str, text: str) -> None:
     """Refuse a text that is empty, or that has a zero byte and so can't name a file."""
     if not text.strip() or "\0" in text:
-        raise ConfigError(f"{flag} is {text!r}; give a text, or leave it out")
+        raise ConfigError(f"{flag} is {shorten(repr(text))}; give a text, or leave it out")
 
 
 def require_tasks(names: str | None) -> str:

@@ -14,7 +14,7 @@ import yaml
 from drllm.config.constants import PYTHON_FUNCTION
 from drllm.config.fields import Settings, convert_text, list_kinds, to_flag
 from drllm.config.removed import REMOVED_FLAGS
-from drllm.errors import ConfigError, unknown_name
+from drllm.errors import ConfigError, shorten, unknown_name
 
 PRESETS = {path.stem: path for path in sorted(Path(__file__).with_name("presets").glob("*.yaml"))}
 """The files of packaged settings by name. They have the sections of a recipe."""
@@ -36,17 +36,23 @@ def _resolvers_without_numbers() -> dict[str, list[tuple[str, Any]]]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads YAML, but refuses tags and repeated names, and keeps numbers and dates as texts."""
+    """Reads YAML, but refuses tags, aliases and repeated names; numbers and dates stay texts.
+
+    With aliases, a file of a few lines can stand for gigabytes.
+    """
 
     yaml_implicit_resolvers = _resolvers_without_numbers()
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """Refuse a tag such as `!!python/name`; compose any other node as YAML does."""
+        """Refuse a tag such as `!!python/name` or an alias; compose other nodes as YAML does."""
         event = self.peek_event()  # type: ignore[no-untyped-call]
-        if getattr(event, "tag", None) is not None:
-            raise yaml.composer.ComposerError(
-                problem=f"the tag {event.tag!r} can't be read", problem_mark=event.start_mark
-            )
+        problem = None
+        if self.check_event(yaml.AliasEvent):
+            problem = f"the alias '*{event.anchor}' can't be read, write the value itself"
+        elif getattr(event, "tag", None) is not None:
+            problem = f"the tag {event.tag!r} can't be read"
+        if problem is not None:
+            raise yaml.composer.ComposerError(problem=problem, problem_mark=event.start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -93,7 +99,7 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
         if mark:
             place += f", line {mark.line + 1}"
         problem = getattr(error, "problem", None) or str(error).split("\n")[0]
-        raise ConfigError(f"{place}: not YAML ({problem}); {remedy}") from error
+        raise ConfigError(f"{place}: not YAML ({shorten(problem, 200)}); {remedy}") from error
     if not isinstance(values, dict):
         raise ConfigError(
             f"{path} holds {type(values).__name__}, not names and values; {remedy}, written "
@@ -169,7 +175,8 @@ def read_sections(
             raise ConfigError(f"{path}: " + unknown_name("section", name, known_names))
         if not isinstance(section, dict | None):
             raise ConfigError(
-                f"{path}: section {name!r} is {section}; give settings, written 'name: value'"
+                f"{path}: section {name!r} is {shorten(str(section))}; give settings, written "
+                f"'name: value'"
             )
         sections[name] = with_underscores(path, section or {})
     return sections

@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeAlias, TypeVar
 
 import msgspec
 
-from drllm.errors import RecordError
+from drllm.errors import RecordError, shorten
 from drllm.records import codec
 
 LIBRARIES = ("torch", "transformers", "safetensors", "datasets", "math-verify")
@@ -59,7 +59,7 @@ def check_runtime(runtime: object) -> None:
     for name in RUNTIME:
         value = runtime.get(name)
         if value is not None and not isinstance(value, str):
-            raise ValueError(f"{name!r} of 'runtime' is {value!r}; expected a text")
+            raise ValueError(f"{name!r} of 'runtime' is {shorten(repr(value))}; expected a text")
 
 
 def manifest_path(path: Path) -> Path:

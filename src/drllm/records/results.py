@@ -7,6 +7,7 @@ field. Values that can be computed from other values are properties, and aren't 
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -587,6 +588,6 @@ def _check_accuracies(path: Path, evaluation: Evaluation, samples: Sequence[Samp
 
 def refuse_duplicates(what: str, names: Sequence[str]) -> None:
     """Raise a ValueError if two names are equal."""
-    for name in names:
-        if names.count(name) > 1:
+    for name, count in Counter(names).items():
+        if count > 1:
             raise ValueError(f"{what} {name!r} is there twice")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from drllm.config import SPLITS
-from drllm.errors import ConfigError, TaskError, unknown_name
+from drllm.errors import ConfigError, TaskError, shorten, unknown_name
 from drllm.records.splits import find_split, question_key
 from drllm.tasks.base import Task, check_split
 from drllm.tasks.examples import FILE_ENDINGS, KL_REWARD, Example, Messages, Row, with_options
@@ -32,6 +32,7 @@ from drllm.tasks.rows import (
     HUB_ROWS,
     HUB_SET,
     MissingFieldError,
+    name_columns,
     read_hub_set,
     read_index,
     read_messages,
@@ -68,7 +69,7 @@ FIELDS = ("question", "choices", "answer", "grader", "prompt", "messages")
 WITH_CHOICES = "'choices'"
 WITHOUT_ANSWER = "a prompt alone"
 
-MAX_INDEX_DIGITS = 9  # of the index of an option in a table; Python refuses to read 5,000 digits
+MAX_INDEX_DIGITS = 9  # of an index in a table or a column; Python refuses to read 5,000 digits
 _NUMBERS_AS_TEXTS = json.JSONDecoder(parse_int=str, parse_float=str)
 """Reads a list in a cell of a table, where options that are numbers are texts too."""
 
@@ -468,11 +469,11 @@ def _column_value(row: Row, column: str) -> Any:
     for name in column.split("."):
         if isinstance(value, Mapping) and name in value:
             value = value[name]
-        elif isinstance(value, list) and name.isdigit() and int(name) < len(value):
+        elif isinstance(value, list) and _is_index(name) and int(name) < len(value):
             value = value[int(name)]
         else:
             raise TaskError(
-                f"column {column!r} is missing (the line has: {', '.join(row) or 'nothing'})"
+                f"column {shorten(repr(column))} is missing (the line has: {name_columns(row)})"
             )
     return value
 
@@ -499,7 +500,7 @@ def _find_kind(row: Row) -> str:
     if has_text and all(name in FIELDS for name in row):
         advice = "--columns grader=exact grades the answers by their text"
     raise TaskError(
-        f"'choices' or 'grader' is missing (the line has: {', '.join(row) or 'nothing'}); give "
+        f"'choices' or 'grader' is missing (the line has: {name_columns(row)}); give "
         f"question, choices and answer; or question, answer and grader; or prompt or messages "
         f"alone; {advice}"
     )
@@ -522,11 +523,11 @@ def _read_example(row: Row) -> Example:
 def _options_example(row: Row) -> Example:
     question = read_text(row, "question")
     choices = read_texts(row, "choices", minimum=2)
-    for choice in choices:
-        if choices.count(choice) > 1:
-            raise TaskError(f"'choices' holds {choice!r} twice; choices must differ")
     if len(choices) > len(LETTERS):
         raise TaskError(f"'choices' has {len(choices)} entries; give at most {len(LETTERS)}")
+    for choice in choices:
+        if choices.count(choice) > 1:
+            raise TaskError(f"'choices' holds {shorten(repr(choice))} twice; choices must differ")
     return with_options(question, choices, _gold_index(row, choices))
 
 
@@ -552,8 +553,8 @@ def _gold_index(row: Row, choices: tuple[str, ...]) -> int:
     if len(text) == 1 and text in letters:
         return letters.index(text)
     raise TaskError(
-        f"'answer' {text!r} is not among the choices; give a choice's text, its index (0 to "
-        f"{len(choices) - 1}) or its letter (A to {letters[-1]})"
+        f"'answer' {shorten(repr(text))} is not among the choices; give a choice's text, its index "
+        f"(0 to {len(choices) - 1}) or its letter (A to {letters[-1]})"
     )
 
 
@@ -562,9 +563,13 @@ def _graded_answer(row: Row) -> str:
     answer = _read_answer(row)
     grader = row["grader"]
     if grader == "letter" and (len(answer) != 1 or answer not in LETTERS):
-        raise TaskError(f"'answer' is {answer!r}; the grader 'letter' expects one of A to Z")
+        raise TaskError(
+            f"'answer' is {shorten(repr(answer))}; the grader 'letter' expects one of A to Z"
+        )
     if grader == "exact" and (not normalise(answer) or len(answer.splitlines()) > 1):
-        raise TaskError(f"'answer' is {answer!r}; the grader 'exact' expects one line of words")
+        raise TaskError(
+            f"'answer' is {shorten(repr(answer))}; the grader 'exact' expects one line of words"
+        )
     return answer
 
 

@@ -8,11 +8,12 @@ import difflib
 import functools
 import gzip
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
-from drllm.errors import RecordError, TaskError
+from drllm.errors import RecordError, TaskError, shorten
 from drllm.extras import need
 from drllm.records.codec import BYTE_ORDER_MARK, decode, file_exists, number_lines
 
@@ -124,12 +125,15 @@ def _read_table(path: Path, delimiter: str) -> NumberedRows:
 
 def _check_header(path: Path, names: Sequence[str], delimiter: str) -> None:
     """Refuse a header that names a column twice, or whose columns are separated otherwise."""
-    for name in names:
-        if names.count(name) > 1:
-            raise TaskError(f"{path}: the header names the column {name!r} twice; rename one")
+    for name, count in Counter(names).items():
+        if count > 1:
+            column = shorten(repr(name))
+            raise TaskError(f"{path}: the header names the column {column} twice; rename one")
     if len(names) == 1 and (";" in names[0] or "\t" in names[0]):
         expected = "tabs" if delimiter == "\t" else "commas (or tabs, in a .tsv file)"
-        raise TaskError(f"{path} has one column, {names[0]!r}; separate columns by {expected}")
+        raise TaskError(
+            f"{path} has one column, {shorten(repr(names[0]))}; separate columns by {expected}"
+        )
 
 
 def _check_cells(row: dict[Any, Any], place: str, names: Sequence[str]) -> None:

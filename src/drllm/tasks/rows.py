@@ -1,10 +1,10 @@
 """Reads rows from data sets on the hub, and checks the fields of a row."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from drllm.errors import TaskError
+from drllm.errors import TaskError, shorten
 from drllm.extras import need
 from drllm.work.listener import quiet
 
@@ -14,6 +14,7 @@ HUB_SET = re.compile(r"([\w.-]+/[\w.-]+(?<!\.yaml))(?::([\w.-]*))?(?::([\w.-]+))
 CONFIG may be empty, as in OWNER/NAME::SPLIT. A path to a `.yaml` file isn't such a name.
 """
 HUB_ROWS = 10_000  # maximum number of rows to read from a data set on the hub
+MAX_COLUMNS = 400  # how many characters of the names of columns a message shows
 
 
 class MissingFieldError(TaskError):
@@ -25,7 +26,7 @@ class MissingFieldError(TaskError):
     """
 
     def __init__(self, field: str, columns: Sequence[str]) -> None:
-        super().__init__(f"{field!r} is missing (the line has: {', '.join(columns) or 'nothing'})")
+        super().__init__(f"{field!r} is missing (the line has: {name_columns(columns)})")
         self.field = field
         self.columns = columns
 
@@ -95,6 +96,11 @@ def read_hub_set(name: str, kind: str) -> Iterator[Mapping[str, Any]]:
     )
 
 
+def name_columns(columns: Iterable[str]) -> str:
+    """List the names of a row's columns for a message."""
+    return shorten(", ".join(columns), length=MAX_COLUMNS) or "nothing"
+
+
 def read_text(row: Mapping[str, Any], key: str) -> str:
     """Return a text field of a row unchanged.
 
@@ -102,7 +108,7 @@ def read_text(row: Mapping[str, Any], key: str) -> str:
     """
     value = _field(row, key)
     if not isinstance(value, str):
-        raise TaskError(f"{key!r} is {value!r}; expected text")
+        raise TaskError(f"{key!r} is {shorten(repr(value))}; expected text")
     if not value.strip():
         raise EmptyTextError(f"{key!r} is empty; expected text")
     return value
@@ -115,12 +121,12 @@ def read_texts(row: Mapping[str, Any], key: str, minimum: int) -> tuple[str, ...
     """
     value = _field(row, key)
     if not isinstance(value, list):
-        raise TaskError(f"{key!r} is {value!r}; expected a list of texts")
+        raise TaskError(f"{key!r} is {shorten(repr(value))}; expected a list of texts")
     for entry in value:
         if not isinstance(entry, str):
-            raise TaskError(f"{key!r} holds {entry!r}; expected texts")
+            raise TaskError(f"{key!r} holds {shorten(repr(entry))}; expected texts")
         if not entry.strip():
-            raise EmptyTextError(f"{key!r} holds {entry!r}; expected texts")
+            raise EmptyTextError(f"{key!r} holds {shorten(repr(entry))}; expected texts")
     if len(value) < minimum:
         raise TaskError(f"{key!r} has {len(value)} entries; expected at least {minimum}")
     return tuple(value)
@@ -131,7 +137,7 @@ def read_object(row: Mapping[str, Any], key: str, *keys: str) -> Mapping[str, An
     value = row.get(key)
     if not isinstance(value, Mapping):
         expected = " and ".join(map(repr, keys))
-        raise TaskError(f"{key!r} is {value!r}; expected an object with {expected}")
+        raise TaskError(f"{key!r} is {shorten(repr(value))}; expected an object with {expected}")
     return value
 
 
@@ -143,10 +149,10 @@ def read_messages(row: Mapping[str, Any]) -> list[tuple[str, str]]:
     messages = row["messages"]
     expected = "objects with role and content"
     if not isinstance(messages, list) or not messages:
-        raise TaskError(f"'messages' is {messages!r}; expected a list of {expected}")
+        raise TaskError(f"'messages' is {shorten(repr(messages))}; expected a list of {expected}")
     for message in messages:
         if not isinstance(message, Mapping):
-            raise TaskError(f"'messages' holds {message!r}; expected {expected}")
+            raise TaskError(f"'messages' holds {shorten(repr(message))}; expected {expected}")
     return [(read_text(message, "role"), read_text(message, "content")) for message in messages]
 
 
@@ -156,7 +162,9 @@ def read_index(value: Any, count: int, key: str) -> int:
     Raises TaskError if the value isn't the index of one of `count` options.
     """
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < count:
-        raise TaskError(f"{key!r} is {value!r}; expected an index from 0 to {count - 1}")
+        raise TaskError(
+            f"{key!r} is {shorten(repr(value))}; expected an index from 0 to {count - 1}"
+        )
     return value
 
 

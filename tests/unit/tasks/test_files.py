@@ -136,6 +136,8 @@ def test_an_answer_without_choices_is_graded_exactly_unless_a_grader_is_named(
         ),
         ("question=options.label", "line 1: column 'options.label' is missing"),
         ("question=target.1", "line 1: column 'target.1' is missing"),
+        ("question=target.²", "line 1: column 'target.²' is missing"),
+        ("question=target." + "9" * 5000, "is missing (the line has: query, options, target)"),
     ],
 )
 def test_columns_that_cannot_be_read_are_named(tmp_path, columns, message):
@@ -273,6 +275,7 @@ BROKEN: list[tuple[list[dict[str, Any]], str]] = [
     ([choices(choices="ice")], "line 1: 'choices' is 'ice'; expected a list"),
     ([choices(choices=["ice", "ice"])], "line 1: 'choices' holds 'ice' twice"),
     ([choices(choices=[*map(str, range(27))])], "'choices' has 27 entries; give at most"),
+    ([choices(choices=["ice"] * 100_000)], "'choices' has 100000 entries; give at most"),
     ([choices(grader="letter")], "leave out 'grader'"),
     ([CHOICES, {"choices": ["a", "b"], "answer": 0}], "line 2: 'question' is missing"),
     ([{"question": "Why?", "choices": ["a", "b"]}], "line 1: 'answer' is missing"),
@@ -293,6 +296,29 @@ BROKEN: list[tuple[list[dict[str, Any]], str]] = [
     ([CHOICES, choices(answer=0)], "line 2: line 1 has the same question with another"),
     ([GRADED, graded(answer="8")], "line 2: line 1 has the same question with another"),
 ]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        choices(answer="x" * 100_000),
+        choices(choices="x" * 100_000),
+        choices(choices=["x" * 100_000] * 2),
+        choices(question={"x" * 100_000: 1}),
+        graded(grader="x" * 100_000),
+        graded(grader="exact", answer="xxxx\n" * 50_000),
+        {"messages": ["x" * 100_000]},
+        {"messages": "x" * 100_000},
+        {"x" * 100_000: "ice"},
+    ],
+    ids=lambda row: ", ".join(f"{name:.20}" for name in row),
+)
+def test_of_a_long_value_a_message_shows_the_beginning(tmp_path, row):
+    with pytest.raises(TaskError) as caught:
+        read(str(write(tmp_path, row)))
+    assert "xxx" in str(caught.value)
+    assert "…" in str(caught.value)
+    assert len(str(caught.value)) < 1000
 
 
 @pytest.mark.parametrize(("rows", "message"), BROKEN, ids=[message for _, message in BROKEN])

@@ -11,6 +11,8 @@ import pytest
 
 from drllm.config import SPLITS
 from drllm.errors import ConfigError, TaskError
+from drllm.records.results import refuse_duplicates
+from drllm.tasks import row_files
 from drllm.tasks.registry import get_task
 from drllm.tasks.row_files import describe_place, read_rows
 
@@ -107,6 +109,14 @@ def test_parquet_is_read_like_json_lines(tmp_path, expected):
     assert read(file) == expected
 
 
+def test_of_a_long_cell_a_message_shows_the_beginning(tmp_path):
+    file = tmp_path / "mine.csv"
+    file.write_text(f"question,choices,answer\n1?,{'x' * 100_000},1\n")
+    with pytest.raises(TaskError, match=r"'choices' is 'xxx.*…; expected a list") as caught:
+        get_task(str(file))
+    assert len(str(caught.value)) < 1000
+
+
 def test_an_empty_cell_of_a_column_of_numbers_is_named(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -172,6 +182,31 @@ def test_a_file_that_cannot_be_read_says_where_and_what_to_give(tmp_path, name, 
         get_task(str(tmp_path / name))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+class CountedName(str):
+    """A name that counts how often it is compared."""
+
+    comparisons = 0
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        CountedName.comparisons += 1
+        return str.__eq__(self, other)
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        lambda names: row_files._check_header(Path("mine.csv"), names, ","),
+        lambda names: refuse_duplicates("point", names),
+    ],
+    ids=["columns", "results"],
+)
+def test_among_thousands_of_names_no_name_is_compared_with_all_others(monkeypatch, check):
+    monkeypatch.setattr(CountedName, "comparisons", 0)
+    check([CountedName(number) for number in range(2000)])
+    assert CountedName.comparisons < 20_000
 
 
 def test_of_a_file_that_does_not_exist_the_nearest_is_named(tmp_path):
