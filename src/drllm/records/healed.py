@@ -9,7 +9,7 @@ import msgspec
 from drllm.errors import PathError, RecordError
 from drllm.paths import StaticPath
 from drllm.records.codec import read_json, sha256
-from drllm.records.manifest import NumLayers, check_runtime
+from drllm.records.manifest import Executions, NumLayers, check_runtime
 from drllm.records.removed import refuse_removed
 from drllm.records.results import Header, StepRecord
 
@@ -94,7 +94,7 @@ class HealedPath(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     name: str
     steps: tuple[StepRecord, ...]
-    executions: float
+    executions: Executions
     num_layers: NumLayers
     first_layer: Annotated[int, msgspec.Meta(ge=0)]
     rank: Annotated[int, msgspec.Meta(ge=0)]

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from drllm.records.manifest import check_runtime
+from drllm.records.manifest import Executions, check_runtime
 from drllm.records.results import (
     BASE,
     LATENCY_FILE,
@@ -36,7 +36,7 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     phase: Literal["prefill", "decode"]
     batch_size: int
     num_tokens: int
-    executions: float
+    executions: Executions
     seconds: Annotated[
         tuple[Annotated[float, msgspec.Meta(gt=0, le=MAX_SECONDS)], ...], msgspec.Meta(min_length=1)
     ]

@@ -24,6 +24,8 @@ T = TypeVar("T", bound=Any)
 
 NumLayers: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=10_000)]
 """A number of layers in a file. A damaged file mustn't let a reader count to 10^30."""
+Executions: TypeAlias = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
+"""A number of executions in a file, which figures draw on an axis."""
 
 
 class _Manifest(msgspec.Struct):

@@ -17,7 +17,7 @@ import msgspec
 from drllm.errors import RecordError
 from drllm.paths import Decisions, check_decisions
 from drllm.records.codec import Version, read_json
-from drllm.records.manifest import NumLayers, check_runtime, read_records
+from drllm.records.manifest import Executions, NumLayers, check_runtime, read_records
 from drllm.records.removed import note_ignored_certificate
 from drllm.statistics.differences import Differences
 from drllm.statistics.exclusion import DropTest
@@ -91,7 +91,7 @@ class Scores(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     accuracy: float
     interval: tuple[float, float]
-    executions: float
+    executions: Executions
     gold_logprob: float | None
     text_loss: float | None = None
     against_base: Differences | None = None
@@ -120,7 +120,7 @@ class System(Scores, frozen=True, kw_only=True, forbid_unknown_fields=True):
     fitted_on: str | None = None
     reads_question: bool | None = None
     metrics: dict[str, float] = {}
-    decode_executions: float | None = None
+    decode_executions: Executions | None = None
     prompt_flops: Flops | None = None
     kv_bytes_per_token: float | None = None
     unchanged_routes: float | None = None

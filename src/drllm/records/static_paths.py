@@ -25,7 +25,7 @@ from drllm.records.healed import (
     refuse_parts_of_layers,
 )
 from drllm.records.identity import differ
-from drllm.records.manifest import NumLayers, check_runtime
+from drllm.records.manifest import Executions, NumLayers, check_runtime
 from drllm.records.removed import (
     MENU_SCHEMA,
     note_ignored_certificate,
@@ -91,7 +91,7 @@ class NamedPath(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     name: str
     steps: tuple[StepRecord, ...]
-    executions: float
+    executions: Executions
     dominated: bool = False
     measured: tuple[PathScore, ...] = ()
     repaired: tuple[PathScore, ...] = ()

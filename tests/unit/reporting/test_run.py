@@ -147,6 +147,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     (RESULT, lambda v: v.pop("systems"), "`systems`"),
     (RESULT, lambda v: v["systems"][1].update(accuracy="high"), "`systems[1].accuracy`"),
     (RESULT, lambda v: v["systems"][0].update(accuracy=float("nan")), "NaN"),
+    (RESULT, lambda v: v["systems"][1].update(executions=1e308), "`systems[1].executions`"),
     (RESULT, lambda v: v["systems"][0].update(interval=[0.9, 0.95]), "low <= accuracy"),
     (RESULT, lambda v: v["systems"][2].update(name="routed"), "'routed' is there twice"),
     (RESULT, lambda v: v["systems"][0].update(name="bass"), "no system 'base'"),
