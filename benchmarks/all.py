@@ -28,7 +28,7 @@ import common
 from common.process import run_python
 
 HERE = Path(__file__).parent
-ON_ANY_DEVICE = ("generate", "search", "tune", "evaluation", "refit", "heal_step")
+ON_ANY_DEVICE = ("generate", "search", "features", "tune", "evaluation", "refit", "heal_step")
 ON_CPU_ALONE = ("training", "precision", "search_quality")
 """Benchmarks of this folder, by the devices that they run on."""
 MIN_SECONDS = 20.0  # with less time left, no further step is begun

@@ -50,6 +50,7 @@ NUM_TOKENS = 64
 BENCHMARKS = {
     "generate": ["--quick"],
     "search": ["--quick", "--rewards", "loglikelihood"],
+    "features": ["--quick"],
     "tune": ["--quick"],
     "evaluation": ["--quick"],
     "refit": ["--quick", "--without", "6,7,9"],

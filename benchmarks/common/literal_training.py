@@ -24,12 +24,16 @@ class Walk:
     """The base model, layer by layer, on one prompt."""
 
     def __init__(self, model: Any, tokenizer: Any, prompt: str) -> None:
-        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        device = model.device
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=device)
         num_tokens = ids.shape[1]
         self.layers = model.model.layers
         self.hidden = model.model.embed_tokens(ids)  # [1, T, D]
-        self.positions = model.model.rotary_emb(self.hidden, torch.arange(num_tokens)[None])
-        mask = torch.full((num_tokens, num_tokens), -math.inf, dtype=self.hidden.dtype)
+        self.positions = model.model.rotary_emb(
+            self.hidden, torch.arange(num_tokens, device=device)[None]
+        )
+        size = (num_tokens, num_tokens)
+        mask = torch.full(size, -math.inf, dtype=self.hidden.dtype, device=device)
         self.mask = mask.triu(1)[None, None]
 
     @torch.no_grad()

@@ -864,6 +864,18 @@ def test_the_check_on_a_gpu_says_what_is_exact_and_what_was_not_reached(on_gpu, 
     assert "| bfloat16 | 32 | equal | equal |" in page
 
 
+@pytest.mark.thorough
+def test_the_benchmarks_on_a_gpu_run_on_random_weights_in_processes_of_their_own(
+    benchmark, smollm2, tmp_path
+):
+    script = benchmark("gpu")
+    options = Namespace(output_dir=tmp_path, device="cpu", dtype="float32")
+    for name in ("features", "search"):
+        row = script.run_benchmark(name, "tiny", options, seconds=300)
+        assert row["ended"] == "done", (tmp_path / f"{name}-tiny.log").read_text()
+        assert row["figures"]["comparisons"]
+
+
 def test_a_difference_or_a_wait_too_many_is_a_failure(benchmark):
     script = benchmark("gpu")
     exact = {"dtype": "float32", "batch_size": 1, "every_layer": True, "plan": True}
