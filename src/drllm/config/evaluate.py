@@ -24,7 +24,7 @@ class EvaluateConfig(ExecutorConfig):
         None,
         help=DATA_DIR_HELP,
     )
-    trust_task_code: bool = incidental(False, help=TRUST_HELP)
+    trust_task_code: bool = incidental(False, basic=True, help=TRUST_HELP)
     split: str = setting("test", choices=SPLITS, help="part of the questions to evaluate on")
     limit: int | None = basic(
         None,

@@ -37,7 +37,7 @@ def write_questions(file, changed=None):
 def new_run(folder, manifest=None):
     """Return a run of `recipe.yaml` in a folder."""
     return Run(
-        recipe=read_recipe(folder / "recipe.yaml"),
+        recipe=read_recipe(folder / "recipe.yaml", trusts_code=True),
         folder=folder / "run",
         manifest=manifest or RunManifest(),
         load=lambda: None,

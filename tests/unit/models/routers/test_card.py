@@ -146,7 +146,7 @@ def test_what_isnt_recorded_of_a_training_is_left_out_and_the_rest_stays(field, 
     [
         {},
         {"note": "merged from two"},
-        {"metrics": "good", "tasks": 5, "settings": [1]},
+        {"metrics": "good", "settings": [1]},
         {"metrics": [{"split": 1}, 5, {"split": "x", "routers_loss": "low"}]},
     ],
 )
