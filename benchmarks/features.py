@@ -41,7 +41,7 @@ OURS = "one pass in batches, written to disk (collect_features)"
 THEIRS = "one prompt at a time, layer by layer"
 
 
-class Collected(NamedTuple):
+class TimedFeatures(NamedTuple):
     """What one way collected: the windows' means `[N, L, W, D]`, and its seconds."""
 
     means: torch.Tensor
@@ -59,23 +59,23 @@ def count_seconds(base: BaseModel, records: Sequence[SupervisionRecord], clock: 
 
 def collect_in_batches(
     base: BaseModel, records: Sequence[SupervisionRecord], clock: Any
-) -> Collected:
+) -> TimedFeatures:
     """Collect the features as training does."""
     with tempfile.TemporaryDirectory() as folder:
         started = clock()
         features = collect(base, records, Path(folder))
         seconds = clock() - started
-        return Collected(features.rows(range(len(records))), seconds)
+        return TimedFeatures(features.rows(range(len(records))), seconds)
 
 
 def collect_one_by_one(
     base: BaseModel, records: Sequence[SupervisionRecord], clock: Any
-) -> Collected:
+) -> TimedFeatures:
     """Collect the features of each prompt alone."""
     started = clock()
     features = read_along(base.model, base.tokenizer, records, CONFIG.num_windows)
     seconds = clock() - started
-    return Collected(features.rows(range(len(records))), seconds)
+    return TimedFeatures(features.rows(range(len(records))), seconds)
 
 
 def compare(

@@ -26,9 +26,9 @@ from drllm.evaluation.lm_eval.model import RoutedLM
 from drllm.evaluation.lm_eval.scoring import (
     DecisionsByQuestion,
     HarnessRequest,
+    LayerChoice,
     OptionScore,
     PathsByQuestion,
-    Routing,
 )
 from drllm.evaluation.lm_eval.task import Key
 from drllm.models.routed_model import RoutedModel
@@ -86,7 +86,7 @@ class EvaluationModel:
     routers: Mapping[str, RouterStack]
     _policies: dict[PolicyMaker, Policy] = field(default_factory=dict)
 
-    def make_routing(self, draw: Draw, keys: Sequence[Key]) -> Routing:
+    def make_routing(self, draw: Draw, keys: Sequence[Key]) -> LayerChoice:
         """Return a policy, a path, or the decisions of questions by their keys."""
         if isinstance(draw, RoutersDecide):
             return RouterPolicy(self.routers[draw.routers], depth_bias=draw.depth_bias)
@@ -197,7 +197,7 @@ def _run_plans(
 
 
 def _run_draw(
-    lm: RoutedLM, block: QuestionBlock, routing: Routing
+    lm: RoutedLM, block: QuestionBlock, routing: LayerChoice
 ) -> tuple[Answers, list[Decisions]]:
     """Return a block's answers and the questions' routes under one draw.
 
@@ -213,7 +213,7 @@ def _run_draw(
 
 
 def _generate(
-    lm: RoutedLM, block: QuestionBlock, routing: Routing
+    lm: RoutedLM, block: QuestionBlock, routing: LayerChoice
 ) -> tuple[Answers, list[Decisions]]:
     """Generate a block's answers; return them and the questions' routes."""
     routed = lm.routed

@@ -168,8 +168,8 @@ def draw_baselines(
     ready = []
     for baseline_systems, draws_by_system in zip(systems.values(), results, strict=True):
         for system, draws in zip(baseline_systems, draws_by_system, strict=True):
-            routing = [draw.routing for draw in draws]
-            ready.append(ReadySystem(system, routing, draws[0].note))
+            routings = [draw.routing for draw in draws]
+            ready.append(ReadySystem(system, routings, draws[0].note))
     return ready
 
 

@@ -28,6 +28,7 @@ from drllm.models.base.places import HUB_ID
 from drllm.models.export import export_path
 from drllm.models.routed_model import unrouted
 from drllm.models.routers.checkpoint import load_routers, save_routers
+from drllm.models.routers.config import read_config
 from drllm.models.routers.places import CONFIG_FILE
 from drllm.models.routing.bypass import Bypass
 from drllm.models.routing.bypass_file import (
@@ -146,7 +147,7 @@ def _refuse_inside(output: Path, checkpoint: Path) -> None:
 
 def _refuse_without_bypass(routers_folder: Path, bypass_folder: Path | None) -> None:
     """Refuse routers that were trained with a bypass, if it isn't published beside them."""
-    expected = load_routers(routers_folder).config.bypass
+    expected = read_config(routers_folder).bypass
     if not expected:
         return
     if bypass_folder is None:
@@ -197,9 +198,8 @@ def _find_in_folder(source: Path) -> dict[str, Path]:
     for folder in (source / "routers", source):
         if (folder / CONFIG_FILE).is_file() and ROUTERS not in places:
             places[ROUTERS] = folder
-    for folder in (source / "bypass", source):
-        if (folder / BYPASS_FILE).is_file() and BYPASS not in places:
-            places[BYPASS] = folder
+    if (source / BYPASS_FILE).is_file():
+        places[BYPASS] = source
     if (source / SEARCH_FILE).is_file():
         places[SEARCH_LOG] = source
     return places

@@ -3,8 +3,6 @@
 import html
 import re
 
-from drllm.errors import printable
-
 NBSP = "\u00a0"  # a space at which a line doesn't break
 
 
@@ -15,8 +13,3 @@ def escape(text: str) -> str:
     escaped = re.sub(r"([\\`*\[\]|~])", r"\\\1", escaped)
     # Between two letters or digits, `_` has no meaning.
     return re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\_", escaped)
-
-
-def write_inside_code(text: str) -> str:
-    """Return a text for inside a code span or block: one line, without backticks."""
-    return printable(" ".join(text.split())).replace("`", "'")

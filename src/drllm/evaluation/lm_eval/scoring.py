@@ -32,7 +32,7 @@ DecisionsByQuestion: TypeAlias = Mapping[Any, Decisions]
 """Question → its decisions. Questions are identified as in `HarnessRequest.question`."""
 PathsByQuestion: TypeAlias = Mapping[Any, Decisions | StaticPath]
 """Question → its decisions or static path."""
-Routing: TypeAlias = Policy | DecisionsByQuestion | StaticPath
+LayerChoice: TypeAlias = Policy | DecisionsByQuestion | StaticPath
 """What decides which layers a question runs."""
 
 STATE_CACHE_GB = 1.0  # for states that the paths of a batch share; emptied after each batch
@@ -247,7 +247,7 @@ class RequestScorer:
     def score(
         self,
         requests: Sequence[HarnessRequest],
-        routing: Routing,
+        routing: LayerChoice,
         *,
         by_prompt: bool = True,
         on_progress: Callable[[int], object] = lambda _: None,

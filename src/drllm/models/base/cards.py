@@ -9,7 +9,7 @@ from huggingface_hub import CardData, ModelCard, ModelCardData
 
 from drllm.errors import printable
 from drllm.models.base.aliases import ALIASES
-from drllm.records.markdown import escape, write_inside_code
+from drllm.records.markdown import escape
 
 CARD_FILE = "README.md"
 
@@ -80,8 +80,8 @@ def _write_line(value: object) -> str:
 
 
 def _write_code(value: object) -> str:
-    """Write a value inside a code span or block."""
-    return write_inside_code(str(value))
+    """Write a value inside a code span or block: on one line, without backticks."""
+    return printable(" ".join(str(value).split())).replace("`", "'")
 
 
 def _write_number(value: float | None) -> str:
