@@ -108,9 +108,15 @@ def find_python(version: str) -> str | None:
     pyenv = Path.home() / ".pyenv" / "versions"
     candidates += [str(path / "bin" / "python") for path in sorted(pyenv.glob(f"{version}.*"))]
     for candidate in candidates:
-        if candidate and subprocess.run([candidate, "-c", "import ensurepip"]).returncode == 0:
+        if candidate and can_make_environments(candidate):
             return candidate
     return None
+
+
+def can_make_environments(python: str) -> bool:
+    """Tell whether an interpreter runs and has what `venv` needs."""
+    done = subprocess.run([python, "-c", "import ensurepip"], capture_output=True)
+    return done.returncode == 0
 
 
 def list_extras() -> list[str]:

@@ -17,7 +17,7 @@ does hits all of them alike, and are compared round by round; figures are median
     of the share of multiply-adds that is saved has to be saved in time
 
     python benchmarks/generate.py [--quick] [--json FILE] [--clock cpu] [--model MODEL]
-        [--device DEVICE] [--dtype DTYPE]
+        [--device DEVICE] [--dtype DTYPE] [--rows N]
 """
 
 from __future__ import annotations
@@ -61,6 +61,8 @@ from drllm.tasks.registry import get_task
 from drllm.tuning.refit import find_projections, get_weight, list_modules
 
 PROMPT_TOKENS = 100
+ROWS = 8
+"""Prompts of the larger batch of (a), (b) and (c), beside one alone."""
 DECODED = 8
 """Tokens that a decoding is timed for."""
 NUM_SKIPPED = (3, 6, 10)
@@ -191,33 +193,39 @@ def variants(base: BaseModel) -> dict[str, Any]:
     return models
 
 
-def passes(base: BaseModel, repeats: Mapping[str, int], clock: Clock) -> list[Figure]:
-    """Measure (a), (b) and (c)."""
+def passes(
+    base: BaseModel, repeats: Mapping[str, int], clock: Clock, num_rows: int
+) -> list[Figure]:
+    """Measure (a), (b) and (c), on one prompt and on a batch of `num_rows`."""
     models = variants(base)
     one = token_ids(base, 1, PROMPT_TOKENS)
-    eight = token_ids(base, 8, PROMPT_TOKENS)
+    several = token_ids(base, num_rows, PROMPT_TOKENS)
     decode = partial(prepare_decoding, num_tokens=DECODED)
 
     def time_models(way: Way, ids: Tensor, names: Sequence[str], num_rounds: int) -> Rounds:
         return time_in_turns({name: way(models[name], ids) for name in names}, num_rounds, clock)
 
-    models["untouched"](eight)  # not timed: makes room
+    models["untouched"](several)  # not timed: makes room
     most = [name for name in models if name != "routers"]
+    without_control = [name for name in models if name != "control"]
     read = time_models(prepare_reading, one, most, repeats["prompt"])
     decoded = time_models(decode, one, most, repeats["decode"])
-    batch = time_models(
-        prepare_reading, eight, ("untouched", "attached", "routers"), repeats["batch"]
-    )
+    read_batch = time_models(prepare_reading, several, without_control, repeats["batch"])
+    decoded_batch = time_models(decode, several, without_control, repeats["batch"])
     routed = time_models(prepare_reading, one, ("attached", "routers"), repeats["routers"])
-    return [
-        *overhead_figures("prefill_batch_1", read),
-        *overhead_figures("prefill_batch_8", batch),
-        *overhead_figures("decode_batch_1", decoded),
-        *plan_figures("prefill_batch_1", read, base.num_layers),
-        *plan_figures("decode_batch_1", decoded, base.num_layers),
-        router_figure("routers_prefill_batch_1", routed, MOST_FOR_ROUTERS),
-        router_figure("routers_prefill_batch_8", batch, None),
-    ]
+    rounds_by_name = {
+        "prefill_batch_1": read,
+        f"prefill_batch_{num_rows}": read_batch,
+        "decode_batch_1": decoded,
+        f"decode_batch_{num_rows}": decoded_batch,
+    }
+    figures = []
+    for name, rounds in rounds_by_name.items():
+        figures += overhead_figures(name, rounds)
+        figures += plan_figures(name, rounds, base.num_layers)
+    figures.append(router_figure("routers_prefill_batch_1", routed, MOST_FOR_ROUTERS))
+    figures.append(router_figure(f"routers_prefill_batch_{num_rows}", read_batch, None))
+    return figures
 
 
 def overhead_figures(name: str, rounds: Rounds) -> list[Figure]:
@@ -513,14 +521,17 @@ def main() -> None:
     parser = common.parser_of(__doc__, "few rounds, under a minute")
     common.add_clock(parser)
     common.add_model(parser, devices=True, dtypes=True)
+    parser.add_argument("--rows", type=int, default=ROWS, help="prompts of the larger batch")
     options = parser.parse_args()
+    if options.rows < 2:
+        parser.error(f"--rows {options.rows} is no batch; give 2 or more")
     repeats = QUICK if options.quick else WHOLE
     clock = common.clock_of(options)
     base = common.base_of(options)
     if base.num_layers <= max(NUM_SKIPPED):
         parser.error(f"{options.model} has {base.num_layers} layers; give a model of more than 10")
     with torch.no_grad():
-        figures = passes(base, repeats, clock)
+        figures = passes(base, repeats, clock, options.rows)
         counts = count_stored(base)
         many = many_prompts(base, repeats, clock)
         figures += time_exported(base, repeats, clock)

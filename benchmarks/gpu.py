@@ -48,7 +48,7 @@ EXACT_SHAPE = "1b"  # is compared in both dtypes
 BATCH_SIZES = (1, 32)
 NUM_TOKENS = 64
 BENCHMARKS = {
-    "generate": ["--quick"],
+    "generate": ["--quick", "--rows", str(max(BATCH_SIZES))],
     "search": ["--quick", "--rewards", "loglikelihood"],
     "features": ["--quick"],
     "tune": ["--quick"],

@@ -95,11 +95,13 @@ def test_the_readme_lists_each_script_with_the_first_sentence_of_its_docstring()
 
 @pytest.mark.thorough
 def test_every_comparison_has_its_figure_and_limit(generation):
-    ways = ("prefill_batch_1", "prefill_batch_8", "decode_batch_1")
+    ways = ("prefill_batch_1", "prefill_batch_8", "decode_batch_1", "decode_batch_8")
     expected = dict.fromkeys(ways, 1.02) | {"routers_prefill_batch_1": 1.01}
     for way in ("prefill", "decode"):
         for k in (3, 6, 10):
-            expected[f"{way}_batch_1_skip_{k}_of_12"] = pytest.approx(1.03 * (1 - k / 12))
+            for num_rows in (1, 8):
+                limit = pytest.approx(1.03 * (1 - k / 12))
+                expected[f"{way}_batch_{num_rows}_skip_{k}_of_12"] = limit
             exported = f"{way}_exported_without_{k}_of_12"  # the head stays, so less is saved
             assert 1 - 0.8 * k / 12 < generation["limits"][exported] < 1
             expected[exported] = generation["limits"][exported]
