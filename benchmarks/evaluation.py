@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import common
 import torch
-from common import bound
+from common import bound, operations
 from common.comparison import compare_each
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
@@ -191,9 +191,20 @@ def compare(
     runs = [{name: timed.seconds for name, timed in turn.items()} for turn in turns]
     answers = {name: timed.answers for name, timed in turns[-1].items()}
     bound_s = find_bound(base, theirs, requests, answers["ours_s"], clock)
+
+    def run_ours() -> None:
+        routed = RoutedModel(base.model, tokenizer=base.tokenizer)
+        try:
+            time_ours(routed, sizes["batch_size"], None, requests, clock)
+        finally:
+            routed.detach()
+
+    num_tokens = len(theirs.tok_encode(requests[0].args[0]))
+    share = statistics.median(bound_s / run["ours_s"] for run in runs)
     result: dict[str, Any] = {
         "task": task,
         "bound": statistics.median(run["theirs_s"] / bound_s for run in runs),
+        "rest": operations.explain_rest(run_ours, base, num_tokens, share),
         "questions": sizes["questions"],
         "requests": len(requests),
         "speedup": statistics.median(run["theirs_s"] / run["ours_s"] for run in runs),
@@ -344,7 +355,8 @@ def main() -> None:
     figures |= {"repeats": sizes["repeats"], "ours": OURS, "theirs": THEIRS}
     figures |= common.describe_run(base, options)
     figures["results"] = results
-    comparisons = compare_each("evaluate", figures["speedup"], figures["bound"])
+    rests = {result["task"]: result["rest"] for result in results}
+    comparisons = compare_each("evaluate", figures["speedup"], figures["bound"], rests)
     common.write_figures(options, figures, comparisons)
 
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import common
 import torch
-from common import bound
+from common import bound, operations
 from common.comparison import Comparison
 from common.literal_training import read_along
 from training import CONFIG, collect, draw_targets
@@ -91,12 +91,16 @@ def compare(
     theirs_s = statistics.median(run["theirs"].seconds for run in runs)
     expected = runs[-1]["theirs"].means
     difference = (runs[-1]["ours"].means - expected).abs().max() / expected.abs().max()
+    bound_s = count_seconds(base, records, clock)
+    ours_s = statistics.median(run["ours"].seconds for run in runs)
+    num_tokens = len(encode(base.tokenizer, records[0].prompt))
     return {
         "questions": len(records),
         "speedup": statistics.median(speedups),
         "theirs_s": theirs_s,
-        "ours_s": statistics.median(run["ours"].seconds for run in runs),
-        "bound": theirs_s / count_seconds(base, records, clock),
+        "ours_s": ours_s,
+        "bound": theirs_s / bound_s,
+        "rest": operations.explain_rest(ways["ours"], base, num_tokens, bound_s / ours_s),
         "difference": float(difference),
     }
 
@@ -128,7 +132,7 @@ def main() -> None:
         **common.describe_run(base, options),
         "result": result,
     }
-    comparison = Comparison("collect features", result["speedup"], result["bound"])
+    comparison = Comparison("collect features", result["speedup"], result["bound"], result["rest"])
     common.write_figures(options, figures, [comparison])
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import common
 import torch
-from common import bound
+from common import bound, operations
 from common.comparison import Comparison
 from torch import Tensor
 
@@ -171,9 +171,11 @@ def compare(
     num_tokens = sum(map(len, texts))
     bound_s = seconds_at_least(base, routed, path, num_tokens, clock)
     seconds = statistics.median(run["ours"] for run in runs)
+    rest = operations.explain_rest(ours, base, MAX_TOKENS // 2, bound_s / seconds)
     return {
         "speedup": statistics.median(run["theirs"] / run["ours"] for run in runs),
         "bound": statistics.median(run["theirs"] / bound_s for run in runs),
+        "rest": rest,
         "seconds": {"ours": seconds, "first": first_s, "bound": bound_s},
         "memory_mb": memory_kb / 1024,
         "ridges": ridges,
@@ -220,7 +222,7 @@ def main() -> None:
         **sizes,
     }
     what = f"refit {len(without)} left-out layers on {sum(map(len, texts))} tokens"
-    comparison = Comparison(what, result["speedup"], result["bound"])
+    comparison = Comparison(what, result["speedup"], result["bound"], result["rest"])
     common.write_figures(options, figures, [comparison])
 
 

@@ -30,12 +30,13 @@ import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import common
 import torch
-from common import bound
+from common import bound, operations
 from common.comparison import compare_each
 from common.search_rounds import LEAVES, Pair, Rounds, make_search_rounds
 from torch import nn
@@ -249,6 +250,15 @@ def time_with_kl(
     return result.verdict_seconds / len(result.outcomes)
 
 
+def run_without_times(base: BaseModel, prompts: Sequence[Prompt], rounds: Rounds) -> None:
+    """Evaluate all rounds our way, without margins: what the bound is compared with."""
+    with routing(base) as routed:
+        evaluator = Evaluator(routed, prompts, STATE_CACHE_GB)
+        for pairs in rounds:
+            evaluator.evaluate(pairs)
+        evaluator.forget()
+
+
 def count_executions(evaluator: Evaluator, rounds: Rounds) -> dict[str, float]:
     """Return executions of a whole prompt per path.
 
@@ -430,6 +440,9 @@ def compare(
         runs.append(run)
         verdicts.add([ours.outcomes[pair].reward for pair in sample], rewards)
     max_new_tokens = None if reward == "loglikelihood" else prompts[0].max_new_tokens
+    share = statistics.median(run["bound_s"] / run["ours_s"] for run in runs)
+    run_again = partial(run_without_times, base, prompts, rounds)
+    num_tokens = len(ours.prompts[0].tokens)
     profiled_rounds = rounds[: max(2, len(rounds) // 4)]
     return {
         "reward": reward,
@@ -438,6 +451,7 @@ def compare(
         "max_new_tokens": max_new_tokens,
         "speedup": statistics.median(run["theirs_s"] / run["ours_s"] for run in runs),
         "bound": statistics.median(run["theirs_s"] / run["bound_s"] for run in runs),
+        "rest": operations.explain_rest(run_again, base, num_tokens, share),
         "runs": runs,
         "verdicts_compared": verdicts.num_compared,
         "verdicts_that_differ": verdicts.num_different,
@@ -528,8 +542,9 @@ def main() -> None:
     figures |= {"repeats": sizes["repeats"], "ours": OURS, "theirs": THEIRS}
     figures |= common.describe_run(base, options)
     figures["results"] = results
+    rests = {result["reward"]: result["rest"] for result in results}
     comparisons = compare_each(
-        "search paths, answers graded by", figures["speedup"], figures["bound"]
+        "search paths, answers graded by", figures["speedup"], figures["bound"], rests
     )
     common.write_figures(options, figures, comparisons)
 

@@ -418,7 +418,8 @@ def main() -> None:
         "result": result,
         "scale": scale,
     }
-    comparison = Comparison("train routers", result["speedup"], result["bound"])
+    rest = {"the fit of the routers": result["fit_s"] / result["ours_s"]}
+    comparison = Comparison("train routers", result["speedup"], result["bound"], rest)
     common.write_figures(options, figures, [comparison])
     if not result["losses_are_equal"]:
         raise SystemExit(

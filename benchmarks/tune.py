@@ -22,7 +22,7 @@ from typing import Any
 import common
 import numpy as np
 import torch
-from common import bound
+from common import bound, operations
 from common.comparison import Comparison
 
 from drllm.models.base.load import BaseModel
@@ -144,9 +144,11 @@ def compare(
     }
     prompts = [list(question.context) for question in read]
     bound_s = bound.seconds_to_search(base, prompts, after, pairs, clock)
+    share = bound_s / medians["ours"]
     return {
         "speedup": statistics.median(run["theirs"] / run["ours"] for run in runs),
         "bound": statistics.median(run["theirs"] / bound_s for run in runs),
+        "rest": operations.explain_rest(ways["ours"], base, len(prompts[0]), share),
         "speedup_over_batches": statistics.median(run["batched"] / run["ours"] for run in runs),
         "candidates_per_second": {name: len(paths) / medians[name] for name in ways},
         "largest_difference": away,
@@ -195,7 +197,10 @@ def main() -> None:
         **sizes,
     }
     comparison = Comparison(
-        "tune: score candidate paths on questions", result["speedup"], result["bound"]
+        "tune: score candidate paths on questions",
+        result["speedup"],
+        result["bound"],
+        result["rest"],
     )
     common.write_figures(options, figures, [comparison])
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os.path
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -33,12 +34,25 @@ class Work(NamedTuple):
     head: float
 
 
+def list_batches(num_tokens: int) -> list[int]:
+    """Return the numbers of prompts that are tried as a batch."""
+    return [num for num in BATCHES if num * num_tokens <= MOST_TOKENS] or [1]
+
+
+def make_cheapest_pass(base: BaseModel, num_tokens: int) -> Callable[[], object]:
+    """Return the pass in which a token costs least, or nearly: the largest batch that is tried."""
+    ids = torch.randint(100, (list_batches(num_tokens)[-1], num_tokens), device=base.model.device)
+    decoder = base.model.get_decoder()
+    decoder(ids, use_cache=False)  # makes room
+    return partial(decoder, ids, use_cache=False)
+
+
 def cheapest(base: BaseModel, num_tokens: int, clock: Clock) -> Work:
     """Return the seconds of a token in a layer and in the head, each at its best batch.
 
     Measured on prompts of so many tokens, in batches of 1 to 32.
     """
-    batches = [num for num in BATCHES if num * num_tokens <= MOST_TOKENS] or [1]
+    batches = list_batches(num_tokens)
     ids = torch.randint(100, (max(batches), num_tokens), device=base.model.device)
     head = base.model.get_output_embeddings()
     states = torch.randn(max(HEAD_TOKENS), head.weight.shape[1]).to(head.weight)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -16,11 +16,14 @@ class Comparison:
         speedup: The obvious way's time, divided by ours.
         bound: The obvious way's time, divided by the least time that any way needs. None if no
             bound is known.
+        rest: What our time goes to beyond the bound, by kind of operation, as shares of our time;
+            see `common.operations`. Empty if it wasn't measured.
     """
 
     what: str
     speedup: float
     bound: float | None = None
+    rest: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def share(self) -> float | None:
@@ -34,15 +37,20 @@ class Comparison:
             "speedup": self.speedup,
             "bound": self.bound,
             "share": self.share,
+            "rest": dict(self.rest),
         }
 
 
 def compare_each(
-    title: str, speedups: Mapping[str, float], bounds: Mapping[str, float] | None = None
+    title: str,
+    speedups: Mapping[str, float],
+    bounds: Mapping[str, float] | None = None,
+    rests: Mapping[str, Mapping[str, float]] | None = None,
 ) -> list[Comparison]:
-    """Return a comparison for each name, `TITLE, NAME`, with its bound where there are bounds."""
+    """Return a comparison for each name, `TITLE, NAME`, with what is given of it."""
     comparisons = []
     for name, speedup in speedups.items():
         bound = None if bounds is None else bounds[name]
-        comparisons.append(Comparison(f"{title}, {name}", speedup, bound))
+        rest = {} if rests is None else rests[name]
+        comparisons.append(Comparison(f"{title}, {name}", speedup, bound, rest))
     return comparisons

@@ -684,8 +684,9 @@ def test_only_sets_on_which_the_full_path_beats_guessing_are_pooled(figures_of, 
 
 
 def test_the_page_of_benchmarks_has_a_row_for_each_comparison(benchmark):
+    rest = {"copies": 0.05, "matrix products": 0.15, "attention": -0.01}
     compared = [
-        {"what": "tune", "speedup": 8.0, "bound": 10.0, "share": 0.8},
+        {"what": "tune", "speedup": 8.0, "bound": 10.0, "share": 0.8, "rest": rest},
         {"what": "baselines", "speedup": 2.5, "bound": None, "share": None},
     ]
     figures = {"model": "m", "machine": "x86", "drllm": "0.1.0 at abc", "ours": "a", "theirs": "b"}
@@ -694,8 +695,8 @@ def test_the_page_of_benchmarks_has_a_row_for_each_comparison(benchmark):
         "healing": {"ended": "done"},
     }
     page = benchmark("page").write_page({"quick": True, "steps": steps})
-    assert "| tune | 8.00 | 10.00 | 80% |" in page
-    assert "| baselines | 2.50 | – | – |" in page
+    assert "| tune | 8.00 | 10.00 | 80% | matrix products 15%, copies 5% |" in page
+    assert "| baselines | 2.50 | – | – |  |" in page
     assert "all.py --json all.json --quick" in page
     assert "- `tune`: a. The obvious way: b." in page
     assert "healing" not in page
