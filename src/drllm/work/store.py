@@ -344,7 +344,7 @@ def _describe_change(name: str, old: Any, new: Any) -> str:
     if name.endswith("_sha256"):
         return f"other {name.removesuffix('_sha256').replace('_', ' ')}"
     if old is _ABSENT:
-        return f"no {name}, now {_shorten(new)}"
+        return f"no {name}, now {_shorten(new)}" if name else "settings that it doesn't name"
     return f"{name} {_shorten(old)}, now {_shorten(new)}"
 
 

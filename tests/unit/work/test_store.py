@@ -116,6 +116,11 @@ def test_an_identity_differs_from_itself_in_nothing(value):
     assert differences(identity, {"a": [value]}) != []
 
 
+def test_a_result_whose_settings_are_not_named_is_refused_in_words():
+    current = {"settings": {"limit": 6}, "model": "m"}
+    assert differences({"model": "m"}, current) == ["settings that it doesn't name"]
+
+
 def test_results_of_steps_go_when_their_block_is_done(tmp_path):
     kept = pickle.loads(pickle.dumps(make_store(tmp_path)))
     parts = kept.within("block 1")
