@@ -694,9 +694,13 @@ def test_the_page_of_benchmarks_has_a_row_for_each_comparison(benchmark):
         "tune": {"figures": {**figures, "comparisons": compared}},
         "healing": {"ended": "done"},
     }
-    page = benchmark("page").write_page({"quick": True, "steps": steps})
+    serving = {"what": "serving", "speedup": 1.1, "bound": 1.1, "share": 1.0, "rest": {}}
+    others = {"serving": {**figures, "comparisons": [serving]}}
+    page = benchmark("page").write_page({"quick": True, "steps": steps}, others)
     assert "| tune | 8.00 | 10.00 | 80% | matrix products 15%, copies 5% |" in page
     assert "| baselines | 2.50 | – | – |  |" in page
+    assert "| serving | 1.10 | 1.10 | 100% |  |" in page
+    assert "page.py all.json serving.json >" in page
     assert "all.py --json all.json --quick" in page
     assert "- `tune`: a. The obvious way: b." in page
     assert "healing" not in page
