@@ -18,12 +18,13 @@ Axes: L layers, C = 3 decisions.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TypeAlias
 
+import msgspec
 from msgspec.structs import replace
 
 from drllm.paths import Decision
+from drllm.statistics.ranges import Amount, Count
 from drllm.statistics.verdicts import judge_counts
 
 DECISION_NAMES = ("skip", "execute", "repeat")
@@ -41,8 +42,7 @@ LabelCounts: TypeAlias = Sequence[Sequence[float]]
 """`[L][C]`: how often each decision is the label of each layer."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Counts:
+class Counts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Counts over a set of targets; expected values if decisions are drawn.
 
     Attributes:
@@ -54,8 +54,8 @@ class Counts:
     """
 
     confusion: tuple[Confusion, ...] = ()
-    executions: float = 0
-    examples: int = 0
+    executions: Amount = 0
+    examples: Count = 0
     loss: float | None = 0.0
 
     def __add__(self, other: "Counts") -> "Counts":

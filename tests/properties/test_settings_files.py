@@ -1,11 +1,24 @@
 """Any YAML text is read as names and values, or refused in one line that names the file."""
 
+import random
+from pathlib import Path
+from typing import Any
+
 import pytest
+import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from meaning import Refusal, read_or_refuse
+from mutations import change_document
 
+import drllm.cli
 from drllm.config.files import read_sections, read_yaml
 from drllm.errors import ConfigError
+from drllm.pipeline.recipes import read_recipe
+
+RECIPE = Path(drllm.cli.__file__).parent / "recipes" / "demo_full.yaml"
+SEEDS = range(15)  # each seed changes another place of a recipe
+MORE_SEEDS = range(15, 600)
 
 FRAGMENTS = (
     *["a: ", "b: ", "- ", "[", "]", "{", "}", ", ", "? ", ": ", "\n", "  ", "\t", "#", "|", "'"],
@@ -57,3 +70,38 @@ def test_a_date_is_a_text(tmp_path):
     (tmp_path / "a.yaml").write_text("a: 2020-99-99\nb-c: 2020-01-01")
     found = read_yaml(tmp_path / "a.yaml", "settings")
     assert found == {"a": "2020-99-99", "b_c": "2020-01-01"}
+
+
+def read_changed_recipe(seed: int, folder: Path) -> None:
+    """Change a value of a recipe, and read it."""
+    recipe = yaml.safe_load(RECIPE.read_text())
+    document, _ = change_document(recipe, random.Random(f"recipe {seed}"))
+    file = folder / f"recipe-{seed}.yaml"
+    file.write_text(yaml.safe_dump(document))
+    stages = read_or_refuse(read_recipe, file)
+    if isinstance(stages, Refusal):
+        return
+    for section, written in document.items():
+        read = getattr(stages, section).to_dict()
+        for name, value in (written or {}).items():
+            assert is_same_setting(value, read[name]), f"{section}: {name}: {value!r}"
+
+
+def is_same_setting(written: Any, read: Any) -> bool:
+    """Tell whether a setting was read as it was written; a number may be written as a text."""
+    if isinstance(written, bool) or isinstance(read, bool):
+        return written is read
+    if str(written) == str(read):
+        return True
+    return float(written) == float(read)
+
+
+def test_a_changed_recipe_is_read_as_it_is_or_refused(tmp_path):
+    for seed in SEEDS:
+        read_changed_recipe(seed, tmp_path)
+
+
+@pytest.mark.thorough
+def test_many_more_changed_recipes_are_read_as_they_are_or_refused(tmp_path):
+    for seed in MORE_SEEDS:
+        read_changed_recipe(seed, tmp_path)

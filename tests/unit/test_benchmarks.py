@@ -432,8 +432,9 @@ def test_both_evaluators_read_the_worked_examples_anew_in_each_repeat(
     assert len(set(theirs)) == 1
     assert len(theirs) == 3
     # Of each repeat one run is without routers and shares what prompts begin with, one is with.
-    assert len(set(ours)) == 2
-    assert [ours.count(count) for count in set(ours)] == [3, 3]
+    # Behind the repeats one without routers is profiled.
+    with_routers, without = sorted(set(ours), reverse=True)
+    assert (ours.count(with_routers), ours.count(without)) == (3, 4)
 
 
 def test_baselines_give_up_the_layers_that_a_peer_library_does(figures_of):

@@ -66,6 +66,9 @@ JSON = st.recursive(
         pytest.param('{"name": "a", "name": "b"}', "'name'", id="a key given twice"),
         pytest.param('{"name": "a", "notes": {"x": 1, "x": 1}}', "'x'", id="twice in free notes"),
         pytest.param('{"name": "a", "notes": {"x": NaN}}', "NaN", id="NaN"),
+        pytest.param(
+            '{"name": "a", "notes": {"x": [1, NaN]}}', "(at `notes.x[1]`)", id="its place"
+        ),
         pytest.param('{"name": "a", "notes": {"x": 1e999}}', "`notes", id="beyond the floats"),
         pytest.param(
             '{"name": "a", "steps": [{"layer": 1, "scale": %s}]}' % ("9" * 400),

@@ -23,11 +23,20 @@ from drllm.records.manifest import (
 )
 from drllm.records.places import check_file, choose_file, resolve
 from drllm.records.published import hide_places
-from drllm.records.search import Retest, SearchRecord, TriedPath, read_search
+from drllm.records.search import (
+    FailedQuestion,
+    Retest,
+    SearchRecord,
+    TriedPath,
+    read_failed,
+    read_search,
+)
 from drllm.records.splits import find_split, question_key
 from drllm.records.supervision import (
+    RejectedQuestion,
     SupervisionRecord,
     join_supervision,
+    read_rejected,
     read_supervision,
 )
 
@@ -527,3 +536,51 @@ def test_a_manifest_does_not_vouch_for_a_file_that_another_process_has_replaced(
 def test_the_place_of_a_healed_path_is_not_published():
     config = HealConfig(path="/home/me/runs/paths.json:skip2")
     assert hide_places(config.to_dict())["path"] == "paths.json:skip2"
+
+
+def test_a_manifest_that_counts_other_records_is_refused(two_lines):
+    file = manifest_path(two_lines)
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps({**values, "num_records": 3}))
+    with pytest.raises(RecordError, match=r"manifest\.json counts 3 records, but .* has 2; make"):
+        read_search(two_lines)
+
+
+def test_failed_questions_are_as_many_as_the_manifest_of_the_search_counts(tmp_path):
+    failed = [
+        FailedQuestion(id=name, task="facts", question="Why?", error="none", attempts=3)
+        for name in ("a", "b")
+    ]
+    file = tmp_path / "search.failed.jsonl"
+    file.write_text(to_lines(failed))
+    assert read_failed(file) == tuple(failed)  # the user's own, without a manifest
+    about = new_manifest("search", model={}, config={}, extra={"num_failed": 2})
+    write_records(tmp_path / "search.jsonl", [RECORD], about)
+    assert read_failed(file) == tuple(failed)
+    file.write_text(to_lines(failed[:1]))
+    with pytest.raises(
+        RecordError, match=r"failed\.jsonl has 1 questions, but the .* counts 2 that"
+    ):
+        read_failed(file)
+
+
+@pytest.mark.parametrize("name", ["supervision.rejected.jsonl", "rejected.jsonl"])
+def test_rejected_questions_are_as_many_as_the_manifest_of_the_targets_counts(tmp_path, name):
+    rejected = [
+        RejectedQuestion(id=name, task="facts", question="Why?", reason="no valid path")
+        for name in ("a", "b", "c")
+    ]
+    summary = {"rejected": {"no valid path": 2, "over the quota": 0}, "copies": 1}
+    about = new_manifest("supervision", model={}, config={}, extra={"summary": summary})
+    write_records(tmp_path / "supervision.jsonl", [TARGET], about)
+    file = tmp_path / name
+    file.write_text(to_lines(rejected))
+    assert read_rejected(file) == rejected
+    file.write_text(to_lines(rejected[:2]))
+    if name == "rejected.jsonl":  # of a training, whose manifest doesn't count them
+        assert read_rejected(file) == rejected[:2]
+        return
+    with pytest.raises(
+        RecordError, match=r"rejected\.jsonl has 2 questions, but the .* counts 3 wi"
+    ):
+        read_rejected(file)

@@ -1,13 +1,17 @@
 """`paths.json`: which of its paths is meant, and for which model."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
 from drllm.errors import PathError, RecordError
-from drllm.records.static_paths import load_path, read_path_list, split_path_list
+from drllm.records.healed import read_healed
+from drllm.records.static_paths import load_path, read_path_list, read_paths, split_path_list
 from paths_json import PATHS, written_paths
 
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 MODEL = {"id": "owner/name", "revision": None, "class": "LlamaForCausalLM", "num_layers": 6}
 MODEL |= {"hidden_size": 32, "fingerprint": "0123456789abcdef"}
 
@@ -40,6 +44,8 @@ def test_without_a_name_the_names_are_listed(tmp_path):
         ),
         ({"num_layers": 10**30}, r"expected .* \(at `num_layers`\)"),
         ({"runtime": {"device": 3}}, "'device' of 'runtime' is 3"),
+        ({"num_layers": 5}, "path 'full': 5 at position 5 of the path"),
+        ({"refit_tokens": -1}, r"expected `int` >= 0 \(at `refit_tokens`\)"),
     ],
 )
 def test_a_file_whose_parts_do_not_fit_each_other_is_refused_in_one_line(tmp_path, changes, said):
@@ -47,6 +53,47 @@ def test_a_file_whose_parts_do_not_fit_each_other_is_refused_in_one_line(tmp_pat
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
     with pytest.raises(RecordError, match=rf"paths\.json: {said}"):
         load_path(f"{file}:5.00")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"executions": 4.5}, r"path '5\.00': 'executions' is 4\.5, the steps cost 5"),
+        ({"steps": []}, r"path '5\.00': the path is empty"),
+        ({"steps": [{"layer": -1}]}, r"expected `int` >= 0 \(at `paths\[1\]\.steps\[0\]\.layer`\)"),
+        ({"name": "full"}, "path 'full' is there twice"),
+    ],
+)
+def test_a_path_whose_parts_do_not_fit_each_other_is_refused_in_one_line(tmp_path, changes, said):
+    file = written_paths(tmp_path / "paths.json", MODEL)
+    values = json.loads(file.read_text())
+    values["paths"][1] |= changes
+    file.write_text(json.dumps(values))
+    with pytest.raises(RecordError, match=rf"paths\.json: {said}"):
+        read_paths(file)
+
+
+def test_a_file_of_another_kind_is_not_read_as_paths(tmp_path):
+    file = written_paths(tmp_path / "paths.json", MODEL)
+    file.write_text(file.read_text().replace("drllm.paths", "drllm.menus"))
+    with pytest.raises(RecordError, match=r"schema 'drllm\.menus'; expected 'drllm\.paths'"):
+        read_paths(file)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"steps": [{"layer": 0}, {"layer": 9}]}, "path 'skip1': 9 at position 1 of the path"),
+        ({"executions": 2.0}, "path 'skip1': 'executions' is 2, the steps cost 3"),
+        ({"schema": "drllm.path"}, r"schema 'drllm\.path'; expected 'drllm\.healed_path'"),
+    ],
+)
+def test_a_healed_path_whose_parts_do_not_fit_each_other_is_refused(tmp_path, changes, said):
+    shutil.copytree(FIXTURES / "3820ce17" / "healed", tmp_path / "healed")
+    file = tmp_path / "healed" / "path.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    with pytest.raises(RecordError, match=rf"path\.json.* {said}"):
+        read_healed(file)
 
 
 def test_a_file_of_a_newer_version_is_answered_by_its_version_alone(tmp_path):

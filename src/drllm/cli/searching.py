@@ -18,6 +18,7 @@ from drllm.records.manifest import read_manifest
 from drllm.records.places import check_file, check_folder, choose_file
 from drllm.records.search import SEARCH_FILE, SearchRecords
 from drllm.records.supervision import SUPERVISION_FILE
+from drllm.reporting.numbers import write_count_of
 from drllm.search.questions import SearchQuestion, collect_questions, select_tasks
 from drllm.search.targets import SearchTargets, supervise_search
 from drllm.supervision.select import check_settings, supervise_to_file
@@ -73,9 +74,8 @@ def _print_search(records: SearchRecords, folder: Path, terminal: Terminal) -> N
     manifest = read_manifest(file, "search") or {}
     num_failed = manifest.get("num_failed")
     if num_failed:
-        terminal.fact(
-            "failed", f"{num_failed} more questions, set aside in {folder}/search.failed.jsonl"
-        )
+        questions = write_count_of(num_failed, "more question", "more questions")
+        terminal.fact("failed", f"{questions}, set aside in {folder}/search.failed.jsonl")
 
 
 def _print_targets(targets: SearchTargets, terminal: Terminal) -> None:

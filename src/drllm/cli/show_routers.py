@@ -12,6 +12,7 @@ from drllm.cli.terminal import Terminal
 from drllm.records.codec import read_json, read_json_lines
 from drllm.records.layers import LAYERS_FILE, Layers
 from drllm.reporting.numbers import write_number
+from drllm.statistics.ranges import Count
 
 METRICS_FILE = "metrics.jsonl"
 NO_METRICS = ("epoch", "split", "learning_rate")  # fields of metrics.jsonl that aren't metrics
@@ -20,7 +21,7 @@ NO_METRICS = ("epoch", "split", "learning_rate")  # fields of metrics.jsonl that
 class MetricsHead(msgspec.Struct, frozen=True, kw_only=True):
     """The part of a line of `metrics.jsonl` that says to what its metrics belong."""
 
-    epoch: int
+    epoch: Count
     split: Literal["train", "validation"]
 
 

@@ -12,11 +12,16 @@ from typing import Any
 from drllm.cli.terminal import Terminal
 from drllm.cost import distinct_executions
 from drllm.paths import Decision
-from drllm.records.codec import read_json_lines
 from drllm.records.manifest import read_manifest
-from drllm.records.search import FailedQuestion, SearchRecord, TriedPath, read_search
-from drllm.records.supervision import RejectedQuestion, read_supervision, rejected_path
-from drllm.reporting.numbers import write_count, write_count_with_share, write_number, write_percent
+from drllm.records.search import SearchRecord, TriedPath, read_failed, read_search
+from drllm.records.supervision import read_rejected, read_supervision, rejected_path
+from drllm.reporting.numbers import (
+    write_count,
+    write_count_of,
+    write_count_with_share,
+    write_number,
+    write_percent,
+)
 from drllm.reporting.run import check_summary
 from drllm.search import count_kept_batches
 from drllm.supervision.rules import survived
@@ -132,19 +137,22 @@ def _list_counts(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 def show_failed(path: Path, terminal: Terminal) -> None:
     """Print the questions that failed in a search, and the last error of each question."""
-    rows = []
-    for _, question in read_json_lines(path, FailedQuestion):
-        rows.append((question.task, question.id, write_count(question.attempts), question.error))
-    terminal.fact("failed", f"{write_count(len(rows))} questions failed and were set aside")
+    rows = [
+        (question.task, question.id, write_count(question.attempts), question.error)
+        for question in read_failed(path)
+    ]
+    num_failed = write_count_of(len(rows), "question", "questions")
+    terminal.fact("failed", f"{num_failed} failed at every attempt")
     terminal.table("task|id|attempts|last error", rows)
 
 
 def show_unfinished(folder: Path, terminal: Terminal) -> None:
     """Print how many batches of an unfinished search are done."""
+    num_done = write_count_of(count_kept_batches(folder), "batch", "batches")
     terminal.fact(
         "search",
-        f"not finished: {write_count(count_kept_batches(folder))} batches of questions are done; "
-        f"if the search isn't running, run the same command to resume it",
+        f"not finished: {num_done} of questions done; if the search isn't running, run the same "
+        f"command to resume it",
     )
 
 
@@ -203,8 +211,9 @@ def show_supervision(path: Path, terminal: Terminal) -> None:
 
 def show_rejected(path: Path, terminal: Terminal) -> None:
     """Print how many records of each task have no target, by reason."""
-    questions = [question for _, question in read_json_lines(path, RejectedQuestion)]
-    terminal.fact("without", f"{write_count(len(questions))} records have no target")
+    questions = read_rejected(path)
+    num_rejected = write_count_of(len(questions), "record", "records")
+    terminal.fact("without", f"{num_rejected} without a target")
     counts = Counter((question.task, question.reason) for question in questions)
     rows = [(task, reason, write_count(num)) for (task, reason), num in counts.items()]
     terminal.table("task|reason|records", rows, numbers_from=2)

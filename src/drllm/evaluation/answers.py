@@ -36,6 +36,7 @@ from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.healed import HealedAdapter
 from drllm.models.routing.policies import FixedPolicy, FullPolicy, Policy, RouterPolicy
 from drllm.paths import Decisions, StaticPath
+from drllm.statistics.ranges import Amount
 from drllm.work.run import BlockFunction, BlockSteps
 
 Answers: TypeAlias = list[list[OptionScore | str]]
@@ -131,7 +132,7 @@ class BatchResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     answers: list[Answers]
     routes: list[list[Decisions]]
-    seconds: float = 0.0
+    seconds: Amount = 0.0
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import msgspec
 
 from drllm.errors import RecordError
 from drllm.records import codec
+from drllm.statistics.ranges import Amount, Count
 
 RUN_FILE = "run.manifest.json"
 
@@ -23,14 +24,14 @@ class StageState(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
     made_from: dict[str, Any]
     outputs: dict[str, str] = {}
-    seconds: float = 0.0
+    seconds: Amount = 0.0
 
 
 class RunManifest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """`run.manifest.json`: the inputs, the outputs and the time of each stage."""
 
     schema: Literal["drllm.run"] = "drllm.run"
-    schema_version: int = codec.SCHEMA_VERSION
+    schema_version: Count = codec.SCHEMA_VERSION
     drllm_version: str = ""
     stages: dict[str, StageState] = {}
 

@@ -52,6 +52,7 @@ from drllm.statistics.exclusion import (
     judge_task,
     judge_texts,
 )
+from drllm.statistics.ranges import Amount, Count
 from drllm.tuning.data_splits import TasksArgument
 from drllm.tuning.heal import heal
 from drllm.tuning.heal_texts import TextArgument, TextSource, Tokens
@@ -184,9 +185,9 @@ class ShrinkTimes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         minutes_to_heal: The minutes of healing of each candidate.
     """
 
-    minutes: float
-    num_candidates: int
-    minutes_to_heal: float
+    minutes: Amount
+    num_candidates: Count
+    minutes_to_heal: Amount
 
 
 class OnceListener(Listener):

@@ -294,11 +294,18 @@ def _describe_malformed(data: bytes | str, message: str) -> str:
     it accepts has one of these faults.
     """
     constants: list[str] = []
+
+    def read_constant(name: str) -> float:
+        constants.append(name)
+        return math.nan
+
     try:
         text = data.decode() if isinstance(data, bytes) else data
-        json.loads(text, parse_constant=constants.append)
+        value = json.loads(text, parse_constant=read_constant)
         if constants:
-            return f"{constants[0]} isn't a number in JSON; expected a finite number"
+            place, _ = next(_find_infinities(value, ""), ("", math.nan))
+            where = f" (at `{place}`)" if place else ""
+            return f"{constants[0]} isn't a number in JSON; expected a finite number{where}"
         return r"half a surrogate pair (\ud800 to \udfff), which isn't text"
     except UnicodeDecodeError as error:
         return f"not UTF-8 text ({error.reason})"

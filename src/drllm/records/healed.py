@@ -2,16 +2,17 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import msgspec
 
 from drllm.errors import PathError, RecordError
 from drllm.paths import StaticPath
-from drllm.records.codec import read_json, sha256
+from drllm.records.codec import sha256
 from drllm.records.manifest import Executions, NumLayers, check_runtime
 from drllm.records.removed import refuse_removed
-from drllm.records.results import Header, StepRecord
+from drllm.records.results import Header, StepRecord, read_result_file
+from drllm.statistics.ranges import Amount, Count
 
 HEALED_SCHEMA = "drllm.healed_path"
 HEALED_FILE = "path.json"
@@ -26,9 +27,9 @@ class HealPoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     texts (None before the first step), and the mean over held-out texts.
     """
 
-    step: int
-    tokens: int
-    seconds: float
+    step: Count
+    tokens: Count
+    seconds: Amount
     train_kl: float | None = None
     held_out_kl: float
 
@@ -40,16 +41,16 @@ class Losses(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     path: float  # of the path without the adapter
     refit: float | None = None  # of the path with the refit alone; None if it wasn't measured
     healed: float  # of the path with the adapter
-    num_texts: int | None = None  # not in older files
+    num_texts: Count | None = None  # not in older files
 
 
 class GapRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A gap of a path, and the linear map before the gap that was solved anew."""
 
-    layer: Annotated[int, msgspec.Meta(ge=0)]  # the layer that runs before the gap
-    next_layer: int  # the layer that runs after the gap; at the end of the model the number L
+    layer: Count  # the layer that runs before the gap
+    next_layer: Count  # the layer that runs after the gap; at the end of the model the number L
     map: str  # the name of the map, such as `11.mlp.down_proj`
-    ridge: Annotated[float, msgspec.Meta(ge=0)]  # λ
+    ridge: Amount  # λ
     norm: str = ""  # the name of the norm behind the MLP, solved too; empty if there is none
 
 
@@ -58,7 +59,7 @@ class RefitRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     gaps: Annotated[tuple[GapRecord, ...], msgspec.Meta(min_length=1)]
     num_tokens: Annotated[int, msgspec.Meta(ge=1)]  # calibration tokens
-    seconds: float | None = None  # how long it took to solve them
+    seconds: Amount | None = None  # how long it took to solve them
 
     @property
     def norms(self) -> tuple[str, ...]:
@@ -96,8 +97,8 @@ class HealedPath(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
     steps: tuple[StepRecord, ...]
     executions: Executions
     num_layers: NumLayers
-    first_layer: Annotated[int, msgspec.Meta(ge=0)]
-    rank: Annotated[int, msgspec.Meta(ge=0)]
+    first_layer: Count
+    rank: Count
     alpha: Annotated[float, msgspec.Meta(ge=0, le=1e6)]
     refit: RefitRecord | None = None
     adapter_sha256: str
@@ -168,8 +169,9 @@ def read_healed(file: Path) -> HealedPath:
         RecordError: The file can't be read, the adapter beside it is missing or was changed, or
             this version can't run the path.
     """
-    record = read_json(file, HealedPath)
+    record = read_result_file(file, HealedPath, HEALED_SCHEMA)
     refuse_parts_of_layers(record.steps, file)
+    check_steps(record, record.num_layers, file)
     _check_adapter(record, file)
     if record.others:
         content = f"a healed path with an adapter for {1 + len(record.others)} routes"
@@ -224,6 +226,35 @@ def _list_gaps(record: HealedPath) -> dict[int, int]:
     except PathError:
         return {}
     return {gap.layer: gap.next_layer for gap in gaps}
+
+
+class WrittenPath(Protocol):
+    """A path in a file: its name, its steps and its cost."""
+
+    @property
+    def name(self) -> str:
+        """The name."""
+
+    @property
+    def steps(self) -> tuple[StepRecord, ...]:
+        """The steps, each the run of one layer."""
+
+    @property
+    def executions(self) -> float:
+        """The cost in layer equivalents."""
+
+
+def check_steps(path: WrittenPath, num_layers: int, file: Path) -> None:
+    """Refuse a path that a model of L layers can't run, or that has another cost than its steps."""
+    try:
+        StaticPath(step.layer for step in path.steps).check(num_layers)
+    except PathError as error:
+        raise RecordError(f"{file}: path {path.name!r}: {error}") from error
+    if path.executions != len(path.steps):
+        raise RecordError(
+            f"{file}: path {path.name!r}: 'executions' is {path.executions:g}, the steps cost "
+            f"{len(path.steps)}"
+        )
 
 
 def refuse_parts_of_layers(steps: Sequence[StepRecord], file: Path) -> None:

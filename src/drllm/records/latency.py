@@ -16,6 +16,7 @@ from drllm.records.results import (
     read_result_file,
     refuse_duplicates,
 )
+from drllm.statistics.ranges import Count
 from drllm.statistics.verdicts import judge_times
 
 PREFILL = "prefill"
@@ -34,8 +35,8 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     system: str
     phase: Literal["prefill", "decode"]
-    batch_size: int
-    num_tokens: int
+    batch_size: Count
+    num_tokens: Count
     executions: Executions
     seconds: Annotated[
         tuple[Annotated[float, msgspec.Meta(gt=0, le=MAX_SECONDS)], ...], msgspec.Meta(min_length=1)
@@ -58,8 +59,8 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     Every prompt has `prompt_tokens` tokens, and a timing decodes `new_tokens` for each row.
     """
 
-    prompt_tokens: int
-    new_tokens: int
+    prompt_tokens: Count
+    new_tokens: Count
     timings: tuple[Timing, ...]
 
     def __post_init__(self) -> None:
@@ -104,7 +105,7 @@ class Latency(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
     machine: str
     routers: str
     routers_sha256: str
-    num_prompts: int
+    num_prompts: Count
     systems: dict[str, str]
     measured: Timings
 

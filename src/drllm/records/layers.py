@@ -20,6 +20,7 @@ from drllm.agreement import (
     compute_metrics,
     judge_routers,
 )
+from drllm.statistics.ranges import Count
 
 LAYERS_FILE = "layers.json"
 SIZE = len(DECISIONS)  # C
@@ -30,7 +31,7 @@ class Layers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     schema: Literal["drllm.layers"] = "drllm.layers"
     schema_version: Literal[1] = 1
-    epoch: int
+    epoch: Count
     train: Counts
     validation: Counts | None = None
 

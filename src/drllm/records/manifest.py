@@ -15,6 +15,7 @@ import msgspec
 
 from drllm.errors import RecordError, shorten
 from drllm.records import codec
+from drllm.statistics.ranges import Count
 
 LIBRARIES = ("torch", "transformers", "safetensors", "datasets", "math-verify")
 RUNTIME = ("dtype", "device", "attn_implementation")
@@ -32,17 +33,17 @@ class _Manifest(msgspec.Struct):
     """The types of a manifest's keys, to check them; a manifest may have further keys."""
 
     schema: str
-    schema_version: int
+    schema_version: Count
     model: dict[str, Any]
     config: dict[str, Any] = {}
     inputs: dict[str, str] = {}
     libraries: dict[str, str] = {}
     drllm_version: str = ""
     created: str = ""
-    num_records: int = 0
+    num_records: Count = 0
     sha256: str = ""
     plan: dict[str, Any] = {}
-    num_failed: int = 0
+    num_failed: Count = 0
     summary: dict[str, Any] | None = None
     rewards: list[str] = []
     files: dict[str, Any] = {}
@@ -171,6 +172,11 @@ def read_numbered_records(path: Path, kind: type[T], schema: str) -> list[tuple[
             f"{path} was changed or cut off after it was written (its manifest has another hash); "
             f"make it again, or delete {manifest_path(path).name} to use {path.name} as a file of "
             f"your own"
+        )
+    if manifest is not None and manifest.get("num_records", len(records)) != len(records):
+        raise RecordError(
+            f"{manifest_path(path)} counts {manifest['num_records']} records, but {path.name} has "
+            f"{len(records)}; make {path.name} again"
         )
     return records
 

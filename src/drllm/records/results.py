@@ -29,6 +29,7 @@ from drllm.statistics.headlines import (
     write_headline_after_test,
     write_headline_of_two,
 )
+from drllm.statistics.ranges import Amount, Count, Share
 from drllm.statistics.verdicts import apply_bonferroni
 
 BASE = "base"
@@ -51,7 +52,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """The fields at the beginning of every file of results. `new_manifest` makes them."""
 
     schema: str
-    schema_version: int
+    schema_version: Count
     drllm_version: str
     created: str
     model: dict[str, Any]
@@ -68,7 +69,7 @@ class StepRecord(
     Only older files have steps that run a part of a layer, or a layer with another scale than 1.
     """
 
-    layer: int
+    layer: Count
     run: Literal["all", "attention", "mlp"] = "all"
     scale: float = 1.0
     adapter: str = ""
@@ -77,8 +78,8 @@ class StepRecord(
 class Flops(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The FLOPs of reading a prompt: for products with weights, and for attention."""
 
-    weights: float
-    attention: float
+    weights: Amount
+    attention: Amount
 
 
 class Scores(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -89,7 +90,7 @@ class Scores(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     `routed_against` is the routed model minus the system.
     """
 
-    accuracy: float
+    accuracy: Share
     interval: tuple[float, float]
     executions: Executions
     gold_logprob: float | None
@@ -114,16 +115,16 @@ class System(Scores, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     name: str
     description: str
-    seconds: float
-    draws: int = 1
+    seconds: Amount
+    draws: Count = 1
     source: str | None = None
     fitted_on: str | None = None
     reads_question: bool | None = None
     metrics: dict[str, float] = {}
     decode_executions: Executions | None = None
     prompt_flops: Flops | None = None
-    kv_bytes_per_token: float | None = None
-    unchanged_routes: float | None = None
+    kv_bytes_per_token: Amount | None = None
+    unchanged_routes: Share | None = None
 
 
 class Point(Scores, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -144,8 +145,8 @@ class Spread(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     mean: float
     lowest: float
     highest: float
-    deviation: float | None
-    num_seeds: int
+    deviation: Amount | None
+    num_seeds: Count
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
@@ -169,7 +170,7 @@ class Seeds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """
 
     setting: str
-    num_seeds: int
+    num_seeds: Count
     accuracy: Spread
     executions: Spread
     gold_logprob: Spread | None
@@ -194,12 +195,12 @@ class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
     split: str
     kind: Literal["choices", "generated"]
     metric: str
-    num_fewshot: int
-    num_questions: int
-    num_available: int | None = None  # questions in the split; None in files of earlier versions
+    num_fewshot: Count
+    num_questions: Count
+    num_available: Count | None = None  # questions in the split; None in files of earlier versions
     not_asked: dict[str, str] = {}
     num_layers: NumLayers
-    chance: float
+    chance: Share
     routers: str | None = None
     routers_sha256: str | None = None
     paths: dict[str, tuple[StepRecord, ...]] = {}
@@ -407,7 +408,7 @@ class SampleOutcome(
     routed model have an answer.
     """
 
-    correct: float
+    correct: Share
     gold_logprob: float | None
     decisions: Decisions | None = None
     answer: int | str | None = None

@@ -5,13 +5,15 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
 
 from drllm.errors import RecordError
 from drllm.paths import Decisions, check_decisions
+from drllm.records.codec import read_json_lines
 from drllm.records.manifest import read_manifest, read_numbered_records
+from drllm.statistics.ranges import Amount, Count, Share
 
 SEARCH_FILE = "search.jsonl"
 
@@ -47,12 +49,12 @@ class TriedPath(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """
 
     decisions: Decisions
-    simulation: Annotated[int, msgspec.Meta(ge=0)]
-    reward: Annotated[float, msgspec.Meta(ge=0, le=1)]
+    simulation: Count
+    reward: Share
     margin: float | None
     executions: float
     answer: str | None = None
-    kl: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    kl: Amount | None = None
     retest: Retest | None = None
 
     def __post_init__(self) -> None:
@@ -83,7 +85,7 @@ class SearchRecord(Question, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     reward: str
     num_layers: int
     paths: tuple[TriedPath, ...]
-    seconds: float
+    seconds: Amount
 
     def __post_init__(self) -> None:
         for name in ("question", "prompt"):
@@ -107,7 +109,7 @@ class FailedQuestion(Question, frozen=True, kw_only=True, forbid_unknown_fields=
     """A question that failed at every attempt; one line of `search.failed.jsonl`."""
 
     error: str
-    attempts: int
+    attempts: Count
 
 
 class SearchRecords(tuple[SearchRecord, ...]):
@@ -175,3 +177,21 @@ def read_search(file: Path) -> SearchRecords:
             f"{search_records.model['num_layers']} layers; search again"
         )
     return search_records
+
+
+def read_failed(file: Path) -> tuple[FailedQuestion, ...]:
+    """Read a `search.failed.jsonl`.
+
+    Raises RecordError if the file can't be trusted, or if the manifest of its search counts another
+    number of failed questions.
+    """
+    questions = tuple(question for _, question in read_json_lines(file, FailedQuestion))
+    search_file = file.with_name(file.name.removesuffix(".failed.jsonl") + ".jsonl")
+    manifest = read_manifest(search_file, "search") or {}
+    num_failed = manifest.get("num_failed", len(questions))
+    if num_failed != len(questions):
+        raise RecordError(
+            f"{file} has {len(questions)} questions, but the manifest of {search_file.name} counts "
+            f"{num_failed} that failed; search again"
+        )
+    return questions

@@ -5,15 +5,16 @@ from typing import Any
 
 import msgspec
 
-from drllm.records.codec import read_json
 from drllm.records.places import resolve
-from drllm.records.results import Header
+from drllm.records.results import Header, read_result_file, refuse_duplicates
 from drllm.records.static_paths import FULL
 from drllm.statistics.differences import Differences, Verdict
 from drllm.statistics.exclusion import Limits, Trial
 from drllm.statistics.power import round_up
+from drllm.statistics.ranges import Amount, Count, Share
 from drllm.statistics.words import capitalize
 
+SHRINK_SCHEMA = "drllm.shrink"
 SHRINK_FILE = "shrink.json"
 WORK_ENDING = ".work"  # the folder of the work is named like the output, with this ending
 
@@ -24,7 +25,7 @@ class TaskScores(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     `against_full` is the model minus the full model; None for the full model itself.
     """
 
-    accuracy: float
+    accuracy: Share
     text_loss: float | None = None
     against_full: Differences | None = None
 
@@ -53,11 +54,11 @@ class ShrunkModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """
 
     name: str
-    layers: tuple[int, ...]
-    num_bytes: int
+    layers: tuple[Count, ...]
+    num_bytes: Count
     tasks: dict[str, TaskScores] = {}
     texts: dict[str, TextScores] = {}
-    speed: float | None = None
+    speed: Amount | None = None
     repair: str = ""
 
 
@@ -83,8 +84,8 @@ class ShrinkRecord(Header, frozen=True, kw_only=True, forbid_unknown_fields=True
     tasks: tuple[str, ...]
     texts: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
-    num_questions: dict[str, int]
-    num_held_out: dict[str, int]
+    num_questions: dict[str, Count]
+    num_held_out: dict[str, Count]
     runtime: dict[str, Any]
     limits: Limits | None = None
     models: tuple[ShrunkModel, ...]
@@ -97,6 +98,10 @@ class ShrinkRecord(Header, frozen=True, kw_only=True, forbid_unknown_fields=True
         names = [model.name for model in self.models]
         if len(names) < 2 or names[0] != FULL:
             raise ValueError("'models' must have the full model first, then a candidate or more")
+        refuse_duplicates("model", names)
+        for model in self.candidates:
+            if not set(model.layers) < set(self.full.layers):
+                raise ValueError(f"'layers' of {model.name!r} aren't some of the full model's")
         mentioned = [trial.name for trial in self.trials]
         if self.chosen is not None:
             mentioned.append(self.chosen)
@@ -210,4 +215,4 @@ def find_work_folder(output: Path) -> Path:
 
 def read_shrink(file: Path) -> ShrinkRecord:
     """Read a `shrink.json`; raise a RecordError if that fails."""
-    return read_json(file, ShrinkRecord)
+    return read_result_file(file, ShrinkRecord, SHRINK_SCHEMA)

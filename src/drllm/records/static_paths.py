@@ -16,11 +16,12 @@ import msgspec
 
 from drllm.errors import PathError, RecordError, unknown_name
 from drllm.paths import Decisions, StaticPath, check_decisions, to_path
-from drllm.records.codec import decode, read_json, read_text
+from drllm.records.codec import decode, read_text
 from drllm.records.healed import (
     HEALED_FILE,
     HEALED_SCHEMA,
     HealedPath,
+    check_steps,
     read_healed,
     refuse_parts_of_layers,
 )
@@ -32,8 +33,9 @@ from drllm.records.removed import (
     refuse_menu,
     refuse_removed,
 )
-from drllm.records.results import Header, StepRecord
+from drllm.records.results import Header, StepRecord, read_result_file, refuse_duplicates
 from drllm.statistics.differences import Differences
+from drllm.statistics.ranges import Count, Share
 
 PATHS_SCHEMA = "drllm.paths"
 PATHS_FILE = "paths.json"
@@ -69,10 +71,10 @@ class PathScore(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     task: str
     part: str
-    num_questions: int
+    num_questions: Count
     objective: float
     change: tuple[float, float, float] | None = None
-    accuracy: float | None = None
+    accuracy: Share | None = None
     text_loss: float | None = None
     against_full: Differences | None = None
 
@@ -149,13 +151,14 @@ class StaticPaths(Header, frozen=True, kw_only=True, forbid_unknown_fields=True)
     prompts_sha256: str = ""
     is_cut: bool = False
     repair: str = ""
-    refit_tokens: int = 0
+    refit_tokens: Count = 0
     texts_sha256: str = ""
     paths: tuple[NamedPath, ...]
     choice: Any | msgspec.UnsetType = msgspec.UNSET
 
     def __post_init__(self) -> None:
         check_runtime(self.runtime)
+        refuse_duplicates("path", [path.name for path in self.paths])
         for task in self.tasks:
             if task not in self.objective:
                 names = ", ".join(self.objective) or "nothing"
@@ -235,9 +238,10 @@ def steps_to_write(path: StaticPath) -> tuple[StepRecord, ...]:
 
 def read_paths(file: Path) -> StaticPaths:
     """Read a `paths.json`; raise a RecordError if that fails."""
-    record = read_json(file, StaticPaths)
+    record = read_result_file(file, StaticPaths, PATHS_SCHEMA)
     for path in record.paths:
         refuse_parts_of_layers(path.steps, file)
+        check_steps(path, record.num_layers, file)
     return record
 
 

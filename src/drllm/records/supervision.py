@@ -16,11 +16,13 @@ import msgspec
 
 from drllm.errors import PathError, RecordError
 from drllm.paths import Decisions, check_decisions, num_executions
+from drllm.records.codec import read_json_lines
 from drllm.records.identity import compare_bypass, differ
 from drllm.records.manifest import read_manifest, read_numbered_records
 from drllm.records.places import resolve
 from drllm.records.search import Question
 from drllm.records.splits import question_key
+from drllm.statistics.ranges import Count
 
 SUPERVISION_FILE = "supervision.jsonl"
 _FROM_QUESTION = "\ud800"
@@ -82,9 +84,43 @@ class RejectedQuestion(Question, frozen=True, kw_only=True, forbid_unknown_field
         return cls(id=record.id, task=record.task, question=record.question, reason=reason)
 
 
+class _RejectedCounts(msgspec.Struct, frozen=True, kw_only=True):
+    """The part of the summary of targets that counts records without a target."""
+
+    rejected: dict[str, Count]
+    copies: Count
+
+
 def rejected_path(supervision: Path) -> Path:
     """Return the file for questions without a target: NAME.rejected.jsonl for NAME.jsonl."""
     return supervision.with_name(supervision.name.removesuffix(".jsonl") + ".rejected.jsonl")
+
+
+def read_rejected(file: Path) -> list[RejectedQuestion]:
+    """Read the questions without a target; `rejected_path` names their file.
+
+    Raises RecordError if the file can't be trusted, or if the manifest of the targets counts
+    another number of questions without a target.
+    """
+    questions = [question for _, question in read_json_lines(file, RejectedQuestion)]
+    targets = file.with_name(file.name.removesuffix(".rejected.jsonl") + ".jsonl")
+    manifest = read_manifest(targets, "supervision") or {}
+    num_rejected = _count_rejected(manifest.get("summary") or {})
+    if num_rejected is not None and num_rejected != len(questions):
+        raise RecordError(
+            f"{file} has {len(questions)} questions, but the manifest of {targets.name} counts "
+            f"{num_rejected} without a target; make the targets again"
+        )
+    return questions
+
+
+def _count_rejected(summary: Mapping[str, Any]) -> int | None:
+    """Return how many records have no target, copies too; None if the summary doesn't say it."""
+    try:
+        counts = msgspec.convert(summary, _RejectedCounts)
+    except msgspec.ValidationError:
+        return None
+    return counts.copies + sum(counts.rejected.values())
 
 
 def read_supervision(path: Path | str) -> list[SupervisionRecord]:

@@ -29,6 +29,11 @@ def write_count(number: int | None) -> str:
     return NONE if number is None else f"{number:,}"
 
 
+def write_count_of(number: int, one: str, several: str) -> str:
+    """Write a number with its noun, such as "1 batch" or "2 batches"."""
+    return f"{write_count(number)} {one if number == 1 else several}"
+
+
 def write_executions(executions: float) -> str:
     """Write a number of executions: 28, or 27.25."""
     return write_number(executions, 2).removesuffix(".00")

@@ -31,6 +31,7 @@ from drllm.records.manifest import manifest_path, read_manifest
 from drllm.records.search import SEARCH_FILE, SearchRecord, read_search
 from drllm.records.static_paths import PATHS_FILE, StaticPaths, read_paths
 from drllm.records.supervision import SUPERVISION_FILE, SupervisionRecord, read_supervision
+from drllm.statistics.ranges import Count, Share
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,10 +52,10 @@ class Epoch(msgspec.Struct, frozen=True, kw_only=True):
     Metrics that the report doesn't draw aren't read.
     """
 
-    epoch: int
+    epoch: Count
     split: Literal["train", "validation"]
-    macro_f1: float | None = None
-    accuracy: float | None = None
+    macro_f1: Share | None = None
+    accuracy: Share | None = None
     routers_loss: float | None = None
 
 

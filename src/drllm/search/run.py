@@ -20,7 +20,7 @@ from drllm.errors import ConfigError, RecordError, TaskError
 from drllm.models.base.identity import describe_adapters
 from drllm.models.base.prompts import render
 from drllm.models.workers import Workers, open_workers
-from drllm.records.codec import hash_values, read_json_lines
+from drllm.records.codec import hash_values
 from drllm.records.manifest import new_manifest, read_manifest, write_or_remove, write_records
 from drllm.records.places import only_writer
 from drllm.records.search import (
@@ -28,6 +28,7 @@ from drllm.records.search import (
     FailedQuestion,
     SearchRecord,
     SearchRecords,
+    read_failed,
     read_search,
 )
 from drllm.search import CHUNKS_FOLDER, FAILED_FILE
@@ -251,7 +252,7 @@ def _read_failed(file: Path) -> tuple[FailedQuestion, ...]:
     """Return the questions that a complete search has set aside; there may be no file."""
     if not file.exists():
         return ()
-    return tuple(question for _, question in read_json_lines(file, FailedQuestion))
+    return read_failed(file)
 
 
 def _make_identity(workers: Workers, search: SearchPlan) -> dict[str, Any]:

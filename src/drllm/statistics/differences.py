@@ -3,11 +3,12 @@
 `verdicts` makes these objects. Files hold them, and tables and sentences are made from them.
 """
 
-from typing import Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 
 from drllm.statistics import power
+from drllm.statistics.ranges import Amount, Count, Share
 from drllm.statistics.words import WORDS, Quantity, QuantityWords, signed
 
 LABEL_MEANINGS = {
@@ -42,16 +43,21 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     quantity: Quantity
     mean: float
     interval: tuple[float, float]
-    n: int
+    n: Count
     shown: Shown
-    won: int | None = None
-    lost: int | None = None
-    p: float | None = None
-    p_corrected: float | None = None
-    num_tests: int = 1
-    needed: int | None = None
+    won: Count | None = None
+    lost: Count | None = None
+    p: Share | None = None
+    p_corrected: Share | None = None
+    num_tests: Annotated[int, msgspec.Meta(ge=1)] = 1
+    needed: Count | None = None
     reason: str | None = None
-    excluded_loss: float | None = None
+    excluded_loss: Amount | None = None
+
+    def __post_init__(self) -> None:
+        low, high = self.interval
+        if low > high:
+            raise ValueError(f"`interval` is [{low}, {high}]; expected the lower end first")
 
     @property
     def is_better(self) -> bool | None:

@@ -19,6 +19,7 @@ import msgspec
 
 from drllm.statistics.differences import Differences, Verdict
 from drllm.statistics.power import questions_to_exclude, round_up
+from drllm.statistics.ranges import Amount, Count
 from drllm.statistics.verdicts import FEWEST_TEXTS
 
 T = TypeVar("T")
@@ -30,8 +31,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     `max_loss_increase` is None if the next-token loss isn't tested.
     """
 
-    max_drop: float
-    max_loss_increase: float | None = None
+    max_drop: Amount
+    max_loss_increase: Amount | None = None
 
     def __str__(self) -> str:
         accuracy = f"{self.max_drop:g} points of accuracy"
@@ -51,7 +52,7 @@ class TaskTest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     task: str
     failures: tuple[str, ...] = ()
-    needed: int | None = None
+    needed: Count | None = None
     loses: bool = False
 
 

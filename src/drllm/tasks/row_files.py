@@ -46,7 +46,8 @@ def read_rows(path: Path) -> NumberedRows:
     except UnicodeDecodeError as error:
         raise TaskError(f"{path} is not UTF-8 text ({error.reason}); save it as UTF-8") from error
     except (EOFError, zlib.error, OSError) as error:
-        raise TaskError(f"{path} can't be read ({error}); fetch or write it again") from error
+        cause = " ".join(str(error).split())  # pyarrow's errors have several lines
+        raise TaskError(f"{path} can't be read ({cause}); fetch or write it again") from error
     if not has_rows:
         raise TaskError(f"{path} is empty; give a file with one question a line")
 

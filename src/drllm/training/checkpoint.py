@@ -20,6 +20,7 @@ from drllm.errors import CheckpointError, RecordError
 from drllm.models.routers.config import read_config
 from drllm.records.codec import decode, encode, write_atomically
 from drllm.records.identity import BYPASS
+from drllm.statistics.ranges import Count
 from drllm.training import CHECKPOINT_FILE, is_finished
 from drllm.training.trainer import Trainer
 from drllm.work.store import differences
@@ -36,7 +37,7 @@ class _Header(msgspec.Struct, frozen=True, kw_only=True):
     """What a checkpoint holds besides tensors; it is stored as JSON."""
 
     identity: dict[str, Any]
-    epochs_done: int
+    epochs_done: Count
     metrics: list[dict[str, Any]]
 
 
@@ -175,7 +176,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _restore(trainer: Trainer, header: _Header, tensors: Mapping[str, Tensor]) -> None:
     """Copy a saved state into a new trainer; raise KeyError or ValueError if it doesn't fit."""
-    # All tensors are checked before the trainer changes.
+    # All is checked before the trainer changes.
+    _check_epochs(header, trainer.config.num_epochs)
     weights = _select_tensors(trainer, tensors, WEIGHTS)
     moments = {moment: _select_tensors(trainer, tensors, moment) for moment in MOMENTS}
 
@@ -189,17 +191,28 @@ def _restore(trainer: Trainer, header: _Header, tensors: Mapping[str, Tensor]) -
     trainer.metrics = header.metrics
 
 
+def _check_epochs(header: _Header, num_epochs: int) -> None:
+    """Raise ValueError if the metrics aren't of the finished epochs, or there are too many."""
+    if header.epochs_done > num_epochs:
+        raise ValueError(f"{header.epochs_done} of {num_epochs} epochs are done")
+    epochs = {row["epoch"] for row in header.metrics}
+    if epochs != set(range(1, header.epochs_done + 1)):
+        raise ValueError(f"metrics of the epochs {epochs}, but {header.epochs_done} are done")
+
+
 def _select_tensors(
     trainer: Trainer, tensors: Mapping[str, Tensor], part: str
 ) -> dict[str, Tensor]:
     """Return one part of a checkpoint, `WEIGHTS` or a moment, by the names of the weights.
 
-    The tensors are on the trainer's device and have its dtype.
+    The tensors are on the trainer's device. They must be finite, and have the trainer's dtype.
     """
     selected = {}
     for name, weight in trainer.stack.named_parameters():
         tensor = tensors[f"{part}.{name}"]
         if tensor.shape != weight.shape:
             raise ValueError(f"shape {tuple(tensor.shape)} of {name!r}")
-        selected[name] = tensor.to(trainer.device, trainer.dtype)
+        if tensor.dtype != trainer.dtype or not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name!r} isn't made of finite numbers of {trainer.dtype}")
+        selected[name] = tensor.to(trainer.device)
     return selected

@@ -12,6 +12,7 @@ from drllm.paths import StaticPath
 from drllm.records.healed import Losses
 from drllm.records.static_paths import FULL
 from drllm.statistics.intervals import mean_interval
+from drllm.statistics.ranges import Amount
 from drllm.statistics.words import signed
 from drllm.tuning.heal_texts import Tokens
 from drllm.tuning.objectives import KL, LOSS
@@ -44,7 +45,7 @@ class LossesBefore(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """
 
     by_source: dict[str, TextLosses]
-    seconds: float
+    seconds: Amount
 
     def of(self, path: str) -> list[float]:
         """Return the loss of each text of all sources along one path."""

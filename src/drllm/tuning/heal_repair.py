@@ -21,6 +21,7 @@ from drllm.errors import ArchitectureError, PathError, RoutingError
 from drllm.models.routed_model import RoutedModel
 from drllm.paths import Gap, StaticPath
 from drllm.records.healed import GapRecord, RefitRecord
+from drllm.statistics.ranges import Amount
 from drllm.tuning.heal_texts import (
     MIN_TEXTS,
     Tokens,
@@ -52,9 +53,9 @@ class SolvedGap(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """
 
     map: str
-    ridge: float
+    ridge: Amount
     unexplained: float
-    seconds: float
+    seconds: Amount
     weights: KeptTensors
 
 

@@ -21,6 +21,7 @@ from drllm.models.base.batching import group_by_length
 from drllm.models.routed_model import RoutedModel
 from drllm.paths import StaticPath
 from drllm.records.healed import HealPoint
+from drllm.statistics.ranges import Amount, Count
 from drllm.tuning.distillation import Distillation
 from drllm.tuning.heal_checks import measure_kl
 from drllm.tuning.heal_texts import Tokens
@@ -40,10 +41,10 @@ STEPS_AHEAD = 16  # the sequences of this many steps are drawn, and sorted into 
 class TrainingState(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """The state of a training, as it is kept for a resumed run."""
 
-    step: int = 0  # steps done
-    tokens: int = 0  # tokens trained on
-    seconds: float = 0.0  # duration of the training and of all measurements
-    check_seconds: float = 0.0  # duration of the last check
+    step: Count = 0  # steps done
+    tokens: Count = 0  # tokens trained on
+    seconds: Amount = 0.0  # duration of the training and of all measurements
+    check_seconds: Amount = 0.0  # duration of the last check
     train_kl: float | None = None  # a running mean over the last steps
     curve: list[HealPoint] = []  # one point for each check
     tensors: KeptTensors | None = None  # parameters and optimiser; set by `save`

@@ -22,6 +22,7 @@ from drllm.models.routing.crossings import Crossings
 from drllm.models.scoring.score import Outcome, Request, score
 from drllm.paths import StaticPath
 from drllm.search.evaluator import TokenizedPrompt, tokenize_prompt
+from drllm.statistics.ranges import Amount, Share
 from drllm.tasks.examples import Prompt
 from drllm.tasks.rewards import grade
 from drllm.tuning.objectives import GOLD, KL, LOSS
@@ -39,8 +40,8 @@ class PathScores(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """
 
     objective: list[list[float]]
-    right: list[list[float]] = []
-    seconds: float = 0.0
+    right: list[list[Share]] = []
+    seconds: Amount = 0.0
 
 
 @dataclass(frozen=True, slots=True)

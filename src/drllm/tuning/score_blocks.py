@@ -19,6 +19,7 @@ from drllm.errors import ArchitectureError, RoutingError
 from drllm.models.base.prompts import Prompt as Conversation
 from drllm.models.routed_model import RoutedModel
 from drllm.paths import Gap, StaticPath
+from drllm.statistics.ranges import Amount, Share
 from drllm.tasks.examples import Prompt
 from drllm.tuning.heal_texts import Tokens
 from drllm.tuning.heal_tokens import answer_prompts
@@ -65,8 +66,8 @@ class AnswerGrades(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         seconds: How long generating and grading took.
     """
 
-    grades: list[float]
-    seconds: float
+    grades: list[Share]
+    seconds: Amount
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +111,9 @@ class PartScores(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """
 
     objective: list[float]
-    right: list[float] = []
-    grades: list[float] = []
-    seconds: float = 0.0
+    right: list[Share] = []
+    grades: list[Share] = []
+    seconds: Amount = 0.0
 
 
 class RepairedScores(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -124,7 +125,7 @@ class RepairedScores(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """
 
     parts: dict[str, PartScores]
-    refit_seconds: float
+    refit_seconds: Amount
 
     @property
     def seconds(self) -> float:

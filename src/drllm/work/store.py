@@ -54,7 +54,7 @@ class _Marker(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """
 
     schema_version: int = codec.SCHEMA_VERSION
-    drllm_version: str = _VERSION
+    drllm_version: str
     identity: dict[str, Any]
     later: dict[str, Any]
 
@@ -129,7 +129,7 @@ class ResultStore:
         Returns the result as it was written.
         """
         if not self._is_marked:
-            marker = _Marker(identity=self._identity, later=self._later)
+            marker = _Marker(drllm_version=_VERSION, identity=self._identity, later=self._later)
             codec.write_json(self.folder / MARKER_FILE, marker)
             self._is_marked = True
         file = self._file(key)

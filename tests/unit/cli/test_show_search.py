@@ -232,7 +232,7 @@ def test_questions_that_failed_are_shown_with_their_errors(tmp_path: Path, print
     file = failed_file(tmp_path)
     show(tmp_path if folder else file, Terminal())
     out = printed()
-    assert "failed 2 questions failed and were set aside" in out
+    assert "failed 2 questions failed at every attempt" in out
     assert "facts q7 3 TaskError: [b]no[/b] prompt" in out
     assert "facts q7 3 ModelError: not finite" in out
 
@@ -280,7 +280,7 @@ def test_questions_without_a_target_are_counted_by_task_and_reason(tmp_path: Pat
     )
     show(tmp_path / "mine.rejected.jsonl", Terminal())
     out = printed()
-    assert "without 3 records have no target" in out
+    assert "without 3 records without a target" in out
     assert "fa[ct]s no valid path 2" in out
     assert out.endswith("other no valid path 1")
 

@@ -12,7 +12,12 @@ import pytest
 from drllm.errors import ConfigError, RecordError
 from drllm.records.markdown import escape
 from drllm.reporting.document import to_markdown
-from drllm.reporting.numbers import write_count_with_share, write_number, write_signed
+from drllm.reporting.numbers import (
+    write_count_of,
+    write_count_with_share,
+    write_number,
+    write_signed,
+)
 from drllm.reporting.page import to_html
 from drllm.reporting.run import read_run
 from drllm.reporting.sections import build_document
@@ -310,6 +315,11 @@ def test_drawing_leaves_the_settings_of_matplotlib_alone(quick):
     report(quick)
     assert [rcParams[name] for name in names] == before
     assert "matplotlib.pyplot" not in sys.modules
+
+
+def test_one_thing_is_counted_in_the_singular():
+    counts = [write_count_of(number, "batch", "batches") for number in (0, 1, 2000)]
+    assert counts == ["0 batches", "1 batch", "2,000 batches"]
 
 
 def test_texts_and_numbers_are_written_as_they_are_meant():

@@ -127,6 +127,19 @@ def test_an_empty_cell_of_a_column_of_numbers_is_named(tmp_path):
         get_task(str(file))
 
 
+def test_a_parquet_file_with_a_damaged_page_is_refused_in_one_line(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    file = tmp_path / "mine.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(QUESTIONS[:1]), file)
+    content = bytearray(file.read_bytes())
+    content[4:12] = b"\xff" * 8  # the header of the first page, behind the file's mark
+    file.write_bytes(content)
+    with pytest.raises(TaskError, match=r"mine\.parquet can't be read") as refused:
+        list(read_rows(file))
+    assert "\n" not in str(refused.value)
+
+
 def test_without_pyarrow_a_parquet_file_names_what_to_install(tmp_path, monkeypatch):
     file = tmp_path / "mine.parquet"
     file.write_bytes(b"PAR1")

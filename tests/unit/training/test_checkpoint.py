@@ -1,3 +1,4 @@
+import json
 import resource
 import signal
 from dataclasses import replace
@@ -146,9 +147,47 @@ def of_another_header(path) -> None:
     save_file(load_file(path), path, metadata={HEADER: "{}"})
 
 
+def with_change(change):
+    """Return a function that changes the tensors and the header of a checkpoint in place."""
+
+    def spoil(path) -> None:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads(file.metadata()[HEADER])
+        tensors = load_file(path)
+        change(tensors, header)
+        save_file(tensors, path, metadata={HEADER: json.dumps(header)})
+
+    return spoil
+
+
+def make_bias_nan(tensors, header) -> None:
+    tensors["weights.decision_bias"][0, 0] = float("nan")
+
+
+def make_bias_half(tensors, header) -> None:
+    tensors["weights.decision_bias"] = tensors["weights.decision_bias"].half()
+
+
+def count_more_epochs(tensors, header) -> None:
+    header["epochs_done"] = SETTINGS.num_epochs + 1
+
+
+def count_fewer_epochs(tensors, header) -> None:
+    header["epochs_done"] -= 1
+
+
+def count_negative_epochs(tensors, header) -> None:
+    header["epochs_done"] = -1
+
+
 @pytest.mark.parametrize(
     "spoil",
     [
+        with_change(make_bias_nan),
+        with_change(make_bias_half),
+        with_change(count_more_epochs),
+        with_change(count_fewer_epochs),
+        with_change(count_negative_epochs),
         cut_off(0),
         cut_off(5),
         cut_off(200),

@@ -37,7 +37,7 @@ class PretendedExecutor:
         for block in reversed(blocks):
             self.blocks.append(block)
             if isinstance(block.data, PromptsToAnswer):
-                grades = [float(len(prompt.text)) for prompt in block.data.prompts]
+                grades = [len(prompt.text) / 10 for prompt in block.data.prompts]
                 yield block, AnswerGrades(grades=grades, seconds=5.0)
                 continue
             self.state_cache_gb = function.state_cache_gb
@@ -138,7 +138,7 @@ def test_answers_are_graded_along_each_path_once(table, executor, reports):
     task = make_task(LOSS)
     requests = [PathsOnPart(task, "test", [FULL, SHORT])]
     table.fill_grades(requests)
-    assert table.grades(task, "test", SHORT) == [7.0, 3.0, 9.0, 1.0, 5.0]
+    assert table.grades(task, "test", SHORT) == [0.7, 0.3, 0.9, 0.1, 0.5]
     assert [len(block.data.prompts) for block in executor.blocks] == [1, 2, 2] * 2
     assert reports[-1] == (2, table.seconds, "answering along one path, question 5 of 5")
     assert table.seconds == len(executor.blocks) * 5.0 / executor.num_workers

@@ -206,6 +206,17 @@ def test_links_in_the_folder_are_not_followed(tmp_path):
     assert not (tmp_path / "kept").exists()
 
 
+@pytest.mark.parametrize("name", ["drllm_version", "identity", "later"])
+def test_a_marker_that_lacks_a_field_is_refused(tmp_path, name):
+    make_store(tmp_path).put("a", 1)
+    marker = tmp_path / "kept" / MARKER_FILE
+    values = json.loads(marker.read_text())
+    del values[name]
+    marker.write_text(json.dumps(values))
+    with pytest.raises(RecordError, match=rf"{MARKER_FILE}: the field `{name}` is missing; delete"):
+        make_store(tmp_path).open()
+
+
 def test_a_broken_marker_and_a_file_in_place_of_the_folder_are_refused(tmp_path):
     kept = make_store(tmp_path)
     kept.put("a", 1)

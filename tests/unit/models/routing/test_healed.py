@@ -311,7 +311,7 @@ BAD = {
         f, lambda t: t.update({"lm_head.weight": torch.zeros(2)})
     ),
     r"for the layers \[1, 3, 4, 5\], the path runs \[1, 4\]": lambda f: with_record(
-        f, steps=[{"layer": layer} for layer in (0, 1, 4)]
+        f, steps=[{"layer": layer} for layer in (0, 1, 4)], executions=3
     ),
     r"the path runs \[\] with it": lambda f: with_record(f, first_layer=6),
     "rank": lambda f: with_record(f, rank=0),
