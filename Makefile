@@ -95,7 +95,7 @@ layers: $(STAMP)  ## who may import whom
 
 docs: $(STAMP)  ## build the documentation site into site/
 	$(BIN)/python -m pip install --quiet --group docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --config-file website/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --config-file website/mkdocs.yml
 	@echo "the site: $(BIN)/python -m http.server --directory site, then http://localhost:8000"
 
 notebook: $(STAMP)  ## run examples/first_hour.ipynb, and keep its output in it

@@ -5,6 +5,8 @@
 - In the Python reference, a group of settings is a table.
 - A link that leaves docs/ becomes plain text, or a link to the repository if `repo_url` is set.
 - Headings get the same anchors as in a repository's own view of the files.
+- A folder in the navigation becomes the list of its pages.
+- Lines don't end within a date, a commit or a flag.
 """
 
 from __future__ import annotations
@@ -39,6 +41,9 @@ PUBLIC_NAME = re.compile(r"^::: drllm\.(\w+)$", re.MULTILINE)
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 MARKUP = str.maketrans({"&": "&amp;", "<": "&lt;", "|": "&#124;", "*": "&#42;", "_": "&#95;"})
 CODE = re.compile(r"(^```.*?^```$|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
+TEXT = re.compile(r">[^<]+<")
+WHOLE = re.compile(r"\b\d{4}-\d\d-\d\d\b|\b[0-9a-f]{7,8}\b|(?<![\w-])--[a-z][\w-]*")
+"""A date, a commit or a flag."""
 
 
 def make_anchor(heading: str, separator: str) -> str:
@@ -47,9 +52,25 @@ def make_anchor(heading: str, separator: str) -> str:
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Set the anchors of headings."""
+    """Set the anchors of headings, and list the pages of folders in the navigation."""
     config.mdx_configs["toc"]["slugify"] = make_anchor
+    config.nav = fill_folders(config.nav)
     return config
+
+
+def fill_folders(nav: Any) -> Any:
+    """Return the navigation with a list of pages in place of each folder, the newest page first.
+
+    The names of these pages begin with a date or a number. Their titles are their first headings.
+    """
+    if isinstance(nav, list):
+        return [fill_folders(item) for item in nav]
+    if isinstance(nav, dict):
+        return {title: fill_folders(item) for title, item in nav.items()}
+    if not nav.endswith("/"):
+        return nav
+    names = [page.name for page in (REPOSITORY / "docs" / nav).glob("*.md")]
+    return [f"{nav}{name}" for name in sorted(names, reverse=True)]
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -159,6 +180,12 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) 
     for number in range(0, len(parts), 2):  # the others are code
         parts[number] = LINK.sub(lambda match: _rewrite(match, page, config), parts[number])
     return "".join(parts)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Keep dates, commits and flags on one line, and let lines end after a `|` between values."""
+    html = TEXT.sub(lambda text: WHOLE.sub(r'<span class="whole">\g<0></span>', text[0]), html)
+    return html.replace("&#124;", "&#124;<wbr>")
 
 
 def _rewrite(match: re.Match[str], page: Page, config: MkDocsConfig) -> str:

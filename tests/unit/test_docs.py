@@ -7,12 +7,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
+from drllm.records.results import read_results
 from drllm.search.strategies import STRATEGIES
+from drllm.statistics.verdicts import judge_counts
 from drllm.supervision.rules import TARGETS
 from drllm.tasks.registry import get_task
 from drllm.tasks.rewards import REWARDS
+from run_folder import RunFolderWriter
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCS = REPOSITORY / "docs"
@@ -82,6 +86,26 @@ def test_the_page_on_rewards_runs_and_its_reward_grades_a_file(tmp_path, monkeyp
     assert get_task(str(path)).rewards == ("last-number",)
 
 
+def test_the_page_on_reports_reads_the_numbers_of_the_demo(tmp_path, monkeypatch):
+    folder = RunFolderWriter(tmp_path / "runs" / "demo", num_layers=30, seed=0)
+    folder.evaluation("builtin_facts", questions=285)
+    demo = {"without 13-15": (15, 19), "healed:without 13-15": (8, 9)}  # won and lost
+
+    def use_the_demo(values: Any) -> None:
+        base, routed, *_ = values["systems"]
+        values["paths"] = {name: [{"layer": 0}] for name in demo}
+        values["systems"] = [base]
+        for name, counts in demo.items():
+            accuracy = judge_counts(*counts, 285, p_corrected=1.0, num_tests=2)
+            differences = {**routed["against_base"], "accuracy": msgspec.to_builtins(accuracy)}
+            values["systems"].append({**routed, "name": name, "against_base": differences})
+
+    folder.change("eval/builtin_facts.json", use_the_demo)
+    read_results(folder.path / "eval")  # the file is one that drllm could have written
+    monkeypatch.chdir(tmp_path)
+    assert run("reports.md") == [shown(*blocks("reports.md"))]
+
+
 @pytest.mark.parametrize(
     ("page", "registry", "name"),
     [
@@ -101,7 +125,7 @@ def test_the_pages_on_strategies_and_rules_run_and_register_what_they_say(
 def test_every_page_with_python_is_run_or_said_not_to_be():
     pages = {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md") if blocks(page)}
     elsewhere = {"add-a-task.md", "add-a-baseline.md"}  # by tests of their packages
-    here = {"python.md", "add-an-architecture.md", "add-a-reward.md"}
+    here = {"python.md", "add-an-architecture.md", "add-a-reward.md", "reports.md"}
     here |= {"add-a-strategy.md", "add-a-target-rule.md"}
     assert pages == here | elsewhere | TOO_LONG
 

@@ -44,6 +44,15 @@ def hooks(monkeypatch):
     sys.modules.pop("hooks", None)
 
 
+def test_a_folder_in_the_navigation_stands_for_its_pages_the_newest_first(hooks):
+    nav = [{"Results": ["results/log.md", {"Decisions": "decisions/"}]}]
+    [results] = hooks.fill_folders(nav)
+    log, decisions = results["Results"]
+    assert log == "results/log.md"
+    pages = [f"decisions/{file.name}" for file in (REPOSITORY / "docs/decisions").iterdir()]
+    assert decisions["Decisions"] == sorted(pages, reverse=True)
+
+
 def rewrite(hooks, text, page="shrink.md", repo_url=""):
     page = SimpleNamespace(file=SimpleNamespace(src_uri=page))
     return hooks.on_page_markdown(text, page, SimpleNamespace(repo_url=repo_url))
