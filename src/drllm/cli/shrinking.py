@@ -131,15 +131,19 @@ def _describe_plan(questions: ShrinkQuestions, config: ShrinkConfig) -> str:
             f"answers are graded"
         )
     minutes = write_minutes(config.minutes)
+    if config.has_given_size:
+        times = f"finding the path takes as long as its bar says, healing it at most {minutes} min"
+    else:
+        times = f"about {minutes} min to find and heal paths"
     return (
-        f"{goal} · about {minutes} min to find and heal paths; how long measuring takes is shown "
-        f"once it has begun; Ctrl-C keeps all work"
+        f"{goal} · {times}; how long measuring takes is shown once it has begun; Ctrl-C keeps all "
+        f"work"
     )
 
 
 def _find_powers(questions: ShrinkQuestions, config: ShrinkConfig) -> list[Power]:
     """Return what the held-out questions can show; empty if nothing has to be shown."""
-    if config.layers is not None or config.save is not None:
+    if config.has_given_size:
         return []
     return find_power(questions, config)
 

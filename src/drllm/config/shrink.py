@@ -40,7 +40,8 @@ class ShrinkConfig(Settings):
         30.0,
         above=0.0,
         placeholder="MINUTES",
-        help="minutes to find paths and to heal them; measuring them comes after that",
+        help="minutes to find paths and to heal them; measuring them comes after that, and with "
+        "--save or --layers finding the path may take longer",
     )
     save: str | None = basic(
         None,
@@ -76,6 +77,11 @@ class ShrinkConfig(Settings):
         help="maximum questions per task that paths are compared on while they are searched",
     )
     seed: int = setting(0, minimum=0, help="seed of all draws")
+
+    @property
+    def has_given_size(self) -> bool:
+        """Whether the number of layers is given, and not decided by what is lost."""
+        return self.layers is not None or self.save is not None
 
     def check(self) -> None:
         """Refuse two numbers of layers, a wrong percentage, and limits without effect."""

@@ -106,20 +106,29 @@ def read_rows(folder, row):
 
 
 @pytest.mark.parametrize(
-    ("settings", "goal"),
+    ("settings", "goal", "times"),
     [
-        ({}, "at most 3 points of accuracy and 0.05 nats a token may be lost"),
-        ({"layers": 25}, "25 layers stay, however much is lost"),
-        ({"save": "10%"}, "10% of the layers go, however much is lost"),
+        (
+            {},
+            "at most 3 points of accuracy and 0.05 nats a token may be lost",
+            "about 20 min to find and heal paths",
+        ),
+        ({"layers": 25}, "25 layers stay, however much is lost", "healing it at most 20 min"),
+        (
+            {"save": "10%"},
+            "10% of the layers go, however much is lost",
+            "healing it at most 20 min",
+        ),
     ],
 )
-def test_the_first_line_says_what_may_be_lost_and_how_long_it_takes(tmp_path, settings, goal):
+def test_the_first_line_says_what_may_be_lost_and_how_long_it_takes(
+    tmp_path, settings, goal, times
+):
     row = {"question": "What is %d + 0?", "choices": ["a", "b"], "answer": 0}
     questions = read_rows(tmp_path, row)
-    assert _describe_plan(questions, ShrinkConfig(**settings, minutes=20)) == (
-        f"{goal} · about 20 min to find and heal paths; how long measuring takes is shown once "
-        f"it has begun; Ctrl-C keeps all work"
-    )
+    plan = _describe_plan(questions, ShrinkConfig(**settings, minutes=20))
+    assert plan.startswith(f"{goal} · ")
+    assert times in plan
 
 
 def test_rows_that_repeat_a_question_are_counted(tmp_path, drllm):
