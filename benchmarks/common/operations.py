@@ -21,7 +21,7 @@ ELEMENTWISE = "other operations"
 OUTSIDE = "outside of operations"
 KINDS = {
     PRODUCTS: ("mm", "addmm", "bmm", "baddbmm", "mv", "dot", "addmv"),
-    SOLVES: ("linalg_eigh", "linalg_cholesky_ex", "cholesky_solve", "linalg_solve_triangular"),
+    SOLVES: ("_linalg_eigh", "_linalg_svd", "linalg_cholesky_ex", "cholesky_solve"),
     ATTENTION: (
         "_scaled_dot_product_flash_attention_for_cpu",
         "_scaled_dot_product_flash_attention_for_cpu_backward",

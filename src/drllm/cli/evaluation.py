@@ -108,7 +108,7 @@ def _choose_model(
     flags=(
         Flag(
             "run_dir",
-            "folders written by 'drllm run'; several are compared",
+            "folders of a run, a tuning or an evaluation; several are compared",
             many=True,
             required=True,
             positional=True,

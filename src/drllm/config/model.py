@@ -33,9 +33,9 @@ class ModelConfig(Settings):
     trust_remote_code: bool = setting(False, help="run modelling code that comes with a hub model")
     bypass: str | None = setting(
         None,
-        placeholder="FILE",
-        help="file of 'drllm bypass', whose linear maps run in place of skipped layers; for "
-        "search, train, generate and evaluate",
+        placeholder="PLACE",
+        help="folder or file of 'drllm bypass', whose linear maps run in place of skipped layers; "
+        "for search, train, generate and evaluate",
     )
 
     def __post_init__(self) -> None:

@@ -34,9 +34,10 @@ from drllm.paths import StaticPath
 from drllm.records.codec import write_json
 from drllm.records.healed import HealedPath
 from drllm.records.identity import QUANTISED
-from drllm.records.path_losses import describe_file_losses
+from drllm.records.path_losses import describe_evaluated_losses, describe_file_losses
 from drllm.records.places import check_new_folder, create_folder, make_output_error
 from drllm.records.published import hide_model_place, hide_places
+from drllm.records.results import Evaluation
 from drllm.records.shrink import SHRINK_FILE, ShrinkRecord
 from drllm.records.static_paths import PathFile, StaticPaths
 
@@ -86,6 +87,7 @@ def export_path(
     output_dir: Path | str,
     *,
     shrink: ShrinkRecord | None = None,
+    evaluations: Sequence[Evaluation] = (),
 ) -> Export:
     """Write a path as a checkpoint that `AutoModelForCausalLM.from_pretrained` loads.
 
@@ -105,6 +107,8 @@ def export_path(
             come any number of times. For a `PathFile` the card says how the path was found.
         output_dir: The folder to make. An empty folder may exist.
         shrink: What `drllm shrink` measured; the card and a `shrink.json` say it.
+        evaluations: What `drllm evaluate` measured; the card says what it found of this healed
+            path.
 
     Raises:
         PathError: The path is empty, has a layer that the model doesn't have, or is for another
@@ -142,7 +146,9 @@ def export_path(
             num_repeated_bytes=num_repeated_bytes,
             is_merged=along_path.is_merged,
         )
-        card = model_card(base.identity, path, export.dtype, num_repeated_bytes, file, shrink)
+        card = model_card(
+            base.identity, path, export.dtype, num_repeated_bytes, file, shrink, evaluations
+        )
         try:
             with create_folder(output) as folder:
                 _write(folder, exported, base, card)
@@ -361,6 +367,7 @@ def model_card(
     num_repeated_bytes: int,
     file: PathFile | None = None,
     shrink: ShrinkRecord | None = None,
+    evaluations: Sequence[Evaluation] = (),
 ) -> str:
     """Write the card of an exported checkpoint: where it comes from, and how to load it.
 
@@ -374,6 +381,7 @@ def model_card(
         num_repeated_bytes: The size of the layers that are written a second time or more.
         file: The file that the path comes from; None without one.
         shrink: What `drllm shrink` measured; None if it didn't.
+        evaluations: What `drllm evaluate` measured.
     """
     layers = path.layers
     num_layers = base["num_layers"]
@@ -386,6 +394,8 @@ def model_card(
         named = file.named
         record = file.record
         losses = describe_file_losses(file)
+        if isinstance(record, HealedPath):
+            losses += describe_evaluated_losses(record, evaluations)
     return render_card(
         CARD_TEMPLATE,
         _describe_for_hub(base),

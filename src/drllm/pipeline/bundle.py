@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import DatasetCardData, ModelCardData
+from huggingface_hub import DatasetCardData, ModelCard, ModelCardData
 from msgspec.structs import replace
 
 from drllm.config import ModelConfig
@@ -43,6 +43,7 @@ from drllm.records.healed import HEALED_FILE
 from drllm.records.manifest import read_manifest, to_lines, write_records
 from drllm.records.places import check_new_folder, create_folder
 from drllm.records.published import hide_folder, hide_model_place, hide_places
+from drllm.records.results import read_results
 from drllm.records.search import SEARCH_FILE, SearchRecord, read_search
 from drllm.records.shrink import SHRINK_FILE, read_shrink
 from drllm.records.static_paths import PathFile, load_path
@@ -232,12 +233,14 @@ def write_checkpoint(source: Path, folder: Path, model: Any, listener: Listener)
         write_json(folder / SHRINK_FILE, public)
         return
     path = load_path(source)
+    evaluation_folder = source.parent / "eval"  # of a run, which keeps the path beside it
+    evaluations = read_results(evaluation_folder) if evaluation_folder.is_dir() else []
     if model is None:
         assert path.record is not None
         identity = path.record.model
         model = ModelConfig(model=identity["id"], revision=identity.get("revision"))
     with unrouted(model, None, listener) as base:
-        export_path(base, path, folder)
+        export_path(base, path, folder, evaluations=evaluations)
 
 
 def _refuse_links(folder: Path) -> None:
@@ -360,11 +363,15 @@ def write_gguf(checkpoint: Path, folder: Path, converter: Path) -> None:
     folder.mkdir()
     file = folder / f"model-{GGUF_TYPE}.gguf"
     convert_to_gguf(checkpoint, file, converter, GGUF_TYPE)
-    metadata = ModelCardData(library_name="gguf", tags=["layer-routing", "dynamic-depth", "drllm"])
-    text = (checkpoint / CARD_FILE).read_text(encoding="utf-8")
-    _, _, body = text.split("---\n", 2)  # without the front matter
+    checkpoint_card = ModelCard((checkpoint / CARD_FILE).read_text(encoding="utf-8"))
+    fields = checkpoint_card.data.to_dict()  # base model and licence are those of the file too
+    metadata = ModelCardData(**{**fields, "library_name": "gguf"})
     card = render_card(
-        GGUF_CARD, metadata, file=file.name, weights=GGUF_TYPE, checkpoint=body.strip()
+        GGUF_CARD,
+        metadata,
+        file=file.name,
+        weights=GGUF_TYPE,
+        checkpoint=checkpoint_card.text.strip(),
     )
     write_atomically(folder / CARD_FILE, card)
 

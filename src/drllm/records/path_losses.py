@@ -1,9 +1,10 @@
 """What the path of a file is known to lose: sentences on it, and the check before an export."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from drllm.errors import PathError
 from drllm.records.healed import HealedPath
+from drllm.records.results import Evaluation
 from drllm.records.static_paths import TEST, NamedPath, PathFile, PathScore, StaticPaths
 from drllm.statistics.losses import (
     LossIncrease,
@@ -11,7 +12,7 @@ from drllm.statistics.losses import (
     describe_loss,
     list_excessive_losses,
 )
-from drllm.statistics.words import signed
+from drllm.statistics.words import signed, uncapitalize
 
 REFITTED = "with its refit"
 LOSS_WORDS = {
@@ -94,6 +95,23 @@ def describe_healed_losses(record: HealedPath) -> list[str]:
     if record.held_out:
         sentences.append(describe_held_out_losses(record))
     sentences.append("healing is for text; drllm evaluate measures what it does to accuracy")
+    return sentences
+
+
+def describe_evaluated_losses(record: HealedPath, evaluations: Sequence[Evaluation]) -> list[str]:
+    """Return what `drllm evaluate` found of a healed path, which is known by its adapter."""
+    sentences = []
+    for evaluation in evaluations:
+        for system in evaluation.systems:
+            steps = evaluation.paths.get(system.name, ())
+            adapters = {step.adapter for step in steps}
+            if adapters != {record.adapter} or system.against_base is None:
+                continue
+            differences = system.against_base
+            for verdict in (differences.accuracy, differences.text_loss):
+                if verdict is not None:
+                    sentence = verdict.sentence(record.name, "the full path")
+                    sentences.append(f"on {evaluation.task}: {uncapitalize(sentence)}")
     return sentences
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import msgspec
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from transformers import AutoModelForCausalLM
 
@@ -29,6 +30,7 @@ from drllm.records.manifest import new_manifest, read_manifest, write_records
 from drllm.records.search import read_search
 from drllm.records.shrink import SHRINK_FILE, ShrinkRecord, ShrunkModel, read_shrink
 from healed_folder import written_refit
+from run_folder import RunFolderWriter
 from search_records import make_path, make_record
 
 NUM_LAYERS = 6
@@ -147,6 +149,27 @@ def test_a_healed_path_becomes_an_ordinary_checkpoint(healed, base, tmp_path):
     [artefact] = bundle([healed], tmp_path / "publish", model=base)
     model = AutoModelForCausalLM.from_pretrained(artefact.folder)
     assert model.config.num_hidden_layers == 4
+
+
+def test_the_card_of_a_runs_healed_path_says_what_its_evaluation_found(base, tmp_path):
+    run = RunFolderWriter(tmp_path / "run", num_layers=NUM_LAYERS, seed=0)
+    record = written_refit(run.path / "healed", base.model, base.identity, name="without 2-3")
+    steps = [{"layer": step.layer, "adapter": record.adapter} for step in record.steps]
+    run.evaluation("builtin_facts", questions=80)
+
+    def evaluate_both(values):
+        base_system, system, *_ = values["systems"]
+        names = ("healed:without 2-3", "without 2-3")
+        values["systems"] = [base_system, *({**system, "name": name} for name in names)]
+        values["paths"] = {names[0]: steps, names[1]: [{"layer": 0}]}
+
+    run.change("eval/builtin_facts.json", evaluate_both)
+    [artefact] = bundle([run.path], tmp_path / "publish", model=base)
+    card = (artefact.folder / CARD_FILE).read_text(encoding="utf-8")
+    [line] = [line for line in card.splitlines() if "on builtin_facts: accuracy" in line]
+    assert "of without 2-3 minus the full path" in line
+    assert "of 80 questions" in line
+    assert "is excluded" in line
 
 
 def test_routers_come_without_what_else_a_training_leaves(routers_folder, base, tmp_path):
@@ -344,6 +367,8 @@ def test_the_checkpoint_is_converted_by_the_converter_of_llama_cpp(healed, base,
     card = (folder / CARD_FILE).read_text()
     assert "model-bf16.gguf" in card
     assert "Layers of this checkpoint: 4" in card  # the checkpoint's own card is in it
+    assert ModelCard(card).data.library_name == "gguf"
+    assert ModelCard(card).data.tags == ["layer-path"]  # as the checkpoint's
 
 
 def test_a_converter_that_fails_leaves_nothing(healed, base, tmp_path):
