@@ -62,6 +62,8 @@ BYPASS_CARD = Path(__file__).with_name("bypass_card.md.j2")
 GGUF_CARD = Path(__file__).with_name("gguf_card.md.j2")
 CONVERTER = "convert_hf_to_gguf.py"  # of a checkout of llama.cpp
 GGUF_TYPE = "bf16"
+BASE_MODEL_FIELDS = ("base_model", "base_model_relation", "license")
+"""What the card of a GGUF file takes from its checkpoint's, for the hub."""
 LAYER_LISTS = ("layer_types", "no_rope_layers", "mlp_layer_types")
 """The lists of a config that say of which kind each layer is."""
 
@@ -364,8 +366,10 @@ def write_gguf(checkpoint: Path, folder: Path, converter: Path) -> None:
     file = folder / f"model-{GGUF_TYPE}.gguf"
     convert_to_gguf(checkpoint, file, converter, GGUF_TYPE)
     checkpoint_card = ModelCard((checkpoint / CARD_FILE).read_text(encoding="utf-8"))
-    fields = checkpoint_card.data.to_dict()  # base model and licence are those of the file too
-    metadata = ModelCardData(**{**fields, "library_name": "gguf"})
+    base_model = {name: checkpoint_card.data.get(name) for name in BASE_MODEL_FIELDS}
+    metadata = ModelCardData(
+        library_name="gguf", tags=["layer-routing", "dynamic-depth", "drllm"], **base_model
+    )
     card = render_card(
         GGUF_CARD,
         metadata,

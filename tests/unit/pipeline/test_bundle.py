@@ -24,7 +24,7 @@ from drllm.models.routing.bypass_file import (
     load_bypass_with_record,
     save_bypass,
 )
-from drllm.pipeline.bundle import bundle
+from drllm.pipeline.bundle import bundle, write_gguf
 from drllm.records.codec import write_json
 from drllm.records.manifest import new_manifest, read_manifest, write_records
 from drllm.records.search import read_search
@@ -368,7 +368,23 @@ def test_the_checkpoint_is_converted_by_the_converter_of_llama_cpp(healed, base,
     assert "model-bf16.gguf" in card
     assert "Layers of this checkpoint: 4" in card  # the checkpoint's own card is in it
     assert ModelCard(card).data.library_name == "gguf"
-    assert ModelCard(card).data.tags == ["layer-path"]  # as the checkpoint's
+
+
+def test_a_gguf_file_names_the_base_model_of_its_checkpoint(tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    (checkpoint / "config.json").write_text("{}")
+    front = "base_model: owner/name\nbase_model_relation: merge\nlicense: mit"
+    (checkpoint / CARD_FILE).write_text(f"---\n{front}\n---\n\n# A path\n")
+    converter = tmp_path / "convert_hf_to_gguf.py"
+    converter.write_text(CONVERTER)
+    write_gguf(checkpoint, tmp_path / "gguf", converter)
+    data = ModelCard.load(tmp_path / "gguf" / CARD_FILE).data
+    assert (data.base_model, data.base_model_relation, data.license) == (
+        "owner/name",
+        "merge",
+        "mit",
+    )
 
 
 def test_a_converter_that_fails_leaves_nothing(healed, base, tmp_path):
