@@ -166,6 +166,17 @@ def time_ours(
     return time_answers(lm, requests, clock)
 
 
+def answer_once(
+    base: BaseModel, batch_size: int, requests: list[Instance], clock: common.Clock
+) -> None:
+    """Answer all requests our way, along the full path, and detach."""
+    routed = RoutedModel(base.model, tokenizer=base.tokenizer)
+    try:
+        time_ours(routed, batch_size, None, requests, clock)
+    finally:
+        routed.detach()
+
+
 def compare(
     base: BaseModel, task: str, sizes: dict[str, int], data_dir: Path | None, clock: common.Clock
 ) -> dict[str, Any]:
@@ -191,14 +202,7 @@ def compare(
     runs = [{name: timed.seconds for name, timed in turn.items()} for turn in turns]
     answers = {name: timed.answers for name, timed in turns[-1].items()}
     bound_s = find_bound(base, theirs, requests, answers["ours_s"], clock)
-
-    def run_ours() -> None:
-        routed = RoutedModel(base.model, tokenizer=base.tokenizer)
-        try:
-            time_ours(routed, sizes["batch_size"], None, requests, clock)
-        finally:
-            routed.detach()
-
+    run_ours = partial(answer_once, base, sizes["batch_size"], requests, clock)
     num_tokens = len(theirs.tok_encode(requests[0].args[0]))
     share = statistics.median(bound_s / run["ours_s"] for run in runs)
     result: dict[str, Any] = {

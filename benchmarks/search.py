@@ -250,12 +250,13 @@ def time_with_kl(
     return result.verdict_seconds / len(result.outcomes)
 
 
-def run_without_times(base: BaseModel, prompts: Sequence[Prompt], rounds: Rounds) -> None:
+def run_without_margins(
+    base: BaseModel, prompts: Sequence[Prompt], rounds: Rounds, clock: common.Clock
+) -> None:
     """Evaluate all rounds our way, without margins: what the bound is compared with."""
     with routing(base) as routed:
         evaluator = Evaluator(routed, prompts, STATE_CACHE_GB)
-        for pairs in rounds:
-            evaluator.evaluate(pairs)
+        evaluate_rounds(evaluator, rounds, clock)
         evaluator.forget()
 
 
@@ -441,7 +442,7 @@ def compare(
         verdicts.add([ours.outcomes[pair].reward for pair in sample], rewards)
     max_new_tokens = None if reward == "loglikelihood" else prompts[0].max_new_tokens
     share = statistics.median(run["bound_s"] / run["ours_s"] for run in runs)
-    run_again = partial(run_without_times, base, prompts, rounds)
+    run_again = partial(run_without_margins, base, prompts, rounds, clock)
     num_tokens = len(ours.prompts[0].tokens)
     profiled_rounds = rounds[: max(2, len(rounds) // 4)]
     return {

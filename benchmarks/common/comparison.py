@@ -47,7 +47,7 @@ def compare_each(
     bounds: Mapping[str, float] | None = None,
     rests: Mapping[str, Mapping[str, float]] | None = None,
 ) -> list[Comparison]:
-    """Return a comparison for each name, `TITLE, NAME`, with what is given of it."""
+    """Return a comparison for each name, `TITLE, NAME`, with its bound and its rest, if given."""
     comparisons = []
     for name, speedup in speedups.items():
         bound = None if bounds is None else bounds[name]

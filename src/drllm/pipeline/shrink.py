@@ -484,7 +484,7 @@ class ShrinkRun:
 
     def judge(self, record: ShrinkRecord) -> ShrinkRecord:
         """Test the candidates in their order, and choose the last that passed."""
-        if self.config.choose_num_skipped(self.base.num_layers) is not None:
+        if self.config.has_given_size:
             return replace(record, chosen=record.candidates[0].name)
         limits = Limits(
             max_drop=self.config.max_drop, max_loss_increase=self.config.max_loss_increase
