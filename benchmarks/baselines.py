@@ -33,7 +33,7 @@ from drllm.evaluation.baselines.layer_dropping import (
     order_by_influence,
 )
 from drllm.evaluation.baselines.material import Material, make_measure
-from drllm.models.base.load import BaseModel
+from drllm.model.load import BaseModel
 from drllm.models.routed_model import RoutedModel
 from drllm.tasks.examples import OPTIONS_REWARD, choose
 from drllm.tasks.registry import get_task

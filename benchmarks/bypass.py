@@ -39,7 +39,7 @@ from common.route_fit import draw_route, fit_on_routes
 from common.texts import Kinds, read_kinds
 
 from drllm.evaluation.flops import count_bypass_cost
-from drllm.models.base.load import BaseModel
+from drllm.model.load import BaseModel
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.bypass import Bypass
 from drllm.models.routing.crossings import Crossings

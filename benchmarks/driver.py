@@ -33,7 +33,7 @@ import msgspec
 import torch
 
 from drllm.config import ModelConfig, SearchConfig
-from drllm.models.base.load import BaseModel
+from drllm.model.load import BaseModel
 from drllm.models.workers import RoutedModelLoader, Workers
 from drllm.paths import Decisions, full_decisions
 from drllm.records.manifest import to_lines

@@ -33,8 +33,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from drllm.evaluation.lm_eval.model import RoutedLM
-from drllm.models.base.identity import fingerprint
-from drllm.models.base.load import BaseModel
+from drllm.model.identity import fingerprint
+from drllm.model.load import BaseModel
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routers.config import RouterConfig
 from drllm.models.routers.stack import RouterStack

@@ -28,8 +28,8 @@ from common.comparison import Comparison
 from common.literal_training import read_along
 from training import CONFIG, collect, draw_targets
 
-from drllm.models.base.load import BaseModel
-from drllm.models.base.prompts import encode
+from drllm.model.load import BaseModel
+from drllm.model.prompts import encode
 from drllm.records.supervision import SupervisionRecord
 
 QUICK = {"questions": 32, "repeats": 1}

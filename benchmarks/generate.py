@@ -47,8 +47,8 @@ from drllm.evaluation.latency import (
     prepare_reading,
     time_in_turns,
 )
-from drllm.models.base.load import BaseModel
-from drllm.models.base.prompts import encode, pad_left
+from drllm.model.load import BaseModel
+from drllm.model.prompts import encode, pad_left
 from drllm.models.export import export_path
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routers.config import RouterConfig

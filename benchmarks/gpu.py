@@ -36,7 +36,7 @@ from common import shapes
 from common.page import HEADER, RULE, write_rows
 from common.process import DONE, run_python
 
-from drllm.models.base.load import BaseModel
+from drllm.model.load import BaseModel
 from drllm.models.check import replace_layers
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routers.config import RouterConfig

@@ -27,7 +27,7 @@ from training import CONFIG, collect, draw_targets
 from transformers import AutoModelForCausalLM
 
 from drllm.evaluation.lm_eval.model import RoutedLM
-from drllm.models.base.load import BaseModel
+from drllm.model.load import BaseModel
 from drllm.models.scoring.answers import AnswerBatch
 from drllm.reporting import drawing
 from drllm.search.evaluator import Evaluator, tokenize_prompt

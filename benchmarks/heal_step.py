@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from drllm.config import HealConfig
-from drllm.models.base.load import BaseModel
+from drllm.model.load import BaseModel
 from drllm.models.routed_model import RoutedModel
 from drllm.paths import StaticPath
 from drllm.tuning.distillation import Distillation, choose_low_precision

@@ -40,7 +40,7 @@ from drllm.agreement import compute_metrics, count_baselines
 from drllm.config import TrainConfig, TuneConfig
 from drllm.config.fields import LARGEST_INT
 from drllm.errors import ConfigError
-from drllm.models.base.load import BaseModel
+from drllm.model.load import BaseModel
 from drllm.models.routed_model import RoutedModel, detach
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.depth_control import route_prompts

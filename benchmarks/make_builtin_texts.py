@@ -22,7 +22,7 @@ from typing import Any
 import common
 import torch
 
-from drllm.models.base.prompts import encode, render
+from drllm.model.prompts import encode, render
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.batch_generation import generate_many
 from drllm.records.codec import write_atomically

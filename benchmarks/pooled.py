@@ -30,7 +30,7 @@ from common.compare import ACCURACY, SEED, average_kinds, compare_paired, in_wor
 from common.path_values import hash_path
 from common.questions import read_all_examples
 
-from drllm.models.base.load import BaseModel
+from drllm.model.load import BaseModel
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.healed import install_path
 from drllm.paths import StaticPath

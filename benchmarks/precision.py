@@ -25,7 +25,7 @@ from common.comparison import compare_each
 from common.search_rounds import make_search_rounds
 from torch import nn
 
-from drllm.models.base.load import load
+from drllm.model.load import load
 from drllm.models.routed_model import RoutedModel
 from drllm.paths import Decisions
 from drllm.search.evaluator import Evaluator, JudgedOutcome

@@ -45,7 +45,7 @@ from drllm.evaluation.latency import (
     prepare_reading,
     time_in_turns,
 )
-from drllm.models.base.load import BaseModel, load
+from drllm.model.load import BaseModel, load
 from drllm.models.export import export_path
 from drllm.paths import StaticPath
 from drllm.records.static_paths import PathFile

@@ -27,8 +27,8 @@ from common import bound, operations
 from common.comparison import Comparison
 from torch import Tensor
 
-from drllm.models.base.load import BaseModel
-from drllm.models.base.prompts import encode
+from drllm.model.load import BaseModel
+from drllm.model.prompts import encode
 from drllm.models.routed_model import RoutedModel
 from drllm.paths import StaticPath
 from drllm.tasks.registry import get_tasks

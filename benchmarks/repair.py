@@ -35,7 +35,7 @@ from common.compare import SEED, average_kinds
 from common.texts import Kinds, read_kinds, refuse_fitted_texts
 from torch import Tensor
 
-from drllm.models.base.load import BaseModel
+from drllm.model.load import BaseModel
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.healed import install_path
 from drllm.models.scoring.score import Request

@@ -36,7 +36,7 @@ from common.texts import read_kinds, refuse_fitted_texts
 from scipy.stats import spearmanr
 
 from drllm.config import TuneConfig
-from drllm.models.base.load import BaseModel
+from drllm.model.load import BaseModel
 from drllm.models.routed_model import RoutedModel
 from drllm.models.scoring.score import Request
 from drllm.paths import StaticPath

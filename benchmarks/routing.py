@@ -40,7 +40,7 @@ from drllm.config.fields import LARGEST_INT
 from drllm.cost import mean_executions, mean_skips, path_executions
 from drllm.errors import ConfigError
 from drllm.evaluation.flops import count_bypass_cost
-from drllm.models.base.load import BaseModel
+from drllm.model.load import BaseModel
 from drllm.models.routed_model import RoutedModel, attach, detach
 from drllm.models.routers.checkpoint import load_routers
 from drllm.models.routers.places import WEIGHTS_FILE

@@ -43,8 +43,8 @@ from torch import nn
 
 from drllm.config import SearchConfig
 from drllm.cost import distinct_executions
-from drllm.models.base.load import BaseModel
-from drllm.models.base.prompts import encode, render
+from drllm.model.load import BaseModel
+from drllm.model.prompts import encode, render
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.injection import LayerCall, LayerHandle
 from drllm.models.scoring.choices import ChoiceBatch

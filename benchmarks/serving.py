@@ -28,8 +28,8 @@ from common import bound, llama_cpp
 from common.comparison import Comparison
 from transformers import AutoModelForCausalLM
 
-from drllm.models.base.load import BaseModel
-from drllm.models.base.prompts import encode, render
+from drllm.model.load import BaseModel
+from drllm.model.prompts import encode, render
 from drllm.models.export import export_path
 from drllm.paths import StaticPath
 from drllm.records.static_paths import PathFile

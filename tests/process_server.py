@@ -18,7 +18,7 @@ PROCESSES.set_forkserver_preload(
         "drllm.tuning.run",
         "drllm.evaluation.stage",
         "drllm.evaluation.run",
-        "drllm.models.base.load",
+        "drllm.model.load",
     ]
 )
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from drllm.models.base.identity import fingerprint
-from drllm.models.base.layers import parse_layer
-from drllm.models.base.prompts import pad_left
+from drllm.model.identity import fingerprint
+from drllm.model.layers import parse_layer
+from drllm.model.prompts import pad_left
 from drllm.models.check import make_tiny
 from drllm.models.families import NO_SUBLAYERS
 from drllm.models.routers.config import RouterConfig

@@ -22,7 +22,7 @@ import transformers
 from common import shapes
 from common.comparison import Comparison
 from drllm.config import ModelConfig
-from drllm.models.base.load import BaseModel, load
+from drllm.model.load import BaseModel, load
 from drllm.models.routers.stack import RouterStack
 from drllm.records.static_paths import PathFile, load_path
 

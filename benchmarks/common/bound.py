@@ -18,7 +18,7 @@ import torch
 from common import Clock
 from drllm.cost import distinct_executions
 from drllm.evaluation.flops import ModelShape, prompt_flops
-from drllm.models.base.load import BaseModel
+from drllm.model.load import BaseModel
 from drllm.paths import Decisions, to_path
 
 BATCHES = (1, 2, 4, 8, 16, 32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from drllm.models.base.load import BaseModel, load
+from drllm.model.load import BaseModel, load
 
 LABEL = "int8 weights (torchao)"
 

@@ -11,7 +11,7 @@ import torch
 from torch.autograd.profiler import profile
 
 from common import bound
-from drllm.models.base.load import BaseModel
+from drllm.model.load import BaseModel
 
 PRODUCTS = "matrix products"
 SOLVES = "solves"

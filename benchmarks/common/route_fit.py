@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from drllm.models.base.load import BaseModel
+from drllm.model.load import BaseModel
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.bypass import Bypass
 from drllm.models.routing.injection import Driver, LayerCall

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from drllm.config import ModelConfig
-from drllm.models.base.load import BaseModel, load
+from drllm.model.load import BaseModel, load
 
 PREFIX = "random:"
 SHAPES: dict[str, dict[str, Any]] = {

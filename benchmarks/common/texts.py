@@ -6,8 +6,8 @@ import random
 
 from common.compare import SEED
 from drllm.config import HealConfig
-from drllm.models.base.load import BaseModel
-from drllm.models.base.prompts import encode
+from drllm.model.load import BaseModel
+from drllm.model.prompts import encode
 from drllm.tuning.heal_texts import Tokens, read_sources
 
 Kinds = dict[str, list[Tokens]]

@@ -22,8 +22,8 @@ from drllm.errors import RoutingError as RoutingError
 from drllm.errors import TaskError as TaskError
 from drllm.errors import WorkerError as WorkerError
 from drllm.evaluation.stage import evaluate as evaluate
-from drllm.models.base.load import BaseModel as BaseModel
-from drllm.models.base.load import load as load
+from drllm.model.load import BaseModel as BaseModel
+from drllm.model.load import load as load
 from drllm.models.export import Export as Export
 from drllm.models.routed_model import RoutedModel as RoutedModel
 from drllm.models.routed_model import attach as attach

@@ -127,7 +127,7 @@ def test_a_search_waits_in_no_layer_and_finds_what_the_cpu_finds(
     assert {line.partition(":")[0] for line in waits} <= {
         "drllm/models/scoring/choices.py",
         "drllm/models/scoring/kl.py",
-        "drllm/models/base/identity.py",  # once a run: is it the model that it was?
+        "drllm/model/identity.py",  # once a run: is it the model that it was?
     }
 
 

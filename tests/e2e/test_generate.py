@@ -32,7 +32,7 @@ def routers(tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[...
     import torch
 
     from drllm.config import ModelConfig
-    from drllm.models.base.load import load
+    from drllm.model.load import load
     from drllm.models.routed_model import RoutedModel
     from drllm.models.routers.config import RouterConfig
     from drllm.models.routers.stack import RouterStack

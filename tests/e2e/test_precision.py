@@ -8,8 +8,8 @@ from torch import nn
 
 import drllm
 from drllm.errors import ArchitectureError, CheckpointError
-from drllm.models.base.identity import fingerprint
-from drllm.models.base.load import BaseModel, load
+from drllm.model.identity import fingerprint
+from drllm.model.load import BaseModel, load
 from drllm.models.routed_model import RoutedModel
 from drllm.paths import full_decisions
 from drllm.search.evaluator import Evaluator

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from drllm.errors import RoutingError
-from drllm.models.base.prompts import pad_left
+from drllm.model.prompts import pad_left
 from drllm.models.routed_model import RoutedModel, attach
 from drllm.models.routing.batch_generation import generate_many
 from drllm.models.routing.kv_cache import cache_argument

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from drllm.models.base.prompts import pad_left
+from drllm.model.prompts import pad_left
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.depth_control import run_prompts
 from drllm.models.routing.kv_cache import cache_argument

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 
 import drllm
 from drllm.errors import CheckpointError, RoutingError
-from drllm.models.base.load import BaseModel
+from drllm.model.load import BaseModel
 from drllm.models.routed_model import unrouted
 from drllm.models.routers.checkpoint import complete_config
 from drllm.models.routing.policies import RouterPolicy

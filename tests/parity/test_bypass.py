@@ -5,8 +5,8 @@ import torch
 from transformers import DynamicCache
 
 from drllm.errors import CheckpointError, RoutingError
-from drllm.models.base.load import BaseModel, load
-from drllm.models.base.prompts import pad_left
+from drllm.model.load import BaseModel, load
+from drllm.model.prompts import pad_left
 from drllm.models.routed_model import RoutedModel, attach, detach
 from drllm.models.routers.checkpoint import save_routers
 from drllm.models.routers.config import RouterConfig

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from drllm.errors import RoutingError
-from drllm.models.base.prompts import pad_left
+from drllm.model.prompts import pad_left
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.policies import FixedPolicy
 from slow_way import LOGIT_TOLERANCE, ListedModel, needs_tracing, tiny_routers

@@ -15,7 +15,7 @@ from statistics import mean
 import pytest
 import torch
 
-from drllm.models.base.prompts import encode, encode_continuation, render
+from drllm.model.prompts import encode, encode_continuation, render
 from drllm.models.routed_model import RoutedModel
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.score import Request

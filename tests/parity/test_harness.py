@@ -15,7 +15,7 @@ from drllm.errors import ConfigError, PathError, RoutingError
 from drllm.evaluation.lm_eval.generation import STEPS
 from drllm.evaluation.lm_eval.model import RoutedLM
 from drllm.evaluation.lm_eval.scoring import RouteCounts
-from drllm.models.base.layers import can_split
+from drllm.model.layers import can_split
 from drllm.models.routers.checkpoint import save_routers
 from drllm.models.routing.policies import FullPolicy, RouterPolicy
 from drllm.paths import StaticPath

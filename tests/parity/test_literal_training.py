@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from drllm.config import TrainConfig
-from drllm.models.base.load import BaseModel
+from drllm.model.load import BaseModel
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routers.checkpoint import load_routers
 from drllm.models.workers import open_workers

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from drllm.errors import RoutingError
-from drllm.models.base.load import BaseModel
-from drllm.models.base.prompts import pad_left
+from drllm.model.load import BaseModel
+from drllm.model.prompts import pad_left
 from drllm.models.export import export_path
 from drllm.models.routed_model import RoutedModel, attach
 from drllm.models.routing.batch_generation import generate_many

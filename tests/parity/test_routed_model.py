@@ -16,7 +16,7 @@ from transformers import (
 from transformers.utils import is_torch_flex_attn_available
 
 from drllm.errors import PathError, RoutingError
-from drllm.models.base.prompts import pad_left
+from drllm.model.prompts import pad_left
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.driver import RoutedPass
 from drllm.models.routing.kv_cache import cache_argument

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from drllm.models.base.prompts import encode
+from drllm.model.prompts import encode
 from drllm.models.routed_model import RoutedModel
 from drllm.search.evaluator import Evaluator
 from drllm.tasks.registry import get_task

@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache
 
 from drllm.errors import DrllmError, PathError, RoutingError
-from drllm.models.base.prompts import pad_left
+from drllm.model.prompts import pad_left
 from drllm.models.families import FAMILIES, REFUSED
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.kv_cache import cache_argument

@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 import slow_way
-from drllm.models.base.prompts import pad_left
+from drllm.model.prompts import pad_left
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.kv_cache import cache_argument
 from slow_way import FOREIGN_ERRORS, FULL

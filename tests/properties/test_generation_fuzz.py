@@ -27,8 +27,8 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from drllm.models.base.layers import find_layers
-from drllm.models.base.prompts import pad_left
+from drllm.model.layers import find_layers
+from drllm.model.prompts import pad_left
 from drllm.models.check import make_tiny, replace_layers
 from drllm.models.families import IN_SUITE
 from drllm.models.routed_model import RoutedModel

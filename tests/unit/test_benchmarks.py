@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import drllm
 from drllm.config import ModelConfig, SearchConfig
 from drllm.errors import CheckpointError
-from drllm.models.base.load import load
+from drllm.model.load import load
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routers.checkpoint import save_routers
 from drllm.models.routers.config import RouterConfig

@@ -11,8 +11,8 @@ from drllm.cost import mean_skips, path_skips
 from drllm.errors import CheckpointError, ConfigError, RecordError
 from drllm.evaluation.flops import ModelShape, count_bypass_cost, prompt_flops
 from drllm.evaluation.latency import measure
+from drllm.model.identity import describe
 from drllm.models import workers
-from drllm.models.base.identity import describe
 from drllm.models.routed_model import RoutedModel, attach
 from drllm.models.routing.bypass import Bypass
 from drllm.models.routing.bypass_file import BYPASS_FILE, BypassRecord, save_bypass

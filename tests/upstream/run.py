@@ -45,7 +45,7 @@ from transformers.generation import GenerationMixin
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from drllm.errors import ArchitectureError
-from drllm.models.base.layers import find_layers
+from drllm.model.layers import find_layers
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.injection import Injection
 from drllm.models.routing.policies import FixedPolicy

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from drllm.models.base.load import BaseModel
+from drllm.model.load import BaseModel
 from drllm.models.check import make_tiny
 from drllm.models.export import export_path
 from drllm.models.families import COMMON

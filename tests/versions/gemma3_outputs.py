@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from drllm.models.base.load import load
-from drllm.models.base.prompts import encode
+from drllm.model.load import load
+from drllm.model.prompts import encode
 
 TEXTS = {
     "words": "the in a the hint the bin then that ab in the",

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from drllm.config import ModelConfig
-from drllm.models.base import load as loading
-from drllm.models.base.prompts import encode
+from drllm.model import load as loading
+from drllm.model.prompts import encode
 from drllm.models.routed_model import RoutedModel
 
 NUM_NEW = 32

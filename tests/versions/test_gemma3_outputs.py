@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from drllm.models.base.gemma3 import Gemma3
+from drllm.model.gemma3 import Gemma3
 from drllm.records.codec import sha256
 from gguf_files import GEMMA3_TOKENS, write_gemma3
 

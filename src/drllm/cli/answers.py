@@ -18,7 +18,7 @@ from drllm.records.codec import write_atomically
 from drllm.work.listener import format_duration
 
 if TYPE_CHECKING:
-    from drllm.models.base.prompts import Prompt, PromptForm
+    from drllm.model.prompts import Prompt, PromptForm
     from drllm.models.routed_model import RoutedModel
     from drllm.models.routing.batch_generation import GeneratedAnswer
 

@@ -11,7 +11,7 @@ from drllm.cli.command_line import CommandLine
 from drllm.cli.verbs import VERBS
 from drllm.config import ModelConfig
 from drllm.errors import CheckpointError
-from drllm.models.base import places
+from drllm.model import places
 from drllm.records.static_paths import PathFile
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from drllm.tasks.row_files import describe_place, read_rows
 from drllm.tasks.rows import read_messages, read_text
 
 if TYPE_CHECKING:
-    from drllm.models.base.prompts import PromptForm
+    from drllm.model.prompts import PromptForm
     from drllm.models.routers.stack import RouterStack
 
 ANSWERS_FILE = "answers.jsonl"
@@ -207,7 +207,7 @@ def _choose_form(config: GenerateConfig, routers: RouterStack | None) -> PromptF
     It is what `--chat` or `--no-chat` says; without these flags, the form that the routers were
     trained on. If the routers don't record it, or without routers, prompts get the chat template.
     """
-    from drllm.models.base.prompts import PromptForm
+    from drllm.model.prompts import PromptForm
 
     if config.chat is not None:
         return PromptForm(chat=config.chat)

@@ -45,7 +45,7 @@ def _list_tasks(terminal: Terminal) -> None:
 
 
 def _list_models(terminal: Terminal) -> None:
-    from drllm.models.base.aliases import ALIASES
+    from drllm.model.aliases import ALIASES
 
     for alias, packaged in ALIASES.items():
         terminal.say(f"{alias}  {packaged.describe()}")
@@ -92,7 +92,7 @@ def _try_architectures(terminal: Terminal) -> None:
 
 def _try_model(terminal: Terminal, model: str) -> None:
     """Check one model, and print whether it is routed exactly."""
-    from drllm.models.base.load import load
+    from drllm.model.load import load
     from drllm.models.check import check_model
 
     with terminal.busy(f"loading {model}"):

@@ -11,7 +11,7 @@ from drllm.config import GenerateConfig
 from drllm.work.listener import format_duration
 
 if TYPE_CHECKING:
-    from drllm.models.base.prompts import Prompt, PromptForm
+    from drllm.model.prompts import Prompt, PromptForm
     from drllm.models.routed_model import RoutedModel
 
 INCOMPLETE = "\ufffd"  # how a tokenizer decodes a part of a character

@@ -7,7 +7,7 @@ from drllm.cli.show_results import show_next_steps, show_summary
 from drllm.cli.terminal import Terminal
 from drllm.cli.verbs import Flag, verb
 from drllm.errors import ConfigError, unknown_name
-from drllm.models.base.places import check_model
+from drllm.model.places import check_model
 from drllm.pipeline.folder import run_recipe
 from drllm.pipeline.recipes import read_recipe
 from drllm.records.path_losses import describe_held_out_losses

@@ -10,7 +10,7 @@ from drllm.config import SearchConfig
 from drllm.work.listener import format_duration
 
 if TYPE_CHECKING:
-    from drllm.models.base.load import BaseModel
+    from drllm.model.load import BaseModel
     from drllm.search.forecast import TaskForecast
 
 

@@ -14,7 +14,7 @@ from drllm.cli.terminal import LOADING, Terminal
 from drllm.cli.verbs import Flag, verb
 from drllm.config import ModelConfig, ShrinkConfig
 from drllm.errors import NotShownError
-from drllm.models.base.places import read_num_layers
+from drllm.model.places import read_num_layers
 from drllm.pipeline.shrink_power import Power, find_power
 from drllm.pipeline.shrink_questions import ShrinkQuestions, read_questions
 from drllm.records.places import check_folder, check_new_folder

@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from drllm.errors import ArchitectureError
-from drllm.models.base.layers import find_layers, unwrap_peft
+from drllm.model.layers import find_layers, unwrap_peft
 from drllm.models.routing.adapters import AdapterWeights
 from drllm.models.routing.bypass import Bypass
 from drllm.models.routing.core import Routing

@@ -28,8 +28,8 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from drllm.config import EvaluateConfig
 from drllm.cost import mean_executions
-from drllm.models.base.layers import find_layers
-from drllm.models.base.load import BaseModel
+from drllm.model.layers import find_layers
+from drllm.model.load import BaseModel
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routers.places import WEIGHTS_FILE
 from drllm.models.routers.stack import RouterStack

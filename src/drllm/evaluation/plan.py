@@ -24,7 +24,7 @@ from drllm.evaluation.lm_eval.scoring import HarnessRequest
 from drllm.evaluation.lm_eval.task import RenderedTask
 from drllm.evaluation.questions import choose_fitting_split, find_sources
 from drllm.evaluation.rendering import TaskRenderer
-from drllm.models.base.batching import group_by_length
+from drllm.model.batching import group_by_length
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.policies import FullPolicy
 from drllm.models.scoring.score import Request

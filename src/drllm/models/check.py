@@ -23,10 +23,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from drllm.errors import ArchitectureError, RoutingError, unknown_name
-from drllm.models.base.down_projections import find_down_projections
-from drllm.models.base.hub import quiet
-from drllm.models.base.layers import find_layers
-from drllm.models.base.prompts import pad_left
+from drllm.model.down_projections import find_down_projections
+from drllm.model.hub import quiet
+from drllm.model.layers import find_layers
+from drllm.model.prompts import pad_left
 from drllm.models.families import COMMON, FAMILIES
 from drllm.models.path_config import reorder_lists
 from drllm.models.routed_model import RoutedModel

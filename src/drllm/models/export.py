@@ -20,11 +20,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from drllm.errors import ArchitectureError
-from drllm.models.base import hub
-from drllm.models.base.cards import CARD_FILE, describe_alias, name_base_model, render_card
-from drllm.models.base.layers import find_layers
-from drllm.models.base.load import BaseModel
-from drllm.models.base.prompts import context_length
+from drllm.model import hub
+from drllm.model.cards import CARD_FILE, describe_alias, name_base_model, render_card
+from drllm.model.layers import find_layers
+from drllm.model.load import BaseModel
+from drllm.model.prompts import context_length
 from drllm.models.older_names import add_names_of_transformers_4
 from drllm.models.path_config import check_layers, reorder_config
 from drllm.models.routing.core import Routing

@@ -19,11 +19,11 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from drllm.config import ModelConfig
 from drllm.errors import CheckpointError, ConfigError, RoutingError
-from drllm.models.base import hub as base_hub
-from drllm.models.base import load as loading
-from drllm.models.base.layers import evaluation_mode
-from drllm.models.base.load import BaseModel
-from drllm.models.base.prompts import Prompt
+from drllm.model import hub as base_hub
+from drllm.model import load as loading
+from drllm.model.layers import evaluation_mode
+from drllm.model.load import BaseModel
+from drllm.model.prompts import Prompt
 from drllm.models.export import Export, export_path
 from drllm.models.routers.checkpoint import complete_config, load_routers, save_routers
 from drllm.models.routers.files import find_routers

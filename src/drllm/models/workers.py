@@ -12,9 +12,9 @@ import torch
 
 from drllm.config import ExecutorConfig, ModelConfig
 from drllm.errors import ConfigError
-from drllm.models.base.batching import share_memory
-from drllm.models.base.hub import quiet
-from drllm.models.base.load import BaseModel, load_without_weights
+from drllm.model.batching import share_memory
+from drllm.model.hub import quiet
+from drllm.model.load import BaseModel, load_without_weights
 from drllm.models.routed_model import RoutedModel, load_with_bypass, unrouted
 from drllm.models.routing.bypass_file import load_bypass
 from drllm.work.listener import Listener

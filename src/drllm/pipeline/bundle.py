@@ -23,8 +23,8 @@ from msgspec.structs import replace
 
 from drllm.config import ModelConfig
 from drllm.errors import ConfigError, ModelError
-from drllm.models.base.cards import CARD_FILE, describe_alias, name_base_model, render_card
-from drllm.models.base.places import HUB_ID
+from drllm.model.cards import CARD_FILE, describe_alias, name_base_model, render_card
+from drllm.model.places import HUB_ID
 from drllm.models.export import export_path
 from drllm.models.routed_model import unrouted
 from drllm.models.routers.checkpoint import load_routers, save_routers

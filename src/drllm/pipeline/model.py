@@ -11,7 +11,7 @@ from drllm.config import ModelConfig
 from drllm.work.listener import Listener
 
 if TYPE_CHECKING:
-    from drllm.models.base.load import BaseModel
+    from drllm.model.load import BaseModel
 
 
 @contextmanager

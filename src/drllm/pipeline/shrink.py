@@ -24,8 +24,8 @@ from drllm.config import HealConfig, ShrinkConfig, TuneConfig
 from drllm.config.fields import make_settings, replace_settings
 from drllm.errors import ConfigError, NotShownError
 from drllm.extras import need
-from drllm.models.base.load import BaseModel
-from drllm.models.base.prompts import context_length, encode
+from drllm.model.load import BaseModel
+from drllm.model.prompts import context_length, encode
 from drllm.models.export import export_path, refuse_quantised
 from drllm.models.routed_model import RoutedModel, unrouted
 from drllm.pipeline.shrink_answers import describe_wrong_answers

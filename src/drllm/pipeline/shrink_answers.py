@@ -7,7 +7,7 @@ each case no loss of accuracy could be shown to be small.
 from collections.abc import Sequence
 
 from drllm.config import TuneConfig
-from drllm.models.base.load import BaseModel
+from drllm.model.load import BaseModel
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.batch_generation import generate_many
 from drllm.models.scoring.score import score

@@ -13,8 +13,8 @@ from statistics import fmean
 
 from drllm.config import EvaluateConfig, ShrinkConfig
 from drllm.evaluation.stage import evaluate
-from drllm.models.base.layers import find_layers
-from drllm.models.base.load import BaseModel
+from drllm.model.layers import find_layers
+from drllm.model.load import BaseModel
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.healed import install_path
 from drllm.paths import StaticPath

@@ -10,7 +10,7 @@ from statistics import median
 import torch
 
 from drllm.evaluation.latency import Prepare, device_clock, time_in_turns
-from drllm.models.base.layers import one_token
+from drllm.model.layers import one_token
 from drllm.models.routed_model import RoutedModel
 from drllm.paths import StaticPath
 from drllm.records.static_paths import FULL

@@ -44,7 +44,7 @@ from drllm.tasks.graded import pin_reward
 from drllm.work.listener import Listener
 
 if TYPE_CHECKING:
-    from drllm.models.base.load import BaseModel
+    from drllm.model.load import BaseModel
 
 STAGES = ("search", "supervise", "train", "tune", "heal", "evaluate", "report")
 RECIPE_FILE = "run.yaml"

@@ -12,8 +12,8 @@ from functools import partial
 from typing import Any
 
 from drllm.errors import ModelError, TaskError
-from drllm.models.base.load import BaseModel
-from drllm.models.base.prompts import context_length, encode, encode_continuation, render
+from drllm.model.load import BaseModel
+from drllm.model.prompts import context_length, encode, encode_continuation, render
 from drllm.models.routed_model import RoutedModel
 from drllm.models.scoring.prefix_sharing import Pair
 from drllm.models.scoring.score import Outcome, Request, Scorer

@@ -17,8 +17,8 @@ from typing import Any, NoReturn
 from drllm.config import SearchConfig
 from drllm.config.fields import replace_settings
 from drllm.errors import ConfigError, RecordError, TaskError
-from drllm.models.base.identity import describe_adapters
-from drllm.models.base.prompts import render
+from drllm.model.identity import describe_adapters
+from drllm.model.prompts import render
 from drllm.models.workers import Workers, open_workers
 from drllm.records.codec import hash_values
 from drllm.records.manifest import new_manifest, read_manifest, write_or_remove, write_records

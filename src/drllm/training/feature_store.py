@@ -24,7 +24,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from drllm.errors import RecordError
-from drllm.models.base.identity import ADAPTERS
+from drllm.model.identity import ADAPTERS
 from drllm.records.codec import (
     delete_file,
     describe_invalid,

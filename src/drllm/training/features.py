@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from drllm.errors import ModelError
-from drllm.models.base.batching import MemoryBatcher, PathSize, group_by_length
-from drllm.models.base.identity import describe_adapters
-from drllm.models.base.load import BaseModel
+from drllm.model.batching import MemoryBatcher, PathSize, group_by_length
+from drllm.model.identity import describe_adapters
+from drllm.model.load import BaseModel
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.depth_control import run_prompts
 from drllm.models.routing.policies import FixedPolicy, RecordingPolicy

@@ -23,8 +23,8 @@ from drllm.agreement import TRAIN, VALIDATION, Counts, compute_metrics
 from drllm.config import TrainConfig
 from drllm.config.fields import replace_settings
 from drllm.errors import CheckpointError, ConfigError
-from drllm.models.base.load import BaseModel
-from drllm.models.base.prompts import PromptForm, infer_form
+from drllm.model.load import BaseModel
+from drllm.model.prompts import PromptForm, infer_form
 from drllm.models.routers.checkpoint import check_foreign_files, load_routers, save_routers
 from drllm.models.routers.places import WEIGHTS_FILE
 from drllm.models.routers.stack import RouterStack

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from drllm.errors import RecordError
-from drllm.models.base.prompts import context_length, encode
+from drllm.model.prompts import context_length, encode
 from drllm.records.supervision import RejectedQuestion, SupervisionRecord
 
 # Why a target is set aside.

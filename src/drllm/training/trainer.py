@@ -22,8 +22,8 @@ from torch.nn.utils import clip_grad_norm_
 from drllm.agreement import TRAIN, VALIDATION, Confusion, Counts, compute_metrics
 from drllm.config import TrainConfig
 from drllm.errors import ConfigError
-from drllm.models.base.batching import free_bytes
-from drllm.models.base.devices import on_device
+from drllm.model.batching import free_bytes
+from drllm.model.devices import on_device
 from drllm.models.routers.checkpoint import build_stack
 from drllm.models.routers.config import RouterConfig
 from drllm.models.routers.stack import NUM_DECISIONS, RouterStack

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from drllm.errors import ModelError, TaskError
-from drllm.models.base.batching import free_bytes
-from drllm.models.base.devices import on_device
+from drllm.model.batching import free_bytes
+from drllm.model.devices import on_device
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.bypass import TENSORS, Bypass, LayerMap, normalise
 from drllm.models.routing.injection import Driver, LayerCall

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from drllm.models.base.batching import free_bytes
+from drllm.model.batching import free_bytes
 from drllm.models.routing.forward_override import ForwardOverride
 
 SHARE_OF_MEMORY = 0.25

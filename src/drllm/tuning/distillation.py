@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from drllm.models.base.devices import on_device
-from drllm.models.base.load import resolve_dtype
-from drllm.models.base.prompts import context_length
+from drllm.model.devices import on_device
+from drllm.model.load import resolve_dtype
+from drllm.model.prompts import context_length
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.driver import PathPass
 from drllm.models.routing.injection import Driver, LayerCall

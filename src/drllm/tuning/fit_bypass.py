@@ -14,8 +14,8 @@ import msgspec
 from drllm.config import BypassConfig
 from drllm.config.fields import replace_settings
 from drllm.errors import ConfigError
-from drllm.models.base.identity import describe_adapters
-from drllm.models.base.load import BaseModel
+from drllm.model.identity import describe_adapters
+from drllm.model.load import BaseModel
 from drllm.models.routed_model import RoutedModel, unrouted
 from drllm.models.routing.bypass import TENSORS, Bypass, LayerMap
 from drllm.models.routing.bypass_file import (

@@ -26,9 +26,9 @@ from drllm.config.heal import NO_REPAIR, REFIT
 from drllm.cost import path_executions
 from drllm.errors import ConfigError
 from drllm.extras import need
-from drllm.models.base.identity import describe_adapters
-from drllm.models.base.layers import parse_layer
-from drllm.models.base.load import BaseModel
+from drllm.model.identity import describe_adapters
+from drllm.model.layers import parse_layer
+from drllm.model.load import BaseModel
 from drllm.models.routed_model import RoutedModel, unrouted
 from drllm.models.routing.healed import save_healed
 from drllm.paths import StaticPath

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from drllm.errors import ConfigError
-from drllm.models.base.load import BaseModel
-from drllm.models.base.prompts import Prompt as Conversation
-from drllm.models.base.prompts import context_length, encode, render
+from drllm.model.load import BaseModel
+from drllm.model.prompts import Prompt as Conversation
+from drllm.model.prompts import context_length, encode, render
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.batch_generation import generate_many
 from drllm.records.codec import hash_values

@@ -17,7 +17,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from drllm.config import HealConfig
 from drllm.errors import ConfigError
-from drllm.models.base.batching import group_by_length
+from drllm.model.batching import group_by_length
 from drllm.models.routed_model import RoutedModel
 from drllm.paths import StaticPath
 from drllm.records.healed import HealPoint

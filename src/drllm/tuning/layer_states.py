@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from drllm.models.base.batching import group_by_length
-from drllm.models.base.devices import on_device
-from drllm.models.base.down_projections import DownProjection
-from drllm.models.base.layers import temporary_hooks
+from drllm.model.batching import group_by_length
+from drllm.model.devices import on_device
+from drllm.model.down_projections import DownProjection
+from drllm.model.layers import temporary_hooks
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.injection import Driver, Forward, LayerCall
 from drllm.tuning.heal_texts import Tokens

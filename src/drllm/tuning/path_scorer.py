@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from drllm.errors import ModelError
-from drllm.models.base.load import BaseModel
+from drllm.model.load import BaseModel
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.batch_generation import generate_many
 from drllm.models.routing.crossings import Crossings

@@ -22,7 +22,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from transformers.pytorch_utils import Conv1D
 
 from drllm.errors import ModelError, PathError, TaskError
-from drllm.models.base.down_projections import (
+from drllm.model.down_projections import (
     DownProjection,
     PostNorm,
     find_down_projections,

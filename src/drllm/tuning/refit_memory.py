@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from drllm.models.base.batching import free_bytes
-from drllm.models.base.down_projections import DownProjection
+from drllm.model.batching import free_bytes
+from drllm.model.down_projections import DownProjection
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.lora import read_map_sizes
 from drllm.tuning.layer_states import in_float32

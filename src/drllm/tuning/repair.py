@@ -14,9 +14,9 @@ from typing import Any
 from drllm.config import TuneConfig
 from drllm.config.heal import NO_REPAIR, REFIT, REFIT_TOKENS
 from drllm.errors import ArchitectureError
-from drllm.models.base.batching import FLOAT_BYTES
-from drllm.models.base.prompts import Prompt as Conversation
-from drllm.models.base.prompts import context_length
+from drllm.model.batching import FLOAT_BYTES
+from drllm.model.prompts import Prompt as Conversation
+from drllm.model.prompts import context_length
 from drllm.models.workers import Workers
 from drllm.tasks.examples import choose
 from drllm.tuning.calibration import (

@@ -16,7 +16,7 @@ import numpy as np
 from drllm.config import TuneConfig
 from drllm.config.fields import make_settings, replace_settings
 from drllm.config.heal import NO_REPAIR, REFIT
-from drllm.models.base.identity import describe_adapters
+from drllm.model.identity import describe_adapters
 from drllm.models.workers import Workers, open_workers
 from drllm.paths import StaticPath
 from drllm.records.codec import hash_values, write_json

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from drllm.config.heal import REFIT
 from drllm.errors import ArchitectureError, RoutingError
-from drllm.models.base.prompts import Prompt as Conversation
+from drllm.model.prompts import Prompt as Conversation
 from drllm.models.routed_model import RoutedModel
 from drllm.paths import Gap, StaticPath
 from drllm.statistics.ranges import Amount, Share

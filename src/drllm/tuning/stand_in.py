@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from drllm.errors import ConfigError
-from drllm.models.base.batching import free_bytes
+from drllm.model.batching import free_bytes
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.bypass import normalise
 from drllm.models.routing.injection import Driver, LayerCall

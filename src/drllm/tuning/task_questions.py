@@ -7,7 +7,7 @@ from statistics import fmean
 import numpy as np
 
 from drllm.config import TuneConfig
-from drllm.models.base.load import BaseModel
+from drllm.model.load import BaseModel
 from drllm.records.static_paths import FIT, PARTS, SELECT, TEST
 from drllm.tasks.examples import Example, Prompt, choose
 from drllm.tuning.data_splits import TaskSplits

@@ -123,7 +123,7 @@ def test_what_older_versions_could_run_is_refused_with_the_version(export, tmp_p
 
 
 def test_a_tuned_path_names_its_base_model_and_another_is_refused(model_folder, drllm, tmp_path):
-    from drllm.models.base.load import load
+    from drllm.model.load import load
 
     base = load(str(model_folder(num_layers=6)), device="cpu")
     file = written_paths(tmp_path / "paths.json", base.identity)
@@ -139,7 +139,7 @@ def test_a_tuned_path_names_its_base_model_and_another_is_refused(model_folder, 
 @pytest.fixture(scope="module")
 def base(model_folder):
     """A tiny model of six layers."""
-    from drllm.models.base.load import load
+    from drllm.model.load import load
 
     return load(str(model_folder(num_layers=6)), device="cpu")
 

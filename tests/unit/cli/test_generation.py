@@ -15,7 +15,7 @@ from drllm.cli.generation_inputs import PromptRow, read_prompts
 from drllm.cli.reply import Reply
 from drllm.config import GenerateConfig
 from drllm.errors import RecordError, TaskError
-from drllm.models.base.prompts import PromptForm
+from drllm.model.prompts import PromptForm
 from drllm.models.routing.batch_generation import GeneratedAnswer
 
 

@@ -7,8 +7,8 @@ import pytest
 from drllm.cli.chat import chat
 from drllm.cli.reply import PathSummary, Session
 from drllm.config import GenerateConfig
-from drllm.models.base.load import load
-from drllm.models.base.prompts import PromptForm
+from drllm.model.load import load
+from drllm.model.prompts import PromptForm
 from drllm.models.routed_model import RoutedModel
 from drllm.paths import StaticPath
 from paths_json import PATHS, written_paths

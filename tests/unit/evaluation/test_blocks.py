@@ -11,7 +11,7 @@ from drllm.errors import ModelError
 from drllm.evaluation.answers import BatchResult, ModelSettings, TextBlock, TextScorer
 from drllm.evaluation.plan import separate_repeats
 from drllm.evaluation.systems import join_blocks
-from drllm.models.base.batching import group_by_length
+from drllm.model.batching import group_by_length
 from drllm.records.codec import decode, encode
 
 lengths = st.lists(st.integers(1, 500), min_size=1, max_size=60)

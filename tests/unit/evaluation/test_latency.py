@@ -21,8 +21,8 @@ from drllm.evaluation.latency import (
     time_in_turns,
     write_latency,
 )
-from drllm.models.base.identity import fingerprint
-from drllm.models.base.load import BaseModel
+from drllm.model.identity import fingerprint
+from drllm.model.load import BaseModel
 from drllm.models.check import make_tiny
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routers.checkpoint import save_routers

@@ -13,9 +13,9 @@ from drllm.evaluation.answers import QuestionRunner
 from drllm.evaluation.outcomes import TaskRuns
 from drllm.evaluation.request import read_request
 from drllm.evaluation.stage import evaluate
-from drllm.models.base.identity import fingerprint
-from drllm.models.base.load import BaseModel, load
-from drllm.models.base.prompts import encode
+from drllm.model.identity import fingerprint
+from drllm.model.load import BaseModel, load
+from drllm.model.prompts import encode
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.healed import install_path
 from drllm.paths import StaticPath

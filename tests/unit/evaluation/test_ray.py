@@ -11,7 +11,7 @@ from drllm.config import EvaluateConfig, ModelConfig
 from drllm.errors import ConfigError
 from drllm.evaluation import plan
 from drllm.evaluation.stage import evaluate
-from drllm.models.base.load import load
+from drllm.model.load import load
 from drllm.models.routers.checkpoint import save_routers
 from drllm.records.codec import read_json_lines
 from drllm.work import ray as ray_executor

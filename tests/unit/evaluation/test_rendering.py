@@ -9,7 +9,7 @@ import pytest
 from drllm.config import EvaluateConfig
 from drllm.evaluation.lm_eval.model import RoutedLM
 from drllm.evaluation.rendering import TaskRenderer
-from drllm.models.base.prompts import encode, render
+from drllm.model.prompts import encode, render
 from drllm.tasks.registry import get_task
 from drllm.work.store import ResultStore
 

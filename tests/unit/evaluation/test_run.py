@@ -22,9 +22,9 @@ from drllm.evaluation.latency import device_clock, measure
 from drllm.evaluation.outcomes import TaskRuns
 from drllm.evaluation.questions import needs_fitting
 from drllm.evaluation.stage import evaluate
-from drllm.models.base.identity import fingerprint
-from drllm.models.base.load import BaseModel
-from drllm.models.base.prompts import encode
+from drllm.model.identity import fingerprint
+from drllm.model.load import BaseModel
+from drllm.model.prompts import encode
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routers.checkpoint import load_routers, save_routers
 from drllm.records.codec import read_json_lines

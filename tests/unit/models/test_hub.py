@@ -136,8 +136,8 @@ import torch
 import drllm
 from drllm.config import ModelConfig
 from drllm.errors import DrllmError
-from drllm.models.base.load import load
-from drllm.models.base.places import check_model
+from drllm.model.load import load
+from drllm.model.places import check_model
 from drllm.models.check import make_tiny
 from drllm.models.routers.config import RouterConfig
 from drllm.models.routers.stack import RouterStack

@@ -6,7 +6,7 @@ import torch
 import drllm
 from drllm.config import ExecutorConfig, ModelConfig
 from drllm.errors import ConfigError
-from drllm.models.base.load import load, load_without_weights
+from drllm.model.load import load, load_without_weights
 from drllm.models.routed_model import RoutedModel
 from drllm.models.workers import open_workers
 from drllm.work.listener import Listener

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from drllm.config import ModelConfig
 from drllm.errors import ConfigError, ModelError
-from drllm.models.base.cards import CARD_FILE
-from drllm.models.base.load import load
+from drllm.model.cards import CARD_FILE
+from drllm.model.load import load
 from drllm.models.routed_model import attach, detach
 from drllm.models.routers.checkpoint import load_routers, save_routers
 from drllm.models.routers.config import RouterConfig

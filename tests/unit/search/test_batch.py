@@ -7,7 +7,7 @@ import pytest
 import drllm
 from drllm.config import SearchConfig
 from drllm.errors import ConfigError, ModelError
-from drllm.models.base.prompts import encode, render
+from drllm.model.prompts import encode, render
 from drllm.models.routed_model import RoutedModel
 from drllm.paths import full_decisions
 from drllm.records.search import FailedQuestion

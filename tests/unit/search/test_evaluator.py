@@ -10,7 +10,7 @@ import torch
 
 import slow_way
 from drllm.errors import ModelError
-from drllm.models.base.prompts import encode, render
+from drllm.model.prompts import encode, render
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.injection import LayerCall
 from drllm.models.scoring import answers

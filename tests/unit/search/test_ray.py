@@ -157,7 +157,7 @@ def test_workers_share_the_memory_of_a_machine_and_the_manifest_keeps_all_of_it(
         import psutil
         import torch
 
-        from drllm.models.base.batching import free_bytes
+        from drllm.model.batching import free_bytes
 
         return psutil.virtual_memory().available / free_bytes(torch.device("cpu"))
 

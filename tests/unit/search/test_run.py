@@ -13,7 +13,7 @@ from peft import LoraConfig, inject_adapter_in_model
 import drllm
 from drllm.config import SearchConfig
 from drllm.errors import ConfigError, RecordError, TaskError
-from drllm.models.base.load import BaseModel
+from drllm.model.load import BaseModel
 from drllm.models.routed_model import RoutedModel
 from drllm.models.workers import Workers
 from drllm.records import codec

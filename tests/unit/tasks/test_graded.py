@@ -6,8 +6,8 @@ import torch
 import drllm
 from drllm.config import SearchConfig
 from drllm.errors import ConfigError, TaskError
-from drllm.models.base.load import BaseModel
-from drllm.models.base.prompts import encode, render
+from drllm.model.load import BaseModel
+from drllm.model.prompts import encode, render
 from drllm.search.questions import collect_questions
 from drllm.tasks.examples import choose
 from drllm.tasks.graded import GradedTask, pin_reward

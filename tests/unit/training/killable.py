@@ -16,7 +16,7 @@ from small import IDENTITY, W, Watching, files_of, make_features
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from drllm.config import TrainConfig
-from drllm.models.base.load import BaseModel
+from drllm.model.load import BaseModel
 from drllm.models.workers import open_workers
 from drllm.records.supervision import SupervisionRecord
 from drllm.training import stage

@@ -12,7 +12,7 @@ from small import W, Watching, assert_windows, make_features, means_of
 
 import drllm.training.features as features
 from drllm.errors import ModelError, RecordError
-from drllm.models.base.prompts import encode
+from drllm.model.prompts import encode
 from drllm.records.codec import read_json_lines
 from drllm.records.manifest import write_or_remove
 from drllm.records.supervision import RejectedQuestion

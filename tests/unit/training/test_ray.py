@@ -14,7 +14,7 @@ from small import Watching, means_of
 import drllm
 from drllm.config import ModelConfig, TrainConfig
 from drllm.errors import ConfigError, ModelError
-from drllm.models.base.load import load_without_weights
+from drllm.model.load import load_without_weights
 from drllm.models.workers import open_workers
 from drllm.records.supervision import SupervisionRecord
 from drllm.training import stage

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from drllm.errors import ModelError
-from drllm.models.base.prompts import encode, encode_continuation
+from drllm.model.prompts import encode, encode_continuation
 from drllm.models.routed_model import RoutedModel
 from drllm.paths import StaticPath
 from drllm.search.evaluator import tokenize_prompt

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from drllm.config import HealConfig
 from drllm.errors import ArchitectureError, ModelError, PathError, RoutingError, TaskError
-from drllm.models.base.layers import find_layers
+from drllm.model.layers import find_layers
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.injection import LayerCall
 from drllm.paths import StaticPath

@@ -213,7 +213,7 @@ def block_influence(routed: RoutedModel, prompts: Sequence[Sequence[int]]) -> li
 
     Source: ShortGPT (arXiv 2403.03853).
     """
-    from drllm.models.base.layers import temporary_hooks
+    from drllm.model.layers import temporary_hooks
     from drllm.models.routing.depth_control import route_prompts
 
     recorder = _InfluenceRecorder(routed.num_layers)

@@ -51,7 +51,7 @@ class SequenceRouterBaseline(Baseline):
         """The router, fitted on the targets."""
         import torch
 
-        from drllm.models.base.prompts import encode
+        from drllm.model.prompts import encode
         from drllm.models.routers.logistic import fit_logistic
 
         records = self.material.supervision

@@ -12,7 +12,7 @@ from typing import Any
 from drllm.config import DepthConfig
 from drllm.config.fields import replace_settings
 from drllm.errors import CheckpointError, ConfigError, unknown_name
-from drllm.models.base.load import BaseModel
+from drllm.model.load import BaseModel
 from drllm.models.routers.checkpoint import load_routers
 from drllm.models.routers.files import find_routers
 from drllm.models.routers.places import CONFIG_FILE

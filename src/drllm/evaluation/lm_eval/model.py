@@ -42,8 +42,8 @@ from drllm.evaluation.lm_eval.scoring import (
     RequestScorer,
     RouteCounts,
 )
-from drllm.models.base.batching import MemoryBatcher, PathSize
-from drllm.models.base.load import BaseModel, load
+from drllm.model.batching import MemoryBatcher, PathSize
+from drllm.model.load import BaseModel, load
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.depth_control import encode_calibration, make_policy, read_calibration

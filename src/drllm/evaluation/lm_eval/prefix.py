@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from drllm.models.base.layers import can_split
+from drllm.model.layers import can_split
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.batch_generation import LOOKS_BACK
 from drllm.models.routing.generate import make_option_lookup

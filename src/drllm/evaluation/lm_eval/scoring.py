@@ -18,8 +18,8 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from drllm.errors import TaskError
-from drllm.models.base.batching import MemoryBatcher, PathSize
-from drllm.models.base.layers import can_pack
+from drllm.model.batching import MemoryBatcher, PathSize
+from drllm.model.layers import can_pack
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.policies import FixedPolicy, Policy
 from drllm.models.scoring.score import Outcome, Request, Scorer

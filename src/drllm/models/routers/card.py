@@ -9,8 +9,8 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from drllm.models.base.cards import describe_alias, name_base_model, render_card
-from drllm.models.base.places import HUB_ID
+from drllm.model.cards import describe_alias, name_base_model, render_card
+from drllm.model.places import HUB_ID
 from drllm.models.routers.config import RouterConfig
 from drllm.paths import Decision
 

@@ -19,9 +19,9 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from drllm.errors import CheckpointError, unknown_name
-from drllm.models.base.cards import CARD_FILE
-from drllm.models.base.identity import describe
-from drllm.models.base.layers import unwrap_peft
+from drllm.model.cards import CARD_FILE
+from drllm.model.identity import describe
+from drllm.model.layers import unwrap_peft
 from drllm.models.routers.card import FOLDER, MARK, write_card
 from drllm.models.routers.config import FORMAT_VERSION, RouterConfig, read_config
 from drllm.models.routers.files import AUTO_FILE

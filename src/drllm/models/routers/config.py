@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import msgspec
 
 from drllm.errors import CheckpointError, ConfigError, RecordError, unknown_name
-from drllm.models.base.prompts import PromptForm
+from drllm.model.prompts import PromptForm
 from drllm.models.routers.files import find_routers
 from drllm.models.routers.places import CONFIG_FILE, explain_missing_config
 from drllm.records.codec import describe_invalid, read_json

@@ -7,9 +7,9 @@ import huggingface_hub
 from huggingface_hub.errors import OfflineModeIsEnabled
 
 from drllm.errors import CheckpointError, ConfigError
-from drllm.models.base import hub
-from drllm.models.base.cards import CARD_FILE
-from drllm.models.base.places import HUB_ID
+from drllm.model import hub
+from drllm.model.cards import CARD_FILE
+from drllm.model.places import HUB_ID
 from drllm.models.routers.places import CONFIG_FILE, WEIGHTS_FILE
 
 AUTO_FILE = "config.json"  # for the hub, which counts downloads by it, and for transformers

@@ -12,9 +12,9 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from drllm.errors import CheckpointError
-from drllm.models.base import hub
-from drllm.models.base.aliases import ALIASES
-from drllm.models.base.places import HUB_ID
+from drllm.model import hub
+from drllm.model.aliases import ALIASES
+from drllm.model.places import HUB_ID
 from drllm.models.routers.checkpoint import complete_config, save_routers
 from drllm.models.routers.config import RouterConfig
 from drllm.models.routers.stack import RouterStack

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from drllm.errors import CheckpointError
-from drllm.models.base.places import HUB_ID
+from drllm.model.places import HUB_ID
 
 CONFIG_FILE = "router_config.json"
 WEIGHTS_FILE = "routers.safetensors"

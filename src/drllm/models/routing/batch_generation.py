@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from drllm.errors import ConfigError
-from drllm.models.base.prompts import Prompt, context_length, encode, pad_left, render
+from drllm.model.prompts import Prompt, context_length, encode, pad_left, render
 from drllm.models.routing.core import Routing
 from drllm.models.routing.depth_control import route_prompts
 from drllm.models.routing.generate import end_tokens, make_option_lookup

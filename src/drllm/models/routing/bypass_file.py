@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from drllm.errors import CheckpointError, RecordError, RoutingError
-from drllm.models.base.identity import describe
+from drllm.model.identity import describe
 from drllm.models.routing.bypass import TENSORS, Bypass
 from drllm.records.codec import decode, refuse_special_file, write_atomically
 from drllm.records.identity import differ

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from drllm.errors import RoutingError
-from drllm.models.base import load as loading
-from drllm.models.base.layers import unwrap_peft
+from drllm.model import load as loading
+from drllm.model.layers import unwrap_peft
 from drllm.models.routers.checkpoint import check_routers
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.bypass import Bypass

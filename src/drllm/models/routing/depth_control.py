@@ -17,8 +17,8 @@ from drllm.config import DepthConfig
 from drllm.config.fields import to_flag
 from drllm.cost import mean_executions
 from drllm.errors import ConfigError, RecordError
-from drllm.models.base.batching import group_by_length
-from drllm.models.base.prompts import context_length, encode, pad_left, render
+from drllm.model.batching import group_by_length
+from drllm.model.prompts import context_length, encode, pad_left, render
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.core import Routing
 from drllm.models.routing.policies import FullPolicy, Policy, PromptView, RouterPolicy

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from drllm.errors import RoutingError
-from drllm.models.base.devices import on_device
+from drllm.model.devices import on_device
 from drllm.models.routers.stack import Spans
 from drllm.models.routing.bypass import Bypass
 from drllm.models.routing.context import Override

@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from drllm.errors import RecordError
-from drllm.models.base.cards import CARD_FILE, describe_alias, name_base_model, render_card
-from drllm.models.base.identity import describe
-from drllm.models.base.layers import find_layers, parse_layer, unwrap_peft
+from drllm.model.cards import CARD_FILE, describe_alias, name_base_model, render_card
+from drllm.model.identity import describe
+from drllm.model.layers import find_layers, parse_layer, unwrap_peft
 from drllm.models.routing.adapters import AdapterWeights
 from drllm.models.routing.injection import Injection
 from drllm.models.routing.lora import LoraWeights, find_layers_name

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from drllm.errors import RoutingError
-from drllm.models.base.devices import on_device
-from drllm.models.base.layers import (
+from drllm.model.devices import on_device
+from drllm.model.layers import (
     check_loop,
     find_layers,
     find_linear_maps,

@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, EncoderDecoderCache
 
 from drllm.errors import RoutingError
-from drllm.models.base.devices import on_device
-from drllm.models.base.layers import is_kv
+from drllm.model.devices import on_device
+from drllm.model.layers import is_kv
 from drllm.paths import StaticPath
 
 ROOM = 32  # tokens of spare room behind K and V; without room, each step would copy all tokens

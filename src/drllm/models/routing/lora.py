@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from drllm.errors import ArchitectureError, RoutingError, nearest_name
 from drllm.extras import need
-from drllm.models.base.layers import find_layers, parse_layer, unwrap_peft
+from drllm.model.layers import find_layers, parse_layer, unwrap_peft
 
 _switching = threading.Lock()  # held while the LoRA layers of a model are switched
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from drllm.models.base.batching import MemoryBatcher, PathSize
-from drllm.models.base.devices import on_device
+from drllm.model.batching import MemoryBatcher, PathSize
+from drllm.model.devices import on_device
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.generate import end_tokens
 from drllm.models.routing.kv_cache import cache_argument

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from drllm.errors import RoutingError
-from drllm.models.base.batching import MemoryBatcher, PathSize
-from drllm.models.base.devices import on_device
-from drllm.models.base.layers import can_pack
+from drllm.model.batching import MemoryBatcher, PathSize
+from drllm.model.devices import on_device
+from drllm.model.layers import can_pack
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.crossings import Crossings
 from drllm.models.routing.policies import PathPolicy, Policy, PromptView

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from drllm.errors import ArchitectureError
-from drllm.models.base.layers import temporary_hooks, unwrap_peft
+from drllm.model.layers import temporary_hooks, unwrap_peft
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.injection import Driver
 

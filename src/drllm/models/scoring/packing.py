@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from drllm.models.base.devices import on_device
+from drllm.model.devices import on_device
 from drllm.models.scoring.requests import Request
 
 PADDING = -1

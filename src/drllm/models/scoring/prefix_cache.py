@@ -14,7 +14,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from drllm.models.base.batching import free_bytes
+from drllm.model.batching import free_bytes
 from drllm.paths import Path
 
 GIGABYTE = 1e9

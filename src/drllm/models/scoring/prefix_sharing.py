@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from drllm.errors import RoutingError
-from drllm.models.base.devices import on_device
-from drllm.models.base.layers import can_split
+from drllm.model.devices import on_device
+from drllm.model.layers import can_split
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.crossings import Crossings
 from drllm.models.routing.injection import Driver, Forward, LayerCall

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from drllm.errors import RoutingError
-from drllm.models.base.batching import group_by_length
+from drllm.model.batching import group_by_length
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.crossings import Crossings
 from drllm.models.routing.policies import Policy, find_shared_plan

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2MoeConfig
 
 from drllm.errors import ArchitectureError
-from drllm.models.base.layers import find_layers
+from drllm.model.layers import find_layers
 from drllm.models.path_config import check_layers, reorder_config
 
 

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from drllm.errors import ArchitectureError, ConfigError, PathError, RecordError, RoutingError
+from drllm.model.load import BaseModel
 from drllm.models import export
-from drllm.models.base.load import BaseModel
 from drllm.models.export import export_path
 from drllm.models.families import IN_SUITE
 from drllm.models.routed_model import RoutedModel

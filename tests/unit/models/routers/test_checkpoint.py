@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from drllm.errors import CheckpointError, ConfigError, ModelError, RoutingError
-from drllm.models.base.identity import fingerprint
+from drllm.model.identity import fingerprint
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routers.card import write_card
 from drllm.models.routers.checkpoint import (

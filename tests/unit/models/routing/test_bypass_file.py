@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from drllm.errors import CheckpointError
-from drllm.models.base.identity import describe
+from drllm.model.identity import describe
 from drllm.models.routed_model import attach
 from drllm.models.routing.bypass import Bypass
 from drllm.models.routing.bypass_file import (

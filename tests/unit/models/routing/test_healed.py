@@ -23,8 +23,8 @@ from drllm.errors import (
     RoutingError,
 )
 from drllm.evaluation.flops import ModelShape, prompt_flops
-from drllm.models.base.layers import parse_layer
-from drllm.models.base.load import BaseModel, load
+from drllm.model.layers import parse_layer
+from drllm.model.load import BaseModel, load
 from drllm.models.export import MERGED_TOLERANCE, export_path
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.adapters import AdapterWeights

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from drllm.errors import ArchitectureError
-from drllm.models.base.layers import find_layers
+from drllm.model.layers import find_layers
 from drllm.models.families import IN_SUITE
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.policies import FixedPolicy

@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache
 
 from drllm.errors import ArchitectureError
-from drllm.models.base.layers import (
+from drllm.model.layers import (
     evaluation_mode,
     find_layers,
     one_token,

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from drllm.errors import ModelError
-from drllm.models.base import batching as passes
-from drllm.models.base.batching import MAX_PATHS, MemoryBatcher, PathSize, is_out_of_memory
+from drllm.model import batching as passes
+from drllm.model.batching import MAX_PATHS, MemoryBatcher, PathSize, is_out_of_memory
 from drllm.models.scoring.prefix_cache import PrefixCache
 
 PRICE = PathSize(num_tokens=10, num_logits=10)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from drllm.errors import ModelError
-from drllm.models.base.layers import find_layers, unwrap_peft
+from drllm.model.layers import find_layers, unwrap_peft
 from drllm.records.identity import QUANTISED
 
 FINGERPRINT_VALUES = 2**20  # values to read from each tensor, enough to tell fine-tunes apart

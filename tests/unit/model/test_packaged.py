@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from drllm.errors import ConfigError, ModelError
-from drllm.models.base import packaged as packaged_models
-from drllm.models.base.smollm2 import SmolLM2
+from drllm.model import packaged as packaged_models
+from drllm.model.smollm2 import SmolLM2
 from drllm.records.codec import sha256
 from gguf_files import write_smollm2
 
@@ -47,7 +47,7 @@ def test_a_second_call_needs_no_source_and_writes_nothing(tiny, tmp_path):
 CHILD = """
 import sys, time
 from pathlib import Path
-from drllm.models.base.smollm2 import SmolLM2
+from drllm.model.smollm2 import SmolLM2
 
 source, file_hash, target, stop, barrier = sys.argv[1:]
 packaged = SmolLM2()

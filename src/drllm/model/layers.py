@@ -24,7 +24,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.pytorch_utils import Conv1D
 
 from drllm.errors import ArchitectureError
-from drllm.models.base.prompts import context_length
+from drllm.model.prompts import context_length
 
 NOT_KV = tuple(
     getattr(cache_utils, name)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from drllm.models.base.packaged import (
+from drllm.model.packaged import (
     CONTROL_TOKEN,
     PackagedModel,
     ReadField,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from drllm.models.base.packaged import (
+from drllm.model.packaged import (
     CONTROL_TOKEN,
     PackagedModel,
     ReadField,

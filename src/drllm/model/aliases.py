@@ -1,8 +1,8 @@
 """The names that drllm itself gives to models."""
 
-from drllm.models.base.gemma3 import Gemma3
-from drllm.models.base.packaged import PackagedModel
-from drllm.models.base.smollm2 import SmolLM2
+from drllm.model.gemma3 import Gemma3
+from drllm.model.packaged import PackagedModel
+from drllm.model.smollm2 import SmolLM2
 
 SMOLLM2 = SmolLM2()
 GEMMA3 = Gemma3()

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from drllm.errors import ArchitectureError
-from drllm.models.base.down_projections import find_down_projections
-from drllm.models.base.layers import find_layers
+from drllm.model.down_projections import find_down_projections
+from drllm.model.layers import find_layers
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.injection import Driver
 

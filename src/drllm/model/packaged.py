@@ -282,7 +282,7 @@ def _read_weights(source: Path, config: dict[str, Any]) -> dict[str, Tensor]:
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    from drllm.models.base import hub
+    from drllm.model import hub
 
     # transformers shows a progress bar that no setting turns off.
     with hub.quiet(), redirect_stderr(io.StringIO()):

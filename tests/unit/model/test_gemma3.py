@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from drllm.errors import ModelError
-from drllm.models.base.gemma3 import Gemma3
-from drllm.models.base.load import load
+from drllm.model.gemma3 import Gemma3
+from drllm.model.load import load
 from drllm.records.codec import sha256
 from gguf_files import GEMMA3_TOKENS, GEMMA3_TYPES, NORMAL, gemma3_scores, write_gemma3
 

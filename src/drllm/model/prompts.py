@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from drllm.errors import ConfigError
-from drllm.models.base.devices import on_device
+from drllm.model.devices import on_device
 
 Prompt: TypeAlias = str | Sequence[Mapping[str, Any]]
 """A text, or the messages of a conversation so far, each with `role` and `content`."""

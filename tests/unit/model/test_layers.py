@@ -7,7 +7,7 @@ from torch import nn
 from transformers import BertConfig, BertLMHeadModel, T5Config, T5ForConditionalGeneration
 
 from drllm.errors import ArchitectureError
-from drllm.models.base.layers import can_pack, can_split, check_loop, find_layers
+from drllm.model.layers import can_pack, can_split, check_loop, find_layers
 from drllm.models.routed_model import RoutedModel
 
 SMALL = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 64}

@@ -20,11 +20,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from drllm.config import ModelConfig
 from drllm.config.fields import list_kinds
 from drllm.errors import ConfigError, ModelError, unknown_name
-from drllm.models.base import hub
-from drllm.models.base.aliases import ALIASES
-from drllm.models.base.identity import describe
-from drllm.models.base.layers import unwrap_peft
-from drllm.models.base.places import check_alias_settings, locate
+from drllm.model import hub
+from drllm.model.aliases import ALIASES
+from drllm.model.identity import describe
+from drllm.model.layers import unwrap_peft
+from drllm.model.places import check_alias_settings, locate
 from drllm.records.identity import BYPASS
 from drllm.work.listener import logger
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from drllm.errors import ArchitectureError
-from drllm.models.base.layers import find_layers, find_linear_maps
-from drllm.models.base.sublayers import find_sublayers
+from drllm.model.layers import find_layers, find_linear_maps
+from drllm.model.sublayers import find_sublayers
 from drllm.models.families import FAMILIES, REFUSED
 from drllm.models.routed_model import RoutedModel
 from slow_way import NOT_TOLD_APART, biased_model

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from drllm.errors import ModelError
-from drllm.models.base.smollm2 import SmolLM2
+from drllm.model.smollm2 import SmolLM2
 from drllm.records.codec import sha256
 from gguf_files import write_smollm2
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from drllm.config import ModelConfig
 from drllm.errors import ConfigError, ModelError, RecordError
-from drllm.models.base.aliases import ALIASES
+from drllm.model.aliases import ALIASES
 from drllm.records.codec import read_json
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -48,7 +48,7 @@ def check_model(config: ModelConfig) -> None:
 
 def _look_up(name: str, revision: str | None) -> None:
     """Refuse a hub id that doesn't exist."""
-    from drllm.models.base import hub  # imported here, since few commands need it
+    from drllm.model import hub  # imported here, since few commands need it
 
     hub.check_model(name, revision, advice=_advise(name))
 
@@ -93,7 +93,7 @@ def _find_config(config: ModelConfig) -> Path | None:
         return place / "config.json"
     if not _may_be_hub_id(name):
         return None
-    from drllm.models.base import hub  # imported here, as in `_look_up`
+    from drllm.model import hub  # imported here, as in `_look_up`
 
     return hub.find_cached_config(name, config.revision)
 
@@ -133,7 +133,7 @@ def locate(config: ModelConfig, options: Mapping[str, Any]) -> tuple[str, str | 
     if place.is_file():
         raise ModelError(f"{name} is a file; give the folder that holds config.json and weights")
 
-    from drllm.models.base import hub  # imported here, as in `_look_up`
+    from drllm.model import hub  # imported here, as in `_look_up`
 
     advice = _advise(name)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):

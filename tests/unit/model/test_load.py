@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from drllm.errors import ConfigError, ModelError
-from drllm.models.base import load as loading
-from drllm.models.base.aliases import SMOLLM2
-from drllm.models.base.identity import fingerprint
-from drllm.models.base.packaged import CACHE_VARIABLE, cache_folder
+from drllm.model import load as loading
+from drllm.model.aliases import SMOLLM2
+from drllm.model.identity import fingerprint
+from drllm.model.packaged import CACHE_VARIABLE, cache_folder
 from drllm.models.routed_model import unrouted
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

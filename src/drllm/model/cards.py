@@ -8,7 +8,7 @@ import jinja2
 from huggingface_hub import CardData, ModelCard, ModelCardData
 
 from drllm.errors import printable
-from drllm.models.base.aliases import ALIASES
+from drllm.model.aliases import ALIASES
 from drllm.records.markdown import escape
 
 CARD_FILE = "README.md"

@@ -3,7 +3,7 @@
 import pytest
 from huggingface_hub import ModelCard, ModelCardData
 
-from drllm.models.base.cards import render_card
+from drllm.model.cards import render_card
 
 
 @pytest.fixture

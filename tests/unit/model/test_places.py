@@ -5,7 +5,7 @@ import json
 import pytest
 
 from drllm.config import ModelConfig
-from drllm.models.base.places import read_num_layers
+from drllm.model.places import read_num_layers
 
 
 @pytest.mark.parametrize(

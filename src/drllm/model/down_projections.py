@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from drllm.errors import ArchitectureError
-from drllm.models.base.layers import (
+from drllm.model.layers import (
     MAP_ROWS,
     MAP_TOKENS,
     find_layers,
@@ -31,7 +31,7 @@ from drllm.models.base.layers import (
     run_batch,
     unwrap_peft,
 )
-from drllm.models.base.sublayers import (
+from drllm.model.sublayers import (
     Sublayers,
     find_sublayers,
     first_argument,

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from drllm.models.base.prompts import PLACE, PromptForm, infer_form, render
+from drllm.model.prompts import PLACE, PromptForm, infer_form, render
 
 TURNS = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 LLAMA = """{%- if not date_string is defined %}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from drllm.errors import ModelError
-from drllm.models.base.identity import describe, describe_adapters, fingerprint
+from drllm.model.identity import describe, describe_adapters, fingerprint
 
 pytestmark = [
     # PEFT asks transformers by a name that the newest versions call old.
