@@ -79,7 +79,7 @@ def pytest_unconfigure() -> None:
 
 MODEL_FIXTURES = {"smollm2", "tiny_llama", "tiny_model", "model_folder", "tiny_tokenizer"}
 MODEL_FOLDERS = (
-    "tests/unit/models",
+    "tests/unit/model",  # and models
     "tests/parity",
     "tests/e2e",
     "tests/versions",

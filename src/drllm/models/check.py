@@ -26,9 +26,9 @@ from drllm.errors import ArchitectureError, RoutingError, unknown_name
 from drllm.model.down_projections import find_down_projections
 from drllm.model.hub import quiet
 from drllm.model.layers import find_layers
+from drllm.model.path_config import reorder_lists
 from drllm.model.prompts import pad_left
 from drllm.models.families import COMMON, FAMILIES
-from drllm.models.path_config import reorder_lists
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.generate import end_tokens
 from drllm.models.routing.refits import check_module

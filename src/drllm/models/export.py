@@ -24,9 +24,9 @@ from drllm.model import hub
 from drllm.model.cards import CARD_FILE, describe_alias, name_base_model, render_card
 from drllm.model.layers import find_layers
 from drllm.model.load import BaseModel
+from drllm.model.older_names import add_names_of_transformers_4
+from drllm.model.path_config import check_layers, reorder_config
 from drllm.model.prompts import context_length
-from drllm.models.older_names import add_names_of_transformers_4
-from drllm.models.path_config import check_layers, reorder_config
 from drllm.models.routing.core import Routing
 from drllm.models.routing.healed import install_path
 from drllm.models.routing.lora import find_layers_name

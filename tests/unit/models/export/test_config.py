@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Moe
 
 from drllm.errors import ArchitectureError
 from drllm.model.layers import find_layers
-from drllm.models.path_config import check_layers, reorder_config
+from drllm.model.path_config import check_layers, reorder_config
 
 
 def test_lists_of_one_value_per_layer_follow_the_path_in_a_copy(tiny_model):

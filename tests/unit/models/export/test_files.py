@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from drllm.models.export import model_card
-from drllm.models.older_names import add_names_of_transformers_4
+from drllm.model.older_names import add_names_of_transformers_4
 from drllm.paths import StaticPath
 from drllm.records.static_paths import load_path
 from paths_json import written_paths

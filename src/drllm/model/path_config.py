@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from drllm.errors import ArchitectureError
-from drllm.models.older_names import add_older_names
+from drllm.model.older_names import add_older_names
 
 PLAIN_TYPES = (bool, int, float, str, type(None), torch.dtype)
 """Types of the attributes by which two layers are compared."""
