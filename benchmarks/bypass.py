@@ -46,8 +46,8 @@ from drllm.models.routing.crossings import Crossings
 from drllm.models.scoring.score import Request
 from drllm.paths import Decisions, StaticPath, to_path
 from drllm.records.codec import hash_values
-from drllm.tuning.bypass_solver import BypassSolver, join_solutions
-from drllm.tuning.heal_texts import Tokens, choose_calibration_texts
+from drllm.shorten.bypass import join_maps, solve_bypass
+from drllm.tasks.texts import Tokens, choose_calibration_texts
 from drllm.tuning.objectives import LOSS
 from drllm.tuning.path_scorer import Item, score_paths
 from drllm.tuning.stand_in import fit_stand_in
@@ -130,12 +130,11 @@ def fit(base: BaseModel, texts: Sequence[Tokens], rank: int, clock: Any) -> tupl
     routed = RoutedModel(base.model, tokenizer=base.tokenizer)
     try:
         started = clock()
-        solver = BypassSolver(routed, texts, rank)
-        solutions = [solution for group in solver.groups for solution in solver.solve(group)]
+        maps, _ = solve_bypass(routed, texts, rank)
         seconds = clock() - started
     finally:
         routed.detach()
-    return join_solutions(solutions, base.identity), seconds
+    return join_maps(maps, base.identity), seconds
 
 
 def time_share(base: BaseModel, bypass: Bypass, clock: Any) -> float:

@@ -32,8 +32,8 @@ from drllm.config import HealConfig
 from drllm.model.load import BaseModel
 from drllm.models.routed_model import RoutedModel
 from drllm.paths import StaticPath
+from drllm.tasks.texts import Tokens
 from drllm.tuning.distillation import Distillation, choose_low_precision
-from drllm.tuning.heal_texts import Tokens
 
 QUICK = {"batches": 2, "repeats": 1}
 WHOLE = {"batches": 4, "repeats": 3}

@@ -27,7 +27,7 @@ from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.batch_generation import generate_many
 from drllm.records.codec import write_atomically
 from drllm.tasks.registry import get_task
-from drllm.tuning.heal_texts import BUILTIN_TEXTS_FILE
+from drllm.tasks.texts import BUILTIN_TEXTS_FILE
 
 NUM_TOKENS = 16_000  # of the texts that are sampled freely
 NUM_QUESTIONS = 60  # that are answered in the chat

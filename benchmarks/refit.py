@@ -32,7 +32,7 @@ from drllm.model.prompts import encode
 from drllm.models.routed_model import RoutedModel
 from drllm.paths import StaticPath
 from drllm.tasks.registry import get_tasks
-from drllm.tuning.heal_texts import Tokens
+from drllm.tasks.texts import Tokens
 from drllm.tuning.layer_states import GapTokens, LayerRunner, Stream, make_batches
 from drllm.tuning.refit import RefittedGap, check_path, find_projections, refit
 from drllm.tuning.ridge import TokenSums

@@ -43,7 +43,7 @@ from drllm.paths import StaticPath
 from drllm.records.codec import hash_values
 from drllm.records.static_paths import load_path
 from drllm.reporting import drawing
-from drllm.tuning.heal_texts import choose_calibration_texts
+from drllm.tasks.texts import choose_calibration_texts
 from drllm.tuning.objectives import LOSS
 from drllm.tuning.path_scorer import Item, score_paths
 from drllm.tuning.refit import join_weights, refit

@@ -43,9 +43,9 @@ from drllm.paths import StaticPath
 from drllm.records.codec import hash_values
 from drllm.records.static_paths import TEST
 from drllm.tasks.examples import choose
+from drllm.tasks.texts import Tokens
 from drllm.tuning.calibration import choose_texts, read_calibration
 from drllm.tuning.data_splits import split_tasks
-from drllm.tuning.heal_texts import Tokens
 from drllm.tuning.heal_tokens import tokenize_source
 from drllm.tuning.objectives import LOSS, make_prompt
 from drllm.tuning.path_scorer import Item, make_text_items, score_paths

@@ -13,11 +13,10 @@ from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.bypass import Bypass
 from drllm.models.routing.injection import Driver, LayerCall
 from drllm.paths import Decisions
-from drllm.tuning.bypass_solver import LayerSums, join_solutions, solve_layer
-from drllm.tuning.heal_texts import Tokens
-from drllm.tuning.layer_states import StatesBatch, make_batches
-from drllm.tuning.refit import split_for_ridge
-from drllm.tuning.refit_memory import high_precision
+from drllm.shorten.bypass import LayerSums, join_maps, solve_layer
+from drllm.shorten.repairs.refit import split_for_ridge
+from drllm.shorten.states import TextBatch, in_float32, make_batches
+from drllm.tasks.texts import Tokens
 
 ROUTES_PER_BATCH = 2
 MOST_SKIPS = 5
@@ -32,7 +31,7 @@ def draw_route(draw: random.Random, num_layers: int, num_skips: int) -> Decision
 class _FullPath(Driver):
     """Runs all layers, keeps what each returns, and adds it to the sums."""
 
-    def __init__(self, batch: StatesBatch, sums: Sequence[LayerSums]) -> None:
+    def __init__(self, batch: TextBatch, sums: Sequence[LayerSums]) -> None:
         self.batch = batch
         self.sums = sums
         self.outputs: list[Tensor] = []  # of real tokens, [L][n, D]
@@ -94,16 +93,18 @@ def fit_on_routes(
     draw = random.Random(seed)
     try:
         sums_by_part = []
-        with torch.no_grad(), high_precision(routed):
+        with torch.no_grad(), in_float32(routed.model):
             for part in split_for_ridge(texts):
                 sums = [LayerSums(start.hidden_size) for _ in range(routed.num_layers)]
                 _run_routes(routed, part, start, sums, draw)
                 sums_by_part.append(sums)
     finally:
         routed.detach()
-    rank = min(rank, start.hidden_size)
-    pairs = zip(*sums_by_part, strict=True)
-    return join_solutions([solve_layer(fit, held_out, rank) for fit, held_out in pairs], {})
+    maps = []
+    for fit, held_out in zip(*sums_by_part, strict=True):
+        layer_map, _ = solve_layer(fit, held_out, rank)
+        maps.append(layer_map)
+    return join_maps(maps, {})
 
 
 def _run_routes(

@@ -5,10 +5,9 @@ from __future__ import annotations
 import random
 
 from common.compare import SEED
-from drllm.config import HealConfig
 from drllm.model.load import BaseModel
 from drllm.model.prompts import encode
-from drllm.tuning.heal_texts import Tokens, read_sources
+from drllm.tasks.texts import Tokens, read_texts
 
 Kinds = dict[str, list[Tokens]]
 """The texts of each kind, by the name of its file."""
@@ -33,9 +32,9 @@ def read_kinds(files: str | None, base: BaseModel, max_tokens: int) -> Kinds:
     if not files:
         return {}
     kinds: Kinds = {}
-    for source in read_sources(HealConfig(text=files)):
-        texts = [tuple(encode(base.tokenizer, text))[:max_tokens] for text in source.texts]
+    for name, source_texts in read_texts(files, None, SEED).items():
+        texts = [tuple(encode(base.tokenizer, text))[:max_tokens] for text in source_texts]
         unique = [text for text in dict.fromkeys(texts) if len(text) > 1]
         random.Random(SEED).shuffle(unique)
-        kinds[source.name] = unique
+        kinds[name] = unique
     return kinds

@@ -23,7 +23,7 @@ _MODULES = {
     "evaluate": "drllm.evaluation.stage",
     "EvaluateConfig": "drllm.config",
     "Export": "drllm.models.export",
-    "fit_bypass": "drllm.tuning.fit_bypass",
+    "fit_bypass": "drllm.shorten.bypass",
     "FixedPolicy": "drllm.models.routing.policies",
     "FullPolicy": "drllm.models.routing.policies",
     "GeneratedAnswer": "drllm.models.routing.batch_generation",

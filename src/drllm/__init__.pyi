@@ -56,12 +56,12 @@ from drllm.records.static_paths import StaticPaths as StaticPaths
 from drllm.records.static_paths import load_path as load_path
 from drllm.reporting.stage import report as report
 from drllm.search.run import search_paths as search_paths
+from drllm.shorten.bypass import fit_bypass as fit_bypass
 from drllm.supervision.select import Supervision as Supervision
 from drllm.supervision.select import supervise as supervise
 from drllm.tasks.base import Task as Task
 from drllm.tasks.registry import get_task as get_task
 from drllm.training.stage import train as train
-from drllm.tuning.fit_bypass import fit_bypass as fit_bypass
 from drllm.tuning.heal import heal as heal
 from drllm.tuning.run import tune as tune
 from drllm.work.listener import Listener as Listener

@@ -20,7 +20,6 @@ from drllm.pipeline.shrink import ShrinkTimes
 from drllm.records.codec import read_json
 from drllm.records.healed import HealPoint
 from drllm.records.search import FailedQuestion
-from drllm.tuning.fit_bypass import SolvedLayer
 from drllm.tuning.heal_checks import LossesBefore, TextLosses
 from drllm.tuning.heal_repair import SolvedGap
 from drllm.tuning.heal_training import TrainingState
@@ -46,7 +45,6 @@ RESULTS: dict[str, Any] = {
     "a solved gap": SolvedGap(
         map="1.mlp", ridge=0.1, unexplained=0.5, seconds=1.0, weights=KeptTensors.pack(TENSORS)
     ),
-    "a solved layer": SolvedLayer(unexplained=0.5, weights=KeptTensors.pack(TENSORS)),
     "a training": TrainingState(
         step=3, tokens=50, seconds=2.5, curve=[POINT], tensors=KeptTensors.pack(TENSORS)
     ),

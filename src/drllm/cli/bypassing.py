@@ -12,7 +12,6 @@ from drllm.cli.terminal import LOADING, Terminal
 from drllm.cli.verbs import Flag, verb
 from drllm.config import BypassConfig, ModelConfig
 from drllm.records.places import check_folder
-from drllm.tuning.heal_texts import read_bypass_sources
 
 
 @verb(
@@ -29,7 +28,6 @@ from drllm.tuning.heal_texts import read_bypass_sources
             alias="output",
         ),
     ),
-    resumes=True,
 )
 def bypass_verb(command: CommandLine, terminal: Terminal) -> None:
     """Fit linear maps that run in place of skipped layers."""
@@ -38,14 +36,12 @@ def bypass_verb(command: CommandLine, terminal: Terminal) -> None:
 
     check_model(command)
     check_folder(output, "--output-dir")
-    with terminal.busy("reading the questions and texts"):
-        texts = read_bypass_sources(config)
     with terminal.busy(LOADING):
         from drllm.models.routing.bypass_file import BYPASS_FILE, load_bypass_with_record
-        from drllm.tuning.fit_bypass import fit_bypass
+        from drllm.shorten.bypass import fit_bypass
 
     model = command.get_settings(ModelConfig)
-    fit_bypass(model, texts, config=config, output_dir=output, listener=terminal)
+    fit_bypass(model, config=config, output_dir=output, listener=terminal)
 
     bypass, record = load_bypass_with_record(output / BYPASS_FILE)
     explained = 1 - fmean(record.unexplained)

@@ -15,15 +15,16 @@ class BypassConfig(Settings):
         basic=True,
         placeholder="TASKS",
         alias="dataset",
-        help="tasks, separated by commas, whose search questions with the right answers are texts "
-        "to fit on",
+        help="tasks, separated by commas, whose questions (splits search and fit) with the right "
+        "answers are texts to fit on",
     )
     text: str | None = incidental(
         None,
         basic=True,
         placeholder="FILE,...",
-        help="more texts to fit on, as for heal --text; mix the kinds of text that the model is "
-        "used for",
+        help="more texts to fit on: files of rows with a field 'text', .txt files with a text per "
+        "paragraph, hub data sets OWNER/NAME[:CONFIG[:SPLIT]], or 'builtin_texts'; mix the kinds "
+        "of text that the model is used for",
     )
     data_dir: str | None = incidental(None, help=DATA_DIR_HELP)
     trust_task_code: bool = incidental(False, help=TRUST_HELP)

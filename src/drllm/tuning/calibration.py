@@ -11,16 +11,14 @@ from dataclasses import replace
 from drllm.config import HealConfig, TuneConfig
 from drllm.errors import TaskError
 from drllm.records.static_paths import FIT
+from drllm.tasks.texts import Tokens, choose_calibration_texts, list_text_warnings
 from drllm.tuning.data_splits import TaskSplits
 from drllm.tuning.heal_texts import (
     MIN_TEXTS,
     TextArgument,
     TextSource,
-    Tokens,
-    choose_calibration_texts,
     cut_texts,
     find_sources,
-    list_text_warnings,
     read_sources,
 )
 

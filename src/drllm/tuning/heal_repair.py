@@ -22,12 +22,8 @@ from drllm.models.routed_model import RoutedModel
 from drllm.paths import Gap, StaticPath
 from drllm.records.healed import GapRecord, RefitRecord
 from drllm.statistics.ranges import Amount
-from drllm.tuning.heal_texts import (
-    MIN_TEXTS,
-    Tokens,
-    choose_calibration_texts,
-    list_text_warnings,
-)
+from drllm.tasks.texts import Tokens, choose_calibration_texts, list_text_warnings
+from drllm.tuning.heal_texts import MIN_TEXTS
 from drllm.tuning.kept_tensors import KeptTensors
 from drllm.tuning.refit import (
     RefittedGap,

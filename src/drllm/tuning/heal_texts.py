@@ -7,36 +7,23 @@ module doesn't import torch.
 
 import hashlib
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
-from random import Random
 from typing import NamedTuple, TypeAlias
 
-from drllm.config import BypassConfig, HealConfig, TuneConfig
+from drllm.config import HealConfig, TuneConfig
 from drllm.config.fields import LARGEST_INT
 from drllm.errors import ConfigError, TaskError
-from drllm.records.codec import hash_values, read_text
+from drllm.records.codec import hash_values
 from drllm.records.static_paths import FIT
-from drllm.tasks.examples import FILE_ENDINGS, Prompt, choose
-from drllm.tasks.row_files import READERS, describe_place, read_rows
-from drllm.tasks.rows import HUB_ROWS, HUB_SET, read_hub_set
+from drllm.tasks.examples import Prompt, choose
+from drllm.tasks.texts import Tokens as Tokens
+from drllm.tasks.texts import read_texts
 from drllm.tuning.data_splits import TasksArgument, TaskSplits, split_tasks
 from drllm.tuning.objectives import choose_objective, make_prompt
 
-Tokens: TypeAlias = tuple[int, ...]
-
 MIN_TEXTS = 2  # to refit on: one to fit, and one to choose λ
-FEW_TOKENS = 20_000  # with fewer tokens to refit on, there is a warning
-BUILTIN_TEXTS = "builtin_texts"  # the texts that come with drllm
-BUILTIN_TEXTS_FILE = Path(__file__).parent / "data" / "builtin_texts.jsonl.gz"
-"""The texts that `BUILTIN_TEXTS` names.
-
-SmolLM2-135M-Instruct (Apache-2.0) wrote them; `benchmarks/make_builtin_texts.py` makes the file.
-"""
-TEXT_FILE_NAMES = (*FILE_ENDINGS, ".txt")  # how the names of files of texts end
 LEAST_PER_HELD_OUT = 5
 """A source has at least this many texts for each text that is held out. But one text of each source
 is always held out."""
@@ -120,7 +107,8 @@ def read_sources(
     )
     sources = [_make_task_source(splits) for splits in split_tasks(tune_config, tasks or [])]
     if isinstance(texts, str):
-        sources += _read_text_sources(texts, config)
+        for name, source_texts in read_texts(texts, config.limit, config.seed).items():
+            sources.append(TextSource(name=name, texts=source_texts))
     elif texts:
         strings = [text for text in texts if not isinstance(text, TextSource)]
         sources.append(TextSource(name="texts", texts=choose(strings, limit, config.seed)))
@@ -131,21 +119,6 @@ def read_sources(
         )
     _refuse_same_name([source.name for source in sources])
     return sources
-
-
-def read_bypass_sources(
-    config: BypassConfig, tasks: TasksArgument = None, texts: TextArgument = None
-) -> list[TextSource]:
-    """Read the tasks and texts to fit a bypass on; otherwise as `read_sources`."""
-    heal_config = HealConfig(
-        tasks=config.tasks,
-        text=config.text,
-        data_dir=config.data_dir,
-        trust_task_code=config.trust_task_code,
-        limit=config.limit,
-        seed=config.seed,
-    )
-    return read_sources(heal_config, tasks, texts)
 
 
 def find_sources(texts: TextArgument) -> list[TextSource]:
@@ -177,44 +150,6 @@ def _make_task_source(splits: TaskSplits) -> TextSource:
     )
 
 
-def _read_text_sources(names: str, config: HealConfig) -> list[TextSource]:
-    """Read files of texts and data sets of the hub, from a comma-separated list of names."""
-    words = [word.strip() for word in names.split(",")]
-    sources = []
-    for word in dict.fromkeys(words):
-        if not word:
-            continue
-        file = Path(word).expanduser()
-        if word == BUILTIN_TEXTS:
-            file = BUILTIN_TEXTS_FILE
-        is_file = file.is_file() or word.endswith(TEXT_FILE_NAMES)
-        if HUB_SET.fullmatch(word) and not is_file:
-            name = word.partition("/")[2]  # of OWNER/NAME
-            texts = _read_hub_texts(word, config.limit or HUB_ROWS)
-        else:
-            name = file.name.partition(".")[0]
-            texts = _read_file(file)
-        sources.append(TextSource(name=name, texts=choose(texts, config.limit, config.seed)))
-    return sources
-
-
-def _read_hub_texts(name: str, limit: int) -> list[str]:
-    """Read the first texts of a data set of the hub, at most `limit`; leave out blank texts."""
-    texts: list[str] = []
-    for row in read_hub_set(name, "--text"):
-        text = row.get("text")
-        if not isinstance(text, str):
-            raise TaskError(
-                f"--text {name} has no texts in a column 'text'; its columns are {list(row)}; give "
-                f"another set, or a file of texts"
-            )
-        if text.strip():
-            texts.append(text)
-        if len(texts) == limit:
-            break
-    return texts
-
-
 def digest_sources(sources: Sequence[TextSource]) -> str:
     """Return the digest by which a run recognises its sources.
 
@@ -226,32 +161,6 @@ def digest_sources(sources: Sequence[TextSource]) -> str:
         values = [f"{field.name}={getattr(source, field.name)!r}" for field in fields(source)]
         texts.append(f"Source({', '.join(values)})")
     return hashlib.sha256(f"[{', '.join(texts)}]".encode()).hexdigest()
-
-
-def _read_file(file: Path) -> list[str]:
-    """Read the texts of a file: the paragraphs of a .txt file, or the fields `text` of rows."""
-    if not file.name.endswith(TEXT_FILE_NAMES):
-        endings = ", ".join((*READERS, ".txt"))
-        raise ConfigError(
-            f"--text: the name of {file} ends in none of {endings}; give a file of this kind, or a "
-            f"data set of the hub as OWNER/NAME[:CONFIG[:SPLIT]]"
-        )
-    if not file.exists():
-        raise ConfigError(
-            f"--text: {file} doesn't exist; give a file of texts, a data set of the hub as "
-            f"OWNER/NAME[:CONFIG[:SPLIT]], or {BUILTIN_TEXTS}"
-        )
-    if file.suffix == ".txt":
-        paragraphs = re.split(r"\n\s*\n", read_text(file))
-        return [paragraph for paragraph in paragraphs if paragraph.strip()]
-    texts = []
-    for line, row in read_rows(file):
-        text = row.get("text")
-        if not isinstance(text, str) or not text.strip():
-            place = describe_place(file, line)
-            raise TaskError(f"{place}: 'text' is {text!r}; give a text in every row")
-        texts.append(text)
-    return texts
 
 
 class SplitTexts(NamedTuple):
@@ -317,14 +226,6 @@ def _cut_text(text: Tokens, size: int) -> list[TextPart]:
     return parts
 
 
-def shorten(sequence: Tokens, size: int) -> Tokens:
-    """Return the first `size` tokens of a sequence; a part of a text is still one."""
-    tokens = sequence[:size]
-    if isinstance(sequence, TextPart):
-        return TextPart(tokens, sequence.text_sha256)
-    return tokens
-
-
 def identify_text(sequence: Tokens) -> Tokens | str:
     """Return what a sequence's text is known by: its tokens, or the hash of a text that was cut."""
     return sequence.text_sha256 if isinstance(sequence, TextPart) else sequence
@@ -340,57 +241,3 @@ def group_by_text(sequences: Sequence[Tokens]) -> list[list[Tokens]]:
         else:
             groups.append([sequence])
     return groups + list(parts.values())
-
-
-def choose_calibration_texts(
-    by_source: Mapping[str, Sequence[Tokens]], num_tokens: int, seed: int
-) -> dict[str, list[Tokens]]:
-    """Choose sequences to refit on, with as many tokens of each source as possible.
-
-    A source with fewer tokens than its share leaves the rest to the others. The last sequence is
-    cut, so that there are exactly `num_tokens` tokens if the sources have as many.
-
-    Args:
-        by_source: Name of a source → its sequences to train on.
-        num_tokens: Maximum number of tokens.
-        seed: Seed of the draw.
-    """
-    random = Random(seed)
-    remaining: dict[str, list[Tokens]] = {}
-    for name, sequences in by_source.items():
-        remaining[name] = random.sample(sequences, k=len(sequences))
-    chosen: dict[str, list[Tokens]] = {name: [] for name in by_source}
-    counts = dict.fromkeys(by_source, 0)
-    num_left = num_tokens
-    while num_left > 1 and any(remaining.values()):
-        names = [name for name in remaining if remaining[name]]
-        name = min(names, key=counts.__getitem__)
-        sequence = shorten(remaining[name].pop(), num_left)
-        chosen[name].append(sequence)
-        counts[name] += len(sequence)
-        num_left -= len(sequence)
-    return {name: sequences for name, sequences in chosen.items() if sequences}
-
-
-def list_text_warnings(names: Sequence[str], num_tokens: int, what: str = "refit") -> list[str]:
-    """Return warnings: that the texts are all of one kind, or that they are few.
-
-    Args:
-        names: The names of the sources.
-        num_tokens: How many tokens they have.
-        what: What they are for: a refit, or a bypass.
-    """
-    warnings = []
-    if len(names) == 1:
-        warnings.append(
-            f"all texts of the {what} are of one kind ({names[0]}), so the model may get worse on "
-            f"other text (a refit of SmolLM2-135M on GSM8K alone lost 0.11 nats a token, averaged "
-            f"over four kinds); add other texts with --text"
-        )
-    if num_tokens < FEW_TOKENS:
-        warnings.append(
-            f"{num_tokens:,} tokens are few for a {what} (a refit of SmolLM2-135M lost 0.07 nats "
-            f"a token more with 5,000 than with 45,000); give more texts, {FEW_TOKENS:,} tokens or "
-            f"more"
-        )
-    return warnings

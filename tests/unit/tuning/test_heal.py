@@ -28,6 +28,7 @@ from drllm.paths import StaticPath
 from drllm.records.healed import HEALED_FILE, read_healed
 from drllm.records.static_paths import load_path
 from drllm.tasks.registry import get_task
+from drllm.tasks.texts import choose_calibration_texts
 from drllm.tuning import distillation, heal_checks
 from drllm.tuning import heal as healing
 from drllm.tuning import refit as refit_module
@@ -37,7 +38,6 @@ from drllm.tuning.heal_checks import LossesBefore
 from drllm.tuning.heal_repair import choose_path_repair
 from drllm.tuning.heal_texts import (
     TextSource,
-    choose_calibration_texts,
     digest_sources,
     read_sources,
     split_texts,
@@ -535,24 +535,6 @@ def test_texts_that_are_too_few_for_a_refit_are_trained_on_alone(routed):
     assert "needs 2 texts" in notes.find("LoRA is trained alone")
     with pytest.raises(TaskError, match="at least 2 texts"):
         repaired(routed, tasks=[], texts=texts, repair="refit")
-
-
-def test_calibration_texts_are_drawn_evenly_up_to_the_number_of_tokens():
-    texts = {
-        "many": [(number,) * 10 for number in range(100)],
-        "few": [(1000 + number,) * 7 for number in range(3)],
-        "long": [(2000 + number,) * 50 for number in range(100)],
-    }
-    chosen = choose_calibration_texts(texts, 400, seed=0)
-    counts = {name: sum(map(len, sequences)) for name, sequences in chosen.items()}
-    assert sum(counts.values()) == 400
-    assert counts["few"] == 21  # all there is
-    assert abs(counts["many"] - counts["long"]) <= 50
-    assert choose_calibration_texts(texts, 400, seed=0) == chosen
-    assert choose_calibration_texts(texts, 400, seed=1) != chosen
-    assert choose_calibration_texts(texts, 5, seed=0).keys() <= texts.keys()
-    everything = choose_calibration_texts(texts, 10**6, seed=0)
-    assert {name: sorted(sequences) for name, sequences in everything.items()} == texts
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,9 @@ from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.injection import LayerCall
 from drllm.paths import StaticPath
 from drllm.records.codec import hash_values
+from drllm.tasks.texts import choose_calibration_texts
 from drllm.tuning.calibration import choose_texts
-from drllm.tuning.heal_texts import choose_calibration_texts, cut_texts, split_texts
+from drllm.tuning.heal_texts import cut_texts, split_texts
 from drllm.tuning.layer_states import make_batches
 from drllm.tuning.refit import find_projections, refit, split_for_ridge
 from drllm.tuning.refit_memory import HELD_OUT, count_gap_bytes, estimate_bytes, read_size

@@ -5,7 +5,7 @@ Without a bypass a skipped layer leaves the state as it is. With one, the state 
     h + Q P n(h) + b,    n(h) = h / rms(h)
 
 with P `[r, D]`, Q `[D, r]` and b `[D]` of the layer. The first real token of a text becomes h + c
-instead, since its state may be 100 times as large as others. `tuning.fit_bypass` fits the maps.
+instead, since its state may be 100 times as large as others. `shorten.bypass` fits the maps.
 
 Axes: L layers, D hidden, r rank.
 
