@@ -225,7 +225,6 @@ def solve_gaps(
             f"a refit needs at least {MIN_TEXTS} texts, one of them to choose λ on, and there are "
             f"{len(texts)}; give more texts"
         )
-    projections = find_projections(model, gaps)
     num_tokens = sum(map(len, texts))
     width = model.config.get_text_config().hidden_size
     num_bytes_kept = 2 * 4 * num_tokens * width
@@ -236,9 +235,10 @@ def solve_gaps(
     )
     results: list[RefittedGap] = []
     with ExitStack() as stack:
-        dtype = model.dtype
+        dtypes = {weight: weight.dtype for weight in model.parameters()}
         if num_bytes_grown < SHARE_FOR_FLOAT32 * free_bytes(model.device):
             stack.enter_context(in_float32(model, teacher))
+        projections = find_projections(model, gaps)  # measures factors and gains, so in float32
         full = RoutedModel(teacher)
         stack.callback(full.detach)
         short = RoutedModel(model)
@@ -301,7 +301,7 @@ def solve_gaps(
                 old: Any = module.weight
                 new = old.detach().to(change.device).double() + change
                 # The next gaps are solved with the rounded weights, as they will be used.
-                rounded = new.to(old.device, dtype).contiguous()
+                rounded = new.to(old.device, dtypes[old]).contiguous()
                 put_weight(module, rounded.to(old.dtype))
                 stack.callback(put_weight, module, rounded)
             results.append(RefittedGap(gap, projection.name, solution.ridge, solution.unexplained))
