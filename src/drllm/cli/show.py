@@ -13,7 +13,7 @@ from drllm.cli.show_question import show_question
 from drllm.cli.show_results import show_latency, show_results
 from drllm.cli.show_routers import show_agreement, show_metrics, show_routers
 from drllm.cli.show_search import SEARCH_RENDERERS, show_unfinished
-from drllm.cli.show_shrink import show_shrink
+from drllm.cli.shrinking import show_shrink
 from drllm.cli.terminal import Terminal
 from drllm.cli.verbs import Flag, verb
 from drllm.errors import RecordError
@@ -24,7 +24,7 @@ from drllm.records.healed import HEALED_FILE
 from drllm.records.layers import LAYERS_FILE
 from drllm.records.removed import refuse_menu
 from drllm.records.search import SEARCH_FILE, read_search
-from drllm.records.shrink import SHRINK_FILE
+from drllm.records.shortened import SHRINK_FILE
 from drllm.records.static_paths import PATHS_FILE
 from drllm.records.supervision import SUPERVISION_FILE
 from drllm.search import CHUNKS_FOLDER

@@ -1,27 +1,22 @@
-"""The verb `drllm shrink`: a smaller checkpoint, and what it loses."""
+"""The verb `drllm shrink`: a smaller checkpoint for a task, or an honest no."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 
 from drllm.cli.base_model import check_model
 from drllm.cli.command_line import CommandLine
 from drllm.cli.questions import COLUMNS
-from drllm.cli.show_shrink import show_models
 from drllm.cli.terminal import LOADING, Terminal
 from drllm.cli.verbs import Flag, verb
 from drllm.config import ModelConfig, ShrinkConfig
-from drllm.errors import NotShownError
+from drllm.config.fields import require_tasks
 from drllm.model.places import read_num_layers
-from drllm.pipeline.shrink_power import Power, find_power
-from drllm.pipeline.shrink_questions import ShrinkQuestions, read_questions
 from drllm.records.places import check_folder, check_new_folder
-from drllm.records.shrink import SHRINK_FILE, find_work_folder
-from drllm.work.listener import write_minutes
+from drllm.records.shortened import SHRINK_FILE, ShrinkRecord, find_work_folder, read_shrink
 
-NOT_SHOWN = 1  # the exit status if no candidate is shown to lose less than the limits
+NOT_SHOWN = 1  # the exit status if no candidate passed
 
 
 @verb(
@@ -54,18 +49,17 @@ NOT_SHOWN = 1  # the exit status if no candidate is shown to lose less than the 
         COLUMNS,
         Flag(
             "force",
-            "if no checkpoint is shown to lose little, write the one whose test failed last",
+            "if no checkpoint is shown to lose little, write the one whose test failed",
             switch=True,
         ),
     ),
     resumes=True,
 )
 def shrink_verb(command: CommandLine, terminal: Terminal) -> int | None:
-    """Write a smaller checkpoint that is shown to lose little on a task."""
+    """Write a smaller checkpoint for a task, and say what it gains and loses."""
     config = command.get_settings(ShrinkConfig)
     output = command.path("output_dir")
     force = bool(command.values["force"])
-
     config.check()
     check_model(command)
     num_layers = read_num_layers(command.get_settings(ModelConfig))
@@ -75,93 +69,55 @@ def shrink_verb(command: CommandLine, terminal: Terminal) -> int | None:
     check_folder(output, "OUT")
     check_folder(find_work_folder(output), "OUT.work")
     with terminal.busy("reading the questions"):
-        questions = read_questions(config, config.tasks)
-    powers = _find_powers(questions, config)
-    if not (force or all(power.is_enough for power in powers)):
-        terminal.say(_describe_division(questions))
-        _refuse(powers, terminal)
+        from drllm.shorten.power import find_power
+        from drllm.shorten.questions import read_questions
+    questions = read_questions(
+        require_tasks(config.tasks),
+        config.text,
+        data_dir=config.data_dir,
+        trust_task_code=config.trust_task_code,
+        seed=config.seed,
+    )
+    held_out = questions.count("held out")
+    for name, number in questions.count("fit").items():
+        checked = questions.count("check")[name]
+        counts = f"{number:,} to learn from, {checked:,} to check on, {held_out[name]:,} held out"
+        terminal.say(f"{name}: {counts}")
+    powers = [] if config.has_given_size else find_power(questions, config)
+    if not force and not all(power.is_enough for power in powers):
+        for power in powers:
+            if not power.is_enough:
+                terminal.say(f"NOT SHOWN: {power.sentence}.")
+        terminal.say(
+            "Nothing was done. Give more questions, allow a larger loss, or give --force to go on."
+        )
         return NOT_SHOWN
-    terminal.say(f"{_describe_division(questions)} · {_describe_plan(questions, config)}")
     for power in powers:
         terminal.note(power.sentence)
     with terminal.busy(LOADING):
-        from drllm.pipeline.shrink import shrink_questions
+        from drllm.shorten.shrink import shrink
 
     model = command.get_settings(ModelConfig)
-    try:
-        record = shrink_questions(model, questions, config, output, force=force, listener=terminal)
-    except NotShownError as error:
-        terminal.say(f"NOT SHOWN: {error}.")
-        return NOT_SHOWN
+    record = shrink(model, questions, output, config, force=force, listener=terminal)
 
-    show_models(record, terminal)
-    if record.written is None:
+    show_record(record, terminal)
+    if record.chosen is None:
         return NOT_SHOWN
-    _print_next_steps(output, terminal)
+    terminal.fact("checkpoint", f"{output}, loads with transformers alone")
+    terminal.fact("numbers", output / SHRINK_FILE)
+    terminal.command(shlex.join(["drllm", "generate", "--model", str(output), "What is a cloud?"]))
     return None
 
 
-def _describe_division(questions: ShrinkQuestions) -> str:
-    """Say how the questions are divided."""
-    to_find = questions.count_to_find()
-    repeats = {splits.task.name: splits.task.describe_repeats() for splits in questions.tasks}
-    parts = []
-    for name, num_held_out in questions.count_held_out().items():
-        part = f"{name}: {to_find[name]:,} to find and heal paths, {num_held_out:,} held out"
-        if repeats.get(name):
-            part += f"; {repeats[name]}"
-        parts.append(part)
-    return " · ".join(parts)
+def show_shrink(file: Path, terminal: Terminal) -> None:
+    """Print a `shrink.json`."""
+    show_record(read_shrink(file), terminal)
 
 
-def _describe_plan(questions: ShrinkQuestions, config: ShrinkConfig) -> str:
-    """Say what may be lost, and how long it takes."""
-    if config.layers is not None:
-        goal = f"{config.layers} layers stay, however much is lost"
-    elif config.save is not None:
-        goal = f"{config.save} of the layers go, however much is lost"
-    elif questions.graded_tasks:
-        goal = (
-            f"at most {config.max_drop:g} points of accuracy and {config.max_loss_increase:g} nats "
-            f"a token may be lost"
-        )
-    else:
-        goal = (
-            f"the loss may rise by at most {config.max_loss_increase:g} nats a token, and no "
-            f"answers are graded"
-        )
-    minutes = write_minutes(config.minutes)
-    if config.has_given_size:
-        times = f"finding the path takes as long as its bar says, healing it at most {minutes} min"
-    else:
-        times = f"about {minutes} min to find and heal paths"
-    return (
-        f"{goal} · {times}; how long measuring takes is shown once it has begun; Ctrl-C keeps all "
-        f"work"
-    )
-
-
-def _find_powers(questions: ShrinkQuestions, config: ShrinkConfig) -> list[Power]:
-    """Return what the held-out questions can show; empty if nothing has to be shown."""
-    if config.has_given_size:
-        return []
-    return find_power(questions, config)
-
-
-def _refuse(powers: Sequence[Power], terminal: Terminal) -> None:
-    """Print which questions can't show what is asked for, and what to do."""
-    for power in powers:
-        if not power.is_enough:
-            terminal.say(f"NOT SHOWN: {power.sentence}.")
-    terminal.say(
-        "Nothing was done. Give more questions, allow a larger loss, or give --force to go on."
-    )
-
-
-def _print_next_steps(output: Path, terminal: Terminal) -> None:
-    """Print where the checkpoint is, and commands that can be pasted."""
-    terminal.fact("checkpoint", f"{output}, loads with transformers alone")
-    terminal.fact("numbers", output / SHRINK_FILE)
-    folder = str(output)
-    terminal.command(shlex.join(["drllm", "show", folder]))
-    terminal.command(shlex.join(["drllm", "generate", "--model", folder, "What is a cloud?"]))
+def show_record(record: ShrinkRecord, terminal: Terminal) -> None:
+    """Print the table of the models, then the verdict."""
+    columns, rows = record.list_rows()
+    terminal.table("|".join(columns), rows)
+    for note in record.notes:
+        terminal.say(note)
+    terminal.say(record.verdict)

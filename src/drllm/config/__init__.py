@@ -9,8 +9,10 @@ from drllm.config.constants import SPLITS
 from drllm.config.evaluate import TIMING, EvaluateConfig
 from drllm.config.executor import ExecutorConfig
 from drllm.config.export import ExportConfig
+from drllm.config.gaps import GapsConfig
 from drllm.config.generate import DepthConfig, GenerateConfig
 from drllm.config.heal import HealConfig
+from drllm.config.learn import LearnConfig
 from drllm.config.model import DEVICES, ModelConfig
 from drllm.config.search import STOP_RULES, SearchConfig
 from drllm.config.shrink import ShrinkConfig
@@ -28,8 +30,10 @@ __all__ = [
     "EvaluateConfig",
     "ExecutorConfig",
     "ExportConfig",
+    "GapsConfig",
     "GenerateConfig",
     "HealConfig",
+    "LearnConfig",
     "ModelConfig",
     "SearchConfig",
     "ShrinkConfig",

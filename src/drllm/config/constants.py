@@ -29,3 +29,8 @@ MAX_LOSS_INCREASE = 1.0
 """An increase of the next-token loss, in nats a token, that is too large for any use: `export`
 refuses a path that is shown to lose more, unless told otherwise. At 1 nat, each token is 2.7 times
 less likely on average."""
+TEXT_HELP = (
+    "texts that the model must still be able to write, beside the questions: files of rows with a "
+    "field 'text', .txt files with a text per paragraph, or hub data sets "
+    "OWNER/NAME[:CONFIG[:SPLIT]]; 'builtin_texts' comes with drllm"
+)

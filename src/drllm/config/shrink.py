@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 
-from drllm.config.constants import DATA_DIR_HELP, MAX_DROP, TASKS_HELP, TRUST_HELP
+from drllm.config.constants import DATA_DIR_HELP, MAX_DROP, TASKS_HELP, TEXT_HELP, TRUST_HELP
 from drllm.config.fields import Settings, basic, incidental, setting, to_flag
 from drllm.errors import ConfigError
 
@@ -40,8 +40,7 @@ class ShrinkConfig(Settings):
         30.0,
         above=0.0,
         placeholder="MINUTES",
-        help="minutes to find paths and to heal them; measuring them comes after that, and with "
-        "--save or --layers finding the path may take longer",
+        help="minutes to choose layers, to refit and to learn; measuring comes after that",
     )
     save: str | None = basic(
         None,
@@ -57,24 +56,19 @@ class ShrinkConfig(Settings):
         None,
         basic=True,
         placeholder="FILE,...",
-        help="texts that the model must still be able to write, beside the questions; as for heal "
-        "--text",
+        help=TEXT_HELP,
     )
     data_dir: str | None = incidental(
         None,
         help=DATA_DIR_HELP,
     )
     trust_task_code: bool = incidental(False, help=TRUST_HELP)
-    num_candidates: int = setting(
-        3,
-        minimum=1,
-        help="maximum number of paths that are healed and measured",
+    compare_trained: bool = basic(
+        False,
+        help="train the full model alike too, and compare: it takes as long as a candidate",
     )
-    rank: int = setting(16, minimum=1, help="rank of the adapters that heal paths")
-    num_fit: int = setting(
-        64,
-        minimum=1,
-        help="maximum questions per task that paths are compared on while they are searched",
+    max_tokens: int = setting(
+        512, minimum=2, placeholder="TOKENS", help="maximum tokens of a question or text"
     )
     seed: int = setting(0, minimum=0, help="seed of all draws")
 

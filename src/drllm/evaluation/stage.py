@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ from drllm.evaluation.latency import write_latency
 from drllm.evaluation.questions import check_output, needs_fitting
 from drllm.evaluation.request import EvaluationRequest, PathSources, read_request
 from drllm.evaluation.written import write_answers
+from drllm.model.load import BaseModel
 from drllm.models.routed_model import unrouted
 from drllm.models.routers.places import WEIGHTS_FILE
 from drllm.models.routing.policies import RouterPolicy
@@ -157,6 +159,34 @@ def evaluate_request(
     if output_dir is not None:
         results.folder = output
     return results
+
+
+def answer_questions(
+    model: BaseModel,
+    tasks: Sequence[Task],
+    config: EvaluateConfig,
+    listener: Listener,
+) -> dict[str, TaskRuns]:
+    """Let one model answer the questions of tasks, and grade its answers; task → outcomes.
+
+    Args:
+        model: The model, shortened or not.
+        tasks: The tasks.
+        config: The settings; systems beside the model itself don't run.
+        listener: Receives the progress.
+    """
+    request = EvaluationRequest(replace(config, baselines="none"), tasks, {})
+    with ExitStack() as stack:
+        output = stage_folder(None, stack)
+        workers = stack.enter_context(open_workers(model, None, request.config, listener))
+        inputs = prepare_inputs(request, [], {}, workers, output)
+        lm = _make_harness_model(inputs, workers)
+        store = ResultStore(output / PARTIAL_FOLDER, {}, stage="evaluation")
+        store.open()
+        with listener.busy("reading the questions"):
+            plans = _make_planner(inputs, lm, store).plan_tasks(tasks)
+        runs = _run_plans(plans, inputs, workers, lm, store, output, listener)
+    return {task.name: task_runs for task, task_runs in zip(tasks, runs, strict=True)}
 
 
 def _run_evaluation(

@@ -72,7 +72,7 @@ def shorten(model: Any, skip: Iterable[int]) -> Any:
         raise ArchitectureError(
             f"some weights of this {name} are offloaded; load it without a device map that offloads"
         )
-    decoder, layers = find_layers(model)
+    _, layers = find_layers(model)
     kept = _list_kept(skip, len(layers))
     try:
         config = reorder_config(model.config, kept)
@@ -141,8 +141,8 @@ def _share_tensors(base: Any, short: Any, prefix: str, kept: Sequence[int]) -> N
         origin = _find_origin(name, prefix, kept)
         if origin not in base_tensors:
             raise ArchitectureError(
-                f"this {type(base).__name__} has no weight {origin!r}, which its class makes; merge or "
-                f"remove what was added to the model, such as an adapter"
+                f"this {type(base).__name__} has no weight {origin!r}, which its class makes; "
+                f"merge or remove what was added to the model, such as an adapter"
             )
         tensors[name] = base_tensors[origin]
     short.load_state_dict(tensors, assign=True)

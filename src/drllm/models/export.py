@@ -31,14 +31,12 @@ from drllm.models.routing.core import Routing
 from drllm.models.routing.healed import install_path
 from drllm.models.routing.lora import find_layers_name
 from drllm.paths import StaticPath
-from drllm.records.codec import write_json
 from drllm.records.healed import HealedPath
 from drllm.records.identity import QUANTISED
 from drllm.records.path_losses import describe_evaluated_losses, describe_file_losses
 from drllm.records.places import check_new_folder, create_folder, make_output_error
 from drllm.records.published import hide_model_place, hide_places
 from drllm.records.results import Evaluation
-from drllm.records.shrink import SHRINK_FILE, ShrinkRecord
 from drllm.records.static_paths import PathFile, StaticPaths
 
 NUM_TOKENS = 32  # length of the row on which the checkpoint is compared with the path
@@ -86,7 +84,6 @@ def export_path(
     path: StaticPath | PathFile | Sequence[int],
     output_dir: Path | str,
     *,
-    shrink: ShrinkRecord | None = None,
     evaluations: Sequence[Evaluation] = (),
 ) -> Export:
     """Write a path as a checkpoint that `AutoModelForCausalLM.from_pretrained` loads.
@@ -106,7 +103,6 @@ def export_path(
         path: A path, or layer indices in the order executed. The order is free, and a layer may
             come any number of times. For a `PathFile` the card says how the path was found.
         output_dir: The folder to make. An empty folder may exist.
-        shrink: What `drllm shrink` measured; the card and a `shrink.json` say it.
         evaluations: What `drllm evaluate` measured; the card says what it found of this healed
             path.
 
@@ -146,14 +142,10 @@ def export_path(
             num_repeated_bytes=num_repeated_bytes,
             is_merged=along_path.is_merged,
         )
-        card = model_card(
-            base.identity, path, export.dtype, num_repeated_bytes, file, shrink, evaluations
-        )
+        card = model_card(base.identity, path, export.dtype, num_repeated_bytes, file, evaluations)
         try:
             with create_folder(output) as folder:
                 _write(folder, exported, base, card)
-                if shrink is not None:
-                    write_json(folder / SHRINK_FILE, shrink)
                 del exported  # frees its copies of weights before the checkpoint is loaded
                 _verify(folder, base.model, path, along_path)
         except SafetensorError as error:  # it has no class of its own for a full disk
@@ -366,7 +358,6 @@ def model_card(
     dtype: str,
     num_repeated_bytes: int,
     file: PathFile | None = None,
-    shrink: ShrinkRecord | None = None,
     evaluations: Sequence[Evaluation] = (),
 ) -> str:
     """Write the card of an exported checkpoint: where it comes from, and how to load it.
@@ -380,7 +371,6 @@ def model_card(
         dtype: The dtype of the weights.
         num_repeated_bytes: The size of the layers that are written a second time or more.
         file: The file that the path comes from; None without one.
-        shrink: What `drllm shrink` measured; None if it didn't.
         evaluations: What `drllm evaluate` measured.
     """
     layers = path.layers
@@ -412,7 +402,6 @@ def model_card(
         record=record if isinstance(record, StaticPaths) else None,
         settings={} if record is None else hide_places(record.config),
         healed=record if isinstance(record, HealedPath) else None,
-        shrink=shrink,
         losses=losses,
         version=importlib.metadata.version("drllm"),
     )

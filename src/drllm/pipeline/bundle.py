@@ -45,7 +45,7 @@ from drllm.records.places import check_new_folder, create_folder
 from drllm.records.published import hide_folder, hide_model_place, hide_places
 from drllm.records.results import read_results
 from drllm.records.search import SEARCH_FILE, SearchRecord, read_search
-from drllm.records.shrink import SHRINK_FILE, read_shrink
+from drllm.records.shortened import SHRINK_FILE, read_shrink
 from drllm.records.static_paths import PathFile, load_path
 from drllm.supervision.rules import is_saving, is_valid
 from drllm.work.listener import Listener

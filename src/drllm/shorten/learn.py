@@ -1,150 +1,193 @@
-"""Teach a shortened model the right answers, by LoRA on its layers.
+"""Repair a shortened model, and teach it the right answers that the user has.
 
-The loss is in `learning`. A *check* measures the loss of the right answers on the check part of the
-questions, ten times in a training; the best check's weights stay, if they are better than those
-before the training. LoRA is plain PEFT, and is merged into new tensors at the end.
-
-Source: ours; LoRA is arXiv 2106.09685.
+The repairs run in their order, by default a refit and then LoRA. One that doesn't lower the loss on
+the check part of the questions is undone.
 """
 
 from __future__ import annotations
 
-import math
+import json
+import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
-from random import Random
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-from torch.nn.utils import clip_grad_norm_
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from drllm.shorten.learning import Item, compute_losses
+from drllm.config import LearnConfig
+from drllm.config.fields import replace_settings, require_tasks
+from drllm.errors import ArchitectureError, ModelError, PathError, RoutingError
+from drllm.model.layers import evaluation_mode
+from drllm.model.load import BaseModel
+from drllm.model.prompts import context_length
+from drllm.model.submodel import list_kept_layers
+from drllm.models.routed_model import unrouted
+from drllm.records.codec import hash_values
+from drllm.shorten.questions import Questions, make_items, read_questions
+from drllm.shorten.repairs.base import REPAIRS, Lessons
+from drllm.shorten.repairs.lora import measure_loss
+from drllm.tasks.base import Task
 from drllm.work.listener import Listener
+from drllm.work.store import refuse_other_run
 
-BATCH = 4  # questions a step
-WARM_UP = 20  # steps in which the learning rate rises
-LEARNING_RATE = 5e-4
-LEAST_RATE = 0.02  # of the learning rate, at the end of the cosine
-CHECKS = 5
-PATIENCE = 9  # the training ends after so many checks in a row without a lower loss
-EARLIEST_STOP = 0.5  # but not before this share of it, while the learning rate is high
-MAX_CHECKED = 400  # questions that a check measures
+RUN_FILE = "learn.json"
+LORA = "lora"
 
 
-def train(
+def learn(
     model: Any,
-    teacher: Any,
-    items: Sequence[Item],
-    checked: Sequence[Item],
+    questions: Task | str | Sequence[Task | str] | Questions | None = None,
     *,
-    steps: int | None = None,
-    minutes: float | None = None,
-    rank: int = 16,
-    seed: int = 0,
-    form: str = "options",
-    kl_weight: float = 0.5,
-    all_weights: bool = False,
-    learning_rate: float = LEARNING_RATE,
-    texts: Sequence[Item] = (),
-    text_share: float = 0.25,
+    teacher: Any,
+    texts: str | Sequence[str] | None = None,
+    config: LearnConfig | None = None,
+    tokenizer: Any = None,
+    work: Path | str | None = None,
     listener: Listener | None = None,
-) -> list[dict[str, float]]:
-    """Train a model in place; return the curve of checks."""
-    from peft import LoraConfig, get_peft_model
+    **settings: Any,
+) -> dict[str, Any]:
+    """Repair a shortened model in place, and teach it right answers.
 
-    torch.manual_seed(seed)
-    originals = {}
-    if all_weights:
-        for name, module in model.named_modules():
-            if ".layers." in name and isinstance(module, nn.Linear):
-                originals[name] = module.weight
-                module.weight = nn.Parameter(module.weight.detach().clone())
-        student = model
+    A refit comes first, then LoRA for some minutes, unless `minutes` is 0. Both put new tensors in
+    place, so that the full model stays as it is. After an interruption the same call with the same
+    folder `work` goes on.
+
+    Args:
+        model: What `shorten` returned, or a checkpoint of it that was loaded.
+        questions: Tasks, names of tasks, or files of questions: with options, with right answers in
+            text, chats, or prompts without answers, which the full model answers first.
+        teacher: The full model, its name, or what `load` returns.
+        texts: Texts that the model must still be able to write, or the names of files in one
+            string; None takes the config's texts.
+        config: The settings; None takes the defaults.
+        tokenizer: The tokenizer; None takes that of the full model.
+        work: The folder of an interrupted run; None keeps nothing.
+        listener: Receives progress and notes.
+        settings: Settings of `LearnConfig` by name, which replace the config's settings.
+
+    Returns:
+        A report as plain JSON: the loss on the check part before and after each repair, and whether
+        it was kept.
+
+    Raises:
+        ConfigError: A repair is unknown, the loss diverged, or the folder belongs to another run.
+        TaskError: A task is unknown or has too few questions.
+        PathError, ArchitectureError, RoutingError, ModelError: A repair that was asked for by name
+            isn't possible.
+
+    Source: ours.
+    """
+    config = replace_settings(LearnConfig, config, settings)
+    listener = listener or Listener()
+    if not isinstance(questions, Questions):
+        questions = read_questions(
+            questions or require_tasks(config.tasks),
+            texts or config.text,
+            data_dir=config.data_dir,
+            trust_task_code=config.trust_task_code,
+            seed=config.seed,
+        )
+    with ExitStack() as stack:
+        folder = Path(work or stack.enter_context(tempfile.TemporaryDirectory()))
+        base = stack.enter_context(unrouted(teacher, tokenizer, listener))
+        base.refuse_bypass("learning repairs a model")
+        stack.enter_context(evaluation_mode(model))
+        return _learn(model, base, questions, config, folder, listener)
+
+
+def _learn(
+    model: Any,
+    base: BaseModel,
+    questions: Questions,
+    config: LearnConfig,
+    folder: Path,
+    listener: Listener,
+) -> dict[str, Any]:
+    """Run the repairs; those that an interrupted run has finished are read."""
+    names = [name.strip() for name in config.repairs.split(",") if name.strip()]
+    if config.minutes == 0:
+        names = [name for name in names if name != LORA]
+    is_default = config.repairs == LearnConfig.repairs
+    repairs = {}
+    for name in names:
+        repair = REPAIRS.get(name)(config)
+        try:
+            repair.check(model, base.model)
+        except (ArchitectureError, ModelError, PathError, RoutingError) as error:
+            if not is_default:
+                raise
+            listener.note(f"without {name}: {error}")
+            continue
+        repairs[name] = repair
+
+    max_tokens = min(config.max_tokens, context_length(base.model) or config.max_tokens)
+    lessons = Lessons(
+        fit=make_items(base, questions, "fit", max_tokens=max_tokens, listener=listener),
+        check=make_items(base, questions, "check", max_tokens=max_tokens, listener=listener),
+    )
+    identity = {
+        "settings": config.decisive(),
+        "model": base.identity,
+        "layers": list_kept_layers(model),
+        "questions_sha256": hash_values([lessons.fit, lessons.check]),
+    }
+    file = folder / RUN_FILE
+    if file.exists():
+        earlier = json.loads(file.read_text(encoding="utf-8"))
+        remedy = f"choose another folder, or delete {folder}"
+        refuse_other_run(f"the work in {folder}", earlier, identity, remedy)
     else:
-        config = LoraConfig(
-            r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
-        )
-        student = get_peft_model(model, config)
-    parameters = [each for each in student.parameters() if each.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    random = Random(seed)
-    checked = Random(seed).sample(list(checked), min(len(checked), MAX_CHECKED))
-    curve: list[dict[str, float]] = []
-    best = [parameter.detach().clone() for parameter in parameters]
-    started = time.monotonic()
-    step = 0
-    pool: list[Item] = []
-    text_pool: list[Item] = []
-    mean = 0.0
-    while True:
-        share = 0.0
-        if steps is not None:
-            share = step / steps
-        if minutes is not None:
-            share = max(share, (time.monotonic() - started) / 60 / minutes)
-        if share >= len(curve) / CHECKS or share >= 1:
-            loss = check(student, checked, form)
-            if all(loss < point["loss"] for point in curve):
-                best = [parameter.detach().clone() for parameter in parameters]
-            curve.append(
-                {"step": step, "loss": loss, "train": mean, "seconds": time.monotonic() - started}
-            )
-            print(curve[-1], flush=True)
-            losses = [point["loss"] for point in curve]
-            if share >= 1 or (
-                share >= EARLIEST_STOP and len(losses) - 1 - losses.index(min(losses)) >= PATIENCE
-            ):
-                break
-        rate = (
-            learning_rate
-            * min(1, (step + 1) / WARM_UP)
-            * max(LEAST_RATE, math.cos(math.pi / 2 * min(share, 1)))
-        )
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        if len(pool) < BATCH:
-            pool += random.sample(list(items), len(items))
-        batch, pool = pool[:BATCH], pool[BATCH:]
-        if texts:
-            if not text_pool:
-                text_pool = random.sample(list(texts), len(texts))
-            if random.random() < text_share * BATCH:
-                batch.append(text_pool.pop())
-        with precision(model):
-            loss, kl = compute_losses(student, teacher, batch, form=form, kl_weight=kl_weight)
-        (loss + kl_weight * kl).backward()
-        clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        step += 1
-        value = float(loss.detach())
-        mean = value if step == 1 else 0.98 * mean + 0.02 * value
-    with torch.no_grad():
-        for parameter, values in zip(parameters, best, strict=True):
-            parameter.copy_(values)
-    if not all_weights:
-        student.merge_and_unload(safe_merge=True)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    return curve
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(identity), encoding="utf-8")
+
+    checked = lessons.sample_checked(config.seed)
+    with listener.busy("measuring the loss on the check part"):
+        loss = measure_loss(model, base.model, checked)
+    report: dict[str, Any] = {"loss_before": loss, "repairs": []}
+    for name, repair in repairs.items():
+        before = {key: each.data for key, each in model.named_parameters()}
+        kept_file = folder / f"{name}.json"
+        if kept_file.exists():
+            entry = json.loads(kept_file.read_text(encoding="utf-8"))
+            if entry["kept"]:
+                _put_tensors(model, load_file(folder / f"{name}.safetensors"))
+        else:
+            started = time.monotonic()
+            details = repair.fit(model, base.model, lessons, folder, listener)
+            with listener.busy("measuring the loss on the check part"):
+                new_loss = measure_loss(model, base.model, checked)
+            entry = {
+                "name": name,
+                "loss": new_loss,
+                "kept": new_loss < loss,
+                "minutes": round((time.monotonic() - started) / 60, 2),
+                **details,
+            }
+            if entry["kept"]:
+                changed = {}
+                for key, each in model.named_parameters():
+                    if each.data_ptr() != before[key].data_ptr():
+                        changed[key] = each.detach().contiguous()
+                save_file(changed, folder / f"{name}.safetensors")
+            else:
+                _put_tensors(model, before)
+                listener.note(
+                    f"{name} was undone: the loss on the check part is {new_loss:.3f}, and was "
+                    f"{loss:.3f}"
+                )
+            kept_file.write_text(json.dumps(entry), encoding="utf-8")
+        if entry["kept"]:
+            loss = entry["loss"]
+        report["repairs"].append(entry)
+    report["loss_after"] = loss
+    return report
 
 
-def precision(model: Any) -> Any:
-    import os
-
-    if os.environ.get("DRLLM_BF16"):
-        return torch.autocast("cpu", torch.bfloat16)
-    return nullcontext()
-
-
-@torch.no_grad()
-def check(student: Any, checked: Sequence[Item], form: str) -> float:
-    total = 0.0
-    for start in range(0, len(checked), 8):
-        batch = checked[start : start + 8]
-        with precision(student):
-            loss, _ = compute_losses(student, None, batch, form=form, kl_weight=0)
-        total += float(loss) * len(batch)
-    return total / len(checked)
+def _put_tensors(model: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Give some parameters of a model other tensors; the present ones aren't written to."""
+    for name, parameter in model.named_parameters():
+        if name in tensors:
+            parameter.data = tensors[name].to(parameter.device)

@@ -36,6 +36,7 @@ class TextBatch:
 
     Attributes:
         ids: Token ids, `[B, T]`, padded on the right, where causal attention hides the padding.
+        lengths: The number of tokens of each text, `[B]`.
         places: The places of real tokens among all tokens, row by row, `[n]`.
         is_first: Whether a real token is the first of its text, bool `[n]`.
     """
@@ -46,6 +47,7 @@ class TextBatch:
         ids = pad_sequence(rows, batch_first=True)
         positions = torch.arange(ids.shape[1]).expand(ids.shape)
         places = (positions < lengths[:, None]).flatten().nonzero()[:, 0]
+        self.lengths = [len(row) for row in rows]
         self.ids = on_device(ids, device)
         self.places = on_device(places, device)
         self.is_first = on_device(positions.flatten()[places] == 0, device)

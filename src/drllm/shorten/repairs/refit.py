@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -33,11 +34,14 @@ from transformers.pytorch_utils import Conv1D
 from drllm.errors import ModelError, PathError, RoutingError, TaskError
 from drllm.model.batching import free_bytes
 from drllm.model.down_projections import DownProjection, find_down_projections
-from drllm.model.layers import temporary_hooks
+from drllm.model.layers import find_layers, temporary_hooks
+from drllm.model.prompts import encode
 from drllm.model.submodel import list_kept_layers
-from drllm.models.routed_model import RoutedModel
+from drllm.models.routed_model import RoutedModel, unrouted
 from drllm.records.codec import hash_values
 from drllm.shorten.least_squares import share_of_error
+from drllm.shorten.loss import make_text_item
+from drllm.shorten.repairs.base import REPAIRS, Lessons, Repair
 from drllm.shorten.repairs.normed import NormedMap, NormedTokens, solve_normed
 from drllm.shorten.repairs.weighted import WeightedSums
 from drllm.shorten.states import (
@@ -49,11 +53,13 @@ from drllm.shorten.states import (
     record_calls,
     run_layers,
 )
-from drllm.work.listener import OnProgress
+from drllm.tasks.texts import cut_texts
+from drllm.work.listener import Listener, OnProgress
 
 RIDGES = tuple(10.0 ** (exponent / 2) for exponent in range(-12, 3))
 """The values of λ to choose from, 10⁻⁶ to 10. Few tokens need a large one."""
 HELD_OUT = 10  # one text in ten chooses λ
+MAX_TOKENS = 512  # of a text; longer ones are cut
 MIN_TEXTS = 2  # one to fit, and one to choose λ
 MATRICES_AT_PEAK = 5  # [F, F] and [F, D] in float64, each
 SHARE_FOR_STATES = 0.25  # of the free memory that the states of all texts may take
@@ -234,6 +240,7 @@ def solve_gaps(
         for weight in [*model.parameters(), *teacher.parameters()]
     )
     results: list[RefittedGap] = []
+    starts_alike = _shares_layers(model, teacher, gaps[0].place) if gaps else True
     with ExitStack() as stack:
         dtypes = {weight: weight.dtype for weight in model.parameters()}
         if num_bytes_grown < SHARE_FOR_FLOAT32 * free_bytes(model.device):
@@ -256,7 +263,7 @@ def solve_gaps(
             """
             nonlocal num_read
             full_stream, short_stream = streams[batch]
-            if not results and short_stream.state is None:
+            if starts_alike and not results and short_stream.state is None:
                 # Up to the first gap both models are the same.
                 short_stream.state = full_stream.advance(full, batch, gap.layer)
                 short_stream.num_run = gap.place
@@ -382,6 +389,17 @@ def _solve_normed(
     return _Solution(changes, ridge, unexplained)
 
 
+def _shares_layers(model: Any, teacher: Any, end: int) -> bool:
+    """Tell whether the layers up to one of a model are the full model's own, not trained."""
+    for layer, full_layer in zip(
+        find_layers(model)[1][:end], find_layers(teacher)[1], strict=False
+    ):
+        pairs = zip(layer.parameters(), full_layer.parameters(), strict=True)
+        if any(own.data_ptr() != full.data_ptr() for own, full in pairs):
+            return False
+    return True
+
+
 @torch.no_grad()
 def _measure_factors(
     routed: RoutedModel,
@@ -401,3 +419,68 @@ def _measure_factors(
     with temporary_hooks([hook]):
         moved = batch.select(run_layers(routed, batch, [projection.layer], start)).float()
     return ((moved - states).sum(dim=1) / (size * states.shape[1]))[:, None]
+
+
+@REPAIRS.register("refit")
+class Refit(Repair):
+    """Solves the last linear map before each gap anew, in closed form."""
+
+    def check(self, model: Any, teacher: Any) -> None:
+        """Raise an error if a gap can't be refitted."""
+        find_projections(model, find_gaps(model, teacher))
+
+    def fit(
+        self, model: Any, teacher: Any, lessons: Lessons, work: Path, listener: Listener
+    ) -> dict[str, Any]:
+        """Solve the gaps on the questions with their right answers and the texts."""
+        texts = lessons.choose_texts(self.config.refit_tokens, self.config.seed)
+        with listener.progress("refit", "tokens") as on_progress:
+            gaps = solve_gaps(model, teacher, texts, on_progress)
+        return {
+            "tokens": sum(map(len, texts)),
+            "gaps": [
+                {
+                    "layers": [each.gap.layer + 1, each.gap.next_layer - 1],
+                    "map": each.name,
+                    "ridge": each.ridge,
+                    "unexplained": each.unexplained,
+                }
+                for each in gaps
+            ],
+        }
+
+
+def refit(
+    model: Any,
+    texts: Sequence[str],
+    *,
+    teacher: Any,
+    tokens: int = 50_000,
+    tokenizer: Any = None,
+    seed: int = 0,
+    listener: Listener | None = None,
+) -> list[RefittedGap]:
+    """Give a shortened model new weights before its gaps, solved in closed form.
+
+    Args:
+        model: What `shorten` returned. Its new weights are new tensors.
+        texts: Texts, mixed as the model will be used.
+        teacher: The full model, its name, or what `load` returns. It isn't changed.
+        tokens: Maximum tokens that are read.
+        tokenizer: The tokenizer; None takes that of the full model.
+        seed: Seed of the choice of texts.
+        listener: Receives the progress.
+
+    Raises:
+        As `solve_gaps`.
+
+    Source: ours.
+    """
+    listener = listener or Listener()
+    with unrouted(teacher, tokenizer, listener) as base:
+        encoded = [tuple(encode(base.tokenizer, text)) for text in texts]
+        items = [make_text_item(text) for text in cut_texts(encoded, MAX_TOKENS)]
+        lessons = Lessons(fit={"texts": items}, check={})
+        with listener.progress("refit", "tokens") as on_progress:
+            chosen = lessons.choose_texts(tokens, seed)
+            return solve_gaps(model, base.model, chosen, on_progress)

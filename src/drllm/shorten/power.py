@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 from drllm.bisection import bisect
 from drllm.config import ShrinkConfig
-from drllm.pipeline.shrink_questions import ShrinkQuestions
+from drllm.shorten.questions import Questions
 from drllm.statistics.paired import paired_interval
 from drllm.statistics.power import questions_to_exclude, round_up
 from drllm.statistics.verdicts import FEWEST_TEXTS
+from drllm.tasks.examples import OPTIONS_REWARD
+from drllm.tasks.files import FileTask
 
 DIFFERING = 0.05
 """The share of questions whose answer turns from right to wrong or from wrong to right. It was 4 %
@@ -32,16 +34,21 @@ class Power:
     is_enough: bool
 
 
-def find_power(questions: ShrinkQuestions, config: ShrinkConfig) -> list[Power]:
+def find_power(questions: Questions, config: ShrinkConfig) -> list[Power]:
     """Return what the held-out questions of each task and the texts of each source can show."""
-    counts = questions.count_held_out()
+    counts = questions.count("held out")
+    files = [task.name for task in questions.tasks if isinstance(task, FileTask)]
+    files += questions.texts["fit"]
     powers = []
-    for splits in questions.graded_tasks:
-        name = splits.task.name
-        is_file = name in questions.files
-        powers.append(_find_task_power(name, counts[name], config.max_drop, is_file=is_file))
-    # The loss of the text of graded questions is judged too.
-    return powers + _find_text_powers(counts, questions.files)
+    for task in questions.tasks:
+        name = task.name
+        if task.has_answers:
+            is_file = name in files
+            powers.append(_find_task_power(name, counts[name], config.max_drop, is_file=is_file))
+    for task in questions.tasks:
+        if OPTIONS_REWARD in task.rewards:
+            del counts[task.name]  # the loss of its text isn't judged
+    return powers + _find_text_powers(counts, files)
 
 
 def _find_task_power(name: str, num_questions: int, max_drop: float, *, is_file: bool) -> Power:

@@ -1,0 +1,38 @@
+"""Settings of `drllm learn`, which repairs a shortened model and teaches it right answers."""
+
+from dataclasses import dataclass
+
+from drllm.config.constants import DATA_DIR_HELP, TASKS_HELP, TEXT_HELP, TRUST_HELP
+from drllm.config.fields import Settings, basic, incidental, setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnConfig(Settings):
+    """The repair of a shortened model: a refit, then training on right answers."""
+
+    tasks: str | None = basic(None, placeholder="TASKS", alias="dataset", help=TASKS_HELP)
+    text: str | None = incidental(None, basic=True, placeholder="FILE,...", help=TEXT_HELP)
+    data_dir: str | None = incidental(None, help=DATA_DIR_HELP)
+    trust_task_code: bool = incidental(False, help=TRUST_HELP)
+    repairs: str = setting(
+        "refit,lora",
+        placeholder="NAME,...",
+        help="repairs in their order; one that doesn't lower the loss on the check part is undone",
+    )
+    minutes: float | None = basic(
+        20.0,
+        minimum=0.0,
+        placeholder="MINUTES",
+        help="minutes to learn right answers; 0 for the refit alone, whose time isn't counted",
+    )
+    steps: int | None = setting(None, minimum=1, help="maximum steps of learning")
+    rank: int = setting(16, minimum=1, help="rank of LoRA")
+    refit_tokens: int = setting(
+        50_000, minimum=2, placeholder="TOKENS", help="maximum tokens that the refit is solved on"
+    )
+    learning_rate: float = setting(5e-4, above=0.0, help="peak learning rate of LoRA")
+    batch_size: int = setting(4, minimum=1, help="questions a step")
+    max_tokens: int = setting(
+        512, minimum=2, placeholder="TOKENS", help="maximum tokens of a question or text"
+    )
+    seed: int = setting(0, minimum=0, help="seed of all draws")

@@ -1,0 +1,87 @@
+"""The interface of repairs, and their registry."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from drllm.config import LearnConfig
+from drllm.registry import Registry
+from drllm.shorten.loss import Item
+from drllm.shorten.states import Tokens
+from drllm.tasks.texts import choose_calibration_texts
+from drllm.work.listener import Listener
+
+MAX_CHECKED = 400
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """What a repair learns from.
+
+    Attributes:
+        fit: Name of a task or source → its questions and texts to fit on.
+        check: The same to check on.
+    """
+
+    fit: Mapping[str, Sequence[Item]]
+    check: Mapping[str, Sequence[Item]]
+
+    def sample_checked(self, seed: int) -> list[Item]:
+        """Return the questions and texts of the check part that are measured, at most 400."""
+        checked = [item for items in self.check.values() for item in items]
+        return Random(seed).sample(checked, min(len(checked), MAX_CHECKED))
+
+    def choose_texts(self, num_tokens: int, seed: int) -> list[Tokens]:
+        """Choose texts to fit on, with as many tokens of each source as possible.
+
+        The text of a question is the question with its right answer.
+        """
+        by_source = {}
+        for name, items in self.fit.items():
+            by_source[name] = [(*item.context, *item.answers[item.gold]) for item in items]
+        chosen = choose_calibration_texts(by_source, num_tokens, seed)
+        return [text for texts in chosen.values() for text in texts]
+
+
+class Repair(ABC):
+    """A way to make up for the layers that a model leaves out.
+
+    To add one, put a subclass into a module of this package, under `@REPAIRS.register(NAME)`.
+
+    Args:
+        config: The settings.
+    """
+
+    def __init__(self, config: LearnConfig) -> None:
+        self.config = config
+
+    @abstractmethod
+    def check(self, model: Any, teacher: Any) -> None:
+        """Raise an error with the reason if a model can't have this repair.
+
+        Args:
+            model: The shortened model.
+            teacher: The full model.
+        """
+
+    @abstractmethod
+    def fit(
+        self, model: Any, teacher: Any, lessons: Lessons, work: Path, listener: Listener
+    ) -> dict[str, Any]:
+        """Repair the shortened model in place, with new tensors, and return a report as plain JSON.
+
+        Args:
+            model: The shortened model.
+            teacher: The full model, which isn't changed.
+            lessons: What to learn from.
+            work: A folder for what an interrupted repair goes on from.
+            listener: Receives progress and notes.
+        """
+
+
+REPAIRS: Registry[type[Repair]] = Registry("repair", ("drllm.shorten.repairs.*",))

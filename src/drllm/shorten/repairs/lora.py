@@ -1,0 +1,305 @@
+"""LoRA on all linear maps of a shortened model, trained on right answers.
+
+The loss is in `loss`. A *check* measures it on the check part of the questions, five times in a
+training; the weights of the best check stay. LoRA is plain PEFT, and is merged into new tensors at
+the end, so that the shared ones stay as they are.
+
+Source: LoRA is arXiv 2106.09685; the loss is ours.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+
+from drllm.errors import ConfigError
+from drllm.extras import need
+from drllm.model.batching import free_bytes
+from drllm.model.layers import find_layers
+from drllm.model.load import resolve_dtype
+from drllm.shorten.loss import Item, compute_losses
+from drllm.shorten.repairs.base import REPAIRS, Lessons, Repair
+from drllm.work.listener import Listener
+
+WARM_UP = 20  # steps in which the learning rate rises
+LEAST_RATE = 0.02  # of the learning rate, at the end of its cosine
+CHECKS = 5
+CHECKED_AT_ONCE = 8
+SAVE_SECONDS = 60  # a killed training loses about this much
+STATE_FILE = "lora.safetensors"
+SHARE_FOR_ACTIVATIONS = 0.3  # of the free memory; where a step takes more, it is checkpointed
+
+
+@REPAIRS.register("lora")
+class Lora(Repair):
+    """Trains LoRA on right answers."""
+
+    def check(self, model: Any, teacher: Any) -> None:
+        """Raise an error if PEFT isn't installed."""
+        need("heal", "training LoRA")
+
+    def fit(
+        self, model: Any, teacher: Any, lessons: Lessons, work: Path, listener: Listener
+    ) -> dict[str, Any]:
+        """Train LoRA for some minutes or steps, and merge it.
+
+        The time counts the training and its checks. Each question is drawn once before any is
+        drawn again.
+        """
+        from peft import LoraConfig, get_peft_model
+
+        config = self.config
+        items = [item for of_source in lessons.fit.values() for item in of_source]
+        checked = lessons.sample_checked(config.seed)
+        torch.manual_seed(config.seed)
+        lora = LoraConfig(
+            r=config.rank,
+            lora_alpha=2 * config.rank,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
+        student = get_peft_model(model, lora)
+        try:
+            named = {n: each for n, each in student.named_parameters() if each.requires_grad}
+            parameters = list(named.values())
+            optimizer = torch.optim.AdamW(
+                parameters, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
+            )
+            run = _Run(named, optimizer, work / STATE_FILE)
+            run.resume()
+            draws = _draw(items, config.batch_size, config.seed)
+            for _ in range(run.step):
+                next(draws)
+            with (
+                listener.progress("learning", "") as on_progress,
+                _quick_weights(model),
+                _quick_weights(teacher),
+                _checkpointed(student, items, config.batch_size),
+            ):
+                while True:
+                    share = run.share(config)
+                    on_progress(min(share, 1.0), 1.0, run.describe())
+                    if len(run.curve) <= share * CHECKS or share >= 1:
+                        run.check(student, teacher, checked)
+                        share = run.share(config)
+                    if share >= 1:
+                        break
+                    warm = min(1.0, (run.step + 1) / WARM_UP)
+                    cosine = max(LEAST_RATE, math.cos(math.pi / 2 * share))
+                    for group in optimizer.param_groups:
+                        group["lr"] = config.learning_rate * warm * cosine
+                    with _precision(model):
+                        loss = compute_losses(student, teacher, next(draws))
+                    if not math.isfinite(float(loss.detach())):
+                        raise ConfigError(
+                            f"the loss became {float(loss.detach())} at a learning rate of up to "
+                            f"{config.learning_rate:.3g}; give a lower --learning-rate"
+                        )
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    clip_grad_norm_(parameters, 1.0)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    run.count_step(float(loss.detach()))
+            run.use_best()
+        except BaseException:
+            student.unload()
+            raise
+        student.merge_and_unload(safe_merge=True)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        run.file.unlink(missing_ok=True)
+        return {
+            "draws": run.step * config.batch_size,
+            "minutes": round(run.seconds / 60, 2),
+            "curve": run.curve,
+        }
+
+
+class _Run:
+    """How far a training is, and what it goes on from after an interruption."""
+
+    def __init__(
+        self, named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, file: Path
+    ) -> None:
+        self.named = named
+        self.optimizer = optimizer
+        self.file = file
+        self.step = 0
+        self.seconds = 0.0
+        self.curve: list[dict[str, float]] = []
+        self.best = {name: each.detach().clone() for name, each in named.items()}
+        self.loss = math.nan  # a running mean
+        self._last_time = time.monotonic()
+        self._last_save = time.monotonic()
+
+    def share(self, config: Any) -> float:
+        """Return the share of the training that is done, by time or by steps."""
+        now = time.monotonic()
+        self.seconds += now - self._last_time
+        self._last_time = now
+        share = 0.0
+        if config.steps is not None:
+            share = self.step / config.steps
+        if config.minutes is not None:
+            share = max(share, self.seconds / 60 / config.minutes)
+        return share
+
+    def count_step(self, loss: float) -> None:
+        """Count a step, and keep the state from time to time."""
+        self.step += 1
+        self.loss = loss if self.step == 1 else 0.95 * self.loss + 0.05 * loss
+        if time.monotonic() - self._last_save > SAVE_SECONDS:
+            self.save()
+
+    def describe(self) -> str:
+        """Describe the last step and the last check."""
+        if not self.curve:
+            return ""
+        checked = self.curve[-1]["check"]
+        return f"step {self.step}, loss {self.loss:.3f}, on the check part {checked:.3f}"
+
+    @torch.no_grad()
+    def check(self, student: Any, teacher: Any, checked: Sequence[Item]) -> None:
+        """Measure the loss on the check part, and keep the weights if they are the best."""
+        loss = measure_loss(student, teacher, checked)
+        if all(loss < point["check"] for point in self.curve):
+            self.best = {name: each.detach().clone() for name, each in self.named.items()}
+        point = {"step": self.step, "check": loss, "seconds": round(self.seconds, 1)}
+        self.curve.append(point)
+
+    @torch.no_grad()
+    def use_best(self) -> None:
+        """Go back to the weights of the best check."""
+        for name, parameter in self.named.items():
+            parameter.copy_(self.best[name])
+
+    def save(self) -> None:
+        """Write the weights, the best ones and the optimiser's state."""
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self.named.items():
+            tensors[f"{name}|weight"] = parameter.detach()
+            tensors[f"{name}|best"] = self.best[name]
+            for part, tensor in self.optimizer.state[parameter].items():
+                tensors[f"{name}|{part}"] = tensor
+        state = {"step": self.step, "seconds": self.seconds, "curve": self.curve, "loss": self.loss}
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        new = self.file.with_name(self.file.name + ".new")
+        save_file(tensors, new, {"state": json.dumps(state)})
+        new.replace(self.file)
+        self._last_save = time.monotonic()
+
+    @torch.no_grad()
+    def resume(self) -> None:
+        """Go on from the state that was written, if there is one."""
+        if not self.file.exists():
+            return
+        with safe_open(self.file, "pt") as file:
+            state = json.loads(file.metadata()["state"])
+            self.step = state["step"]
+            self.seconds = state["seconds"]
+            self.curve = state["curve"]
+            self.loss = state["loss"]
+            for name, parameter in self.named.items():
+                parameter.copy_(file.get_tensor(f"{name}|weight"))
+                self.best[name].copy_(file.get_tensor(f"{name}|best"))
+                for part in ("step", "exp_avg", "exp_avg_sq"):
+                    value = file.get_tensor(f"{name}|{part}")
+                    if part != "step":  # which stays on the CPU
+                        value = value.to(parameter.device)
+                    self.optimizer.state[parameter][part] = value
+
+
+def _draw(items: Sequence[Item], size: int, seed: int) -> Iterator[list[Item]]:
+    """Yield batches; each item comes once before any comes again."""
+    random = Random(seed)
+    pool: list[Item] = []
+    while True:
+        while len(pool) < size:
+            pool += random.sample(list(items), len(items))
+        yield pool[:size]
+        pool = pool[size:]
+
+
+@torch.no_grad()
+def measure_loss(model: Any, teacher: Any, items: Sequence[Item]) -> float:
+    """Return the mean loss of a model on questions and texts."""
+    total = 0.0
+    ordered = sorted(items, key=lambda item: item.num_tokens)
+    for start in range(0, len(ordered), CHECKED_AT_ONCE):
+        batch = ordered[start : start + CHECKED_AT_ONCE]
+        with _precision(model):
+            total += float(compute_losses(model, teacher, batch)) * len(batch)
+    return total / len(ordered)
+
+
+def _low_precision(model: Any) -> torch.dtype | None:
+    """Return a dtype in which a float32 model computes faster on its device; None if none does."""
+    if model.dtype != torch.float32:
+        return None
+    if model.device.type == "cpu":
+        # bfloat16 is slower on a CPU without instructions for it. Older versions of torch don't
+        # say whether the CPU has them.
+        has_instructions = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+        is_faster = has_instructions is not None and has_instructions()
+    else:
+        is_faster = resolve_dtype("auto", model.device) == torch.bfloat16
+    return torch.bfloat16 if is_faster else None
+
+
+def _precision(model: Any) -> AbstractContextManager[Any]:
+    """Return a context in which a model computes in 16 bits, if that is faster."""
+    dtype = _low_precision(model)
+    return nullcontext() if dtype is None else torch.autocast(model.device.type, dtype)
+
+
+@contextmanager
+def _quick_weights(model: Any) -> Iterator[None]:
+    """Keep the frozen weights of linear maps in 16 bits inside the block, if that is faster.
+
+    Otherwise autocast would cast them anew in each pass. The results are the same, bit for bit.
+    """
+    dtype = _low_precision(model)
+    with ExitStack() as stack:
+        for module in model.modules():
+            if dtype is not None and isinstance(module, nn.Linear):
+                weight = module.weight
+                if not weight.requires_grad and weight.dtype == torch.float32:
+                    stack.callback(setattr, module, "weight", weight)
+                    module.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+        yield
+
+
+@contextmanager
+def _checkpointed(student: Any, items: Sequence[Item], batch_size: int) -> Iterator[None]:
+    """Compute activations again in the backward pass inside the block, where memory is short."""
+    config = student.config.get_text_config()
+    layers = find_layers(student)[1]
+    longest = batch_size * max(item.num_tokens for item in items)
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    num_bytes = 4 * longest * len(layers) * (16 * config.hidden_size + 4 * inner)
+    if num_bytes < SHARE_FOR_ACTIVATIONS * free_bytes(student.device):
+        yield
+        return
+    student.enable_input_require_grads()
+    student.gradient_checkpointing_enable()
+    for layer in layers:
+        layer.training = True  # of the layer alone: dropout stays off
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
+        student.gradient_checkpointing_disable()
+        student.disable_input_require_grads()
