@@ -45,8 +45,8 @@ from drllm.models.routing.bypass import Bypass
 from drllm.models.routing.crossings import Crossings
 from drllm.models.scoring.score import Request
 from drllm.paths import Decisions, StaticPath, to_path
+from drllm.prune.bypass import join_maps, solve_bypass
 from drllm.records.codec import hash_values
-from drllm.shorten.bypass import join_maps, solve_bypass
 from drllm.tasks.texts import Tokens, choose_calibration_texts
 from drllm.tuning.objectives import LOSS
 from drllm.tuning.path_scorer import Item, score_paths

@@ -13,9 +13,9 @@ from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.bypass import Bypass
 from drllm.models.routing.injection import Driver, LayerCall
 from drllm.paths import Decisions
-from drllm.shorten.bypass import LayerSums, join_maps, solve_layer
-from drllm.shorten.repairs.refit import split_for_ridge
-from drllm.shorten.states import TextBatch, in_float32, make_batches
+from drllm.prune.bypass import LayerSums, join_maps, solve_layer
+from drllm.prune.repairs.refit import split_for_ridge
+from drllm.prune.states import TextBatch, in_float32, make_batches
 from drllm.tasks.texts import Tokens
 
 ROUTES_PER_BATCH = 2

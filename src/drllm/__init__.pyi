@@ -48,6 +48,11 @@ from drllm.paths import to_decisions as to_decisions
 from drllm.paths import to_path as to_path
 from drllm.pipeline.bundle import Artefact as Artefact
 from drllm.pipeline.bundle import bundle as bundle
+from drllm.prune.bypass import fit_bypass as fit_bypass
+from drllm.prune.choose import gap_costs as gap_costs
+from drllm.prune.learn import learn as learn
+from drllm.prune.repairs.refit import refit as refit
+from drllm.prune.shrink import shrink as shrink
 from drllm.records.healed import HealedPath as HealedPath
 from drllm.records.results import Results as Results
 from drllm.records.search import SearchRecords as SearchRecords
@@ -57,11 +62,6 @@ from drllm.records.static_paths import StaticPaths as StaticPaths
 from drllm.records.static_paths import load_path as load_path
 from drllm.reporting.stage import report as report
 from drllm.search.run import search_paths as search_paths
-from drllm.shorten.bypass import fit_bypass as fit_bypass
-from drllm.shorten.choose import gap_costs as gap_costs
-from drllm.shorten.learn import learn as learn
-from drllm.shorten.repairs.refit import refit as refit
-from drllm.shorten.shrink import shrink as shrink
 from drllm.supervision.select import Supervision as Supervision
 from drllm.supervision.select import supervise as supervise
 from drllm.tasks.base import Task as Task

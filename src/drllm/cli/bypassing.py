@@ -38,7 +38,7 @@ def bypass_verb(command: CommandLine, terminal: Terminal) -> None:
     check_folder(output, "--output-dir")
     with terminal.busy(LOADING):
         from drllm.models.routing.bypass_file import BYPASS_FILE, load_bypass_with_record
-        from drllm.shorten.bypass import fit_bypass
+        from drllm.prune.bypass import fit_bypass
 
     model = command.get_settings(ModelConfig)
     fit_bypass(model, config=config, output_dir=output, listener=terminal)

@@ -51,7 +51,7 @@ def gaps_verb(command: CommandLine, terminal: Terminal) -> None:
     if num_layers is not None:
         config.list_numbers(num_layers)
     with terminal.busy("reading the questions"):
-        from drllm.shorten.questions import read_questions
+        from drllm.prune.questions import read_questions
     questions = read_questions(
         require_tasks(config.tasks),
         config.text,
@@ -60,7 +60,7 @@ def gaps_verb(command: CommandLine, terminal: Terminal) -> None:
         seed=config.seed,
     )
     with terminal.busy(LOADING):
-        from drllm.shorten.choose import choose_paths
+        from drllm.prune.choose import choose_paths
 
     choose_paths(command.get_settings(ModelConfig), questions, config, output, listener=terminal)
     show_gaps(output / PATHS_FILE, terminal)
@@ -121,7 +121,7 @@ def learn_verb(command: CommandLine, terminal: Terminal) -> None:
     check_new_folder(output)
     check_folder(output, "--output-dir")
     with terminal.busy("reading the questions"):
-        from drllm.shorten.questions import read_questions
+        from drllm.prune.questions import read_questions
     questions = read_questions(
         require_tasks(config.tasks),
         config.text,
@@ -132,8 +132,8 @@ def learn_verb(command: CommandLine, terminal: Terminal) -> None:
     with terminal.busy(LOADING):
         from drllm.model.submodel import shorten
         from drllm.models.routed_model import unrouted
-        from drllm.shorten.export import export
-        from drllm.shorten.learn import learn
+        from drllm.prune.export import export
+        from drllm.prune.learn import learn
 
     with unrouted(command.get_settings(ModelConfig), None, terminal) as base:
         model = shorten(base.model, skip)
@@ -163,7 +163,7 @@ def export_verb(command: CommandLine, terminal: Terminal) -> None:
     with terminal.busy(LOADING):
         from drllm.model.submodel import shorten
         from drllm.models.routed_model import unrouted
-        from drllm.shorten.export import export
+        from drllm.prune.export import export
 
     with unrouted(command.get_settings(ModelConfig), None, terminal) as base:
         base.refuse_bypass("export writes an ordinary checkpoint")

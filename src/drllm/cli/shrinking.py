@@ -69,8 +69,8 @@ def shrink_verb(command: CommandLine, terminal: Terminal) -> int | None:
     check_folder(output, "OUT")
     check_folder(find_work_folder(output), "OUT.work")
     with terminal.busy("reading the questions"):
-        from drllm.shorten.power import find_power
-        from drllm.shorten.questions import read_questions
+        from drllm.prune.power import find_power
+        from drllm.prune.questions import read_questions
     questions = read_questions(
         require_tasks(config.tasks),
         config.text,
@@ -95,7 +95,7 @@ def shrink_verb(command: CommandLine, terminal: Terminal) -> int | None:
     for power in powers:
         terminal.note(power.sentence)
     with terminal.busy(LOADING):
-        from drllm.shorten.shrink import shrink
+        from drllm.prune.shrink import shrink
 
     model = command.get_settings(ModelConfig)
     record = shrink(model, questions, output, config, force=force, listener=terminal)

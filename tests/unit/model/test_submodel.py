@@ -19,7 +19,7 @@ from drllm.errors import ArchitectureError, PathError
 from drllm.model.layers import find_layers
 from drllm.model.submodel import list_kept_layers, shorten
 from drllm.models.families import FAMILIES, IN_SUITE, REFUSED
-from drllm.shorten.repairs.refit import solve_gaps
+from drllm.prune.repairs.refit import solve_gaps
 from slow_way import ListedModel
 
 pytestmark = pytest.mark.filterwarnings(  # transformers renames it; PEFT still asks by the old name

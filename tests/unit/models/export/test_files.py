@@ -5,8 +5,8 @@ import json
 import pytest
 import yaml
 
-from drllm.models.export import model_card
 from drllm.model.older_names import add_names_of_transformers_4
+from drllm.models.export import model_card
 from drllm.paths import StaticPath
 from drllm.records.static_paths import load_path
 from paths_json import written_paths

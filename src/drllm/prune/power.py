@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from drllm.bisection import bisect
 from drllm.config import ShrinkConfig
-from drllm.shorten.questions import Questions
+from drllm.prune.questions import Questions
 from drllm.statistics.paired import paired_interval
 from drllm.statistics.power import questions_to_exclude, round_up
 from drllm.statistics.verdicts import FEWEST_TEXTS

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from drllm.shorten.repairs.normed import NormedMap, NormedTokens, solve_normed
+from drllm.prune.repairs.normed import NormedMap, NormedTokens, solve_normed
 
 NUM_INPUTS, NUM_OUTPUTS = 24, 8
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drllm.shorten.least_squares import Ridge, Sums, share_of_error
+from drllm.prune.least_squares import Ridge, Sums, share_of_error
 
 NUM_INPUTS, NUM_OUTPUTS = 7, 3
 SUMS = ("inner", "cross", "inputs", "outputs", "squares", "count")

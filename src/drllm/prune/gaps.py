@@ -34,8 +34,8 @@ from drllm.errors import ConfigError, TaskError
 from drllm.model.batching import free_bytes
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.bypass import normalise
-from drllm.shorten.least_squares import Ridge
-from drllm.shorten.states import LayersPass, Tokens, make_batches
+from drllm.prune.least_squares import Ridge
+from drllm.prune.states import LayersPass, Tokens, make_batches
 from drllm.work.listener import OnProgress
 
 Gap: TypeAlias = tuple[int, int]

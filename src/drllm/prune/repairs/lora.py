@@ -29,8 +29,8 @@ from drllm.extras import need
 from drllm.model.batching import free_bytes
 from drllm.model.layers import find_layers
 from drllm.model.load import resolve_dtype
-from drllm.shorten.loss import Item, compute_losses
-from drllm.shorten.repairs.base import REPAIRS, Lessons, Repair
+from drllm.prune.loss import Item, compute_losses
+from drllm.prune.repairs.base import REPAIRS, Lessons, Repair
 from drllm.work.listener import Listener
 
 WARM_UP = 20  # steps in which the learning rate rises

@@ -13,9 +13,9 @@ from drllm.errors import ConfigError, ModelError, TaskError
 from drllm.models.routed_model import RoutedModel, attach
 from drllm.models.routing.bypass import normalise
 from drllm.models.routing.bypass_file import BYPASS_FILE, load_bypass_with_record
-from drllm.shorten import bypass as module
-from drllm.shorten.bypass import RIDGES, fit_bypass, join_maps, solve_bypass
-from drllm.shorten.repairs.refit import split_for_ridge
+from drllm.prune.bypass import RIDGES, fit_bypass, join_maps, solve_bypass
+from drllm.prune.repairs.refit import split_for_ridge
+from drllm.prune import bypass as module
 
 TEXTS = [f"text number {number} of a hundred, with some more words" for number in range(100)]
 SMALL = {"tokens": 1500, "rank": 4}

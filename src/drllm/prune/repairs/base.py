@@ -10,9 +10,9 @@ from random import Random
 from typing import Any
 
 from drllm.config import LearnConfig
+from drllm.prune.loss import Item
+from drllm.prune.states import Tokens
 from drllm.registry import Registry
-from drllm.shorten.loss import Item
-from drllm.shorten.states import Tokens
 from drllm.tasks.texts import choose_calibration_texts
 from drllm.work.listener import Listener
 
@@ -84,4 +84,4 @@ class Repair(ABC):
         """
 
 
-REPAIRS: Registry[type[Repair]] = Registry("repair", ("drllm.shorten.repairs.*",))
+REPAIRS: Registry[type[Repair]] = Registry("repair", ("drllm.prune.repairs.*",))

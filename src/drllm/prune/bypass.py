@@ -41,11 +41,11 @@ from drllm.models.routing.bypass_file import (
     save_bypass,
 )
 from drllm.models.routing.injection import Driver, LayerCall
+from drllm.prune.least_squares import Ridge, Sums, share_of_error
+from drllm.prune.repairs.refit import MIN_TEXTS, SHARE_FOR_FLOAT32, split_for_ridge
+from drllm.prune.states import TextBatch, in_float32, make_batches
 from drllm.records.places import only_writer
 from drllm.search.evaluator import tokenize_prompt
-from drllm.shorten.least_squares import Ridge, Sums, share_of_error
-from drllm.shorten.repairs.refit import MIN_TEXTS, SHARE_FOR_FLOAT32, split_for_ridge
-from drllm.shorten.states import TextBatch, in_float32, make_batches
 from drllm.tasks.base import NoSplitError, Task, check_data_dir
 from drllm.tasks.examples import OPTIONS_REWARD, Example, Prompt, choose
 from drllm.tasks.registry import get_tasks

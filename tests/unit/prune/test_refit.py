@@ -11,8 +11,8 @@ from transformers.pytorch_utils import Conv1D
 from drllm.errors import ArchitectureError, ModelError, PathError, RoutingError, TaskError
 from drllm.model.layers import find_layers
 from drllm.model.submodel import shorten
-from drllm.shorten.repairs import refit
-from drllm.shorten.repairs.refit import Gap, solve_gaps, split_for_ridge
+from drllm.prune.repairs import refit
+from drllm.prune.repairs.refit import Gap, solve_gaps, split_for_ridge
 
 SKIPS = {
     "one layer": ([2], [Gap(1, 1, 3)]),
@@ -215,7 +215,7 @@ def test_without_room_for_the_states_of_all_texts_the_weights_are_the_same(
 ):
     teacher = tiny_model(family)
     models = [shorten(teacher, [1, 3, 5]) for _ in range(2)]
-    monkeypatch.setattr("drllm.shorten.states.TOKENS_AT_ONCE", 40)
+    monkeypatch.setattr("drllm.prune.states.TOKENS_AT_ONCE", 40)
     solve_gaps(models[0], teacher, make_texts())
     monkeypatch.setattr(refit, "SHARE_FOR_STATES", 0)
     solve_gaps(models[1], teacher, make_texts())
@@ -224,7 +224,7 @@ def test_without_room_for_the_states_of_all_texts_the_weights_are_the_same(
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_the_progress_grows_to_the_tokens_of_all_gaps(family, tiny_model, monkeypatch):
-    monkeypatch.setattr("drllm.shorten.states.TOKENS_AT_ONCE", 40)
+    monkeypatch.setattr("drllm.prune.states.TOKENS_AT_ONCE", 40)
     teacher = tiny_model(family)
     reports = []
     short = shorten(teacher, [1, 3])

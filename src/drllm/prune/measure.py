@@ -16,7 +16,7 @@ from drllm.evaluation.latency import device_clock, time_in_turns
 from drllm.evaluation.stage import answer_questions
 from drllm.model.layers import one_token
 from drllm.model.load import BaseModel
-from drllm.shorten.loss import Item, lay_out, run_layout
+from drllm.prune.loss import Item, lay_out, run_layout
 from drllm.statistics.ranges import Share
 from drllm.tasks.base import Task
 from drllm.work.listener import Listener

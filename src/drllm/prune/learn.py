@@ -25,10 +25,10 @@ from drllm.model.load import BaseModel
 from drllm.model.prompts import context_length
 from drllm.model.submodel import list_kept_layers
 from drllm.models.routed_model import unrouted
+from drllm.prune.questions import Questions, make_items, read_questions
+from drllm.prune.repairs.base import REPAIRS, Lessons
+from drllm.prune.repairs.lora import measure_loss
 from drllm.records.codec import hash_values
-from drllm.shorten.questions import Questions, make_items, read_questions
-from drllm.shorten.repairs.base import REPAIRS, Lessons
-from drllm.shorten.repairs.lora import measure_loss
 from drllm.tasks.base import Task
 from drllm.work.listener import Listener
 from drllm.work.store import refuse_other_run

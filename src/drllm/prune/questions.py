@@ -18,9 +18,9 @@ from drllm.model.load import BaseModel
 from drllm.model.prompts import context_length, encode, encode_continuation, render
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.batch_generation import generate_many
+from drllm.prune.loss import Item, make_text_item
 from drllm.records.splits import BOUNDS, part_by_hash, question_key
 from drllm.search.evaluator import gold_text
-from drllm.shorten.loss import Item, make_text_item
 from drllm.tasks.base import NoSplitError, Task
 from drllm.tasks.examples import KL_REWARD, OPTIONS_REWARD, Example, Prompt, choose
 from drllm.tasks.registry import get_tasks

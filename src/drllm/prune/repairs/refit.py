@@ -38,13 +38,12 @@ from drllm.model.layers import find_layers, temporary_hooks
 from drllm.model.prompts import encode
 from drllm.model.submodel import list_kept_layers
 from drllm.models.routed_model import RoutedModel, unrouted
-from drllm.records.codec import hash_values
-from drllm.shorten.least_squares import share_of_error
-from drllm.shorten.loss import make_text_item
-from drllm.shorten.repairs.base import REPAIRS, Lessons, Repair
-from drllm.shorten.repairs.normed import NormedMap, NormedTokens, solve_normed
-from drllm.shorten.repairs.weighted import WeightedSums
-from drllm.shorten.states import (
+from drllm.prune.least_squares import share_of_error
+from drllm.prune.loss import make_text_item
+from drllm.prune.repairs.base import REPAIRS, Lessons, Repair
+from drllm.prune.repairs.normed import NormedMap, NormedTokens, solve_normed
+from drllm.prune.repairs.weighted import WeightedSums
+from drllm.prune.states import (
     TextBatch,
     Tokens,
     in_float32,
@@ -53,6 +52,7 @@ from drllm.shorten.states import (
     record_calls,
     run_layers,
 )
+from drllm.records.codec import hash_values
 from drllm.tasks.texts import cut_texts
 from drllm.work.listener import Listener, OnProgress
 

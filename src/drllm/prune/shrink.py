@@ -28,6 +28,13 @@ from drllm.model.load import BaseModel
 from drllm.model.prompts import context_length, encode
 from drllm.model.submodel import list_kept_layers, shorten
 from drllm.models.routed_model import unrouted
+from drllm.prune.choose import choose_layers
+from drllm.prune.export import count_bytes, export
+from drllm.prune.learn import learn
+from drllm.prune.loss import Item, make_text_item
+from drllm.prune.measure import Measurement, TaskMeasurement, measure_model, measure_speeds
+from drllm.prune.questions import Questions, make_items, read_questions
+from drllm.prune.repairs.base import Lessons
 from drllm.records.codec import hash_values, read_json, write_json
 from drllm.records.gaps import PATHS_FILE, GapsRecord, read_gaps
 from drllm.records.manifest import new_manifest
@@ -43,13 +50,6 @@ from drllm.records.shortened import (
     TaskResult,
     find_work_folder,
 )
-from drllm.shorten.choose import choose_layers
-from drllm.shorten.export import count_bytes, export
-from drllm.shorten.learn import learn
-from drllm.shorten.loss import Item, make_text_item
-from drllm.shorten.measure import Measurement, TaskMeasurement, measure_model, measure_speeds
-from drllm.shorten.questions import Questions, make_items, read_questions
-from drllm.shorten.repairs.base import Lessons
 from drllm.statistics.differences import Differences, Verdict
 from drllm.statistics.exclusion import (
     Limits,

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from drllm.shorten.repairs.weighted import WeightedSums
+from drllm.prune.repairs.weighted import WeightedSums
 
 MAX_STEPS = 6
 LEAST_GAIN = 1e-3  # a step that lowers the error by a smaller share is the last one

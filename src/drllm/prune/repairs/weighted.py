@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from drllm.shorten.least_squares import Ridge, Sums
+from drllm.prune.least_squares import Ridge, Sums
 
 LARGEST_WEIGHT = 1000.0
 """The largest weight of a first token. A target of norm 0, as of a padding token, would divide by

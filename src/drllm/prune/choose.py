@@ -20,15 +20,15 @@ from drllm.model.load import BaseModel
 from drllm.model.prompts import context_length, encode
 from drllm.model.submodel import shorten
 from drllm.models.routed_model import RoutedModel, unrouted
+from drllm.prune.gaps import Gap, GapCosts, GapTable, find_best_sets, list_layers
+from drllm.prune.questions import Questions, make_items, read_questions
+from drllm.prune.repairs.base import Lessons
+from drllm.prune.repairs.refit import find_gaps, find_projections, solve_gaps
+from drllm.prune.states import Tokens, make_batches
 from drllm.records.codec import write_json
 from drllm.records.gaps import PATHS_FILE, GapRecord, GapsRecord, PathRecord
 from drllm.records.manifest import new_manifest
 from drllm.records.places import only_writer
-from drllm.shorten.gaps import Gap, GapCosts, GapTable, find_best_sets, list_layers
-from drllm.shorten.questions import Questions, make_items, read_questions
-from drllm.shorten.repairs.base import Lessons
-from drllm.shorten.repairs.refit import find_gaps, find_projections, solve_gaps
-from drllm.shorten.states import Tokens, make_batches
 from drllm.tasks.base import Task
 from drllm.work.listener import Listener
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from drllm.shorten.repairs.weighted import LARGEST_WEIGHT, WeightedSums
+from drllm.prune.repairs.weighted import LARGEST_WEIGHT, WeightedSums
 
 NUM_INPUTS, NUM_OUTPUTS, NUM_TEXTS = 12, 5, 8
 
