@@ -25,6 +25,11 @@ OLDEST_PYTHON ?= $(shell for python in python3.10 "$$HOME"/.pyenv/versions/3.10.
 	do "$$python" -c 'import ensurepip' 2>/dev/null && echo "$$python" && break; done)
 EVERY := -m "thorough or not thorough"
 
+# Threads that wait don't spin, which beside other work takes several times as long as the work.
+ifndef OMP_WAIT_POLICY
+export GOMP_SPINCOUNT ?= 10000
+endif
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup demo test test-quick test-thorough test-all test-torchao \

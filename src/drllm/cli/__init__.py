@@ -24,6 +24,8 @@ from drllm.errors import ConfigError, DrllmError
 from drllm.extras import need
 from drllm.work.launcher import count_processes, is_first_process
 
+SPINNING = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}
+"""The variables by which a user may say how long threads wait awake."""
 OUTPUT_CLOSED = 141  # the status by which shells report a program that a closed pipe has ended
 
 
@@ -41,6 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None:
         arguments = sys.argv[1:]
     words = list(arguments)
+    # Set before torch is imported. By default libgomp's threads spin at every barrier, and beside
+    # another busy process that takes several times as long as the work.
+    if not SPINNING & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = "10000"
     terminal = Terminal()
     status = 0
     try:
