@@ -1,9 +1,9 @@
 """The loss of a shortened model that learns right answers, and the passes that compute it.
 
-For a question with options, an option's score is its log-probability divided by its characters, and
-the loss is the cross-entropy of the right option among the softmax of the scores. For a right
-answer in text it is the mean next-token loss of the answer. To both comes the KL from the full
-model, a token, on the question and the right answer. Texts have the KL alone.
+- A question with options: the cross-entropy of the right option, where an option's score is its
+  log-probability divided by its characters, times `SHARPNESS`.
+- A right answer in text: its mean next-token loss.
+- A text without a right answer: the mean KL from the full model, a token.
 
 The questions of a step share one row, if the model's attention takes a mask: each prompt stands in
 it once, and its options see the prompt and themselves.
@@ -26,7 +26,6 @@ from drllm.model.layers import can_pack
 
 SHARPNESS = 8.0
 """What scores are multiplied by before the softmax: nats a character differ little."""
-KL_WEIGHT = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,8 +160,8 @@ def run_layout(model: Any, layout: Layout, places: Sequence[int]) -> Tensor:
     return logprobs
 
 
-def compute_losses(student: Any, teacher: Any, items: Sequence[Item]) -> Tensor:
-    """Return the mean loss of questions and texts.
+def compute_losses(student: Any, teacher: Any, items: Sequence[Item]) -> list[Tensor]:
+    """Return the loss of each question and text, each a scalar.
 
     Args:
         student: The shortened model.
@@ -171,20 +170,21 @@ def compute_losses(student: Any, teacher: Any, items: Sequence[Item]) -> Tensor:
     """
     layout = lay_out(items, student)
     places: set[int] = set()
-    for number in range(len(items)):
-        places.update(layout.prompts[number])
-        for target in layout.targets[number]:
-            places.update(target)
+    for item, prompt, targets in zip(items, layout.prompts, layout.targets, strict=True):
+        places.update(*targets)
+        if item.is_text:
+            places.update(prompt)
     ordered = sorted(places)
     row_of = {place: row for row, place in enumerate(ordered)}
     logprobs = run_layout(student, layout, ordered)  # [K, V]
-
     losses: list[Tensor] = []
-    for number, item in enumerate(items):
+    for item, prompt, targets in zip(items, layout.prompts, layout.targets, strict=True):
         if item.is_text:
+            rows = [row_of[place] for place in [*prompt, *targets[0][1:]]]
+            losses.append(_measure_kl(teacher, item, logprobs[rows]))
             continue
-        scores: list[Tensor] = []
-        for answer, target in zip(item.answers, layout.targets[number], strict=True):
+        scores: list[Tensor] = []  # the log-probabilities of each answer's tokens
+        for answer, target in zip(item.answers, targets, strict=True):
             rows = [row_of[place] for place in target]
             tokens = torch.tensor(answer, device=logprobs.device)
             scores.append(logprobs[rows].gather(1, tokens[:, None])[:, 0])
@@ -194,26 +194,16 @@ def compute_losses(student: Any, teacher: Any, items: Sequence[Item]) -> Tensor:
             by_character = [
                 score.sum() / length for score, length in zip(scores, item.lengths, strict=True)
             ]
-            losses.append(-(SHARPNESS * torch.stack(by_character)).log_softmax(dim=0)[item.gold])
+            shares = (SHARPNESS * torch.stack(by_character)).log_softmax(dim=0)
+            losses.append(-shares[item.gold])
         else:
             losses.append(-scores[item.gold].mean())
+    return losses
 
-    # The KL of each item, on its prompt and its right answer.
-    full_layout = lay_out(items, teacher, gold_only=True)
-    full_places: list[int] = []
-    rows = []
-    weights: list[float] = []
-    for number, item in enumerate(items):
-        own = [*full_layout.prompts[number], *full_layout.targets[number][0][1:]]
-        full_places += own
-        places_of_item = [*layout.prompts[number], *layout.targets[number][item.gold][1:]]
-        rows += [row_of[place] for place in places_of_item]
-        weights += [1 / len(own)] * len(own)
+
+def _measure_kl(teacher: Any, item: Item, found: Tensor) -> Tensor:
+    """Return the mean KL from the full model on a text; `found` are log-probabilities `[K, V]`."""
+    layout = lay_out([item], teacher)
     with torch.no_grad():
-        expected = run_layout(teacher, full_layout, full_places)  # [K, V]
-    kls = F.kl_div(logprobs[rows], expected, log_target=True, reduction="none").sum(dim=1)  # [K]
-    kl = (kls * torch.tensor(weights, device=kls.device)).sum()
-    total = KL_WEIGHT * kl
-    if losses:
-        total = total + torch.stack(losses).sum()
-    return total / len(items)
+        expected = run_layout(teacher, layout, [*layout.prompts[0], *layout.targets[0][0][1:]])
+    return F.kl_div(found, expected, log_target=True, reduction="none").sum(dim=1).mean()

@@ -355,7 +355,9 @@ def _describe(name: str, model: Any, measured: Mapping[str, Measurement], seed: 
             accuracy=fmean(answers.scores[answers.measure]),
             measure=answers.measure,
             other=others,
-            against_full=None if name == FULL else _compare([answers], [full.tasks[task]], seed),
+            against_full=None
+            if name == FULL
+            else compare_accuracy([answers], [full.tasks[task]], seed),
         )
     losses = {}
     for source, values in own.losses.items():
@@ -366,10 +368,10 @@ def _describe(name: str, model: Any, measured: Mapping[str, Measurement], seed: 
     pooled = None
     against_trained = None
     if own.tasks and name != FULL:
-        pooled = _compare(list(own.tasks.values()), list(full.tasks.values()), seed)
+        pooled = compare_accuracy(list(own.tasks.values()), list(full.tasks.values()), seed)
         if TRAINED in measured and name != TRAINED:
             trained = list(measured[TRAINED].tasks.values())
-            against_trained = _compare(list(own.tasks.values()), trained, seed)
+            against_trained = compare_accuracy(list(own.tasks.values()), trained, seed)
     return ModelResult(
         name=name,
         layers=tuple(list_kept_layers(model)),
@@ -381,7 +383,7 @@ def _describe(name: str, model: Any, measured: Mapping[str, Measurement], seed: 
     )
 
 
-def _compare(
+def compare_accuracy(
     ours: Sequence[TaskMeasurement], theirs: Sequence[TaskMeasurement], seed: int
 ) -> Verdict:
     """Compare the accuracies of two models on the questions of all tasks together.

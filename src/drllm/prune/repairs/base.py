@@ -16,7 +16,7 @@ from drllm.registry import Registry
 from drllm.tasks.texts import choose_calibration_texts
 from drllm.work.listener import Listener
 
-MAX_CHECKED = 400
+MOST_CHECKED = {False: 400, True: 100}  # questions and texts of the check part
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,17 @@ class Lessons:
     check: Mapping[str, Sequence[Item]]
 
     def sample_checked(self, seed: int) -> list[Item]:
-        """Return the questions and texts of the check part that are measured, at most 400."""
-        checked = [item for items in self.check.values() for item in items]
-        return Random(seed).sample(checked, min(len(checked), MAX_CHECKED))
+        """Return what is measured of the check part: at most 400 questions and 100 texts."""
+        checked: list[Item] = []
+        for is_text, number in MOST_CHECKED.items():
+            items = [
+                item
+                for of_source in self.check.values()
+                for item in of_source
+                if item.is_text == is_text
+            ]
+            checked += Random(seed).sample(items, min(len(items), number))
+        return checked
 
     def choose_texts(self, num_tokens: int, seed: int) -> list[Tokens]:
         """Choose texts to fit on, with as many tokens of each source as possible.

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from random import Random
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -101,7 +102,8 @@ class Lora(Repair):
                     for group in optimizer.param_groups:
                         group["lr"] = config.learning_rate * warm * cosine
                     with _precision(model):
-                        loss = compute_losses(student, teacher, next(draws))
+                        losses = compute_losses(student, teacher, next(draws))
+                        loss = torch.stack(losses).mean()
                     if not math.isfinite(float(loss.detach())):
                         raise ConfigError(
                             f"the loss became {float(loss.detach())} at a learning rate of up to "
@@ -222,26 +224,38 @@ class _Run:
 
 
 def _draw(items: Sequence[Item], size: int, seed: int) -> Iterator[list[Item]]:
-    """Yield batches; each item comes once before any comes again."""
+    """Yield batches of questions, each with one text if there are texts beside questions.
+
+    Each item comes once before any comes again.
+    """
     random = Random(seed)
+    questions = [item for item in items if not item.is_text]
+    texts = [item for item in items if item.is_text]
+    if not questions:
+        questions, texts = texts, []
     pool: list[Item] = []
+    text_pool: list[Item] = []
     while True:
         while len(pool) < size:
-            pool += random.sample(list(items), len(items))
-        yield pool[:size]
-        pool = pool[size:]
+            pool += random.sample(questions, len(questions))
+        batch, pool = pool[:size], pool[size:]
+        if texts:
+            text_pool = text_pool or random.sample(texts, len(texts))
+            batch.append(text_pool.pop())
+        yield batch
 
 
 @torch.no_grad()
 def measure_loss(model: Any, teacher: Any, items: Sequence[Item]) -> float:
-    """Return the mean loss of a model on questions and texts."""
-    total = 0.0
+    """Return the mean loss of a model on questions, plus that on texts."""
     ordered = sorted(items, key=lambda item: item.num_tokens)
+    losses: dict[bool, list[float]] = {}
     for start in range(0, len(ordered), CHECKED_AT_ONCE):
         batch = ordered[start : start + CHECKED_AT_ONCE]
         with _precision(model):
-            total += float(compute_losses(model, teacher, batch)) * len(batch)
-    return total / len(ordered)
+            for item, loss in zip(batch, compute_losses(model, teacher, batch), strict=True):
+                losses.setdefault(item.is_text, []).append(float(loss))
+    return sum(map(fmean, losses.values()))
 
 
 def _low_precision(model: Any) -> torch.dtype | None:
