@@ -1,8 +1,8 @@
 """The loss of a shortened model that learns right answers, and the passes that compute it.
 
-- A question with options: the cross-entropy of the right option, where an option's score is its
-  log-probability divided by its characters, times `SHARPNESS`.
-- A right answer in text: its mean next-token loss.
+- A question with a right answer: the mean next-token loss of the answer.
+- A question with options: to this comes the cross-entropy of the right option, where an option's
+  score is its log-probability divided by its characters, times `SHARPNESS`.
 - A text without a right answer: the mean KL from the full model, a token.
 
 The questions of a step share one row, if the model's attention takes a mask: each prompt stands in
@@ -190,14 +190,14 @@ def compute_losses(student: Any, teacher: Any, items: Sequence[Item]) -> list[Te
             scores.append(logprobs[rows].gather(1, tokens[:, None])[:, 0])
         for place, first in enumerate(item.num_unscored):
             scores[place] = scores[place][first:]
+        loss = -scores[item.gold].mean()
         if item.lengths:
             by_character = [
                 score.sum() / length for score, length in zip(scores, item.lengths, strict=True)
             ]
             shares = (SHARPNESS * torch.stack(by_character)).log_softmax(dim=0)
-            losses.append(-shares[item.gold])
-        else:
-            losses.append(-scores[item.gold].mean())
+            loss = loss - shares[item.gold]
+        losses.append(loss)
     return losses
 
 
