@@ -96,10 +96,12 @@ def parse_layers(text: str) -> list[int]:
     layers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
+        if not dash:
+            last = first
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
             raise PathError(
                 f"the layers to leave out are {text!r}; give layers and ranges, such as 2-9,14, or "
                 f"a file of 'drllm gaps' and how many layers stay, such as paths.json:15"
             )
-        layers += range(int(first), int(last or first) + 1)
+        layers += range(int(first), int(last) + 1)
     return layers
