@@ -19,7 +19,7 @@ from torch import Tensor
 
 from drllm.config import LearnConfig
 from drllm.config.fields import replace_settings, require_tasks
-from drllm.errors import ArchitectureError, ModelError, PathError, RoutingError
+from drllm.errors import ArchitectureError, ConfigError, ModelError, PathError, RoutingError
 from drllm.model.layers import evaluation_mode
 from drllm.model.load import BaseModel
 from drllm.model.prompts import context_length
@@ -28,7 +28,7 @@ from drllm.models.routed_model import unrouted
 from drllm.prune.questions import Questions, make_items, read_questions
 from drllm.prune.repairs.base import REPAIRS, Lessons
 from drllm.prune.repairs.lora import measure_loss
-from drllm.records.codec import hash_values
+from drllm.records.codec import hash_values, write_json
 from drllm.tasks.base import Task
 from drllm.work.listener import Listener
 from drllm.work.store import refuse_other_run
@@ -73,7 +73,8 @@ def learn(
         it was kept.
 
     Raises:
-        ConfigError: A repair is unknown, the loss diverged, or the folder belongs to another run.
+        ConfigError: A repair is unknown, the training has no end, the loss diverged, or the folder
+            belongs to another run.
         TaskError: A task is unknown or has too few questions.
         PathError, ArchitectureError, RoutingError, ModelError: A repair that was asked for by name
             isn't possible.
@@ -81,6 +82,8 @@ def learn(
     Source: ours.
     """
     config = replace_settings(LearnConfig, config, settings)
+    if config.minutes is None and config.steps is None:
+        raise ConfigError("the training would have no end; give --minutes or --steps")
     listener = listener or Listener()
     if not isinstance(questions, Questions):
         questions = read_questions(
@@ -140,8 +143,7 @@ def _learn(
         remedy = f"choose another folder, or delete {folder}"
         refuse_other_run(f"the work in {folder}", earlier, identity, remedy)
     else:
-        folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(identity), encoding="utf-8")
+        write_json(file, identity)
 
     checked = lessons.sample_checked(config.seed)
     with listener.busy("measuring the loss on the check part"):
@@ -178,7 +180,7 @@ def _learn(
                     f"{name} was undone: the loss on the check part is {new_loss:.3f}, and was "
                     f"{loss:.3f}"
                 )
-            kept_file.write_text(json.dumps(entry), encoding="utf-8")
+            write_json(kept_file, entry)
         if entry["kept"]:
             loss = entry["loss"]
         report["repairs"].append(entry)

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from drllm.errors import ConfigError
-from drllm.extras import need
 from drllm.model.batching import free_bytes
 from drllm.model.layers import find_layers
 from drllm.model.load import resolve_dtype
@@ -39,7 +38,7 @@ LEAST_RATE = 0.02  # of the learning rate, at the end of its cosine
 CHECKS = 5
 CHECKED_AT_ONCE = 8
 SAVE_SECONDS = 60  # a killed training loses about this much
-STATE_FILE = "lora.safetensors"
+STATE_FILE = "lora.state.safetensors"
 SHARE_FOR_ACTIVATIONS = 0.3  # of the free memory; where a step takes more, it is checkpointed
 
 
@@ -48,8 +47,7 @@ class Lora(Repair):
     """Trains LoRA on right answers."""
 
     def check(self, model: Any, teacher: Any) -> None:
-        """Raise an error if PEFT isn't installed."""
-        need("heal", "training LoRA")
+        """Do nothing: every model can have LoRA."""
 
     def fit(
         self, model: Any, teacher: Any, lessons: Lessons, work: Path, listener: Listener
