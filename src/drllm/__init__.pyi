@@ -4,14 +4,12 @@ from drllm.config import BypassConfig as BypassConfig
 from drllm.config import DepthConfig as DepthConfig
 from drllm.config import EvaluateConfig as EvaluateConfig
 from drllm.config import GapsConfig as GapsConfig
-from drllm.config import HealConfig as HealConfig
 from drllm.config import LearnConfig as LearnConfig
 from drllm.config import ModelConfig as ModelConfig
 from drllm.config import SearchConfig as SearchConfig
 from drllm.config import ShrinkConfig as ShrinkConfig
 from drllm.config import SuperviseConfig as SuperviseConfig
 from drllm.config import TrainConfig as TrainConfig
-from drllm.config import TuneConfig as TuneConfig
 from drllm.errors import ArchitectureError as ArchitectureError
 from drllm.errors import CheckpointError as CheckpointError
 from drllm.errors import ConfigError as ConfigError
@@ -53,13 +51,9 @@ from drllm.prune.choose import gap_costs as gap_costs
 from drllm.prune.learn import learn as learn
 from drllm.prune.repairs.refit import refit as refit
 from drllm.prune.shrink import shrink as shrink
-from drllm.records.healed import HealedPath as HealedPath
 from drllm.records.results import Results as Results
 from drllm.records.search import SearchRecords as SearchRecords
 from drllm.records.shortened import ShrinkRecord as ShrinkRecord
-from drllm.records.static_paths import PathFile as PathFile
-from drllm.records.static_paths import StaticPaths as StaticPaths
-from drllm.records.static_paths import load_path as load_path
 from drllm.reporting.stage import report as report
 from drllm.search.run import search_paths as search_paths
 from drllm.supervision.select import Supervision as Supervision
@@ -67,8 +61,6 @@ from drllm.supervision.select import supervise as supervise
 from drllm.tasks.base import Task as Task
 from drllm.tasks.registry import get_task as get_task
 from drllm.training.stage import train as train
-from drllm.tuning.heal import heal as heal
-from drllm.tuning.run import tune as tune
 from drllm.work.listener import Listener as Listener
 
 __version__: str

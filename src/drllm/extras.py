@@ -9,7 +9,6 @@ from drllm.errors import ConfigError
 
 EXTRAS = {
     "eval": ("lm_eval", "datasets", "pyarrow"),
-    "heal": ("peft",),
     "report": ("matplotlib", "markdown_it"),
     "math": ("math_verify",),
     "demo": ("gguf",),
@@ -30,7 +29,7 @@ def need(extras: str, purpose: str, *packages: str) -> None:
     missing: dict[str, str] = {}  # package → its extra
     for extra in extras.split(","):
         for package in packages or EXTRAS[extra]:
-            if not _is_installed(package):
+            if not is_installed(package):
                 missing[package] = extra
     if missing:
         missing_extras = dict.fromkeys(missing.values())  # each extra once
@@ -62,7 +61,8 @@ def _list_packages(extra: str) -> list[str]:
     return packages
 
 
-def _is_installed(package: str) -> bool:
+def is_installed(package: str) -> bool:
+    """Tell whether a package can be imported, without importing it."""
     spec = find_spec(package)
     # A folder with the package's name but without code has no origin.
     return spec is not None and spec.origin is not None

@@ -150,12 +150,10 @@ class Gap(NamedTuple):
 class StaticPath:
     """A path that is the same for a whole task.
 
-    Layers may come more than once and in any order. A *healed* path has an adapter that was trained
-    for it, so it isn't equal to the plain path of the same layers.
+    Layers may come more than once and in any order.
 
     Attributes:
         layers: Layer indices in the order executed, at least one.
-        adapter: Name, in the routed model, of the adapter that the path runs with; empty for none.
 
     Raises:
         PathError: There are no layers, or a value isn't the index of a layer.
@@ -166,18 +164,12 @@ class StaticPath:
     """
 
     layers: Path
-    adapter: str
 
-    def __init__(self, layers: Iterable[int], adapter: str = "") -> None:
+    def __init__(self, layers: Iterable[int]) -> None:
         indices = tuple(_check_index(layer, place) for place, layer in enumerate(layers))
         if not indices:
             raise PathError("the path is empty; at least one layer must be executed")
         object.__setattr__(self, "layers", indices)  # the class is frozen
-        object.__setattr__(self, "adapter", adapter)
-
-    def with_adapter(self, name: str) -> "StaticPath":
-        """Return the path with an adapter, or without an adapter if the name is empty."""
-        return StaticPath(self.layers, name)
 
     def check(self, num_layers: int) -> "StaticPath":
         """Return this path, or raise PathError if a model of `num_layers` layers can't run it."""
@@ -191,36 +183,10 @@ class StaticPath:
 
     def plan(self, num_layers: int) -> "Plan":
         """Return the path as decisions `[L]` if they can express it, else the path itself."""
-        if self.adapter:  # decisions have no adapter
-            return self
         try:
             return self.decisions(num_layers)
         except PathError:
             return self
-
-    def gaps(self, num_layers: int) -> "list[Gap]":
-        """Return the places where the path leaves out layers, in order.
-
-        Layers that are left out before the first layer of the path aren't between two layers, so
-        they are no gap.
-
-        Raises:
-            PathError: The path runs a layer twice, or goes back.
-
-        Example:
-            >>> StaticPath([0, 1, 4]).gaps(num_layers=6)
-            [Gap(layer=1, next_layer=4), Gap(layer=4, next_layer=6)]
-        """
-        gaps = []
-        for layer, next_layer in zip(self.layers, (*self.layers[1:], num_layers), strict=True):
-            if next_layer <= layer:
-                raise PathError(
-                    f"layer {next_layer} comes after layer {layer} in the path; a path whose "
-                    f"layers are repaired runs each layer at most once, in order"
-                )
-            if next_layer > layer + 1:
-                gaps.append(Gap(layer, next_layer))
-        return gaps
 
     def edits(self, num_layers: int) -> str:
         """Describe how the path differs from the full path of L layers.
@@ -229,10 +195,27 @@ class StaticPath:
             >>> StaticPath([0, 1, 3, 3]).edits(num_layers=4)
             'skips layer 2, repeats layer 3'
         """
-        description = _describe_edits(self.layers, num_layers)
-        if self.adapter:
-            return f"{description}, with healed weights"
-        return description
+        counts = Counter(self.layers)
+        skipped_layers = [layer for layer in range(num_layers) if layer not in counts]
+        repeated_layers: dict[int, list[int]] = {}  # by the number of repeats
+        for layer, count in counts.items():
+            if count > 1:
+                repeated_layers.setdefault(count - 1, []).append(layer)
+        parts: list[str] = []
+        if skipped_layers:
+            parts.append(f"skips {_name_layers(skipped_layers)}")
+        for num_repeats, repeated in repeated_layers.items():
+            part = f"repeats {_name_layers(repeated)}"
+            if num_repeats == 2:
+                part += " twice"
+            elif num_repeats > 2:
+                part += f" {num_repeats} times"
+            parts.append(part)
+        if list(self.layers) != sorted(self.layers):
+            parts.append("runs the layers in another order")
+        if not parts:
+            return "runs every layer once"
+        return ", ".join(parts)
 
 
 Plan: TypeAlias = "Decisions | StaticPath"
@@ -244,11 +227,6 @@ def get_layers(plan: Plan) -> Path:
     return plan.layers if isinstance(plan, StaticPath) else to_path(plan)
 
 
-def get_adapter(plan: Plan) -> str:
-    """Return the name of the adapter that a plan runs with; empty for none."""
-    return plan.adapter if isinstance(plan, StaticPath) else ""
-
-
 def _check_index(layer: object, place: int) -> int:
     """Check a value without knowing the model's number of layers, and return it as an int."""
     # `Integral` has NumPy's integers too.
@@ -258,30 +236,6 @@ def _check_index(layer: object, place: int) -> int:
             f"index from 0"
         )
     return int(layer)
-
-
-def _describe_edits(layers: Path, num_layers: int) -> str:
-    counts = Counter(layers)
-    skipped_layers = [layer for layer in range(num_layers) if layer not in counts]
-    repeated_layers: dict[int, list[int]] = {}  # by the number of repeats
-    for layer, count in counts.items():
-        if count > 1:
-            repeated_layers.setdefault(count - 1, []).append(layer)
-    parts: list[str] = []
-    if skipped_layers:
-        parts.append(f"skips {_name_layers(skipped_layers)}")
-    for num_repeats, repeated in repeated_layers.items():
-        part = f"repeats {_name_layers(repeated)}"
-        if num_repeats == 2:
-            part += " twice"
-        elif num_repeats > 2:
-            part += f" {num_repeats} times"
-        parts.append(part)
-    if list(layers) != sorted(layers):
-        parts.append("runs the layers in another order")
-    if not parts:
-        return "runs every layer once"
-    return ", ".join(parts)
 
 
 def _name_layers(layers: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""Chooses the base model of a command: the user's, or the model that routers or paths name."""
+"""Chooses the base model of a command: the user's, or the model that routers name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from drllm.cli.verbs import VERBS
 from drllm.config import ModelConfig
 from drllm.errors import CheckpointError
 from drllm.model import places
-from drllm.records.static_paths import PathFile
+from drllm.records.static_paths import NamedPath
 
 if TYPE_CHECKING:
     from drllm.models.routers.stack import RouterStack
@@ -21,17 +21,16 @@ if TYPE_CHECKING:
 def check_model(command: CommandLine) -> None:
     """Refuse a base model that can't be loaded, before anything else is read.
 
-    A model that routers or paths name is checked by `choose_model`.
+    A model that routers name is checked by `choose_model`.
     """
     if command.names_model or not VERBS[command.verb].model_from:
         places.check_model(command.get_settings(ModelConfig))
 
 
-def check_layers(model: ModelConfig, paths: Iterable[PathFile]) -> None:
+def check_layers(model: ModelConfig, paths: Iterable[NamedPath]) -> None:
     """Refuse paths with layers that a model lacks, before the model is loaded.
 
-    A path of a file that names its model is checked when the model is loaded, as all paths are if
-    the number of layers isn't known before.
+    They are checked when the model is loaded if the number of layers isn't known before.
 
     Raises:
         PathError: The model can't run a path.
@@ -40,8 +39,7 @@ def check_layers(model: ModelConfig, paths: Iterable[PathFile]) -> None:
     if num_layers is None:
         return
     for path in paths:
-        if path.record is None:
-            path.path(num_layers)
+        path.path(num_layers)
 
 
 def read_routers(place: Path) -> tuple[Path, RouterStack]:
@@ -53,29 +51,23 @@ def read_routers(place: Path) -> tuple[Path, RouterStack]:
     return folder, load_routers(folder)
 
 
-def choose_model(
-    command: CommandLine, routers: RouterStack | None = None, path: PathFile | None = None
-) -> ModelConfig:
+def choose_model(command: CommandLine, routers: RouterStack | None = None) -> ModelConfig:
     """Return the settings of the base model to load.
 
-    If the user named no model, it is the model that the paths.json or the routers name. A command
-    with neither loads the default model.
+    If the user named no model, it is the model that the routers name. A command without routers
+    loads the default model.
 
     Args:
         command: The command line.
         routers: The routers that the command runs.
-        path: The static path that the command runs.
 
     Raises:
         CheckpointError: The routers name no base model, and the user didn't either.
-        ModelError: The model that the paths.json or the routers name doesn't exist.
+        ModelError: The model that the routers name doesn't exist.
     """
     config = command.get_settings(ModelConfig)
     if command.names_model:
         return config
-    if path is not None and path.record is not None and path.record.model.get("id"):
-        identity = path.record.model
-        return _replace_model(config, identity["id"], identity.get("revision"))
     if routers is None:
         return config
     if not routers.config.base_model:

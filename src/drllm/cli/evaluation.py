@@ -14,10 +14,11 @@ from drllm.cli.terminal import LOADING, Terminal
 from drllm.cli.verbs import Flag, verb
 from drllm.config import EvaluateConfig, ModelConfig
 from drllm.evaluation.questions import check_output
-from drllm.evaluation.request import EvaluationRequest, read_request
+from drllm.evaluation.request import read_request
 from drllm.extras import need
 from drllm.models.routers.places import check_place
 from drllm.records.places import check_folder
+from drllm.records.static_paths import NamedPath
 from drllm.reporting.run import read_run
 
 if TYPE_CHECKING:
@@ -63,8 +64,9 @@ def evaluate_verb(command: CommandLine, terminal: Terminal) -> int:
     print_splits(request.tasks, terminal)
     with terminal.busy("reading the routers"):
         routers = _load_routers(places)
-    model = _choose_model(command, request, routers)
-    check_layers(model, request.path_files)
+    model = choose_model(command, routers[0].stack if routers else None)
+    named = [path for path in request.paths.values() if isinstance(path, NamedPath)]
+    check_layers(model, named)
     with terminal.busy(LOADING):
         from drllm.evaluation.stage import evaluate_request
 
@@ -90,16 +92,6 @@ def _load_routers(places: Sequence[Path]) -> list[LoadedRouters]:
         folder, stack = read_routers(place)
         loaded.append(LoadedRouters(stack, folder))
     return loaded
-
-
-def _choose_model(
-    command: CommandLine, request: EvaluationRequest, routers: Sequence[LoadedRouters]
-) -> ModelConfig:
-    """Return the base model: the user's, else the first routers', else that of a file of paths."""
-    if routers:
-        return choose_model(command, routers[0].stack)
-    path_with_model = next((path for path in request.path_files if path.record), None)
-    return choose_model(command, path=path_with_model)
 
 
 @verb(

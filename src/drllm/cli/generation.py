@@ -22,7 +22,7 @@ from drllm.cli.verbs import Flag, verb
 from drllm.config import DepthConfig, GenerateConfig, ModelConfig
 from drllm.cost import path_executions
 from drllm.pipeline.model import open_model
-from drllm.records.static_paths import PathFile
+from drllm.records.static_paths import NamedPath
 
 if TYPE_CHECKING:
     from drllm.models.routed_model import RoutedModel
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
         ),
         Flag(
             "path",
-            "static path for all prompts, instead of routers (paths.json:NAME, without:13,14)",
+            "static path for all prompts, instead of routers (a file or without:13,14)",
         ),
         Flag("file", "file of prompts to answer, instead of PROMPT (.jsonl)"),
         Flag(
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
             alias="output",
         ),
     ),
-    model_from="the model that the routers or the paths.json name",
+    model_from="the model that the routers name",
 )
 def generate(command: CommandLine, terminal: Terminal) -> None:
     """Answer a prompt or a file of prompts, or chat, and show the route."""
@@ -72,7 +72,7 @@ def generate(command: CommandLine, terminal: Terminal) -> None:
     check_output(output, command)
     inputs = read_inputs(command, config, depth, terminal)
 
-    with open_model(choose_model(command, inputs.routers, inputs.path), terminal) as base:
+    with open_model(choose_model(command, inputs.routers), terminal) as base:
         from drllm.models.routed_model import RoutedModel
 
         routed = RoutedModel(
@@ -88,11 +88,9 @@ def generate(command: CommandLine, terminal: Terminal) -> None:
             _answer(session, inputs, output)
 
 
-def _follow_path(routed: RoutedModel, path: PathFile) -> tuple[Policy, PathSummary]:
+def _follow_path(routed: RoutedModel, path: NamedPath) -> tuple[Policy, PathSummary]:
     """Return the policy that runs a static path for every prompt, and its summary."""
-    from drllm.models.routing.healed import install_path
-
-    static_path = install_path(routed.injection, path)
+    static_path = path.path(routed.num_layers)
     executions = path_executions(static_path)
     summary = PathSummary(static_path.edits(routed.num_layers), executions)
     return routed.build_policy(static_path), summary

@@ -20,7 +20,7 @@ from drllm.config.fields import to_flag
 from drllm.errors import ConfigError, TaskError
 from drllm.models.routers.places import check_place
 from drllm.records.places import check_file, choose_file
-from drllm.records.static_paths import PathFile, load_path
+from drllm.records.static_paths import NamedPath, read_path
 from drllm.tasks.row_files import describe_place, read_rows
 from drllm.tasks.rows import read_messages, read_text
 
@@ -66,7 +66,7 @@ class Inputs:
     file: Path | None
     rows: Sequence[PromptRow]
     routers: RouterStack | None
-    path: PathFile | None
+    path: NamedPath | None
     calibration: Sequence[tuple[str, bool]]
     form: PromptForm
 
@@ -132,8 +132,6 @@ def read_inputs(
         calibration = _read_calibration(depth)
         routers = _read_routers(command)
     path = _read_path(command)
-    if path is not None and path.note:
-        terminal.note(path.note)
     form = _choose_form(config, routers)
     _check_conversations(file, rows, form, config)
     return Inputs(prompt, file, rows, routers, path, calibration, form)
@@ -191,13 +189,13 @@ def _read_routers(command: CommandLine) -> RouterStack | None:
     return routers
 
 
-def _read_path(command: CommandLine) -> PathFile | None:
+def _read_path(command: CommandLine) -> NamedPath | None:
     """Read and check the static path of `--path`; return None without the flag."""
     place = command.optional_path("path")
     if place is None:
         return None
-    path = load_path(str(place))
-    check_layers(choose_model(command, path=path), [path])
+    path = read_path(str(place))
+    check_layers(choose_model(command), [path])
     return path
 
 

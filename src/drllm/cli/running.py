@@ -10,7 +10,6 @@ from drllm.errors import ConfigError, unknown_name
 from drllm.model.places import check_model
 from drllm.pipeline.folder import run_recipe
 from drllm.pipeline.recipes import read_recipe
-from drllm.records.path_losses import describe_held_out_losses
 from drllm.reporting.run import read_run
 from drllm.tasks.examples import FILE_ENDINGS
 
@@ -65,8 +64,6 @@ def run(command: CommandLine, terminal: Terminal) -> int:
     times = run_recipe(recipe, folder, terminal)
     finished_run = read_run(folder)
     show_summary(finished_run.evaluations, folder / "eval", terminal)
-    if finished_run.healed is not None and finished_run.healed.held_out:
-        terminal.fact("text", describe_held_out_losses(finished_run.healed))
     terminal.say()
     for name, time in times.items():
         terminal.fact(name, time)

@@ -12,10 +12,12 @@ from drllm.cli.verbs import Flag, verb
 from drllm.config import GapsConfig, LearnConfig, ModelConfig
 from drllm.config.fields import require_tasks
 from drllm.errors import ConfigError
+from drllm.extras import is_installed
 from drllm.model.places import read_num_layers
 from drllm.records.gaps import PATHS_FILE, parse_layers, read_gaps
 from drllm.records.places import check_folder, check_new_folder
 
+FIGURE_FILE = "gaps.png"
 SKIP = Flag(
     "skip",
     "layers to leave out, counted from 0, such as 2-9,12-18; or a file of 'drllm gaps' and how "
@@ -64,6 +66,11 @@ def gaps_verb(command: CommandLine, terminal: Terminal) -> None:
 
     choose_paths(command.get_settings(ModelConfig), questions, config, output, listener=terminal)
     show_gaps(output / PATHS_FILE, terminal)
+    if is_installed("matplotlib"):
+        from drllm.reporting.gap_figure import draw_gaps
+
+        draw_gaps(read_gaps(output / PATHS_FILE), output / FIGURE_FILE)
+        terminal.fact("figure", output / FIGURE_FILE)
 
 
 def show_gaps(file: Path, terminal: Terminal) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from drllm.cli.command_line import CommandLine
-from drllm.cli.show_paths import show_healed, show_paths
+from drllm.cli.shortening import show_gaps
 from drllm.cli.show_question import show_question
 from drllm.cli.show_results import show_latency, show_results
 from drllm.cli.show_routers import show_agreement, show_metrics, show_routers
@@ -20,12 +20,11 @@ from drllm.errors import RecordError
 from drllm.models.routers.places import CONFIG_FILE
 from drllm.records import results
 from drllm.records.codec import read_json_lines
-from drllm.records.healed import HEALED_FILE
+from drllm.records.gaps import PATHS_FILE
 from drllm.records.layers import LAYERS_FILE
 from drllm.records.removed import refuse_menu
 from drllm.records.search import SEARCH_FILE, read_search
 from drllm.records.shortened import SHRINK_FILE
-from drllm.records.static_paths import PATHS_FILE
 from drllm.records.supervision import SUPERVISION_FILE
 from drllm.search import CHUNKS_FOLDER
 
@@ -38,8 +37,6 @@ RUN_PARTS = (
     SUPERVISION_FILE,
     f"routers/{CONFIG_FILE}",
     PATHS_FILE,
-    HEALED_FILE,
-    f"healed/{HEALED_FILE}",
 )
 """The files of a run folder in the order of printing; the results of `evaluate` come last."""
 
@@ -188,8 +185,7 @@ JSON_RENDERERS: dict[str, Renderer] = {
     "run.manifest.json": _show_run,
     results.LATENCY_FILE: _show_latency_file,
     LAYERS_FILE: show_agreement,
-    PATHS_FILE: show_paths,
-    HEALED_FILE: show_healed,
+    PATHS_FILE: show_gaps,
     SHRINK_FILE: show_shrink,
 }
 """The function that prints a JSON file, by the name of the file."""

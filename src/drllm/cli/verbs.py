@@ -163,8 +163,6 @@ VERBS = _Verbs(
         "bypass": "bypassing",
         "gaps": "shortening",
         "learn": "shortening",
-        "tune": "static_paths",
-        "heal": "static_paths",
         "export": "shortening",
         "evaluate": "evaluation",
         "report": "evaluation",
@@ -181,18 +179,16 @@ FOREIGN = {"lm-eval": "lm-evaluation-harness' own command line, with --model drl
 
 SECTIONS = {
     "everything in one command": ("run", "shrink"),
-    "the stages, in order; each reads files of an earlier one": (
+    "a smaller model, step by step": ("gaps", "learn", "export"),
+    "routing, in order; each reads files of an earlier one": (
         "search",
         "supervise",
         "train",
         "bypass",
-        "tune",
-        "heal",
         "generate",
         "evaluate",
         "lm-eval",
         "report",
-        "export",
         "bundle",
     ),
     "results and names": ("show", "ls"),

@@ -8,17 +8,14 @@ from drllm.config.bypass import BypassConfig
 from drllm.config.constants import SPLITS
 from drllm.config.evaluate import TIMING, EvaluateConfig
 from drllm.config.executor import ExecutorConfig
-from drllm.config.export import ExportConfig
 from drllm.config.gaps import GapsConfig
 from drllm.config.generate import DepthConfig, GenerateConfig
-from drllm.config.heal import HealConfig
 from drllm.config.learn import LearnConfig
 from drllm.config.model import DEVICES, ModelConfig
 from drllm.config.search import STOP_RULES, SearchConfig
 from drllm.config.shrink import ShrinkConfig
 from drllm.config.supervise import SuperviseConfig
 from drllm.config.train import TrainConfig
-from drllm.config.tune import TuneConfig
 
 __all__ = [
     "DEVICES",
@@ -29,15 +26,12 @@ __all__ = [
     "DepthConfig",
     "EvaluateConfig",
     "ExecutorConfig",
-    "ExportConfig",
     "GapsConfig",
     "GenerateConfig",
-    "HealConfig",
     "LearnConfig",
     "ModelConfig",
     "SearchConfig",
     "ShrinkConfig",
     "SuperviseConfig",
     "TrainConfig",
-    "TuneConfig",
 ]

@@ -33,7 +33,6 @@ from drllm.evaluation.lm_eval.scoring import (
 from drllm.evaluation.lm_eval.task import Key
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routers.stack import RouterStack
-from drllm.models.routing.healed import HealedAdapter
 from drllm.models.routing.policies import FixedPolicy, FullPolicy, Policy, RouterPolicy
 from drllm.paths import Decisions, StaticPath
 from drllm.statistics.ranges import Amount
@@ -62,18 +61,13 @@ class ModelSettings:
     Attributes:
         batch_size: Questions in a forward pass.
         routers: Routers by folder.
-        adapters: The adapters of healed paths.
     """
 
     batch_size: int
     routers: Mapping[str, RouterStack] = field(default_factory=dict)
-    adapters: Sequence[HealedAdapter] = ()
 
     def prepare(self, routed: RoutedModel) -> "EvaluationModel":
-        """Put routers and adapters on a worker's model, and give it the harness' interface."""
-        for adapter in self.adapters:
-            if adapter.record.adapter not in routed.injection.adapters.names:
-                adapter.add_to(routed.injection)
+        """Move the routers to a worker's model, and give it the harness' interface."""
         for stack in self.routers.values():
             stack.to(routed.model.device)
         return EvaluationModel(RoutedLM(routed, batch_size=self.batch_size), self.routers)

@@ -9,8 +9,7 @@ tokens that the causal mask hides, since the usual code computes their products 
 Axes: L layers, T tokens.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
@@ -18,10 +17,9 @@ from torch import nn
 
 from drllm.errors import ArchitectureError
 from drllm.model.layers import find_layers, unwrap_peft
-from drllm.models.routing.adapters import AdapterWeights
 from drllm.models.routing.bypass import Bypass
 from drllm.models.routing.core import Routing
-from drllm.paths import Plan, get_adapter, get_layers
+from drllm.paths import Plan, get_layers
 from drllm.records.results import Flops
 
 EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -45,7 +43,6 @@ class ModelShape:
         head_entries: The entries of the output matrix.
         query_size: The size of a token's queries, over all heads of a layer.
         kv_bytes_per_layer: The bytes of the keys and values that a layer keeps for a token.
-        adapter_entries: Name of an adapter → the entries that it adds to each layer, `[L]`.
         bypass_entries: The entries of the bypass of a skipped layer; 0 without a bypass.
     """
 
@@ -53,16 +50,10 @@ class ModelShape:
     head_entries: int
     query_size: int
     kv_bytes_per_layer: int
-    adapter_entries: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     bypass_entries: int = 0
 
     @classmethod
-    def from_model(
-        cls,
-        model: Any,
-        adapters: Mapping[str, AdapterWeights] | None = None,
-        bypass: Bypass | None = None,
-    ) -> "ModelShape":
+    def from_model(cls, model: Any, bypass: Bypass | None = None) -> "ModelShape":
         """Read the shape of a model of transformers, routed or not, without running it.
 
         The matrices, and how many query heads share a key head, are read from the model itself,
@@ -70,7 +61,6 @@ class ModelShape:
 
         Args:
             model: The model.
-            adapters: The adapters that paths may name, by name. None if there are no adapters.
             bypass: What runs in place of a skipped layer; None for nothing.
 
         Raises:
@@ -85,15 +75,11 @@ class ModelShape:
         queries_per_key = max(getattr(m, "num_key_value_groups", 1) for m in layers.modules())
         kv_heads = heads // queries_per_key
         head_size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-        adapter_entries = {}
-        for name, weights in (adapters or {}).items():
-            adapter_entries[name] = tuple(map(weights.num_entries, range(len(layers))))
         return cls(
             layer_entries=tuple(_count_entries(layer) for layer in layers),
             head_entries=int(model.get_output_embeddings().weight.numel()),
             query_size=heads * head_size,
             kv_bytes_per_layer=2 * kv_heads * head_size * model.dtype.itemsize,
-            adapter_entries=adapter_entries,
             bypass_entries=0 if bypass is None else 2 * bypass.rank * bypass.hidden_size,
         )
 
@@ -125,12 +111,8 @@ def prompt_flops(shape: ModelShape, plan: Plan, num_tokens: int) -> Flops:
     """
     layers = get_layers(plan)
     entries = sum(shape.layer_entries[layer] for layer in layers)
-    adapter = get_adapter(plan)
-    if adapter:
-        entries += sum(shape.adapter_entries[adapter][layer] for layer in layers)
-    else:
-        num_skipped = len(shape.layer_entries) - len(set(layers))
-        entries += num_skipped * shape.bypass_entries
+    num_skipped = len(shape.layer_entries) - len(set(layers))
+    entries += num_skipped * shape.bypass_entries
     num_pairs = len(layers) * num_tokens * num_tokens
     return Flops(
         # The output matrix reads the last token only.
@@ -172,9 +154,7 @@ def _refuse_unsupported(model: Any) -> None:
 def _count_entries(layer: nn.Module) -> int:
     """Count the entries of all matrices that a layer multiplies a token with."""
     total = 0
-    for name, module in layer.named_modules():
-        if ".lora_" in name:  # counted only for paths that run with the adapter
-            continue
+    for module in layer.modules():
         if isinstance(module, nn.Linear):
             # The sizes and not the weight, which may be packed if it is quantised.
             total += module.in_features * module.out_features

@@ -1,11 +1,11 @@
-"""The inputs of an evaluation: routers by seed, static paths, and the adapters of healed paths.
+"""The inputs of an evaluation: routers by seed, and static paths.
 
 `request` has what needs no model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,17 +18,14 @@ from drllm.models.routed_model import RoutedModel
 from drllm.models.routers.checkpoint import check_routers, load_routers, save_routers
 from drllm.models.routers.places import CONFIG_FILE, WEIGHTS_FILE
 from drllm.models.routers.stack import RouterStack
-from drllm.models.routing.healed import HealedAdapter, read_adapter
 from drllm.paths import StaticPath
 from drllm.records.codec import sha256
-from drllm.records.healed import HealedPath
 from drllm.records.identity import BYPASS
-from drllm.records.static_paths import PathFile
+from drllm.records.static_paths import NamedPath
 from drllm.tasks.examples import KL_REWARD, OPTIONS_REWARD
 from drllm.work.listener import Listener
 
 if TYPE_CHECKING:
-    from drllm.models.routing.adapters import AdapterWeights
     from drllm.models.workers import Workers
 
 Routers: TypeAlias = "Path | str | RouterStack"
@@ -108,46 +105,24 @@ class EvaluationInputs:
         request: What is to be evaluated.
         routers: The routers of each seed.
         paths: All static paths by name.
-        model_adapters: The adapters that the model already has, by name.
-        adapters: The adapters of other healed paths, which the workers put into their models.
     """
 
     request: EvaluationRequest
     routers: SeedRouters
     paths: dict[str, StaticPath]
-    model_adapters: Mapping[str, AdapterWeights]
-    adapters: Sequence[HealedAdapter]
-
-    @property
-    def tuned_on(self) -> set[str]:
-        """The tasks on whose `select` questions some of the paths were chosen."""
-        tasks: set[str] = set()
-        for path in self.request.path_files:
-            if path.record is not None:
-                tasks.update(path.record.tasks)
-        return tasks
-
-
-def find_adapters(model: Any) -> dict[str, AdapterWeights]:
-    """Return the adapters that a routed model has, by name; there are none in other models."""
-    if not isinstance(model, RoutedModel):
-        return {}
-    return dict(model.injection.adapters.all_weights())
 
 
 def prepare_inputs(
     request: EvaluationRequest,
     routers: Sequence[LoadedRouters],
-    model_adapters: Mapping[str, AdapterWeights],
     workers: Workers,
     output: Path,
 ) -> EvaluationInputs:
-    """Turn the files of paths into paths of the model, and read the adapters of healed paths.
+    """Turn the named paths into paths of the model, and save routers without a folder.
 
     Args:
         request: What is to be evaluated.
         routers: The routers of each seed.
-        model_adapters: The adapters that the model already has.
         workers: The base model.
         output: The folder of the evaluation, where routers without a folder are saved.
 
@@ -155,18 +130,15 @@ def prepare_inputs(
         ConfigError: The same routers are given twice, or the output has other routers where they
             would be saved.
         PathError: The model can't run one of the paths.
-        RecordError: The adapter of a healed path is broken.
     """
-    identity = workers.base.identity
     seeds = save_seeds(routers, output)
     paths = {}
     for name, path in request.paths.items():
-        if isinstance(path, PathFile):
-            paths[name] = path.path_for(identity)
+        if isinstance(path, NamedPath):
+            paths[name] = path.path(workers.base.num_layers)
         else:
-            paths[name] = path.check(identity["num_layers"])
-    adapters = read_adapters(request, model_adapters, workers)
-    return EvaluationInputs(request, seeds, paths, model_adapters, adapters)
+            paths[name] = path.check(workers.base.num_layers)
+    return EvaluationInputs(request, seeds, paths)
 
 
 def save_seeds(routers: Sequence[LoadedRouters], output: Path) -> SeedRouters:
@@ -210,32 +182,6 @@ def check_seeds(routers: SeedRouters, workers: Workers) -> None:
     for stack in routers.stacks.values():
         identity = workers.base.identity
         check_routers(workers.base.model, stack, identity, identity.get(BYPASS, ""))
-
-
-def read_adapters(
-    request: EvaluationRequest, model_adapters: Collection[str], workers: Workers
-) -> list[HealedAdapter]:
-    """Read the adapters of healed paths that the model doesn't have already."""
-    adapters: dict[str, HealedAdapter] = {}
-    for path_file in request.path_files:
-        record = path_file.record
-        if not isinstance(record, HealedPath) or record.adapter in model_adapters:
-            continue
-        if record.adapter not in adapters:
-            model = workers.base.model
-            adapters[record.adapter] = read_adapter(model, path_file.file, record)
-    return list(adapters.values())
-
-
-def note_repairs(request: EvaluationRequest, listener: Listener) -> None:
-    """Note how each healed path was repaired, and which paths run without their refit."""
-    for name, path in request.paths.items():
-        if not isinstance(path, PathFile):
-            continue
-        if isinstance(path.record, HealedPath):
-            listener.note(f"path {name} was {path.record.describe_repair()}")
-        if path.note:
-            listener.note(path.note)
 
 
 def note_other_prompts(routers: RouterStack, config: EvaluateConfig, listener: Listener) -> None:

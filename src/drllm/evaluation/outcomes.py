@@ -90,13 +90,11 @@ def add_executions(run: SystemRun, num_layers: int, bypass_cost: float = 0.0) ->
     Args:
         run: The system, whose executions are set.
         num_layers: The number of layers of the model.
-        bypass_cost: What a skipped layer costs, in layer equivalents. Along a path with an adapter
-            the bypass is off.
+        bypass_cost: What a skipped layer costs, in layer equivalents.
     """
     if run.path is not None:
-        skip_cost = 0.0 if run.path.adapter else bypass_cost
         run.executions = path_executions(run.path)
-        run.executions += skip_cost * path_skips(run.path, num_layers)
+        run.executions += bypass_cost * path_skips(run.path, num_layers)
         return
     by_draw = [
         [mean_executions(routes) + bypass_cost * mean_skips(routes)] for routes in run.routes

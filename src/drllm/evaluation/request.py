@@ -16,7 +16,7 @@ from drllm.evaluation.baselines.base import BASELINES
 from drllm.evaluation.questions import select_tasks, without_routers
 from drllm.paths import StaticPath
 from drllm.records.results import BASE, ROUTED
-from drllm.records.static_paths import PathFile, read_path_list
+from drllm.records.static_paths import NamedPath, read_path_list
 from drllm.records.supervision import read_supervision
 from drllm.tasks.base import Task
 from drllm.tasks.graded import pin_reward
@@ -32,17 +32,17 @@ class EvaluationRequest:
     Attributes:
         config: The settings as records have them.
         tasks: The tasks.
-        paths: Static paths by name; a `PathFile` becomes a path once the model is known.
+        paths: Static paths by name; a `NamedPath` becomes a path once the model is known.
     """
 
     config: EvaluateConfig
     tasks: Sequence[Task]
-    paths: Mapping[str, StaticPath | PathFile]
+    paths: Mapping[str, StaticPath | NamedPath]
 
     @property
-    def path_files(self) -> list[PathFile]:
-        """The paths that come from files."""
-        return [path for path in self.paths.values() if isinstance(path, PathFile)]
+    def named_paths(self) -> list[NamedPath]:
+        """The paths that become paths of the model once it is known."""
+        return [path for path in self.paths.values() if isinstance(path, NamedPath)]
 
 
 def read_request(
@@ -71,9 +71,6 @@ def read_request(
     named_paths = name_paths(paths, config)  # before the questions, which may take long to read
     refuse_wrong_targets(config)
     selected_tasks = select_tasks(config, tasks)
-    for path in named_paths.values():
-        if isinstance(path, PathFile):
-            refuse_tuning_questions(path, selected_tasks, config)
     return EvaluationRequest(config, selected_tasks, named_paths)
 
 
@@ -119,16 +116,15 @@ def complete_settings(
 
 def name_paths(
     paths: TextPaths | None, config: EvaluateConfig
-) -> Mapping[str, StaticPath | PathFile]:
+) -> Mapping[str, StaticPath | NamedPath]:
     """Return the static paths by name; raise PathError if a path has another system's name."""
-    named_paths: Mapping[str, StaticPath | PathFile]
+    named_paths: Mapping[str, StaticPath | NamedPath]
     if isinstance(paths, Mapping):
         named_paths = paths
     else:
-        needs_names = config.max_drop is not None  # the names fix the order of its tests
         # Not from the settings if it is a list: a name of a file may have a comma.
         places = config.paths or "" if paths is None else paths
-        named_paths = read_path_list(places, needs_names=needs_names)
+        named_paths = read_path_list(places)
     for name in named_paths:
         if name in (BASE, ROUTED, *BASELINES):
             raise PathError(
@@ -141,27 +137,3 @@ def refuse_wrong_targets(config: EvaluateConfig) -> None:
     """Raise RecordError if the file of the routers' targets is missing or can't be trusted."""
     if config.supervision is not None:
         read_supervision(Path(config.supervision))
-
-
-def refuse_tuning_questions(
-    path_file: PathFile, tasks: Sequence[Task], config: EvaluateConfig
-) -> None:
-    """Raise ConfigError if a path would be evaluated on questions that it was chosen on."""
-    record = path_file.record
-    if record is None:
-        return
-    file = path_file.file
-    for task in tasks:
-        if task.name not in record.tasks:
-            continue
-        if task.name in record.divided:
-            raise ConfigError(
-                f"{file} was tuned on some of the questions of {task.name} that an evaluation "
-                f"asks; 'drllm show {file}' shows its results on the other questions"
-            )
-        split = config.get_split(task.name)
-        if split != "test":
-            raise ConfigError(
-                f"{file} was tuned on {task.name}, and --split {split} holds questions that its "
-                f"paths were chosen on; evaluate them on test"
-            )

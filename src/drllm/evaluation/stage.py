@@ -24,11 +24,9 @@ from drllm.evaluation.inputs import (
     LoadedRouters,
     Routers,
     check_seeds,
-    find_adapters,
     list_routers,
     load_listed_routers,
     note_other_prompts,
-    note_repairs,
     prepare_inputs,
 )
 from drllm.evaluation.latency import write_latency
@@ -51,7 +49,6 @@ from drllm.records.results import (
     list_possible_results,
     read_evaluation,
 )
-from drllm.records.static_paths import steps_to_write
 from drllm.tasks.base import Task
 from drllm.tasks.registry import TASKS
 from drllm.work.listener import Listener
@@ -143,13 +140,11 @@ def evaluate_request(
         listener: As for `evaluate`.
     """
     listener = listener or Listener()
-    model_adapters = find_adapters(model)  # before the model is opened, which removes them
     with ExitStack() as stack:
         output = stage_folder(output_dir, stack)
         check_output(output)
         workers = stack.enter_context(open_workers(model, tokenizer, request.config, listener))
-        inputs = prepare_inputs(request, routers, model_adapters, workers, output)
-        note_repairs(request, listener)
+        inputs = prepare_inputs(request, routers, workers, output)
         if inputs.routers.first is not None:
             note_other_prompts(inputs.routers.first, request.config, listener)
         header = _make_header(inputs, workers)
@@ -179,7 +174,7 @@ def answer_questions(
     with ExitStack() as stack:
         output = stage_folder(None, stack)
         workers = stack.enter_context(open_workers(model, None, request.config, listener))
-        inputs = prepare_inputs(request, [], {}, workers, output)
+        inputs = prepare_inputs(request, [], workers, output)
         lm = _make_harness_model(inputs, workers)
         store = ResultStore(output / PARTIAL_FOLDER, {}, stage="evaluation")
         store.open()
@@ -200,8 +195,6 @@ def _run_evaluation(
     # Imported here because they load the harness, which an installation without `eval` lacks.
     from drllm.evaluation.judge import build_samples, judge_runs
 
-    for name, weights in inputs.model_adapters.items():  # the model had them
-        workers.routed.injection.add_adapter(name, weights.lora, weights.refit)
     lm = _make_harness_model(inputs, workers)
     store = ResultStore(
         output / PARTIAL_FOLDER, _make_identity(inputs, workers), stage="evaluation"
@@ -240,13 +233,13 @@ def _run_plans(
     with listener.progress("evaluating", "") as on_progress:
         runner = Runner(
             executor=workers.executor,
-            settings=ModelSettings(config.batch_size, routers, inputs.adapters),
+            settings=ModelSettings(config.batch_size, routers),
             store=store,
             progress=EvaluationProgress(total, on_progress),
             lm=lm,
             config=config,
         )
-        shape = _read_shape(inputs, workers)
+        shape = _read_shape(workers)
         runs = [run_task(plan, runner, shape) for plan in plans]
     prompts = [tokens for plan in plans for tokens in plan.questions.rendered.prompt_tokens]
     _measure_latency(inputs, workers, prompts, output, listener)
@@ -264,10 +257,6 @@ def _add_written_answers(
     number = inputs.request.config.num_written
     if number == 0:
         return tuple(evaluations)
-    injection = workers.routed.injection
-    for adapter in inputs.adapters:
-        if adapter.record.adapter not in injection.adapters.names:
-            adapter.add_to(injection)
     routers = inputs.routers.first
     with_answers = []
     with listener.busy("writing answers to read"):
@@ -301,7 +290,7 @@ def _make_header(inputs: EvaluationInputs, workers: Workers) -> dict[str, Any]:
         "bypass": None if bypass is None else bypass.file or None,
         "routers": first_folder,
         "routers_sha256": routers.first_hash,
-        "paths": {name: steps_to_write(path) for name, path in inputs.paths.items()},
+        "paths": {name: path.layers for name, path in inputs.paths.items()},
         "other_seeds": other_seeds,
     }
 
@@ -392,7 +381,7 @@ def _make_planner(inputs: EvaluationInputs, lm: RoutedLM, store: ResultStore) ->
 
 
 def _may_know_questions(inputs: EvaluationInputs) -> bool:
-    """Tell whether something may be trained, tuned or fitted on questions of a harness task.
+    """Tell whether something may be trained or fitted on questions of a harness task.
 
     This is excluded if only drllm's own tasks were used. A task of the user may have the same
     questions under another name.
@@ -400,19 +389,16 @@ def _may_know_questions(inputs: EvaluationInputs) -> bool:
     config = inputs.request.config
     if config.supervision is not None or needs_fitting(config):
         return True
-    tasks = set(inputs.tuned_on)
+    tasks: set[str] = set()
     for routers in inputs.routers.stacks.values():
         tasks.update(routers.config.training.get("tasks", ()))
     return not tasks <= {*TASKS}
 
 
-def _read_shape(inputs: EvaluationInputs, workers: Workers) -> ModelShape | str:
+def _read_shape(workers: Workers) -> ModelShape | str:
     """Return the model's shape, or the reason why its cost can't be derived."""
-    adapters = dict(inputs.model_adapters)
-    for adapter in inputs.adapters:
-        adapters[adapter.record.adapter] = adapter.weights
     try:
-        return ModelShape.from_model(workers.base.model, adapters, workers.base.bypass)
+        return ModelShape.from_model(workers.base.model, workers.base.bypass)
     except ArchitectureError as error:
         return str(error)
 

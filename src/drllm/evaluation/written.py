@@ -30,7 +30,7 @@ def write_answers(
     """Answer the first questions of a task in words.
 
     Args:
-        routed: The model, with the adapters of the paths in it.
+        routed: The model.
         routers: The first seed's routers; None without routers.
         paths: The static paths by name.
         samples: The questions of the task.

@@ -1,7 +1,7 @@
 """`RoutedModel`: a frozen Hugging Face model with a policy that decides how often each layer runs.
 
-`attach` and `detach` put routing on a model and take it off. The stages (search, training, tuning,
-evaluation) get their base model from `unrouted`.
+`attach` and `detach` put routing on a model and take it off. The stages get their base model from
+`unrouted`.
 
 Axes: B rows, L layers.
 """
@@ -24,7 +24,6 @@ from drllm.model import load as loading
 from drllm.model.layers import evaluation_mode
 from drllm.model.load import BaseModel
 from drllm.model.prompts import Prompt
-from drllm.models.export import Export, export_path
 from drllm.models.routers.checkpoint import complete_config, load_routers, save_routers
 from drllm.models.routers.files import find_routers
 from drllm.models.routers.hub import push_routers
@@ -35,10 +34,6 @@ from drllm.models.routing.bypass_file import load_bypass
 from drllm.models.routing.core import Routing, take_off_routing
 from drllm.models.routing.depth_control import TOLERANCE, Calibration, find_depth_bias
 from drllm.models.routing.policies import Policy
-from drllm.paths import StaticPath
-from drllm.records.healed import HEALED_FILE
-from drllm.records.removed import refuse_menu
-from drllm.records.static_paths import PathFile
 from drllm.work.listener import Listener
 
 
@@ -200,7 +195,7 @@ class RoutedModel(Routing):
         tokenizer: The model's tokenizer, for functions that start from texts (`search_paths`).
             None loads the tokenizer of the model's name when it is first needed.
         bypass: What runs in place of a skipped layer, fitted for exactly this model; None leaves
-            the state as it is. Along a healed path it is off, since that path has a repair.
+            the state as it is.
 
     All other attributes (`config`, `device`, `parameters()`, ...) are the attributes of the model.
 
@@ -304,19 +299,12 @@ class RoutedModel(Routing):
                 `local_files_only` are used for the routers too.
 
         Raises:
-            CheckpointError: The routers are broken, can't be loaded, or belong to another model; or
-                the folder holds a healed path, which `drllm.load_path` loads.
+            CheckpointError: The routers are broken, can't be loaded, or belong to another model.
             ConfigError: An option has no effect, since the base model is loaded already.
             ModelError: The base model can't be loaded.
         """
         hub_options = base_hub.select_options(options)
         folder = find_routers(routers, revision, **hub_options)
-        refuse_menu(folder)
-        if (folder / HEALED_FILE).is_file():
-            raise CheckpointError(
-                f"{folder} holds a healed path, not routers; attach the base model, and run it "
-                f"along the path with routed.fixed(drllm.load_path({str(folder)!r}))"
-            )
         if not (base is None or isinstance(base, (str, Path))):
             _refuse_options(options.keys() - hub_options.keys(), options)
         stack = load_routers(folder)
@@ -382,24 +370,6 @@ class RoutedModel(Routing):
         return find_depth_bias(
             self, prompts, target_executions, batch_size=batch_size, tolerance=tolerance
         )
-
-    def export(self, path: StaticPath | PathFile | Sequence[int], output_dir: Path | str) -> Export:
-        """Write a path as a checkpoint that `AutoModelForCausalLM.from_pretrained` loads.
-
-        Loading the checkpoint doesn't need drllm. A healed path's adapter is merged into the
-        weights. See `models.export.export_path` for what is checked and refused.
-
-        Args:
-            path: A path, also what `drllm.load_path` returns, or layer indices in the order
-                executed.
-            output_dir: The folder to make. An empty folder may exist.
-
-        Returns:
-            What was written: folder, layers and sizes.
-        """
-        self.check_attached()
-        with unrouted(self) as base:
-            return export_path(base, path, output_dir)
 
     def save_pretrained(
         self,

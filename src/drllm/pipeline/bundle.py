@@ -21,12 +21,10 @@ from typing import Any, NamedTuple
 from huggingface_hub import DatasetCardData, ModelCard, ModelCardData
 from msgspec.structs import replace
 
-from drllm.config import ModelConfig
 from drllm.errors import ConfigError, ModelError
 from drllm.model.cards import CARD_FILE, describe_alias, name_base_model, render_card
 from drllm.model.places import HUB_ID
-from drllm.models.export import export_path
-from drllm.models.routed_model import unrouted
+from drllm.model.submodel import KEPT_LAYERS
 from drllm.models.routers.checkpoint import load_routers, save_routers
 from drllm.models.routers.config import read_config
 from drllm.models.routers.places import CONFIG_FILE
@@ -39,14 +37,11 @@ from drllm.models.routing.bypass_file import (
     save_bypass,
 )
 from drllm.records.codec import write_atomically, write_json
-from drllm.records.healed import HEALED_FILE
 from drllm.records.manifest import read_manifest, to_lines, write_records
 from drllm.records.places import check_new_folder, create_folder
 from drllm.records.published import hide_folder, hide_model_place, hide_places
-from drllm.records.results import read_results
 from drllm.records.search import SEARCH_FILE, SearchRecord, read_search
 from drllm.records.shortened import SHRINK_FILE, read_shrink
-from drllm.records.static_paths import PathFile, load_path
 from drllm.supervision.rules import is_saving, is_valid
 from drllm.work.listener import Listener
 
@@ -86,7 +81,6 @@ def bundle(
     sources: Sequence[Path | str],
     output_dir: Path | str,
     *,
-    model: Any = None,
     llama_cpp: Path | str | None = None,
     listener: Listener | None = None,
 ) -> list[Artefact]:
@@ -95,11 +89,9 @@ def bundle(
     The output appears only when every artefact is complete.
 
     Args:
-        sources: Folders that `drllm run`, `shrink`, `heal`, `train`, `bypass` or `search` have
-            written.
+        sources: Folders that `drllm run`, `shrink`, `learn`, `export`, `train`, `bypass` or
+            `search` have written.
         output_dir: The folder to make. An empty folder may exist.
-        model: The base model, as for `tune`, if a healed path is exported; None loads it by its
-            name.
         llama_cpp: A checkout of llama.cpp, whose converter writes the checkpoint as GGUF too.
         listener: Receives notes.
 
@@ -128,7 +120,7 @@ def bundle(
         for kind, source in source_of.items():
             with listener.busy(f"collecting the {kind} of {source}"):
                 if kind == CHECKPOINT:
-                    write_checkpoint(source, folder / kind, model, listener)
+                    write_checkpoint(source, folder / kind, listener)
                 elif kind == ROUTERS:
                     write_routers(source, folder / kind)
                 elif kind == BYPASS:
@@ -176,8 +168,8 @@ def find_artefacts(sources: Sequence[Path]) -> dict[str, Path]:
         places = _find_in_folder(source)
         if not places:
             raise ConfigError(
-                f"{source} has nothing to publish; give a folder that drllm run, shrink, heal, "
-                f"train, bypass or search has written"
+                f"{source} has nothing to publish; give a folder that drllm run, shrink, "
+                f"learn, export, train, bypass or search has written"
             )
         for kind, place in places.items():
             if kind in source_of:
@@ -192,11 +184,8 @@ def find_artefacts(sources: Sequence[Path]) -> dict[str, Path]:
 def _find_in_folder(source: Path) -> dict[str, Path]:
     """Return where each kind of artefact is in one folder."""
     places = {}
-    if (source / SHRINK_FILE).is_file() and (source / "config.json").is_file():
-        places[CHECKPOINT] = source
-    elif (source / "healed" / HEALED_FILE).is_file():
-        places[CHECKPOINT] = source / "healed"
-    elif (source / HEALED_FILE).is_file():
+    config_file = source / "config.json"
+    if config_file.is_file() and KEPT_LAYERS in json.loads(config_file.read_text("utf-8")):
         places[CHECKPOINT] = source
     for folder in (source / "routers", source):
         if (folder / CONFIG_FILE).is_file() and ROUTERS not in places:
@@ -208,41 +197,18 @@ def _find_in_folder(source: Path) -> dict[str, Path]:
     return places
 
 
-def find_healed(sources: Sequence[Path]) -> PathFile | None:
-    """Return the healed path that is exported; None if no source has one.
-
-    Raises:
-        ConfigError: As for `find_artefacts`.
-        RecordError: The file of the path can't be read.
-    """
-    source = find_artefacts(sources).get(CHECKPOINT)
-    if source is None or (source / SHRINK_FILE).is_file():  # a checkpoint is copied
-        return None
-    return load_path(source)
-
-
-def write_checkpoint(source: Path, folder: Path, model: Any, listener: Listener) -> None:
-    """Copy a checkpoint that `shrink` wrote, or export a healed path."""
+def write_checkpoint(source: Path, folder: Path, listener: Listener) -> None:
+    """Copy a checkpoint of a shortened model."""
+    _refuse_links(source)
+    shutil.copytree(source, folder)
     if (source / SHRINK_FILE).is_file():
         record = read_shrink(source / SHRINK_FILE)
         if record.is_forced:
             listener.note(f"{source} was written by --force: {record.verdict}")
-        _refuse_links(source)
-        shutil.copytree(source, folder)
         public = replace(
             record, model=hide_model_place(record.model), config=hide_places(record.config)
         )
         write_json(folder / SHRINK_FILE, public)
-        return
-    path = load_path(source)
-    evaluation_folder = source.parent / "eval"  # of a run, which keeps the path beside it
-    evaluations = read_results(evaluation_folder) if evaluation_folder.is_dir() else []
-    if model is None:
-        assert path.record is not None
-        identity = path.record.model
-        model = ModelConfig(model=identity["id"], revision=identity.get("revision"))
-    with unrouted(model, None, listener) as base:
-        export_path(base, path, folder, evaluations=evaluations)
 
 
 def _refuse_links(folder: Path) -> None:

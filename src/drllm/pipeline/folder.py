@@ -81,7 +81,7 @@ def _run_stage(name: str, run: Run) -> bool:
     stage = make_stage(name, run)
     version = importlib.metadata.version("drllm")
     made_from = {"drllm_version": version, **stage.made_from}
-    if not stage.needs_rerun and run.manifest.is_done(name, made_from, run.folder):
+    if run.manifest.is_done(name, made_from, run.folder):
         return True
     started = time.perf_counter()
     if stage.loads_model:

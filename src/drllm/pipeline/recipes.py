@@ -21,29 +21,19 @@ from drllm.config.files import (
     refuse_code,
     with_preset,
 )
-from drllm.config.heal import NO_REPAIR
 from drllm.errors import ConfigError
 from drllm.evaluation.questions import select_tasks
-from drllm.evaluation.request import complete_settings, name_paths, refuse_tuning_questions
+from drllm.evaluation.request import complete_settings, name_paths
 from drllm.extras import need
-from drllm.records.static_paths import PATHS_FILE, PathFile, load_path
 from drllm.search.questions import SearchQuestion, collect_questions
 from drllm.supervision.select import check_settings
 from drllm.tasks.base import Task
 from drllm.training.trackers import check_trackers
-from drllm.tuning.calibration import read_calibration
-from drllm.tuning.data_splits import TaskSplits, split_tasks
-from drllm.tuning.heal_texts import TextSource, read_sources
 
 ROUTING = ("search", "supervise", "train")
 """The sections that train routers; each runs the stage of its name.
 
-A recipe trains routers unless it has a section in `PATHS` and none of these.
-"""
-PATHS: dict[str, Any] = {"tune": config.TuneConfig, "heal": config.HealConfig}
-"""The sections that make a static path, and the class of their settings.
-
-Each runs the stage of its name. Without the section, the stage doesn't run.
+A recipe trains routers unless it has none of these and its evaluation names paths.
 """
 
 
@@ -52,9 +42,6 @@ class Recipe:
     """The settings of all stages.
 
     Attributes:
-        tune: None if no static path is searched.
-        heal: None if no path is healed. With `tune`, the setting `path` is the name of a path that
-            `tune` will find.
         has_routers: Whether routers are trained.
     """
 
@@ -62,8 +49,6 @@ class Recipe:
     search: config.SearchConfig = dataclasses.field(default_factory=config.SearchConfig)
     supervise: config.SuperviseConfig = dataclasses.field(default_factory=config.SuperviseConfig)
     train: config.TrainConfig = dataclasses.field(default_factory=config.TrainConfig)
-    tune: config.TuneConfig | None = None
-    heal: config.HealConfig | None = None
     evaluate: config.EvaluateConfig = dataclasses.field(default_factory=config.EvaluateConfig)
     has_routers: bool = True
 
@@ -78,8 +63,6 @@ class Recipe:
         """Tell whether the recipe includes the section or the stage of this name."""
         if name in ROUTING:
             return self.has_routers
-        if name in PATHS:
-            return getattr(self, name) is not None
         return True  # every recipe has a model, an evaluation and a report
 
     @cached_property
@@ -92,27 +75,6 @@ class Recipe:
         """The tasks of the evaluation. The first access reads them and may raise an error."""
         return select_tasks(self.evaluate)
 
-    @cached_property
-    def tuning_tasks(self) -> list[TaskSplits]:
-        """The tasks and questions of `tune`. The first access reads them and may raise an error."""
-        return split_tasks(self.tune or config.TuneConfig())
-
-    @cached_property
-    def tuning_texts(self) -> list[TextSource]:
-        """The texts that `tune` repairs paths with; none if it doesn't repair paths.
-
-        The first access reads them and may raise an error.
-        """
-        settings = self.tune or config.TuneConfig()
-        if settings.repair == NO_REPAIR:
-            return []
-        return read_calibration(settings, self.tuning_tasks)
-
-    @cached_property
-    def healing_texts(self) -> list[TextSource]:
-        """The texts of `heal`. The first access reads them and may raise an error."""
-        return read_sources(self.heal or config.HealConfig())
-
     def check(self) -> None:
         """Refuse wrong settings, settings without effect, wrong files and missing packages."""
         need("eval,report", "a run")
@@ -121,23 +83,11 @@ class Recipe:
         self._check_evaluation()
         if self.has_routers:
             self._check_routers()
-        if self.tune is not None:
-            self._check_tuning()
-        if self.heal is not None:
-            self._check_healing(self.heal)
 
     def _check_evaluation(self) -> None:
         """Check the section `evaluate`, and the static paths that it names."""
-        makes_paths = self.tune is not None or self.heal is not None
-        settings = self.evaluate
-        if settings.paths is None and makes_paths:
-            settings = dataclasses.replace(settings, paths=PATHS_FILE)  # those of this run
-        complete_settings(settings, None, has_routers=self.has_routers)
-        if makes_paths:  # a named path may be one that this run makes
-            return
-        for path in name_paths(None, settings).values():
-            if isinstance(path, PathFile):
-                refuse_tuning_questions(path, self.tasks, settings)
+        complete_settings(self.evaluate, None, has_routers=self.has_routers)
+        name_paths(None, self.evaluate)
 
     def _check_routers(self) -> None:
         """Check the sections that train routers."""
@@ -146,61 +96,11 @@ class Recipe:
         self.train.check_effects()
         check_trackers(self.train.trackers)
 
-    def _check_tuning(self) -> None:
-        """Check the section `tune`, and that the evaluation fits it."""
-        _ = self.tuning_tasks  # reads and checks them
-        _ = self.tuning_texts
-        if self.evaluate.paths is None:  # the paths of this run are evaluated
-            self._check_tuned_tasks()
-        if self.evaluate.max_drop is not None and self.evaluate.paths is None:
-            raise ConfigError(
-                f"evaluate: 'max_drop' is {self.evaluate.max_drop:g}, which tests paths in an "
-                f"order fixed beforehand, but the paths of tune have no names yet; leave it out, "
-                f"and after the run give 'drllm evaluate --paths RUN/paths.json:NAME --max-drop N'"
-            )
-
-    def _check_tuned_tasks(self) -> None:
-        """Refuse to evaluate paths on questions that `tune` chooses them on."""
-        names = [task.name for task in self.tasks]
-        for splits in self.tuning_tasks:
-            name = splits.task.name
-            if name not in names:
-                continue
-            if splits.is_divided:
-                raise ConfigError(
-                    f"evaluate: tune divides the questions of {name}, and chooses paths on some of "
-                    f"them; evaluate on another task, since tune reports the others"
-                )
-            split = self.evaluate.get_split(name)
-            if split != "test":
-                raise ConfigError(
-                    f"evaluate: tune chooses paths on questions of {name}, and its split is "
-                    f"{split!r}; evaluate it on test"
-                )
-
-    def _check_healing(self, heal: config.HealConfig) -> None:
-        """Check the section `heal`, and that it names a path."""
-        heal.check()
-        _ = self.healing_texts  # reads and checks them
-        if self.tune is None:
-            load_path(heal.require_path())
-        elif heal.path is None:
-            raise ConfigError(
-                "heal: no path is named; name one that tune will find, for example 'path: skip1'"
-            )
-        elif ":" in heal.path:
-            raise ConfigError(
-                f"heal: 'path' is {heal.path!r}, but tune finds the paths of this run; give the "
-                f"name of the path alone, for example 'path: skip1'"
-            )
-
     def _check_tasks_are_named(self) -> None:
         """Refuse a section that needs a task but doesn't name one."""
         names = {"evaluate": self.evaluate.tasks}
         if self.has_routers:
             names["search"] = self.search.dataset
-        if self.tune is not None:
-            names["tune"] = self.tune.tasks
         for section, tasks in names.items():
             if tasks is None:
                 raise ConfigError(
@@ -214,11 +114,10 @@ SECTIONS: dict[str, Any] = {
     "search": config.SearchConfig,
     "supervise": config.SuperviseConfig,
     "train": config.TrainConfig,
-    **PATHS,
     "evaluate": config.EvaluateConfig,
 }
 """The class of the settings in each section of a recipe, by the name of the section."""
-SECTIONS_WITH_QUESTIONS = ("search", "evaluate", *PATHS)
+SECTIONS_WITH_QUESTIONS = ("search", "evaluate")
 
 
 def read_recipe(path: Path, data_dir: str | None = None, *, trusts_code: bool = False) -> Recipe:
@@ -236,19 +135,17 @@ def read_recipe(path: Path, data_dir: str | None = None, *, trusts_code: bool = 
     """
     values = with_preset(path, read_yaml(path, "a recipe"))
     sections = read_sections(path, values, SECTIONS)
-    has_path_section = any(name in sections for name in PATHS)
+    names_paths = bool(sections.get("evaluate", {}).get("paths"))
     has_router_section = any(name in sections for name in ROUTING)
-    groups: dict[str, Any] = {"has_routers": has_router_section or not has_path_section}
-    for name, kind in SECTIONS.items():
-        if name in PATHS and name not in sections:
-            continue
-        try:
+    groups: dict[str, Any] = {"has_routers": has_router_section or not names_paths}
+    try:
+        for name, kind in SECTIONS.items():
             groups[name] = _make_group(name, kind, sections.get(name, {}), data_dir)
             if not trusts_code:
                 remedy = "read the recipe and what it names, then give --trust-code"
                 refuse_code(groups[name].to_dict(), remedy, section=name)
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
     return Recipe(**groups)
 
 

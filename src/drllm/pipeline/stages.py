@@ -13,14 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from drllm.config import (
-    TIMING,
-    EvaluateConfig,
-    ExecutorConfig,
-    HealConfig,
-    ModelConfig,
-    TuneConfig,
-)
+from drllm.config import TIMING, EvaluateConfig, ExecutorConfig, ModelConfig
 from drllm.config.constants import PYTHON_FUNCTION
 from drllm.evaluation.baselines.base import needs_targets
 from drllm.evaluation.questions import choose_fitting_split, find_sources, needs_fitting
@@ -28,25 +21,18 @@ from drllm.models.routers.places import CONFIG_FILE, WEIGHTS_FILE
 from drllm.pipeline.manifest import RunManifest, hash_file
 from drllm.pipeline.recipes import Recipe
 from drllm.records import codec
-from drllm.records.healed import ADAPTER_CONFIG_FILE, ADAPTER_FILE, HEALED_FILE
 from drllm.records.search import SEARCH_FILE
-from drllm.records.static_paths import (
-    PATHS_FILE,
-    PathFile,
-    load_path,
-    read_path_list,
-    read_paths,
-)
+from drllm.records.static_paths import read_path_list
 from drllm.records.supervision import SUPERVISION_FILE, rejected_path
 from drllm.tasks.base import NoSplitError, Task
-from drllm.tasks.examples import Example, choose
+from drllm.tasks.examples import choose
 from drllm.tasks.graded import pin_reward
 from drllm.work.listener import Listener
 
 if TYPE_CHECKING:
     from drllm.model.load import BaseModel
 
-STAGES = ("search", "supervise", "train", "tune", "heal", "evaluate", "report")
+STAGES = ("search", "supervise", "train", "evaluate", "report")
 RECIPE_FILE = "run.yaml"
 ROUTER_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 """The files of routers that results depend on."""
@@ -83,16 +69,6 @@ class Run:
         return self.folder / SUPERVISION_FILE
 
     @property
-    def paths_file(self) -> Path:
-        """The file of the tuned paths."""
-        return self.folder / PATHS_FILE
-
-    @property
-    def healed_folder(self) -> Path:
-        """The folder of the healed path."""
-        return self.folder / "healed"
-
-    @property
     def routers_folder(self) -> Path:
         """The folder of the routers."""
         return self.folder / "routers"
@@ -113,13 +89,11 @@ class Stage:
         made_from: The settings and the hashes of inputs that the stage's results depend on.
         run: A function that runs the stage, and returns the files that it wrote.
         loads_model: Whether the stage loads the base model in this process.
-        needs_rerun: Whether a finished stage runs again, since its time limit has changed.
     """
 
     made_from: dict[str, Any]
     run: Callable[[], list[Path]]
     loads_model: bool = False
-    needs_rerun: bool = False
 
 
 def make_stage(name: str, run: Run) -> Stage:
@@ -207,102 +181,6 @@ def _run_train(run: Run) -> list[Path]:
     return files
 
 
-def _make_tune(run: Run) -> Stage:
-    config = run.recipe.tune
-    assert config is not None
-    hashes = {}  # by task
-    for splits in run.recipe.tuning_tasks:
-        examples: list[Example] = []
-        for part in splits.examples.values():
-            examples += part
-        hashes[splits.task.name] = codec.hash_values(examples)
-    made_from: dict[str, Any] = {
-        "config": config.decisive(),
-        "model": run.recipe.model.to_dict(),
-        "questions": hashes,
-    }
-    texts = run.recipe.tuning_texts
-    if texts:
-        made_from["texts"] = codec.hash_values(texts)
-        made_from["repair"] = config.repair
-    return Stage(
-        made_from,
-        partial(_run_tune, run),
-        loads_model=_loads_model(config),
-        needs_rerun=_has_new_time_limit(run, config),
-    )
-
-
-def _has_new_time_limit(run: Run, config: TuneConfig) -> bool:
-    """Tell whether a tuning ended at its time limit, and the recipe now gives another limit."""
-    state = run.manifest.stages.get("tune")
-    if state is None or state.outputs.get(PATHS_FILE) != hash_file(run.paths_file):
-        return False  # then the stage runs again anyway
-    record = read_paths(run.paths_file)
-    return record.is_cut and record.config.get("minutes") != config.minutes
-
-
-def _run_tune(run: Run) -> list[Path]:
-    from drllm.tuning.run import tune
-
-    config = run.recipe.tune
-    assert config is not None
-    model = _choose_model(config, run)
-    tune(
-        model,
-        run.recipe.tuning_tasks,
-        config,
-        run.folder,
-        texts=run.recipe.tuning_texts,
-        listener=run.listener,
-    )
-    return [run.paths_file]
-
-
-def _make_heal(run: Run) -> Stage:
-    config = _complete_heal_config(run)
-    path_file = load_path(config.require_path())
-    path_name = ""
-    if path_file.named is not None or path_file.skipped:
-        path_name = path_file.name
-    made_from = {
-        "config": config.decisive(),
-        "model": run.recipe.model.to_dict(),
-        "texts": codec.hash_values(run.recipe.healing_texts),
-        "path": [path_name, hash_file(path_file.file)],
-    }
-    return Stage(made_from, partial(_run_heal, run, config, path_file), loads_model=True)
-
-
-def _complete_heal_config(run: Run) -> HealConfig:
-    """Return the settings of healing.
-
-    If the run tunes paths, the recipe only has the name of a path. The file is added.
-    """
-    config = run.recipe.heal
-    assert config is not None
-    if run.recipe.tune is None:
-        return config
-    path = str(run.paths_file)
-    if config.path is not None:
-        path += f":{config.path}"
-    return dataclasses.replace(config, path=path)
-
-
-def _run_heal(run: Run, config: HealConfig, path: PathFile) -> list[Path]:
-    from drllm.tuning.heal import heal
-
-    folder = run.healed_folder
-    texts = run.recipe.healing_texts
-    base = run.load()
-    heal(base, path, texts=texts, config=config, output_dir=folder, listener=run.listener)
-    files = [folder / name for name in (HEALED_FILE, ADAPTER_FILE, "README.md")]
-    config_file = folder / ADAPTER_CONFIG_FILE
-    if config_file.exists():  # there is none for a refit alone
-        files.append(config_file)
-    return files
-
-
 def _make_evaluate(run: Run) -> Stage:
     config = run.recipe.evaluate
     made_from: dict[str, Any] = {
@@ -318,13 +196,11 @@ def _make_evaluate(run: Run) -> Stage:
     if config.supervision is not None:
         made_from["supervision"] = hash_file(Path(config.supervision))
     for name, path in read_path_list(config.paths or "").items():
-        made_from[f"path {name}"] = hash_file(path.file)  # it has the hash of an adapter
+        made_from[f"path {name}"] = [path.layers, path.skipped]
     for seed_folder in run.seed_folders:
         for name in ROUTER_FILES:
             file = seed_folder / name
             made_from[file.relative_to(run.routers_folder).as_posix()] = hash_file(file)
-    for file in _list_path_files(run):
-        made_from[file.name] = hash_file(file)
     return Stage(made_from, partial(_run_evaluate, run), loads_model=_loads_model(config))
 
 
@@ -340,36 +216,12 @@ def _list_time_settings(config: EvaluateConfig) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value != getattr(default, name)}
 
 
-def _list_path_files(run: Run) -> list[Path]:
-    """List the files of static paths that this run writes."""
-    files = []
-    if run.recipe.includes("tune"):
-        files.append(run.paths_file)
-    if run.recipe.includes("heal"):
-        files.append(run.healed_folder / HEALED_FILE)
-    return files
-
-
 def _complete_evaluate_config(run: Run) -> EvaluateConfig:
     """Return the settings of the evaluation, which uses the targets of this run by default."""
     config = run.recipe.evaluate
     if run.seed_folders and needs_targets(config.baselines) and config.supervision is None:
         config = dataclasses.replace(config, supervision=str(run.supervision_file))
     return config
-
-
-def _list_paths(run: Run) -> list[str] | None:
-    """List the static paths of this run to evaluate; None if there are none, or others are given.
-
-    A path that is healed, and isn't from a tuning of this run, is also evaluated as it is.
-    """
-    paths = [str(file) for file in _list_path_files(run)]
-    heal = run.recipe.heal
-    if heal is not None and run.recipe.tune is None:
-        paths.insert(0, heal.require_path())
-    if not paths or run.recipe.evaluate.paths is not None:
-        return None
-    return paths
 
 
 def _run_evaluate(run: Run) -> list[Path]:
@@ -380,8 +232,7 @@ def _run_evaluate(run: Run) -> list[Path]:
     output = run.folder / "eval"
     routers = run.seed_folders
     model = _choose_model(config, run)
-    paths = _list_paths(run)
-    evaluate(model, tasks, config, output, routers=routers, paths=paths, listener=run.listener)
+    evaluate(model, tasks, config, output, routers=routers, listener=run.listener)
     names = [f"{task.name}.json" for task in tasks]
     names += ["samples.jsonl", "samples.manifest.json"]
     if _is_timed(run):
@@ -447,8 +298,6 @@ _MAKERS: dict[str, Callable[[Run], Stage]] = {
     "search": _make_search,
     "supervise": _make_supervise,
     "train": _make_train,
-    "tune": _make_tune,
-    "heal": _make_heal,
     "evaluate": _make_evaluate,
     "report": _make_report,
 }

@@ -60,7 +60,7 @@ def gap_costs(
     listener = listener or Listener()
     with unrouted(model, tokenizer, listener) as base:
         tokens = [tuple(encode(base.tokenizer, text)) for text in texts]
-        return _measure(base, tokens, [], listener)[0]
+        return measure_costs(base, tokens, [], listener)[0]
 
 
 def choose_paths(
@@ -139,7 +139,7 @@ def choose_layers(
     model = base.model
     numbers = sorted(set(numbers))
     texts = lessons.choose_texts(config.refit_tokens, config.seed)
-    costs, num_tokens = _measure(base, texts, numbers, listener)
+    costs, num_tokens = measure_costs(base, texts, numbers, listener)
     checked = [
         (*item.context, *item.answers[item.gold])
         for item in lessons.sample_checked(config.seed)[:MAX_CHECKED]
@@ -184,7 +184,7 @@ def choose_layers(
     )
 
 
-def _measure(
+def measure_costs(
     base: BaseModel, texts: Sequence[Tokens], numbers: Sequence[int], listener: Listener
 ) -> tuple[GapCosts, int]:
     """Return the costs of gaps, exact for those of the best sets, and the number of tokens."""

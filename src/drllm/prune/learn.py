@@ -28,12 +28,13 @@ from drllm.models.routed_model import unrouted
 from drllm.prune.questions import Questions, make_items, read_questions
 from drllm.prune.repairs.base import REPAIRS, Lessons
 from drllm.prune.repairs.lora import measure_loss
-from drllm.records.codec import hash_values, write_json
+from drllm.records.codec import hash_values, read_json, write_json
 from drllm.tasks.base import Task
 from drllm.work.listener import Listener
 from drllm.work.store import refuse_other_run
 
 RUN_FILE = "learn.json"
+LOSS_FILE = "loss_before.json"
 LORA = "lora"
 
 
@@ -146,8 +147,11 @@ def _learn(
         write_json(file, identity)
 
     checked = lessons.sample_checked(config.seed)
-    with listener.busy("measuring the loss on the check part"):
-        loss = measure_loss(model, base.model, checked)
+    loss_file = folder / LOSS_FILE
+    if not loss_file.exists():
+        with listener.busy("measuring the loss on the check part"):
+            write_json(loss_file, measure_loss(model, base.model, checked))
+    loss = read_json(loss_file, float)
     report: dict[str, Any] = {"loss_before": loss, "repairs": []}
     for name, repair in repairs.items():
         before = {key: each.data for key, each in model.named_parameters()}

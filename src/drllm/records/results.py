@@ -42,9 +42,6 @@ OLDEST_VERSION = 2  # the oldest schema version of results that we read
 ACCURACY_TOLERANCE = 5e-4
 """How far an accuracy may be from the mean over its samples; files may round to three digits."""
 
-HEALED_PREFIX = "healed:"
-"""What the name of a healed path begins with if a plain path has the same name."""
-
 T = TypeVar("T", bound=msgspec.Struct)
 
 
@@ -59,20 +56,6 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     config: dict[str, Any]
     inputs: dict[str, str]
     libraries: dict[str, str]
-
-
-class StepRecord(
-    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
-):
-    """One step of a path: the run of one layer.
-
-    Only older files have steps that run a part of a layer, or a layer with another scale than 1.
-    """
-
-    layer: Count
-    run: Literal["all", "attention", "mlp"] = "all"
-    scale: float = 1.0
-    adapter: str = ""
 
 
 class Flops(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -203,7 +186,7 @@ class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
     chance: Share
     routers: str | None = None
     routers_sha256: str | None = None
-    paths: dict[str, tuple[StepRecord, ...]] = {}
+    paths: dict[str, tuple[Count, ...]] = {}
     other_seeds: dict[str, str] = {}
     systems: tuple[System, ...]
     curve: tuple[Point, ...] = ()
@@ -341,26 +324,16 @@ class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
             return [*self.notes]
         return [*self.notes, note_ignored_certificate(self.drllm_version)]
 
-    def is_healed(self, name: str) -> bool:
-        """Tell whether a system is a static path that runs with an adapter."""
-        return any(step.adapter for step in self.paths.get(name, ()))
-
     def name_in_table(self, system: System) -> str:
-        """Return the name of a system for a table; a healed path is marked."""
+        """Return the name of a system for a table."""
         name = system.name
-        if self.is_healed(name) and not name.startswith(HEALED_PREFIX):
-            name += " (healed)"
         if system.draws > 1:
             name += f" ×{system.draws}"
         return name
 
     def name_in_sentence(self, system: System) -> str:
         """Return the name of a system for a sentence ("path skip1")."""
-        if system.name not in self.paths:
-            return system.name
-        if self.is_healed(system.name):
-            return f"healed path {system.name.removeprefix(HEALED_PREFIX)}"
-        return f"path {system.name}"
+        return f"path {system.name}" if system.name in self.paths else system.name
 
     @property
     def score(self) -> str:

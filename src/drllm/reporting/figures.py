@@ -1,4 +1,4 @@
-"""The drawings of a report on routes, static paths, healing and training.
+"""The drawings of a report on routes and training.
 
 The style of the drawings is in `drawing`. Axes: L layers.
 """
@@ -6,12 +6,10 @@ The style of the drawings is in `drawing`. Axes: L layers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from drllm.agreement import DECISION_NAMES, TRAIN, VALIDATION
 from drllm.paths import Decision
-from drllm.records.healed import HealPoint
-from drllm.records.static_paths import FIT, SELECT, TEST, StaticPaths
 from drllm.reporting.drawing import Colours, add_legend, make_panels, use_whole_numbers
 from drllm.reporting.run import Epoch
 
@@ -53,44 +51,6 @@ def draw_routes(routes: Shares, targets: Shares | None, colours: Colours, width:
     use_whole_numbers(axes)
     columns = 4 if width > 5 else 2
     add_legend(axes, columns=columns)
-    return figure
-
-
-def draw_changes(record: StaticPaths, task: str, colours: Colours, width: float) -> Figure:
-    """Draw how paths change the objective of the full path, for each part; `test` has intervals."""
-    figure, (axes,) = make_panels(1, 1, width, 2.6)
-    for part, colour, dash in ((FIT, "faint", ":"), (SELECT, "s2", "--"), (TEST, "s1", "-")):
-        saved: list[float] = []
-        changes: list[tuple[float, float, float]] = []
-        for path in record.paths:
-            measured = path.on(task, part)
-            if measured is not None:
-                saved.append(record.num_layers - path.executions)
-                changes.append(measured.change or (0.0, 0.0, 0.0))
-        means = [mean for mean, _, _ in changes]
-        axes.plot(saved, means, f"o{dash}", color=colours[colour], markersize=4, label=part)
-        if part == TEST:
-            lows = [low for _, low, _ in changes]
-            highs = [high for _, _, high in changes]
-            axes.vlines(saved, lows, highs, color=colours[colour], linewidth=1.2)
-    axes.set(xlabel="layers saved", ylabel="objective minus full's, nats")
-    use_whole_numbers(axes)
-    add_legend(axes, columns=3)
-    return figure
-
-
-def draw_kl(curve: Sequence[HealPoint], colours: Colours, width: float) -> Figure:
-    """Draw the KL on training texts and on held-out texts by the number of training tokens."""
-    figure, (axes,) = make_panels(1, 1, width, 2.6)
-    tokens = [point.tokens / 1000 for point in curve]
-    # Before the first step, the KL on training texts is None, which leaves a gap.
-    trained: list[Any] = [point.train_kl for point in curve]
-    held_out = [point.held_out_kl for point in curve]
-    axes.plot(tokens, trained, "o:", label="training", color=colours["faint"], markersize=4)
-    axes.plot(tokens, held_out, "o-", label="held out", color=colours["s1"], markersize=4)
-    axes.set(xlabel="tokens, thousands", ylabel="KL, nats a token")
-    axes.set_ylim(bottom=0)
-    add_legend(axes, columns=2)
     return figure
 
 

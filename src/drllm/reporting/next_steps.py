@@ -1,7 +1,7 @@
 """Suggests what to do next after a run: commands to paste, with the most urgent first."""
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeAlias
 
@@ -9,16 +9,9 @@ from msgspec.structs import asdict
 
 from drllm.config import TIMING, EvaluateConfig
 from drllm.config.constants import MAX_DROP
-from drllm.records.healed import HEALED_FILE
 from drllm.records.results import PERMUTED, Evaluation, Result, System
 from drllm.records.search import SEARCH_FILE
-from drllm.records.static_paths import (
-    PATHS_FILE,
-    WITHOUT,
-    StaticPaths,
-    load_path,
-    split_path_list,
-)
+from drllm.records.static_paths import WITHOUT, read_path, split_path_list
 from drllm.records.supervision import SUPERVISION_FILE
 from drllm.reporting.commands import (
     evaluate_command,
@@ -45,7 +38,6 @@ PROMPT = "Why is the sky blue?"
 DEPTHS = "0.02,0.05,0.1"
 OWN_QUESTIONS = "questions.jsonl"
 ALLOWED_DROP = 2  # points of accuracy
-HEALING_MINUTES = 10
 NUM_FEWSHOT = 5
 
 
@@ -62,8 +54,6 @@ def suggest_steps(run: Run) -> list[Step]:
 def _step_before_evaluation(run: Run) -> Step:
     """Return the stage that comes next in a run without evaluations, and its command."""
     folder = run.folder
-    if (run.paths or run.healed) and not run.has_training:
-        return _step_for_path(run)
     if run.router_config or run.epochs:
         values = {
             "routers": folder / "routers",
@@ -77,30 +67,6 @@ def _step_before_evaluation(run: Run) -> Step:
         return "Train routers on these targets:", write_command("train", values)
     values = {"search": folder / SEARCH_FILE, "output_dir": folder / SUPERVISION_FILE}
     return "Make a target path of each searched question:", write_command("supervise", values)
-
-
-def _step_for_path(run: Run) -> Step:
-    """Return what to do with the paths of a run without evaluations, and the command."""
-    path = str(run.folder / run.sources[-1].name)  # a healed path is read last, so it is preferred
-    if run.paths and not run.healed:
-        last = run.paths.paths[-1]
-        path += f":{last.name}"
-        if last.repaired:
-            what = "Solve the refit that the path was chosen with, in seconds to minutes:"
-            return what, _refit_command(run, run.paths, path)
-    return "Read an answer yourself:", _generate_command(path=path)
-
-
-def _refit_command(run: Run, paths: StaticPaths, path: str) -> str:
-    """Write the command that solves the refit of a tuned path."""
-    values = {
-        "path": path,
-        "tasks": paths.config.get("tasks") or ",".join(paths.tasks),
-        "data_dir": paths.config.get("data_dir"),
-        "minutes": 0,
-        "output_dir": run.folder / "healed",
-    }
-    return write_command("heal", values)
 
 
 def _list_searched_tasks(run: Run) -> str | None:
@@ -135,22 +101,19 @@ def _suggest_for_path(run: Run, evaluation: Result, path: System) -> Iterator[St
     differences = path.against_base
     assert differences is not None
     if evaluation.drop_test is not None and evaluation.drop_test.chosen == path.name:
-        yield _use_path_step(run, evaluation, path)
+        yield _use_path_step(evaluation, path)
         return
     saves_layers = path.executions < evaluation.num_layers
-    is_text_worse = _is_worse(differences.text_loss)
-    if _is_worse(differences.accuracy) or not saves_layers:
-        yield "Look for a path that loses less:", _tune_command(run, evaluation)
-    elif is_text_worse and not evaluation.is_healed(path.name):
-        yield from _suggest_healing(run, evaluation, path)
+    if _is_worse_than_base(path) or not saves_layers:
+        yield _shrink_step(evaluation)
     if not saves_layers:
         return
     is_worse = _is_worse_than_base(path)
     if not is_worse and _may_be_used(evaluation, differences.accuracy):
-        yield _use_path_step(run, evaluation, path)
+        yield _use_path_step(evaluation, path)
     if evaluation.drop_test is None and _may_pass(differences.accuracy):
         yield _drop_step(run, evaluation, path)
-    file = _find_path_file(run, evaluation, path)
+    file = _find_path(evaluation, path)
     if file is not None:
         values = {**name_model(evaluation.model), "bypass": evaluation.bypass, "path": file}
         command = _generate_command(**values)
@@ -168,7 +131,7 @@ def _suggest_for_routing(run: Run, evaluation: Result, routed: System) -> Iterat
     has_depths = any(point.setting for point in evaluation.curve)
     rival = _find_unbeaten_path(evaluation)
     if rival is not None:
-        yield _use_rival_step(run, evaluation, rival)
+        yield _use_rival_step(evaluation, rival)
     if is_worse and saves_layers:
         yield from _suggest_better_targets(run)
     if not has_depths:
@@ -301,21 +264,6 @@ def _ask_more_command(run: Run, evaluation: Result, number: int) -> str:
     return _evaluate_command(run, evaluation, "more", **changes)
 
 
-def _suggest_healing(run: Run, evaluation: Result, path: System) -> Iterator[Step]:
-    """Suggest to recover the text of a path, if a file has the path."""
-    file = _find_path_file(run, evaluation, path)
-    if file is None:
-        return
-    values = {
-        **name_model(evaluation.model),
-        "path": file,
-        **_name_task(evaluation),
-        "minutes": HEALING_MINUTES,
-        "output_dir": _name_folder(run, "healed"),
-    }
-    yield f"Recover the text of {path.name}, in minutes:", write_command("heal", values)
-
-
 def _may_pass(accuracy: Verdict) -> bool:
     """Tell whether the test of a loss of `ALLOWED_DROP` points would pass on the same questions."""
     excluded = accuracy.excluded_loss
@@ -324,9 +272,7 @@ def _may_pass(accuracy: Verdict) -> bool:
 
 def _drop_step(run: Run, evaluation: Result, system: System) -> Step:
     """Suggest a test of whether a system loses more than is allowed."""
-    paths = _find_path_file(run, evaluation, system)
-    if paths is None:
-        paths = _name_paths(evaluation.config.get("paths"), system)
+    paths = _find_path(evaluation, system) or evaluation.config.get("paths")
     command = _evaluate_command(run, evaluation, "drop", max_drop=ALLOWED_DROP, paths=paths)
     what = f"Check in a script that it loses less than {ALLOWED_DROP} points (else exit status 1):"
     return what, command
@@ -339,8 +285,7 @@ def _compare_step(run: Run, evaluation: Evaluation) -> Step:
         values |= {"routers": run.folder / "routers", "bypass": evaluation.bypass}
         command = write_command("evaluate", values)
         return f"Compare the routed model on {evaluation.task} too:", command
-    what = f"Look for static paths that save layers on {evaluation.task}:"
-    return what, _tune_command(run, evaluation)
+    return _shrink_step(evaluation)
 
 
 def _shrink_step(evaluation: Evaluation) -> Step:
@@ -348,15 +293,6 @@ def _shrink_step(evaluation: Evaluation) -> Step:
     model = shlex.quote(str(evaluation.model.get("id")))
     command = f"drllm shrink {model} {OWN_QUESTIONS} smaller --max-drop {MAX_DROP:g}"
     return "Make a smaller checkpoint for questions of your own, one a line in a file:", command
-
-
-def _tune_command(run: Run, evaluation: Evaluation) -> str:
-    values = {
-        **name_model(evaluation.model),
-        **_name_task(evaluation),
-        "output_dir": _name_folder(run, "tuned"),
-    }
-    return write_command("tune", values)
 
 
 def _name_task(evaluation: Evaluation) -> dict[str, object]:
@@ -386,26 +322,6 @@ def _name_folder(run: Run, name: str) -> Path:
     if run.is_eval_folder:
         return run.folder.with_name(name)
     return run.folder / name
-
-
-def _name_paths(paths: str | None, system: System) -> str | None:
-    """Return the value of `--paths` with the name of a path for each file `paths.json`.
-
-    `--max-drop` tests paths in a fixed order, so it needs the names of the paths.
-
-    Args:
-        paths: The value of `--paths` in the evaluation; None if there was none.
-        system: The path to name where the evaluation used all paths of a file.
-    """
-    if paths is None:
-        return None
-    named_paths: list[str] = []
-    for path in split_path_list(paths):
-        if path.endswith(PATHS_FILE):
-            named_paths.append(f"{path}:{system.name}")
-        else:
-            named_paths.append(path)
-    return ",".join(named_paths)
 
 
 def _generate_command(**values: object) -> str:
@@ -454,10 +370,10 @@ def _more_seeds_step(run: Run) -> Step:
     return "Train with other seeds, to see how much is luck:", command
 
 
-def _use_rival_step(run: Run, evaluation: Evaluation, rival: System) -> Step:
+def _use_rival_step(evaluation: Evaluation, rival: System) -> Step:
     """Suggest to use a static path that the routed model doesn't beat."""
     verdict = get_routed_verdict(rival)
-    how, command = _use_path(run, evaluation, rival)
+    how, command = _use_path(evaluation, rival)
     what = (
         f"Routed minus {rival.name}, which reads no question: {write_difference(verdict)} points, "
         f"{write_label(verdict)}. A path needs no router; {how}"
@@ -465,70 +381,36 @@ def _use_rival_step(run: Run, evaluation: Evaluation, rival: System) -> Step:
     return what, command
 
 
-def _use_path_step(run: Run, evaluation: Evaluation, path: System) -> Step:
+def _use_path_step(evaluation: Evaluation, path: System) -> Step:
     """Suggest to use a static path."""
-    how, command = _use_path(run, evaluation, path)
+    how, command = _use_path(evaluation, path)
     return f"Use {evaluation.name_in_sentence(path)}; {how}", command
 
 
-def _use_path(run: Run, evaluation: Evaluation, system: System) -> Step:
+def _use_path(evaluation: Evaluation, system: System) -> Step:
     """Return how to use a path, as the end of a sentence, and the command."""
-    path = _find_path_file(run, evaluation, system)
-    if path is None:
-        return "look for one that does as well:", _tune_command(run, evaluation)
+    path = _find_path(evaluation, system)
+    if path is None or not path.startswith(WITHOUT):
+        how, command = _shrink_step(evaluation)
+        return f"or {how[0].lower()}{how[1:]}", command
     values = {
         **name_model(evaluation.model),
-        "path": path,
-        "output_dir": _name_folder(run, "exported"),
+        "skip": path.removeprefix(WITHOUT),
+        "output_dir": "exported",
     }
-    command = write_command("export", values)
-    return "it can be an ordinary, smaller checkpoint:", command
+    return "it can be an ordinary, smaller checkpoint:", write_command("export", values)
 
 
-def _find_path_file(run: Run, evaluation: Evaluation, system: System) -> str | None:
-    """Return the value of `--path` for an evaluated path; None if no file has the path.
-
-    The path is in the run's own `paths.json`, or in a file that the evaluation was given. Its name
-    in the evaluation may have a prefix, as in `FOLDER:NAME`.
-    """
+def _find_path(evaluation: Evaluation, system: System) -> str | None:
+    """Return the value of `--path` for an evaluated path; None if none was given by name."""
     if system.name not in evaluation.paths:
         return None
-    if run.paths and system.name in [path.name for path in run.paths.paths]:
-        files = [source.name for source in run.sources if source.name.endswith(PATHS_FILE)]
-        return f"{run.folder / files[0]}:{system.name}"
-    places = split_path_list(str(evaluation.config.get("paths") or ""))
-    if not places:
-        return None
-    if evaluation.is_healed(system.name):
-        return _find_healed_place(places, system)
-    name = system.name.rpartition(":")[2]
-    for place in places:
-        if WITHOUT.fullmatch(place) and load_path(place).name == name:
+    for place in split_path_list(str(evaluation.config.get("paths") or "")):
+        is_named = place.startswith(WITHOUT)
+        name = read_path(place).name if is_named else Path(place).stem
+        if name == system.name:
             return place
-        if place.endswith(f":{name}") or Path(place).stem == name:
-            return place
-    if places[0].endswith(PATHS_FILE):
-        return f"{places[0]}:{name}"
-    return places[0]
-
-
-def _find_healed_place(places: Sequence[str], system: System) -> str | None:
-    """Return the file or folder of a healed path, among those that an evaluation was given."""
-    healed_places = []
-    for place in places:
-        is_plain = WITHOUT.fullmatch(place) or place.rpartition(":")[0].endswith(PATHS_FILE)
-        if not is_plain and not place.endswith(PATHS_FILE):
-            healed_places.append(place)
-    prefix = system.name.rpartition(":")[0]
-    for place in healed_places:
-        folder = Path(place)
-        if folder.name == HEALED_FILE:
-            folder = folder.parent
-        if folder.name == prefix:
-            return place
-    if not healed_places:
-        return None
-    return healed_places[0]
+    return None
 
 
 def _find_unbeaten_path(evaluation: Evaluation) -> System | None:

@@ -23,13 +23,11 @@ from drllm.records.codec import (
     read_text,
     sha256,
 )
-from drllm.records.healed import HEALED_FILE, HEALED_SCHEMA, HealedPath, read_healed
 from drllm.records.identity import have_same_weights
 from drllm.records.latency import Latency, read_latency
 from drllm.records.layers import LAYERS_FILE, Layers
 from drllm.records.manifest import manifest_path, read_manifest
 from drllm.records.search import SEARCH_FILE, SearchRecord, read_search
-from drllm.records.static_paths import PATHS_FILE, StaticPaths, read_paths
 from drllm.records.supervision import SUPERVISION_FILE, SupervisionRecord, read_supervision
 from drllm.statistics.ranges import Count, Share
 
@@ -109,8 +107,6 @@ class Run:
     layers: Layers | None = None
     evaluations: Sequence[results.Result] = ()
     latency: Latency | None = None
-    paths: StaticPaths | None = None
-    healed: HealedPath | None = None
     recipe: str | None = None
     sources: list[ReportSource] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)
@@ -165,8 +161,6 @@ def read_run(folder: Path) -> Run:
     _read_records(run)
     _read_routers(run)
     _read_results(run)
-    _read_paths(run)
-    _read_healed_path(run)
     _read_recipe(run)
     _refuse_empty(run)
     _refuse_other_routers(run)
@@ -265,27 +259,6 @@ def _read_results(run: Run) -> None:
         _add_source(run, f"{prefix}{results.LATENCY_FILE}", run.latency)
 
 
-def _read_paths(run: Run) -> None:
-    for name in (PATHS_FILE, f"tuned/{PATHS_FILE}"):
-        if (run.folder / name).is_file():
-            run.paths = read_paths(run.folder / name)
-            _add_source(run, name, run.paths)
-            return
-
-
-def _read_healed_path(run: Run) -> None:
-    for name in (HEALED_FILE, f"healed/{HEALED_FILE}"):
-        file = run.folder / name
-        if not file.is_file():
-            continue
-        # In the run folder itself, a plain path may be called path.json too.
-        is_in_own_folder = name != HEALED_FILE
-        if is_in_own_folder or read_json(file, Version).schema == HEALED_SCHEMA:
-            run.healed = read_healed(file)
-            _add_source(run, name, run.healed)
-            return
-
-
 def _read_recipe(run: Run) -> None:
     recipe = run.folder / "run.yaml"
     if recipe.is_file():
@@ -295,14 +268,14 @@ def _read_recipe(run: Run) -> None:
 
 
 def _refuse_empty(run: Run) -> None:
-    if run.has_training or run.evaluations or run.paths or run.healed:
+    if run.has_training or run.evaluations:
         return
     # A damaged result isn't recognised as a result, so it wasn't read. Reading it now raises an
     # error that names the file.
     for path in results.list_possible_results(run.folder):
         read_json(path, Version)
     raise RecordError(
-        f"{run.folder} holds no search.jsonl, supervision.jsonl, routers/, paths.json, healed path "
+        f"{run.folder} holds no search.jsonl, supervision.jsonl, routers/ "
         f"or eval/; give a folder that 'drllm run' has written"
     )
 
@@ -333,10 +306,6 @@ def _find_num_layers(run: Run) -> int | None:
         numbers.append((CONFIG_FILE, run.router_config["num_layers"]))
     if run.layers:
         numbers.append((LAYERS_FILE, len(run.layers.train.confusion)))
-    if run.paths:
-        numbers.append((PATHS_FILE, run.paths.num_layers))
-    if run.healed:
-        numbers.append((HEALED_FILE, run.healed.num_layers))
     for evaluation in run.evaluations:
         name = f"the evaluation of {evaluation.task!r}"
         numbers.append((name, evaluation.num_layers))

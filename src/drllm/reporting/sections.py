@@ -6,7 +6,7 @@ import msgspec
 
 from drllm.records.latency import Latency
 from drllm.records.results import Evaluation
-from drllm.reporting import evaluation_sections, key_figures, path_sections
+from drllm.reporting import evaluation_sections, key_figures
 from drllm.reporting.costs import costs_section
 from drllm.reporting.document import Document, Section, lower_sections
 from drllm.reporting.markdown import (
@@ -25,10 +25,6 @@ from drllm.reporting.tables import comparisons_table
 
 ROUTING = "Routers choose, once per question, which layers of the model to skip, execute or repeat."
 PATHS = "A static path runs the same layers for every question."
-HEALED = (
-    "A healed path has new weights, solved or trained, that bring its text nearer to the full "
-    "path's; short answers may stay as they are."
-)
 FOLDED_WITH_SEVERAL_TASKS = ("Routes by layer", "Questions won and lost")
 BASE_IS = "Base is the same model with every layer executed once."
 
@@ -63,12 +59,7 @@ def build_document(runs: Sequence[Run]) -> Document:
 
 def _write_title(run: Run) -> str:
     model = str(run.model.get("id") or "a base model that no file names")
-    if _is_routed(run):
-        what = "Layer routing"
-    elif run.paths or run.evaluations:
-        what = "Static paths"
-    else:
-        what = "Healed path"
+    what = "Layer routing" if _is_routed(run) else "Static paths"
     tasks = _list_tasks(run)
     return f"{what} of {model} on {', '.join(tasks)}" if tasks else f"{what} of {model}"
 
@@ -79,16 +70,14 @@ def _list_tasks(run: Run) -> list[str]:
         return [evaluation.task for evaluation in run.evaluations]
     if run.search:
         return list(dict.fromkeys(record.task for record in run.search))
-    if run.paths:
-        return list(run.paths.tasks)
-    return list(run.healed.held_out) if run.healed else []
+    return []
 
 
 def _is_routed(run: Run) -> bool:
     """Tell whether the report is about a routed model, and not only about static paths."""
     if run.evaluations:
         return any(evaluation.routed for evaluation in run.evaluations)
-    return run.has_training or not (run.paths or run.healed)
+    return True
 
 
 def _write_about(run: Run) -> str:
@@ -146,33 +135,19 @@ def _write_introduction(run: Run) -> str:
         sentences.append(ROUTING)
     if not is_routed or any(evaluation.paths for evaluation in run.evaluations):
         sentences.append(PATHS)
-    if run.healed:
-        sentences.append(HEALED)
     sentences.append(BASE_IS)
     return " ".join(sentences)
 
 
 def _list_verdicts(run: Run) -> list[tuple[str, str]]:
-    """Return the headlines, each with its task if there are several tasks.
-
-    Without evaluations, return what is known of static paths and healed paths.
-    """
+    """Return the headlines, each with its task if there are several tasks."""
     has_several_tasks = len(run.evaluations) > 1
     verdicts: list[tuple[str, str]] = []
     for evaluation in run.evaluations:
         task = evaluation.task if has_several_tasks else ""
         if evaluation.verdict:
             verdicts.append((task, evaluation.verdict))
-    if verdicts:
-        return verdicts
-    lines: list[str] = []
-    if run.paths:
-        lines += path_sections.advice(run.paths)
-    if run.healed:
-        lines.append(path_sections.describe_healing(run.healed))
-    if not lines:
-        lines.append("Nothing was evaluated yet.")
-    return [("", line) for line in lines]
+    return verdicts or [("", "Nothing was evaluated yet.")]
 
 
 def _build_sections(run: Run) -> list[Section]:
@@ -213,16 +188,11 @@ def _build_next_section(run: Run) -> Section:
 
 
 def build_stage_sections(run: Run) -> list[Section]:
-    """Build the sections on the stages before the evaluation: paths, search and routers.
+    """Build the sections on the stages before the evaluation: search and routers.
 
     Stages without files in the run folder are left out.
     """
-    folded = bool(run.evaluations)
     sections: list[Section] = []
-    if run.paths:
-        sections.append(path_sections.paths_section(run.paths, folded=folded))
-    if run.healed:
-        sections.append(path_sections.healed_section(run.healed, folded=folded))
     if run.search or run.supervision or run.summary:
         sections.append(search_section(run))
     if run.epochs:

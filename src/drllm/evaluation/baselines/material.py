@@ -5,18 +5,20 @@ Axes: N candidates, Q questions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
-from drllm.paths import Decisions, StaticPath, to_path
+from drllm.errors import ModelError
+from drllm.paths import Decisions
 from drllm.records.supervision import SupervisionRecord
 
 if TYPE_CHECKING:
     from drllm.models.routed_model import RoutedModel
-    from drllm.models.scoring.score import Request
-    from drllm.tuning.path_scorer import Item
+    from drllm.models.scoring.score import Outcome, Request
 
+WORST = -100.0  # nats in place of a value that isn't finite, so that means are finite
 STATE_CACHE_GB = 1.0  # for states that candidates share while they are measured
 
 Measure: TypeAlias = Callable[[Sequence[Decisions]], list[float]]
@@ -89,38 +91,59 @@ def _mean_token_logprobs(
     routed: RoutedModel, material: Material, candidates: Sequence[Decisions]
 ) -> list[float]:
     from drllm.models.scoring.score import Request
-    from drllm.tuning.objectives import LOSS
-    from drllm.tuning.path_scorer import Item
 
     texts = [Request.from_text(ids) for ids in material.prompts if len(ids) > 1]
-    num_tokens = [len(text.continuations[0]) for text in texts]
-    return _mean_scores(routed, candidates, [Item(text) for text in texts], LOSS, num_tokens)
+    num_tokens = sum(len(text.continuations[0]) for text in texts)
+    return _mean_scores(
+        routed, candidates, texts, lambda outcome, _: outcome.logprobs[0], num_tokens
+    )
 
 
 def _mean_answer_logprobs(
     routed: RoutedModel, material: Material, candidates: Sequence[Decisions]
 ) -> list[float]:
-    from drllm.tuning.objectives import GOLD
-    from drllm.tuning.path_scorer import Item
+    def measure(outcome: Outcome, place: int) -> float:
+        if not all(map(math.isfinite, outcome.logprobs)):
+            return -math.inf
+        return log_share(outcome.logprobs, material.golds[place])
 
-    questions = zip(material.questions, material.golds, strict=True)
-    items = [Item(request, gold) for request, gold in questions]
-    return _mean_scores(routed, candidates, items, GOLD, [1] * len(items))
+    questions = material.questions
+    return _mean_scores(routed, candidates, questions, measure, len(questions))
 
 
 def _mean_scores(
     routed: RoutedModel,
     candidates: Sequence[Decisions],
-    items: Sequence[Item],
-    objective: str,
-    weights: Sequence[int],
+    requests: Sequence[Request],
+    measure: Callable[[Outcome, int], float],
+    count: int,
 ) -> list[float]:
-    """Return the value of each candidate: the weighted mean of its scores on the items."""
-    import numpy as np
+    """Return the value of each candidate: the sum of its scores on the requests over a count."""
+    from drllm.models.scoring.score import score
 
-    from drllm.tuning.path_scorer import score_paths
-
-    paths = [StaticPath(to_path(decisions)) for decisions in candidates]
-    scores = score_paths(routed, items, paths, objective, STATE_CACHE_GB)
-    means: list[float] = np.average(scores.objective, axis=1, weights=weights).tolist()
+    means = []
+    for decisions, outcomes in zip(
+        candidates,
+        score(routed, requests, candidates, state_cache_gb=STATE_CACHE_GB),
+        strict=True,
+    ):
+        scores = [measure(outcome, place) for place, outcome in enumerate(outcomes)]
+        if not all(map(math.isfinite, scores)) and set(decisions) == {1}:
+            raise ModelError(
+                "the base model's own log-probabilities are not finite; load it with --dtype "
+                "float32"
+            )
+        means.append(sum(value if math.isfinite(value) else WORST for value in scores) / count)
     return means
+
+
+def log_share(logprobs: Sequence[float], number: int) -> float:
+    """Return the log of an option's share of the probability of all options.
+
+    Args:
+        logprobs: The log-probability of each option, summed over its tokens.
+        number: The number of the option, from 0.
+    """
+    highest = max(logprobs)
+    total = sum(math.exp(logprob - highest) for logprob in logprobs)
+    return logprobs[number] - highest - math.log(total)

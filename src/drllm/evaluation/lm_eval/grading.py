@@ -11,7 +11,6 @@ from typing import TypeAlias
 from drllm.errors import TaskError
 from drllm.evaluation.lm_eval.scoring import OptionScore
 from drllm.evaluation.lm_eval.task import RenderedTask
-from drllm.tuning.path_scorer import log_share
 
 QuestionAnswers: TypeAlias = Sequence[OptionScore | str]
 """The scores of a question's options, or a list with its generated answer alone."""
@@ -76,10 +75,14 @@ def compute_gold_logprob(rendered: RenderedTask, place: int, answers: QuestionAn
     The probabilities of several gold options are added.
     """
     logprobs = _read_logprobs(answers)
-    gold_logprobs = [log_share(logprobs, gold) for gold in rendered.golds(place)]
-    if len(gold_logprobs) == 1:
-        return gold_logprobs[0]
-    return math.log(sum(math.exp(logprob) for logprob in gold_logprobs))
+    gold_logprobs = [logprobs[gold] for gold in rendered.golds(place)]
+    return _add_probabilities(gold_logprobs) - _add_probabilities(logprobs)
+
+
+def _add_probabilities(logprobs: Sequence[float]) -> float:
+    """Return the log of a sum of probabilities, from their logs."""
+    highest = max(logprobs)
+    return highest + math.log(sum(math.exp(logprob - highest) for logprob in logprobs))
 
 
 def _read_logprobs(answers: QuestionAnswers) -> list[float]:

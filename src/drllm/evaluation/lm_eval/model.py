@@ -49,9 +49,9 @@ from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.depth_control import encode_calibration, make_policy, read_calibration
 from drllm.models.routing.policies import PathPolicy, Policy
 from drllm.paths import Decisions
-from drllm.records.static_paths import PathFile, load_path
+from drllm.records.static_paths import read_path
 from drllm.work.launcher import count_processes
-from drllm.work.listener import logger, quiet
+from drllm.work.listener import quiet
 
 MAX_ROWS = 64  # the harness' default of `max_batch_size`
 PROCESS_TIMEOUT = datetime.timedelta(weeks=52)
@@ -78,7 +78,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         base: The base model of a folder of routers, if its config names none.
         num_windows: The number of windows W. It is only compared with the routers', since trained
             routers can't change it.
-        path: FILE or FILE:NAME, a static path to run for every prompt, see `load_path`.
+        path: a static path to run for every prompt, as for `read_path`.
         device: auto, cpu, cuda, cuda:1 or mps. Each of several processes gets its own GPU.
         batch_size: Rows in a pass; a question with all its continuations is one row. `auto` chooses
             by memory.
@@ -169,11 +169,8 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         if path is None:
             return _make_depth_policy(self.routed, depth, self.tokenizer)
         _refuse_second_plan(path, self.routed, depth)
-        path_file = load_path(path)
-        if path_file.note:
-            logger.warning(path_file.note)
-        self.path_source = _name_path(path_file)
-        return self.routed.build_policy(path_file)
+        self.path_source = path
+        return self.routed.build_policy(read_path(path).path(self.routed.num_layers))
 
     def _init_hflm(self, accelerator: Accelerator | None, **settings: Any) -> None:
         """Initialise the harness' own class with the loaded base model.
@@ -396,11 +393,3 @@ def _refuse_second_plan(path: str, routed: RoutedModel, depth: DepthConfig) -> N
         rival = depth.find_setting()
     if rival is not None:
         raise ConfigError(f"path={path} and {rival} would both decide; leave one out")
-
-
-def _name_path(path_file: PathFile) -> str:
-    """Return the name of a path for the results: FILE or FILE:NAME."""
-    name = str(path_file.file)
-    if path_file.named is not None and path_file.named.name:
-        name += f":{path_file.named.name}"
-    return name

@@ -47,7 +47,7 @@ TENSORS = LayerMap._fields
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Bypass:
-    """The maps of all layers of one model, in float32. It is a `Crossings`.
+    """The maps of all layers of one model, in float32.
 
     Attributes:
         down: P of each layer, `[L, r, D]`.
@@ -138,7 +138,14 @@ class Bypass:
         return (values + changes).to(states.dtype)
 
     def cross(self, layer: int, next_layer: int, states: Tensor, is_first: Tensor | None) -> Tensor:
-        """See `Crossings.cross`: each layer of the gap is skipped, one after the other."""
+        """Return what enters the layer after a gap, `[..., D]`; see `skip` for the other arguments.
+
+        Args:
+            layer: The layer before the gap; -1 if the first layers are left out.
+            next_layer: The layer after the gap; L if the last layers are left out.
+            states: What `layer` returned.
+            is_first: As for `skip`.
+        """
         for skipped in range(layer + 1, next_layer):
             states = self.skip(skipped, states, is_first)
         return states

@@ -26,7 +26,6 @@ from drllm.models.routing.bypass import Bypass
 from drllm.models.routing.bypass_file import check_bypass
 from drllm.models.routing.driver import RoutingDriver
 from drllm.models.routing.generate import GenerateHandle, take_off_overrides
-from drllm.models.routing.healed import install_path
 from drllm.models.routing.injection import Driver, Injection
 from drllm.models.routing.policies import (
     FixedPolicy,
@@ -37,10 +36,10 @@ from drllm.models.routing.policies import (
     describe_policy,
 )
 from drllm.paths import StaticPath
-from drllm.records.static_paths import PathFile, load_path
+from drllm.records.static_paths import read_path
 
-PlanLike: TypeAlias = "PathFile | StaticPath | Sequence[int] | Sequence[Sequence[int]] | Tensor"
-"""What prompts can be pinned to: a path, maybe as `drllm.load_path` returns it, or decisions."""
+PlanLike: TypeAlias = "StaticPath | Sequence[int] | Sequence[Sequence[int]] | Tensor"
+"""What prompts can be pinned to: a path or decisions."""
 
 MODULE_ATTRIBUTES = frozenset(vars(torch.nn.Module()))
 """The attributes by which torch, accelerate and the Trainer of transformers read a module."""
@@ -212,31 +211,23 @@ class Routing:
 
         Decisions are `[L]` for every row, or `[B, L]`. A static path may run its layers in any
         order; `last_route` then says how often each layer ran. A text names a path as `--path`
-        does, such as `without:13,14`; what `drllm.load_path` returns is a path too. The adapter of
-        a healed path is put into the model, where it stays. If the adapter has LoRA weights, the
-        path needs the model for itself: while a pass runs along it, another thread can't run
-        another path. A refit alone doesn't hinder other threads.
+        does, such as `without:13,14` or the name of a file.
 
         Raises:
-            PathError: This model can't run the decisions or the path, or there is no such path.
-            RecordError: The adapter of a healed path is broken.
-            RoutingError: The adapter of a healed path isn't in the model, or doesn't fit it.
+            PathError: This model can't run the decisions or the path.
+            RecordError: The file of the path can't be read.
         """
         return self.using(self.build_policy(plan))
 
     def build_policy(self, plan: PlanLike | str) -> Policy:
         """Return the policy that follows a plan. The plan is as for `fixed`."""
         if isinstance(plan, str):
-            plan = load_path(plan)
-        if isinstance(plan, PathFile):
-            plan = install_path(self.injection, plan)
+            plan = read_path(plan).path(self.num_layers)
         if not isinstance(plan, StaticPath):
             return FixedPolicy(plan, self.num_layers)
         decisions = plan.check(self.num_layers).plan(self.num_layers)
         if not isinstance(decisions, StaticPath):
             return FixedPolicy(decisions, self.num_layers)
-        if plan.adapter:
-            self.injection.adapters.check(plan.adapter)
         return PathPolicy(plan, self.num_layers)
 
     @contextmanager

@@ -189,13 +189,6 @@ class RoutedPass(Driver):
             return False
         return cache is None or _find_pinned_entry(cache) is not None
 
-    def adapter(self, cache: Cache | None) -> str:
-        """See `Driver.adapter`."""
-        entry = None if cache is None else _find_pinned_entry(cache)
-        if entry is not None:
-            return "" if entry.path is None else entry.path.adapter
-        return self.policy.path.adapter if isinstance(self.policy, PathPolicy) else ""
-
     def end(self) -> None:
         """Record the route if decisions were made in this pass."""
         if self.route:
@@ -241,9 +234,7 @@ class RoutedPass(Driver):
         return self._make_path_pass(path)
 
     def _make_path_pass(self, path: StaticPath) -> PathPass:
-        """Return a pass along a path. A healed path runs without the bypass: it has a repair."""
-        bypass = None if path.adapter else self.driver.bypass
-        return PathPass(path, bypass=bypass, is_first=self._is_first)
+        return PathPass(path, bypass=self.driver.bypass, is_first=self._is_first)
 
     def _find_decisions(self, entry: RoutedCacheLayer | None, layer: int) -> RowDecisions | None:
         """Return the decisions that were made for a layer; None if the policy has to decide now."""
@@ -511,10 +502,6 @@ class PathPass(Driver):
         self._calls: list[LayerCall] = []  # the calls of the loop so far, by layer
         self._entries: list[RoutedCacheLayer | None] = []  # the cache entries of these layers
         self._num_run: Counter[int] = Counter()  # executions so far, by layer
-
-    def adapter(self, cache: Cache | None) -> str:
-        """See `Driver.adapter`."""
-        return self.path.adapter
 
     def layer(self, call: LayerCall, hidden: Tensor) -> Tensor:
         """Run the layers of the path that can be run now, `[B, T, D]` to `[B, T, D]`."""

@@ -11,7 +11,7 @@ Axes: B rows of the batch, R rows that run, T tokens, K keys, D hidden, E rotary
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -23,14 +23,7 @@ from transformers.cache_utils import Cache
 
 from drllm.errors import RoutingError
 from drllm.model.devices import on_device
-from drllm.model.layers import (
-    check_loop,
-    find_layers,
-    find_linear_maps,
-    list_linear_maps,
-    list_norms,
-)
-from drllm.models.routing.adapters import Adapters, AdapterWeights
+from drllm.model.layers import check_loop, find_layers
 from drllm.models.routing.call_arguments import (
     BATCH_AXES,
     ROTARY,
@@ -44,9 +37,7 @@ from drllm.models.routing.call_arguments import (
 )
 from drllm.models.routing.context import Override, ThreadValue
 from drllm.models.routing.forward_override import ForwardOverride, find_overrides
-from drllm.models.routing.lora import LoraAdapters, LoraWeights
 from drllm.models.routing.recomputation import RoutedRecomputation
-from drllm.models.routing.refits import ModuleHandle, Refit, Refits
 
 REFUSED_OUTPUTS = ("output_attentions", "output_router_logits")
 """Options of a forward pass that request outputs which routing can't return."""
@@ -70,10 +61,6 @@ class Driver:
         """Say whether a pass can be compiled: its plan is known before it starts."""
         return True
 
-    def adapter(self, cache: Cache | None) -> str:
-        """Return the name of the adapter that a pass with this cache runs with; empty for none."""
-        return ""
-
     def end(self) -> None:
         """Finish a pass, once every layer was called."""
 
@@ -90,10 +77,6 @@ class Forward:
     attention_mask: Any
     requested_outputs: tuple[str, ...]  # the `REFUSED_OUTPUTS` that the caller requests
     driver: Driver = field(init=False)
-    adapter: str = ""  # the name of the adapter that the pass runs with; empty for none
-    # Weights that linear maps run with in place of their own, by the map's name. Only a map with an
-    # override reads them; see `Refits.override`.
-    new_weights: Mapping[str, Tensor] = field(default_factory=dict)
     # The cache, if decisions are pinned in it and a layer that all rows run once may run without
     # the driver; else None.
     pinned_cache: Cache | None = None
@@ -141,9 +124,6 @@ class Injection:
                 "it, or drllm.detach(model) first"
             )
         self.returns_tuple = check_loop(model, self.decoder, self.layers)
-        self.lora = LoraAdapters(model)
-        self.refits = Refits(self.current)
-        self.adapters = Adapters(self.lora, self.refits)
         self.install()
 
     @staticmethod
@@ -163,8 +143,6 @@ class Injection:
         for handle in self.handles:
             handle.put_on()
         self.decoder_handle.put_on()
-        self.refits.install()
-        self.lora.install()
         self._hooks = [
             self.decoder.register_forward_pre_hook(self._before, with_kwargs=True),
             self.decoder.register_forward_hook(self._after, always_call=True),
@@ -173,11 +151,7 @@ class Injection:
 
     def remove(self) -> None:
         """Take every override and hook off. Refuse if other code has put an override over ours."""
-        overrides: list[LayerHandle | DecoderHandle | ModuleHandle] = [
-            *self.handles,
-            self.decoder_handle,
-            *self.refits.handles,
-        ]
+        overrides: list[LayerHandle | DecoderHandle] = [*self.handles, self.decoder_handle]
         for override in overrides:
             forward = override.module.__dict__.get("forward")
             is_gone = forward == override.previous  # taken off already
@@ -186,14 +160,6 @@ class Injection:
                     f"the forward of {override.place} was overridden again after routing was "
                     f"attached; take that override off, then detach()"
                 )
-        replaced = self.lora.find_replaced()
-        if replaced is not None:
-            raise RoutingError(
-                f"the LoRA layer of {replaced} was replaced by other code after a healed path was "
-                f"loaded; put it back, then detach()"
-            )
-        self.lora.remove()
-        self.refits.remove()
         self.decoder_handle.take_off()
         for handle in self.handles:
             handle.take_off()
@@ -207,31 +173,6 @@ class Injection:
     def driven_by(self, driver: Driver) -> AbstractContextManager[None]:
         """Let another driver run the layers inside the block. With `Driver()` nothing is routed."""
         return _driver.set(self, driver)
-
-    @cached_property
-    def linear_maps(self) -> dict[str, nn.Module]:
-        """The linear maps that LoRA may change, by name; see `find_linear_maps`."""
-        with self.driven_by(Driver()):
-            return find_linear_maps(self.model)
-
-    @cached_property
-    def refittable_modules(self) -> dict[str, nn.Module]:
-        """The linear maps and norms whose weight a refit may change, by name."""
-        return list_linear_maps(self.model) | list_norms(self.model)
-
-    def add_adapter(
-        self, name: str, lora: LoraWeights | None = None, refit: Refit | None = None
-    ) -> None:
-        """Put an adapter with LoRA weights, a refit, or both into the model; see `Adapters.add`."""
-        weights = AdapterWeights(lora, refit or {})
-        lora_maps = {} if lora is None else self.linear_maps
-        self.adapters.add(name, weights, lora_maps, self.refittable_modules)
-
-    def create_lora(
-        self, name: str, rank: int, alpha: float, layers: Collection[int], seed: int
-    ) -> list[nn.Parameter]:
-        """Put new LoRA weights on the linear maps of some layers; see `Adapters.create_lora`."""
-        return self.adapters.create_lora(name, rank, alpha, layers, self.linear_maps, seed)
 
     @cached_property
     def can_drop_tokens(self) -> bool:
@@ -259,10 +200,6 @@ class Injection:
         forward = Forward(mask, self._find_requested_outputs(kwargs))
         driver = _driver.get(self) or self.default
         forward.driver = driver.begin(forward)
-        forward.adapter = forward.driver.adapter(find_cache(args, kwargs))
-        if forward.adapter:
-            self.adapters.check(forward.adapter)
-            forward.new_weights = self.refits.weights(forward.adapter)
         self.current.begin(forward)
 
     def _check_handle(self, handle: LayerHandle) -> None:
@@ -315,13 +252,11 @@ class _DropToken(Driver):
 class DecoderHandle(ForwardOverride):
     """The override of the decoder's forward, which keeps some passes from being compiled.
 
-    Three kinds of passes run uncompiled:
+    Two kinds of passes run uncompiled:
 
     - passes under a policy that reads the prompt, such as routers: every route would need a graph
       of its own, until torch gives up;
-    - the pass that makes a cache's entries;
-    - passes along a healed path; and all passes of a model with LoRA weights, since these are
-      switched for each pass.
+    - the pass that makes a cache's entries.
     """
 
     place = "the decoder"
@@ -344,32 +279,15 @@ class DecoderHandle(ForwardOverride):
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         """Run one pass of the decoder, uncompiled where necessary."""
-        if self.injection.lora.names:
-            return _uncompiled(self._run_switched, *args, **kwargs)
         if torch.compiler.is_compiling():
             current = self.injection.current.get()
-            if current is not None and not _compiles(current, find_cache(args, kwargs)):
+            if current is not None and not current.driver.compiles(find_cache(args, kwargs)):
                 return _uncompiled(self.original(), *args, **kwargs)
         if self.previous is not None:
             return self.previous(*args, **kwargs)
         # Not through `original`: after a graph break, torch would mistake the method that it
         # returns for this method.
         return type(self.module).forward(self.module, *args, **kwargs)
-
-    def _run_switched(self, *args: Any, **kwargs: Any) -> Any:
-        """Run a pass with its LoRA weights switched on and all others off."""
-        lora = self.injection.lora
-        current = self.injection.current.get()
-        name = "" if current is None else current.adapter
-        if name not in lora.names:  # the adapter is a refit alone
-            name = ""
-        with lora.running(name):
-            return self.original()(*args, **kwargs)
-
-
-def _compiles(forward: Forward, cache: Cache | None) -> bool:
-    """Say whether a pass can be compiled."""
-    return not forward.adapter and forward.driver.compiles(cache)
 
 
 def _run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

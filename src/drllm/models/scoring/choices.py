@@ -7,7 +7,7 @@ Axes: P prompts, B rows, N pairs, T tokens, C continuations of a row, S scored t
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,14 +19,12 @@ from drllm.model.batching import MemoryBatcher, PathSize
 from drllm.model.devices import on_device
 from drllm.model.layers import can_pack
 from drllm.models.routed_model import RoutedModel
-from drllm.models.routing.crossings import Crossings
 from drllm.models.routing.policies import PathPolicy, Policy, PromptView
 from drllm.models.scoring.kl import KlFromFull
 from drllm.models.scoring.packing import PackedBatch, pack
 from drllm.models.scoring.prefix_cache import make_prefix_cache
 from drllm.models.scoring.prefix_sharing import PackedRows, PlanPair, pack_rows
 from drllm.models.scoring.requests import Outcome, Request
-from drllm.paths import get_adapter
 
 
 def _join_outcomes(parts: Sequence[Outcome]) -> Outcome:
@@ -96,7 +94,6 @@ class ChoiceBatch:
         *,
         paths_per_pass: int | None = None,
         contexts: PackedRows | None = None,
-        crossings: Crossings | None = None,
     ) -> None:
         """Lay the requests out as rows; no layer runs yet.
 
@@ -109,7 +106,6 @@ class ChoiceBatch:
                 fit into memory.
             contexts: Rows that hold the requests' contexts with the states of their paths. Only
                 the continuations are run after these rows. None runs the contexts too.
-            crossings: What runs in the gaps of paths; None for nothing.
 
         Raises:
             RoutingError: A prompt or a continuation has no tokens.
@@ -132,9 +128,7 @@ class ChoiceBatch:
             self._row_requests += parts
         # `contexts` has one row for each request, so without packing it doesn't fit these rows.
         past = contexts if packs else None
-        self._rows = pack_rows(
-            routed, self._row_requests, self.states, contexts=past, crossings=crossings
-        )
+        self._rows = pack_rows(routed, self._row_requests, self.states, contexts=past)
         self._kl = KlFromFull(self._rows)
         self._batcher = MemoryBatcher(routed.model, self.states, paths_per_pass)
         self._targets = [self._find_targets(request) for request in self._row_requests]
@@ -157,8 +151,6 @@ class ChoiceBatch:
     ) -> list[Outcome]:
         """Score the continuations of requests along plans.
 
-        Pairs with an adapter run in passes of their own.
-
         Args:
             pairs: Pairs of a request's place and the plan to run.
             kl: Whether to measure the mean KL from the full path too.
@@ -167,16 +159,6 @@ class ChoiceBatch:
         Returns:
             The outcome of each pair.
         """
-        by_adapter: dict[str, list[PlanPair]] = {}
-        for place, plan in pairs:
-            by_adapter.setdefault(get_adapter(plan), []).append((place, plan))
-        scores: dict[str, Iterator[Outcome]] = {}
-        for adapter, group in by_adapter.items():
-            scores[adapter] = iter(self._score_group(group, kl=kl, greedy=greedy))
-        return [next(scores[get_adapter(plan)]) for _, plan in pairs]
-
-    def _score_group(self, pairs: Sequence[PlanPair], *, kl: bool, greedy: bool) -> list[Outcome]:
-        """Score pairs that all run with the same adapter, or all without an adapter."""
         row_pairs: list[PlanPair] = []
         for place, plan in pairs:
             row_pairs += [(row, plan) for row in self._request_rows[place]]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from drllm.models.scoring.prefix_sharing import PackedRows, PlanPair
-from drllm.paths import Plan, full_decisions, get_adapter
+from drllm.paths import Plan, full_decisions
 
 SHARE_OF_MEMORY = 0.5
 """Maximum share of the memory for states that all distributions of full paths may take together."""
@@ -52,8 +52,7 @@ class KlFromFull:
         """Return the pairs to run in a pass that measures the KL of some pairs, each pair once.
 
         Full paths come first, since the other paths are compared with them. A full path is added
-        for each row whose distributions aren't kept. It runs without an adapter. So if the pairs
-        have an adapter, this method runs the full paths itself, in a pass of their own.
+        for each row whose distributions aren't kept.
         """
         missing: list[PlanPair] = []  # full paths whose distributions aren't kept
         full: list[PlanPair] = []  # full paths among the pairs
@@ -62,18 +61,7 @@ class KlFromFull:
                 full.append((row, plan))
             elif row not in self._distributions:
                 missing.append((row, self._full))
-        if missing and get_adapter(pairs[0][1]):
-            self._run_full(list(dict.fromkeys(missing)))
-            missing = []
         return list(dict.fromkeys([*missing, *full, *pairs]))
-
-    def _run_full(self, pairs: Sequence[PlanPair]) -> None:
-        """Run the full path on rows, and keep the distributions."""
-        packed = self._rows.packed
-        num_kept = [packed.num_own[row] + packed.num_after[row] for row, _ in pairs]
-        with self._rows.run(pairs, num_kept) as driver:
-            for (row, plan), logits in zip(pairs, driver.logits, strict=True):
-                self._sum_kl(row, plan, logits[: packed.num_own[row]])
 
     def measure(
         self, pairs: Sequence[PlanPair], logits: Sequence[Tensor]

@@ -20,8 +20,8 @@ from drllm.paths import Path
 GIGABYTE = 1e9
 MAX_STATE_CACHE_GB = 16  # maximum size of the cache of states by default
 
-Key: TypeAlias = tuple[int, str, int, Path]
-"""A state's key: the number of a `PackedRows`, the adapter, the row, and the layers run so far."""
+Key: TypeAlias = tuple[int, int, Path]
+"""A state's key: the number of a `PackedRows`, the row, and the layers run so far."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,14 +25,14 @@ from drllm.errors import RoutingError
 from drllm.model.devices import on_device
 from drllm.model.layers import can_split
 from drllm.models.routed_model import RoutedModel
-from drllm.models.routing.crossings import Crossings
+from drllm.models.routing.bypass import Bypass
 from drllm.models.routing.injection import Driver, Forward, LayerCall
 from drllm.models.routing.kv_cache import RoutedCacheLayer, find_entry
 from drllm.models.scoring.packing import PackedBatch, pack
 from drllm.models.scoring.padding import remove_padding, stack_left_padded
-from drllm.models.scoring.prefix_cache import PrefixCache, PrefixState
+from drllm.models.scoring.prefix_cache import Key, PrefixCache, PrefixState
 from drllm.models.scoring.requests import Request, Tokens
-from drllm.paths import Decisions, Gap, Path, Plan, get_adapter, get_layers
+from drllm.paths import Decisions, Gap, Path, Plan, get_layers
 
 Pair: TypeAlias = tuple[int, Decisions]
 """A prompt's row, and the decisions to run under."""
@@ -65,8 +65,6 @@ class PackedRows:
     keep_kv: bool = False  # whether K/V is kept, so that other rows can continue these rows
     past: PackedRows | None = None  # the rows that hold the past, with `keep_kv`
     past_rows: Sequence[int] = ()  # for each row, the row of `past` that it continues
-    # What runs in the gaps of paths; None for the model's bypass, or nothing without one.
-    crossings: Crossings | None = None
     # The number that identifies these rows in the cache.
     number: int = field(default_factory=itertools.count().__next__, init=False)
 
@@ -134,7 +132,6 @@ def pack_rows(
     *,
     keep_kv: bool = False,
     contexts: PackedRows | None = None,
-    crossings: Crossings | None = None,
 ) -> PackedRows:
     """Pack requests as rows. Their past is `contexts`, or their common prefix, or there is none.
 
@@ -143,21 +140,17 @@ def pack_rows(
         requests: One request for each row.
         states: The cache of states to use.
         keep_kv: Whether other rows will continue these rows.
-        contexts: Rows that hold the requests' prompts, one row for each request, with the same
-            crossings; None without.
-        crossings: What runs in the gaps of paths; None for nothing.
+        contexts: Rows that hold the requests' prompts, one row for each request; None without.
     """
     dtype = routed.model.dtype
     device = routed.model.device
     prompts = [request.context for request in requests]
-    past = _choose_past(routed, prompts, states, contexts, crossings)
+    past = _choose_past(routed, prompts, states, contexts)
     if past is None:
         packed = pack(requests, dtype=dtype, device=device)
-        return PackedRows(routed, packed, states, keep_kv, crossings=crossings)
+        return PackedRows(routed, packed, states, keep_kv)
     packed = pack(requests, num_past=past.num_tokens, dtype=dtype, device=device)
-    return PackedRows(
-        routed, packed, states, keep_kv, past.holder, past.holder_rows, crossings=crossings
-    )
+    return PackedRows(routed, packed, states, keep_kv, past.holder, past.holder_rows)
 
 
 def _choose_past(
@@ -165,7 +158,6 @@ def _choose_past(
     prompts: Sequence[Tokens],
     states: PrefixCache,
     contexts: PackedRows | None,
-    crossings: Crossings | None,
 ) -> _Past | None:
     """Return the past of prompts: `contexts` if given, else a common prefix that is long enough.
 
@@ -184,7 +176,7 @@ def _choose_past(
         return None
     prefix = Request(prompts[0][:num_common])
     packed = pack([prefix], dtype=routed.model.dtype, device=routed.model.device)
-    holder = PackedRows(routed, packed, states, keep_kv=True, crossings=crossings)
+    holder = PackedRows(routed, packed, states, keep_kv=True)
     return _Past(holder, [0] * len(prompts), [num_common] * len(prompts))
 
 
@@ -227,10 +219,7 @@ class PrefixSharingDriver(Driver):
             own + after for own, after in zip(packed.num_own, packed.num_after, strict=True)
         ]
         self._paths = {plan: get_layers(plan) for _, plan in self.pairs}
-        self._adapter = find_common_adapter([plan for _, plan in self.pairs])
-        self._crossings = self.rows.crossings
-        if self._crossings is None and not self._adapter:  # a healed path has a repair of its own
-            self._crossings = self.rows.routed.bypass
+        self._bypass = self.rows.routed.bypass
         self._held: dict[RowPath, PrefixState] = {}  # the states that the pass holds
         self._calls: list[LayerCall] = []  # the calls of layers so far
         self._empty_entries: list[object] = []  # for each call, a copy of the layer's cache entry
@@ -238,10 +227,6 @@ class PrefixSharingDriver(Driver):
         self._num_done = [self._hold_start(row, self._paths[plan]) for row, plan in self.pairs]
         # Whether every state is cached, so that no layer has to run.
         self.has_all_states = self._num_done == [len(self._paths[plan]) for _, plan in self.pairs]
-
-    def adapter(self, cache: Cache | None) -> str:
-        """See `Driver.adapter`."""
-        return self._adapter
 
     def begin(self, forward: Forward) -> PrefixSharingDriver:
         """Start the pass; refuse outputs that would be wrong for shared paths."""
@@ -273,8 +258,8 @@ class PrefixSharingDriver(Driver):
                 state = state[len(state) - num :]
             final.append(state)
             gaps.append(Gap(path[-1], num_layers))
-        if self._crossings is not None:
-            final = self._cross(self._crossings, final, gaps, [row for row, _ in self.pairs])
+        if self._bypass is not None:
+            final = self._cross(self._bypass, final, gaps, [row for row, _ in self.pairs])
         final = [state.to(embeddings.device) for state in final]
         if not self.drops_tokens:
             return stack_left_padded(final, embeddings.shape[1])
@@ -406,9 +391,9 @@ class PrefixSharingDriver(Driver):
         self.states.protect(self._key(row, path))
         return True
 
-    def _key(self, row: int, path: Path) -> tuple[int, str, int, Path]:
-        """Return the key of a state in the cache; each adapter has states of its own."""
-        return self.rows.number, self._adapter, row, path
+    def _key(self, row: int, path: Path) -> Key:
+        """Return the key of a state in the cache."""
+        return self.rows.number, row, path
 
     def _group_by_length(self, states: list[RowPath], device: torch.device) -> list[list[RowPath]]:
         """Divide states that one layer computes into groups of similar length.
@@ -469,22 +454,22 @@ class PrefixSharingDriver(Driver):
             else:
                 inputs.append(embeddings[row, -self.lengths[row] :])
                 gaps.append(Gap(-1, path[0]))
-        if self._crossings is not None:
-            inputs = self._cross(self._crossings, inputs, gaps, [row for row, _ in states])
+        if self._bypass is not None:
+            inputs = self._cross(self._bypass, inputs, gaps, [row for row, _ in states])
         device = inputs[0].device  # states lie on two devices where the model changes its device
         return stack_left_padded([part.to(device) for part in inputs])
 
     def _cross(
         self,
-        crossings: Crossings,
+        bypass: Bypass,
         parts: Sequence[Tensor],
         gaps: Sequence[Gap],
         rows: Sequence[int],
     ) -> list[Tensor]:
-        """Apply crossings to the states that cross a gap; return all states, `[T, D]` each.
+        """Apply the bypass to the states that cross a gap; return all states, `[T, D]` each.
 
         Args:
-            crossings: What runs in gaps.
+            bypass: What runs in place of skipped layers.
             parts: The last tokens of the states, or all their tokens.
             gaps: For each state, the layer that returned it and the layer that it enters; the
                 embeddings come from layer -1. Neighbouring layers have no gap between them.
@@ -506,7 +491,7 @@ class PrefixSharingDriver(Driver):
                 has_first = self.rows.packed.num_past[row] == 0 and length == self.lengths[row]
                 is_first[start : start + 1] = has_first and length > 0
                 start += length
-            outputs = crossings.cross(
+            outputs = bypass.cross(
                 gap.layer, gap.next_layer, states, on_device(is_first, states.device)
             )
             for place, part in zip(places, torch.split(outputs, lengths), strict=True):
@@ -531,14 +516,3 @@ class PrefixSharingDriver(Driver):
             self._held[row, path] = state
             new_states[self._key(row, path)] = state
         self.states.put(new_states)
-
-
-def find_common_adapter(plans: Sequence[Plan]) -> str:
-    """Return the adapter of all plans; empty for none. Raises RoutingError if adapters differ."""
-    names = {get_adapter(plan) for plan in plans}
-    if len(names) > 1:
-        raise RoutingError(
-            "a healed path can't run in one batch with another path, since its adapter is switched "
-            "on for the whole model; score it in a call of its own"
-        )
-    return names.pop() if names else ""

@@ -17,13 +17,12 @@ from torch import Tensor
 from drllm.errors import RoutingError
 from drllm.model.batching import group_by_length
 from drllm.models.routed_model import RoutedModel
-from drllm.models.routing.crossings import Crossings
 from drllm.models.routing.policies import Policy, find_shared_plan
 from drllm.models.scoring.answers import AnswerBatch
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.prefix_sharing import Pair, PlanPair
 from drllm.models.scoring.requests import Grader, Outcome, Request, Tokens
-from drllm.paths import Plan, StaticPath, get_adapter, get_layers
+from drllm.paths import Plan, StaticPath, get_layers
 
 __all__ = ["Grader", "Outcome", "Request", "Scorer", "score"]
 
@@ -38,7 +37,6 @@ def score(
     kl: bool = False,
     greedy: bool = False,
     state_cache_gb: float | None = None,
-    crossings: Crossings | None = None,
 ) -> list[list[Outcome]]:
     """Return the outcome of each path on each request, `[N][P]`.
 
@@ -50,7 +48,6 @@ def score(
         kl: Whether to measure the KL from the full path too.
         greedy: Whether to tell which continuations the path would generate greedily.
         state_cache_gb: As for `Scorer`.
-        crossings: As for `Scorer`.
 
     Raises:
         RoutingError: See `Scorer` and `Scorer.score`.
@@ -65,7 +62,7 @@ def score(
     outcomes = [[Outcome()] * len(requests) for _ in plans]
     for places in _split_into_batches(requests):
         batch = [requests[place] for place in places]
-        scorer = Scorer(routed, batch, state_cache_gb, crossings=crossings)
+        scorer = Scorer(routed, batch, state_cache_gb)
         batch_outcomes = _score_plans(scorer, plans, kl=kl, greedy=greedy)
         for number in range(len(plans)):
             for place, outcome in zip(places, batch_outcomes[number], strict=True):
@@ -115,8 +112,6 @@ class Scorer:
             it by the free memory. It doesn't change outcomes.
         paths_per_pass: Maximum number of paths in a forward pass; None for as many as fit into
             memory. It doesn't change outcomes.
-        crossings: What runs in the gaps of the paths, in place of the layers that they leave out;
-            None for nothing. The scorer's states are those of its crossings.
 
     Attributes:
         generates: Whether answers are generated.
@@ -124,8 +119,7 @@ class Scorer:
 
     Raises:
         RoutingError: A request has no tokens to read or to score; only some requests generate
-            answers; one of these has continuations too; the model has no tokenizer for them; or
-            answers are to be generated with crossings.
+            answers; one of these has continuations too; or the model has no tokenizer for them.
     """
 
     def __init__(
@@ -135,7 +129,6 @@ class Scorer:
         state_cache_gb: float | None = None,
         *,
         paths_per_pass: int | None = None,
-        crossings: Crossings | None = None,
     ) -> None:
         self.routed = routed
         self.requests = list(requests)
@@ -143,14 +136,8 @@ class Scorer:
         self.generates = any(request.is_generated for request in self.requests)
         self._state_cache_gb = state_cache_gb
         self._paths_per_pass = paths_per_pass
-        self._crossings = crossings
         self._batch: ChoiceBatch | AnswerBatch
         if self.generates:
-            if crossings is not None:
-                raise RoutingError(
-                    "answers can't be generated with crossings; score continuations, or leave the "
-                    "crossings out"
-                )
             if routed.tokenizer is None:
                 raise RoutingError("answers are texts; give RoutedModel its tokenizer")
             self._batch = AnswerBatch(
@@ -166,7 +153,6 @@ class Scorer:
                 self.requests,
                 state_cache_gb,
                 paths_per_pass=paths_per_pass,
-                crossings=crossings,
             )
         self.states = self._batch.states
 
@@ -183,16 +169,10 @@ class Scorer:
             greedy: Whether to tell which continuations the path would generate greedily.
 
         Raises:
-            RoutingError: An answer is to be generated along a path that decisions can't express,
-                or a path has both an adapter and crossings.
+            RoutingError: An answer is to be generated along a path that decisions can't express.
         """
         num_layers = self.routed.num_layers
         plan_pairs = [(place, _simplify(path, num_layers)) for place, path in pairs]
-        if self._crossings is not None and any(get_adapter(plan) for _, plan in plan_pairs):
-            raise RoutingError(
-                "a path with an adapter can't run with crossings, which would repair its gaps "
-                "twice; score it in a scorer without crossings"
-            )
         if isinstance(self._batch, AnswerBatch):
             return self._generate(self._batch, plan_pairs, kl)
         return self._batch.scores(plan_pairs, kl=kl, greedy=greedy)
@@ -208,12 +188,8 @@ class Scorer:
             The outcome of each request, and the routes, `[P, L]`.
 
         Raises:
-            RoutingError: The requests generate answers, or the scorer has crossings.
+            RoutingError: The requests generate answers.
         """
-        if self._crossings is not None:
-            raise RoutingError(
-                "a policy can't run with crossings here; score paths, or leave the crossings out"
-            )
         if isinstance(self._batch, AnswerBatch):
             raise RoutingError(
                 "answers aren't generated under a policy here; use RoutedModel.generate_many"
