@@ -15,7 +15,6 @@ from typing import Any, NoReturn
 
 from drllm.cli.verbs import CONFIG, HELP, VERBS, Flag, Verb, list_flags
 from drllm.config.fields import to_flag
-from drllm.config.removed import REMOVED_FLAGS
 from drllm.errors import ConfigError
 from drllm.tasks.examples import FILE_ENDINGS
 
@@ -222,8 +221,6 @@ def _unknown_flag(verb: Verb, name: str) -> ConfigError:
             f"{name} isn't a flag; write it into a YAML file, such as '{example}', and give that "
             f"as --config FILE"
         )
-    if name in REMOVED_FLAGS:
-        return ConfigError(REMOVED_FLAGS[name])
     return ConfigError(f"{_suggest_flag(verb, name)} {see_all_flags(verb)}")
 
 

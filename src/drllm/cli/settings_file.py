@@ -8,10 +8,9 @@ from typing import Any
 
 from drllm.cli.arguments import see_all_flags
 from drllm.cli.verbs import VERBS, Flag, Verb, list_flags
-from drllm.config.fields import Settings, check_text, make_settings, to_flag
+from drllm.config.fields import Settings, check_text, make_settings
 from drllm.config.files import (
     PRESETS,
-    drop_null_of_removed,
     normalise_settings,
     read_sections,
     read_yaml,
@@ -19,7 +18,6 @@ from drllm.config.files import (
     replace_aliases,
     with_preset,
 )
-from drllm.config.removed import REMOVED_FLAGS
 from drllm.errors import ConfigError, nearest_name
 
 
@@ -42,7 +40,6 @@ def read_settings(name: str, verb: Verb) -> dict[str, Any]:
     known_names = [flag.name for flag in list_flags(verb) if not flag.positional]
     try:
         values = _name_settings(values, verb)
-        values = drop_null_of_removed(values, known_names)
         _refuse_unknown(values, known_names, verb)
         for flag in verb.flags:
             if flag.name in values:
@@ -117,7 +114,5 @@ def _refuse_unknown(values: Mapping[str, Any], known_names: Sequence[str], verb:
     for key in values:
         if key in known_names:
             continue
-        if to_flag(key) in REMOVED_FLAGS:
-            raise ConfigError(REMOVED_FLAGS[to_flag(key)])
         message = nearest_name("setting", key, known_names)
         raise ConfigError(f"{message} {see_all_flags(verb)}")

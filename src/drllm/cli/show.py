@@ -22,7 +22,6 @@ from drllm.records import results
 from drllm.records.codec import read_json_lines
 from drllm.records.gaps import PATHS_FILE
 from drllm.records.layers import LAYERS_FILE
-from drllm.records.removed import refuse_menu
 from drllm.records.search import SEARCH_FILE, read_search
 from drllm.records.shortened import SHRINK_FILE
 from drllm.records.supervision import SUPERVISION_FILE
@@ -104,7 +103,6 @@ def _show_folder(folder: Path, terminal: Terminal) -> None:
         return
     parts = _find_parts(folder)
     if not parts:
-        refuse_menu(folder)
         raise RecordError(f"{folder} holds no records or results; give a folder that a stage wrote")
     for number, (place, render) in enumerate(parts):
         if number > 0:
@@ -136,7 +134,6 @@ def _find_parts(folder: Path) -> list[tuple[Path, Renderer]]:
 
 def _show_json(path: Path, terminal: Terminal) -> None:
     """Print a JSON file; the name of the file says what it holds."""
-    refuse_menu(path)
     if path.name in JSON_RENDERERS:
         JSON_RENDERERS[path.name](path, terminal)
     elif path.name.endswith(".manifest.json"):

@@ -136,7 +136,7 @@ def show_evaluation(evaluation: results.Evaluation, terminal: Terminal) -> None:
             title="at other depths; next-token loss minus base's",
             numbers_from=2,
         )
-    for note in evaluation.all_notes:
+    for note in evaluation.notes:
         terminal.say(note)
 
 

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from drllm.cli.removed import REMOVED_VERBS
 from drllm.config.fields import Settings, is_by_task, list_kinds, to_flag
 from drllm.config.files import PRESETS
 from drllm.errors import ConfigError, unknown_name
@@ -214,9 +213,7 @@ def verb(name: str, **attributes: Any) -> Callable[[Any], Any]:
 
 
 def find_verb(name: str) -> Verb:
-    """Look up a verb; raise ConfigError for an unknown or a removed verb."""
-    if name in REMOVED_VERBS:
-        raise ConfigError(REMOVED_VERBS[name])
+    """Look up a verb; raise ConfigError for an unknown verb."""
     if name.startswith("-"):
         raise ConfigError(f"no verb stands before {name}; write 'drllm VERB {name}'; {SEE_VERBS}")
     if name not in VERBS:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-from drllm.config.removed import REMOVED_FLAGS
 from drllm.errors import ConfigError, shorten, unknown_name
 
 
@@ -319,13 +318,11 @@ def from_dict(kind: type[Group], values: dict[str, Any], where: str) -> Group:
         where: Where the values come from, for messages.
 
     Raises:
-        ConfigError: A name is unknown or was removed, or a value is wrong.
+        ConfigError: A name is unknown, or a value is wrong.
     """
     known_names = list_kinds(kind)
     for name in map(str, values):
         if name in known_names:
             continue
-        if to_flag(name) in REMOVED_FLAGS:
-            raise ConfigError(f"{where}: {REMOVED_FLAGS[to_flag(name)]}")
         raise ConfigError(f"{where}: " + unknown_name("setting", name, known_names))
     return kind(**values)

@@ -5,15 +5,14 @@ then converted to the type of the setting, since 1.10 may also be the name of a 
 """
 
 import dataclasses
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from drllm.config.constants import PYTHON_FUNCTION
-from drllm.config.fields import Settings, convert_text, list_kinds, to_flag
-from drllm.config.removed import REMOVED_FLAGS
+from drllm.config.fields import Settings, convert_text, list_kinds
 from drllm.errors import ConfigError, shorten, unknown_name
 
 PRESETS = {path.stem: path for path in sorted(Path(__file__).with_name("presets").glob("*.yaml"))}
@@ -233,24 +232,4 @@ def normalise_settings(group: type[Settings], values: Mapping[str, Any]) -> dict
     for name, kinds in list_kinds(group).items():
         if name in settings:
             settings[name] = convert_text(settings[name], kinds)
-    return settings
-
-
-def drop_null_of_removed(values: Mapping[str, Any], names: Container[str]) -> dict[str, Any]:
-    """Leave out settings that were removed from drllm and whose value is null.
-
-    This lets old recipes run. A run of commit 3820ce17 wrote a recipe with every setting of that
-    commit, and null where the setting wasn't given.
-
-    Args:
-        values: The settings of a section.
-        names: The names of the settings that the section has today. A setting that was removed from
-            one section may still exist in another section.
-    """
-    settings = {}
-    for name, value in values.items():
-        is_removed = name not in names and to_flag(name) in REMOVED_FLAGS
-        if is_removed and value is None:
-            continue
-        settings[name] = value
     return settings

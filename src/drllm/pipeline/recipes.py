@@ -12,9 +12,8 @@ from typing import Any
 import yaml
 
 from drllm import config
-from drllm.config.fields import Settings, from_dict, list_kinds
+from drllm.config.fields import Settings, from_dict
 from drllm.config.files import (
-    drop_null_of_removed,
     normalise_settings,
     read_sections,
     read_yaml,
@@ -154,7 +153,6 @@ def _make_group(
 ) -> Settings:
     """Make the settings of a section from the values in the recipe."""
     settings = normalise_settings(kind, values)
-    settings = drop_null_of_removed(settings, list_kinds(kind))
     if name == "search" and "output_dir" in settings:
         raise ConfigError(
             f"search: 'output_dir' is {settings['output_dir']!r}; leave it out, a run writes to "

@@ -20,7 +20,7 @@ from drllm.model.load import BaseModel
 from drllm.model.prompts import context_length, encode
 from drllm.model.submodel import shorten
 from drllm.models.routed_model import RoutedModel, unrouted
-from drllm.prune.gaps import Gap, GapCosts, GapTable, find_best_sets, list_layers
+from drllm.prune.gaps import Gap, GapCosts, GapTable, find_best_sets, list_ends, list_layers
 from drllm.prune.questions import Questions, make_items, read_questions
 from drllm.prune.repairs.base import Lessons
 from drllm.prune.repairs.refit import find_gaps, find_projections, solve_gaps
@@ -188,6 +188,10 @@ def measure_costs(
     base: BaseModel, texts: Sequence[Tokens], numbers: Sequence[int], listener: Listener
 ) -> tuple[GapCosts, int]:
     """Return the costs of gaps, exact for those of the best sets, and the number of tokens."""
+    num_layers = base.num_layers
+    every = {(i, k): 0.0 for i in range(1, num_layers - 1) for k in list_ends(i, num_layers)}
+    for num_out in numbers:
+        GapCosts(num_layers, every).list_sets(num_out, 1)  # refuses too many layers before the work
     routed = RoutedModel(base.model)
     try:
         with listener.busy("reading texts"):

@@ -140,6 +140,12 @@ def list_layers(gaps: Iterable[Gap]) -> list[int]:
     return [layer for first, end in gaps for layer in range(first, end)]
 
 
+def list_ends(i: int, num_layers: int) -> range:
+    """Return where a gap from layer i may end: up to half of the layers, and the last one stays."""
+    longest = math.ceil(LONGEST[-1] * num_layers)
+    return range(i + 1, min(i + longest, num_layers - 1) + 1)
+
+
 class GapTable:
     """Measures the costs of a model's gaps, from one pass over texts.
 
@@ -200,10 +206,9 @@ class GapTable:
     def measure_cheap(self, on_progress: OnProgress) -> GapCosts:
         """Measure the cheap cost of each gap of up to half of the layers."""
         num_layers = self.routed.num_layers
-        longest = math.ceil(LONGEST[-1] * num_layers)
         costs: dict[Gap, float] = {}
         for i in range(1, num_layers - 1):
-            ends = range(i + 1, min(i + longest, num_layers - 1) + 1)
+            ends = list_ends(i, num_layers)
             for k, (_, _, cost) in zip(ends, self._bridge(i, ends), strict=True):
                 costs[i, k] = cost
             on_progress(i, num_layers - 2)

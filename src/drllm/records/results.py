@@ -18,7 +18,6 @@ from drllm.errors import RecordError
 from drllm.paths import Decisions, check_decisions
 from drllm.records.codec import Version, read_json
 from drllm.records.manifest import Executions, NumLayers, check_runtime, read_records
-from drllm.records.removed import note_ignored_certificate
 from drllm.statistics.differences import Differences
 from drllm.statistics.exclusion import DropTest
 from drllm.statistics.headlines import (
@@ -197,10 +196,6 @@ class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
     findings: tuple[str, ...] = ()
     written: tuple[WrittenAnswers, ...] = ()
     notes: tuple[str, ...] = ()
-    # Earlier versions wrote menus of paths and certificates here; both are ignored.
-    choice: Any | msgspec.UnsetType = msgspec.UNSET
-    menu: Any | msgspec.UnsetType = msgspec.UNSET
-    pooled: Any | msgspec.UnsetType = msgspec.UNSET
 
     def __post_init__(self) -> None:
         check_runtime(self.runtime)
@@ -316,13 +311,6 @@ class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
             return self.findings
         num_headlines = 2 if self.routed and self.paths else 1
         return self.findings[num_headlines:]
-
-    @property
-    def all_notes(self) -> list[str]:
-        """The notes, and a sentence on what is ignored in a file of an earlier version."""
-        if self.choice is msgspec.UNSET or self.choice is None:
-            return [*self.notes]
-        return [*self.notes, note_ignored_certificate(self.drllm_version)]
 
     def name_in_table(self, system: System) -> str:
         """Return the name of a system for a table."""

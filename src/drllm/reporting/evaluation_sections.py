@@ -52,8 +52,8 @@ def build_sections(run: Run, evaluation: results.Result) -> list[Section]:
 def _build_systems_blocks(evaluation: results.Evaluation) -> list[Markdown]:
     """Build the table of systems, and the notes on the task and its systems."""
     blocks = [results_table(evaluation)]
-    if evaluation.all_notes:
-        blocks.append(write_list(evaluation.all_notes))
+    if evaluation.notes:
+        blocks.append(write_list(evaluation.notes))
     return blocks
 
 
