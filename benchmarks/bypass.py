@@ -2,27 +2,25 @@
 
 Routes skip layers drawn at random, never the first one, and each is measured on a text of its own
 that nothing was fitted on: with nothing in place of a skipped layer, and with bypasses of several
-ranks. Two other fits are measured beside them: maps fitted along random routes, so that they also
-correct what earlier maps did (`--on-routes RANK`), and one map of full rank for each run of skipped
-layers instead of one a layer (`--runs`). A row has the mean increase of the next-token loss over
-the full path's, the share that the bypass takes back with its 95 % interval over routes, and on
-how many routes it is better. The full path is the bound: an increase of 0. Then come the seconds to
-fit, and what the bypass of a layer costs as a share of the layer: counted in multiply-adds, and
-measured in turns.
+ranks. Another fit is measured beside them: maps fitted along random routes, so that they also
+correct what earlier maps did (`--on-routes RANK`). A row has the mean increase of the next-token
+loss over the full path's, the share that the bypass takes back with its 95 % interval over routes,
+and on how many routes it is better. The full path is the bound: an increase of 0. Then come the
+seconds to fit, and what the bypass of a layer costs as a share of the layer: counted in
+multiply-adds, and measured in turns.
 
 `--draw N` draws other routes, and takes other texts than draws of as many routes: choose with one
 draw, report another. What is measured is kept in `--output-dir` by route and text, so the same
 command goes on after a kill, and more routes, ranks or draws can be added.
 
     python benchmarks/bypass.py --text FILE,... --held-out FILE,... [--routes N] [--skips N,...]
-        [--ranks N,...] [--on-routes RANK] [--runs] [--draw N] [--tokens N] [--output-dir DIR]
+        [--ranks N,...] [--on-routes RANK] [--draw N] [--tokens N] [--output-dir DIR]
         [--json FILE] [--quick] [--clock cpu] [--model MODEL] [--device DEVICE] [--dtype DTYPE]
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import random
 import statistics
 from collections.abc import Mapping, Sequence
@@ -42,15 +40,11 @@ from drllm.evaluation.flops import count_bypass_cost
 from drllm.model.load import BaseModel
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routing.bypass import Bypass
-from drllm.models.routing.crossings import Crossings
-from drllm.models.scoring.score import Request
-from drllm.paths import Decisions, StaticPath, to_path
+from drllm.models.scoring.score import Request, score
+from drllm.paths import Decisions
 from drllm.prune.bypass import join_maps, solve_bypass
 from drllm.records.codec import hash_values
 from drllm.tasks.texts import Tokens, choose_calibration_texts
-from drllm.tuning.objectives import LOSS
-from drllm.tuning.path_scorer import Item, score_paths
-from drllm.tuning.stand_in import fit_stand_in
 from drllm.work.store import ResultStore
 
 QUICK = {"routes": 6, "tokens": 1500}
@@ -63,7 +57,6 @@ CACHE_GB = 1.0
 TIMED_TOKENS = 128
 TIMED_REPEATS = 20
 NOTHING = "nothing"
-ONE_MAP_A_RUN = "one map a run of layers"
 MIN_ROUTES = 5  # of a row
 
 
@@ -101,28 +94,23 @@ class Measurer:
         self.store = ResultStore(folder, identity, stage="benchmark")
         self.store.open()
 
-    def measure(
-        self, name: str, crossings: Crossings | None, routes: Sequence[Decisions]
-    ) -> list[float]:
+    def measure(self, name: str, bypass: Bypass | None, routes: Sequence[Decisions]) -> list[float]:
         """Return the loss along each route on its text."""
         losses = []
-        routed = RoutedModel(self.base.model, tokenizer=self.base.tokenizer)
+        routed = RoutedModel(self.base.model, tokenizer=self.base.tokenizer, bypass=bypass)
         try:
             for route, text in zip(routes, self.texts, strict=True):
                 key = f"{name} {hash_values([route, text])[:16]}"
-                make = partial(self._score, routed, crossings, route, text)
+                make = partial(self._score, routed, route, text)
                 losses.append(self.store.get_or_make(key, Loss, make).value)
         finally:
             routed.detach()
         return losses
 
-    def _score(
-        self, routed: RoutedModel, crossings: Crossings | None, route: Decisions, text: Tokens
-    ) -> Loss:
-        items = [Item(Request.from_text(text))]
-        path = StaticPath(to_path(route))
-        scores = score_paths(routed, items, [path], LOSS, CACHE_GB, crossings)
-        return Loss(value=-scores.objective[0][0])
+    def _score(self, routed: RoutedModel, route: Decisions, text: Tokens) -> Loss:
+        request = Request.from_text(text)
+        [[outcome]] = score(routed, [request], [route], state_cache_gb=CACHE_GB)
+        return Loss(value=-outcome.logprobs[0] / len(request.continuations[0]))
 
 
 def fit(base: BaseModel, texts: Sequence[Tokens], rank: int, clock: Any) -> tuple[Bypass, float]:
@@ -217,10 +205,10 @@ def make_rows(
 
 def fit_all(
     base: BaseModel, texts: Sequence[Tokens], options: argparse.Namespace, figures: dict[str, Any]
-) -> dict[str, Crossings]:
+) -> dict[str, Bypass]:
     """Fit all bypasses, print what each costs, and return them by name."""
     clock = common.clock_of(options)
-    ways: dict[str, Crossings] = {}
+    ways: dict[str, Bypass] = {}
     for rank in map(int, options.ranks.split(",")):
         bypass, seconds = fit(base, texts, rank, clock)
         name = f"rank {bypass.rank}"
@@ -244,11 +232,6 @@ def fit_all(
         ways[name] = bypass
         figures["fits"][name] = {"seconds": seconds}
         print(f"{name}: fitted in {seconds:.0f} s", flush=True)
-    if options.runs:
-        routed = RoutedModel(base.model, tokenizer=base.tokenizer)
-        # Like the maps of layers, those of runs may make an attention sink.
-        ways[ONE_MAP_A_RUN] = fit_stand_in(routed, texts, largest_growth=math.inf)
-        routed.detach()
     return ways
 
 
@@ -287,14 +270,14 @@ def measure_all(
     mean = statistics.fmean(full)
     print(f"full path: {mean:.3f} nats a token on {len(measured)} texts", flush=True)
     figures: dict[str, Any] = {"full": mean, "rows": [], "fits": {}}
-    ways: dict[str, Crossings | None] = {NOTHING: None}
+    ways: dict[str, Bypass | None] = {NOTHING: None}
     ways.update(fit_all(base, fit_texts, options, figures))
     for num_skips in map(int, options.skips.split(",")):
         draw = random.Random(f"{num_skips} {options.draw}")
         routes = [draw_route(draw, base.num_layers, num_skips) for _ in measured]
         increases = {}
-        for name, crossings in ways.items():
-            losses = measurer.measure(name, crossings, routes)
+        for name, bypass in ways.items():
+            losses = measurer.measure(name, bypass, routes)
             increases[name] = [loss - own for loss, own in zip(losses, full, strict=True)]
         for row in make_rows(increases, routes, num_skips):
             print_row(row)
@@ -313,7 +296,6 @@ def main() -> None:
     parser.add_argument("--skips", default=SKIPS, help="numbers of layers to skip")
     parser.add_argument("--ranks", default=RANKS, help="ranks of the bypasses")
     parser.add_argument("--on-routes", type=int, help="also a bypass of this rank fitted on routes")
-    parser.add_argument("--runs", action="store_true", help="also one map for each run of layers")
     parser.add_argument("--draw", type=int, default=0, help="which draw of routes and texts")
     parser.add_argument("--tokens", type=int, help="tokens to fit on")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/bypass"))

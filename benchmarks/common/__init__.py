@@ -24,7 +24,7 @@ from common.comparison import Comparison
 from drllm.config import ModelConfig
 from drllm.model.load import BaseModel, load
 from drllm.models.routers.stack import RouterStack
-from drllm.records.static_paths import PathFile, load_path
+from drllm.records.static_paths import NamedPath, read_path
 
 Clock = Callable[[], float]
 Result = TypeVar("Result")
@@ -65,13 +65,13 @@ def add_path(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--path", help="static path; without a sixth of the layers unless given")
 
 
-def load_shorter_path(options: argparse.Namespace, base: BaseModel) -> PathFile:
+def load_shorter_path(options: argparse.Namespace, base: BaseModel) -> NamedPath:
     """Load the path that `--path` names, or one without a sixth of the layers, from the middle."""
     if options.path is not None:
-        return load_path(options.path)
+        return read_path(options.path)
     first = base.num_layers // 2
     last = first + max(1, base.num_layers // 6) - 1
-    return load_path(f"without:{first}-{last}")
+    return read_path(f"without:{first}-{last}")
 
 
 def sizes_of(

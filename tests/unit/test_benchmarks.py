@@ -513,10 +513,10 @@ def test_what_a_bypass_takes_back_is_measured_by_rank_and_number_of_skips(figure
         file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         files.append(str(file))
     words = ["--text", files[0], "--held-out", files[1], "--skips", "2,3", "--ranks", "2,1000"]
-    figures = figures_of("bypass", *words, "--on-routes", "2", "--runs")
+    figures = figures_of("bypass", *words, "--on-routes", "2")
     on_all = [row for row in figures["rows"] if row["which"] == "routes"]
-    assert [row["skips"] for row in on_all] == [2] * 4 + [3] * 4
-    assert [row["routes"] for row in on_all] == [6] * 8
+    assert [row["skips"] for row in on_all] == [2] * 3 + [3] * 3
+    assert [row["routes"] for row in on_all] == [6] * 6
     assert "rank 2 fitted on routes" in {row["way"] for row in on_all}
     for row in figures["rows"]:
         low, high = row["interval"]
@@ -559,13 +559,13 @@ def test_more_routes_of_a_bypass_are_measured_beside_those_that_are_kept(
     fit_texts = [(3, 4)]
     first = script.Measurer(base, fit_texts, texts[:2], tmp_path).measure("plain", None, routes[:2])
     read = []
-    score_paths = script.score_paths
+    score = script.score
 
-    def count(routed, items, *settings):
-        read.extend(items)
-        return score_paths(routed, items, *settings)
+    def count(routed, requests, *settings, **options):
+        read.extend(requests)
+        return score(routed, requests, *settings, **options)
 
-    monkeypatch.setattr(script, "score_paths", count)
+    monkeypatch.setattr(script, "score", count)
     more = script.Measurer(base, fit_texts, texts, tmp_path).measure("plain", None, routes)
     assert more[:2] == first
     assert len(read) == 1

@@ -42,12 +42,13 @@ from drllm.models.routing.bypass_file import (
 )
 from drllm.models.routing.injection import Driver, LayerCall
 from drllm.prune.least_squares import Ridge, Sums, share_of_error
+from drllm.prune.questions import make_prompt
 from drllm.prune.repairs.refit import MIN_TEXTS, SHARE_FOR_FLOAT32, split_for_ridge
 from drllm.prune.states import TextBatch, in_float32, make_batches
 from drllm.records.places import only_writer
 from drllm.search.evaluator import tokenize_prompt
 from drllm.tasks.base import NoSplitError, Task, check_data_dir
-from drllm.tasks.examples import OPTIONS_REWARD, Example, Prompt, choose
+from drllm.tasks.examples import Example, choose
 from drllm.tasks.registry import get_tasks
 from drllm.tasks.texts import (
     Tokens,
@@ -220,19 +221,9 @@ def _read_questions(
 
 def _tokenize_questions(base: BaseModel, task: Task, examples: Sequence[Example]) -> list[Tokens]:
     """Return questions with their right answers, or prompts alone if there are none, as tokens."""
-    has_options = OPTIONS_REWARD in task.rewards
-    reward = task.check_reward(OPTIONS_REWARD if has_options else None)
     texts: list[Tokens] = []
     for example in examples:
-        prompt = task.prompt(example, reward)
-        if example.solution and not has_options:
-            prompt = Prompt(
-                text=f"Question: {example.question}\nAnswer:",
-                reward=OPTIONS_REWARD,
-                answer=example.answer,
-                continuations=(f" {example.solution}",),
-                gold=0,
-            )
+        prompt = make_prompt(task, example)
         tokenized = tokenize_prompt(base, prompt)
         answer = tokenized.continuations[prompt.gold or 0]
         texts.append((*tokenized.tokens, *answer))
