@@ -64,37 +64,15 @@ STAGES = {
         other="--num-epochs 4",
         refusal="holds trained routers already",
     ),
-    "tune": Stage(
-        command="tune --tasks builtin_facts --num-fit 30 --num-judged 24 --max-skipped 2 "
-        "--max-loss 10 --beam 2",
-        kept="paths.partial/",
-        when_done="skip2",
-        other="--beam 3",
-        refusal="beam 2, now 3",
-    ),
-    "heal": Stage(
-        command="heal --path {inputs}/plan.json --tasks builtin_facts --limit 20 --steps 12 "
-        "--rank 2 --num-held-out 4 --repair none",
-        kept="heal.partial/",
-        when_done="steps",
-        other="--steps 13",
-        refusal="steps 12, now 13",
-    ),
-    "refit": Stage(
-        command="heal --path {inputs}/refit.json --tasks builtin_facts --limit 20 --minutes 0 "
-        "--num-held-out 4",
-        kept="heal.partial/",
-        when_done="repaired in closed form (1 layer's weights solved",
-        other="--refit-tokens 100",
-        refusal="refit_tokens 50000, now 100",
-    ),
-    "refit-and-heal": Stage(
-        command="heal --path {inputs}/refit.json --tasks builtin_facts --limit 20 --steps 12 "
-        "--rank 2 --num-held-out 4",
-        kept="heal.partial/",
-        when_done="then trained",
-        other="--repair none",
-        refusal='repair "refit", now none',
+    "learn": Stage(
+        command="learn --model {model} --skip 2 --tasks {inputs}/sums.jsonl --minutes 5 --steps 12 "
+        "--rank 2 --device cpu --output-dir {folder}/smaller",
+        kept="smaller.work/",
+        when_done="isn't empty; give the name of a new folder",
+        status_when_done=2,
+        other="--rank 3",
+        refusal="isn't empty; give the name of a new folder",
+        compared="smaller/model",
     ),
     "evaluate": Stage(
         command="evaluate --routers {routers} --paths {inputs}/plan.json "
@@ -109,7 +87,7 @@ STAGES = {
     ),
     "shrink": Stage(
         command="shrink {model} {inputs}/sums.jsonl {folder}/smaller --layers 3 --minutes 0.00001 "
-        "--num-fit 6 --rank 2 --device cpu",
+        "--device cpu",
         kept="smaller.work/",
         when_done="isn't empty; give the name of a new folder",
         status_when_done=2,

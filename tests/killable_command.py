@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import drllm.tuning.heal
+import drllm.prune.repairs.lora
 from drllm.cli import main
 from process_server import PROCESSES
 
@@ -126,7 +126,7 @@ def _run_command(
     words: list[str], log: Path, watch: OperationWatch, list_file: Path | None
 ) -> None:
     """Run a command in this process, and end with its status."""
-    drllm.tuning.heal.SAVE_SECONDS = 0.0  # so that a healing saves its state at every step
+    drllm.prune.repairs.lora.SAVE_SECONDS = 0.0  # so that learning saves its state at every step
     sys.addaudithook(watch)
     if watch.fault is None:
         with log.open("a") as sys.stderr, log.open("a") as sys.stdout:

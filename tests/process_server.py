@@ -15,7 +15,7 @@ PROCESSES.set_forkserver_preload(
         "drllm.cli",
         "drllm.search.run",
         "drllm.training.stage",
-        "drllm.tuning.run",
+        "drllm.prune.shrink",
         "drllm.evaluation.stage",
         "drllm.evaluation.run",
         "drllm.model.load",

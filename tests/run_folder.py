@@ -23,7 +23,6 @@ from drllm.records.results import (
     Point,
     Sample,
     SampleOutcome,
-    StepRecord,
     System,
 )
 from drllm.records.search import Retest, SearchRecord
@@ -35,7 +34,6 @@ from drllm.statistics.exclusion import DropTest, Limits, TaskTest, Trial
 from drllm.statistics.intervals import wilson_interval
 from drllm.statistics.paired import mcnemar_exact, paired_interval
 from drllm.supervision.select import pick_targets
-from paths_json import written_paths
 from search_records import make_path, make_record
 
 PINNED = {
@@ -289,7 +287,7 @@ class RunFolderWriter:
         self.text("eval/samples.jsonl", lines.decode() + "\n")
 
     def static_paths(self, *, findings: tuple[str, ...] = ("A path saves layers too.",)) -> None:
-        """Put three static paths beside the routed model, and leave their `paths.json`."""
+        """Put three static paths beside the routed model."""
         layers = range(self.num_layers)
         paths = {f"skip{n}": [*layers[:1], *layers[1 + n :]] for n in (1, 2, 3)}
 
@@ -299,13 +297,10 @@ class RunFolderWriter:
                 own = {"name": name, "executions": len(path), "reads_question": False}
                 against = {"routed_against": routed["against_base"]}
                 values["systems"].append({**routed, **own, **against})
-                values["paths"][name] = [{"layer": layer} for layer in path]
+                values["paths"][name] = path
             values["findings"][1:1] = findings
 
         self.change("eval/arc_easy.json", apply)
-        file, steps = self.path / "paths.json", {"full": [*layers], **paths}
-        written_paths(file, self.model, paths=steps, fitted=(0.08, 0.02, 0.14))
-        self.change("paths.json", lambda values: values.update(PINNED))
 
     def latency(self) -> None:
         """Write the times of base and routed, as an evaluation measures them."""
@@ -442,5 +437,5 @@ def add_paths(evaluation: Evaluation, number: int, *, routed: bool = True) -> Ev
         )
         paths.append(path)
     systems = (*(evaluation.systems if routed else evaluation.systems[:1]), *paths)
-    steps = {path.name: (StepRecord(layer=0),) for path in paths}
+    steps = {path.name: (0,) for path in paths}
     return replace(evaluation, systems=systems, paths=steps, curve=())

@@ -19,14 +19,12 @@ from torch.nn.functional import kl_div
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from drllm.model.identity import fingerprint
-from drllm.model.layers import parse_layer
 from drllm.model.prompts import pad_left
 from drllm.models.check import make_tiny
 from drllm.models.families import NO_SUBLAYERS
 from drllm.models.routers.config import RouterConfig
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.kv_cache import RoutedCacheLayer
-from drllm.models.routing.lora import LoraWeights, read_map_sizes
 from drllm.models.routing.policies import Policy
 from drllm.models.scoring.score import Request
 from drllm.paths import Gap, get_layers, to_path
@@ -97,8 +95,6 @@ class ListedModel:
         model: A model that isn't routed; it stays as it is.
         decisions: `[L]`.
         path: Layers in any order, instead of decisions.
-        adapter: LoRA weights, which are merged into copies of the layers.
-        refit: New weights of linear maps, which copies of the layers have in place of their own.
         cached: Give each listed layer a copy of its own and number them anew, so that the model
             can be run with a cache too: one entry a listed layer.
     """
@@ -109,8 +105,6 @@ class ListedModel:
         decisions: Sequence[int] | None = None,
         *,
         path: Sequence[int] = (),
-        adapter: LoraWeights | None = None,
-        refit: Mapping[str, Tensor] | None = None,
         cached: bool = False,
     ) -> None:
         path = list(path if decisions is None else to_path(decisions))
@@ -124,10 +118,6 @@ class ListedModel:
             layer = layers[index]
             if cached:
                 layer = copy.deepcopy(layer, dict(weights))
-            if adapter is not None:
-                layer = merged(layer, index, adapter)
-            if refit is not None:
-                layer = refitted(layer, index, refit)
             listed.append(layer)
         if cached:
             number_layers(listed)
@@ -301,59 +291,6 @@ def number_layers(layers: Sequence[nn.Module]) -> None:
         for part in layer.modules():
             if hasattr(part, "layer_idx"):
                 part.layer_idx = place
-
-
-def merged(layer: nn.Module, index: int, adapter: LoraWeights) -> nn.Module:
-    """Return a copy of a layer with an adapter added to its weights."""
-    layer = copy.deepcopy(layer)
-    for name, (a, b) in adapter.maps.items():
-        number, _, place = name.partition(".")
-        if int(number) == index:
-            module = layer.get_submodule(place)
-            update = adapter.alpha / adapter.rank * (b @ a)
-            module.weight.data += update if isinstance(module, nn.Linear) else update.T
-    return layer
-
-
-def refitted(layer: nn.Module, index: int, refit: Mapping[str, Tensor]) -> nn.Module:
-    """Return a copy of a layer with the new weights of a refit."""
-    layer = copy.deepcopy(layer)
-    for name, weight in refit.items():
-        number, _, place = name.partition(".")
-        if int(number) == index:
-            layer.get_submodule(place).weight.data = weight.clone()
-    return layer
-
-
-def tiny_refit(routed: Any, layers: Sequence[int], seed: int = 0) -> dict[str, Tensor]:
-    """Make new weights for the last linear map of some layers, as before gaps of a path.
-
-    A norm behind the MLP gets a new weight too.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    last_maps = {parse_layer(name): name for name in routed.injection.linear_maps}
-    modules = routed.injection.refittable_modules
-    refit = {}
-    for layer in layers:
-        names = [last_maps[layer], f"{layer}.post_feedforward_layernorm"]
-        for name in names:
-            if name in modules:
-                weight = modules[name].weight
-                noise = 0.1 * torch.randn(weight.shape, generator=generator)
-                refit[name] = weight + noise.to(weight)
-    return refit
-
-
-def tiny_adapter(routed: Any, layers: Sequence[int], seed: int = 0, rank: int = 4) -> LoraWeights:
-    """Make an adapter of some layers that changes what they give, as after training."""
-    generator = torch.Generator().manual_seed(seed)
-    maps = {}
-    for name, module in routed.injection.linear_maps.items():
-        if parse_layer(name) in layers:
-            num_in, num_out = read_map_sizes(module)
-            a = (2 * torch.rand(rank, num_in, generator=generator) - 1) * num_in**-0.5
-            maps[name] = a, 0.05 * torch.randn(num_out, rank, generator=generator)
-    return LoraWeights(rank, 2.0 * rank, maps)
 
 
 def sums_alone(model: Any, questions: Sequence[Any], pairs: Sequence[Any]) -> list[list[float]]:

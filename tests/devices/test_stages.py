@@ -7,20 +7,13 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import drllm
 from devices.events import own_waits
-from devices.pretended import Devices, Pretended, place_model
-from drllm.models.routed_model import RoutedModel
+from devices.pretended import Devices, place_model
 from drllm.models.routers.config import RouterConfig
 from drllm.models.routers.stack import RouterStack
 from drllm.models.scoring import choices
-from drllm.models.scoring.score import Request, score
-from drllm.paths import StaticPath
-from drllm.tuning.refit import join_weights, refit
-from drllm.tuning.stand_in import fit_stand_in
 
 L = 4
 NUM_NEW = 6
@@ -147,134 +140,6 @@ def test_training_waits_once_a_step_and_ends_with_the_routers_of_the_cpu(
     expected = drllm.train(on_cpu, targets, num_epochs=3, **options)
     for name, weight in expected.state_dict().items():
         assert torch.allclose(trained.state_dict()[name].cpu(), weight, atol=1e-5), name
-
-
-HEALING = {"limit": 20, "num_held_out": 2, "steps": 3, "repair": "none"}
-HEALED = drllm.StaticPath([0, 1, 3])
-
-
-@pytest.fixture(scope="module")
-def healed_on_cpu(tiny_llama, tiny_tokenizer):
-    model = tiny_llama(num_layers=L, seed=3)
-    return drllm.heal(model, HEALED, TASK, autocast=False, tokenizer=tiny_tokenizer, **HEALING)
-
-
-def test_healing_waits_once_a_step_and_heals_as_on_the_cpu(
-    model, healed_on_cpu, devices, tiny_tokenizer
-):
-    with devices.counting() as events:
-        healed = drllm.heal(model, HEALED, TASK, tokenizer=tiny_tokenizer, **HEALING)
-    kls, expected = ([p.held_out_kl for p in run.curve] for run in (healed, healed_on_cpu))
-    assert kls == pytest.approx(expected, abs=1e-4)
-    waits = own_waits(events)
-    of_steps = [waits[line] for line in waits if "heal_training.py" in line and "item" in line]
-    assert of_steps == [3]
-
-
-def test_a_refit_is_solved_as_on_the_cpu(model, devices, tiny_llama, tiny_tokenizer, monkeypatch):
-    # A pretended weight has a type of its own, as a quantised one has.
-    monkeypatch.setattr("drllm.tuning.refit.check_module", lambda name, module: None)
-    monkeypatch.setattr("drllm.models.routing.refits.check_module", lambda name, module: None)
-    settings = {"limit": 20, "num_held_out": 2, "minutes": 0, "tokenizer": tiny_tokenizer}
-    [losses] = drllm.heal(model, HEALED, TASK, **settings).held_out.values()
-    on_cpu = tiny_llama(num_layers=L, seed=3)
-    [expected] = drllm.heal(on_cpu, HEALED, TASK, **settings).held_out.values()
-    assert losses.refit == pytest.approx(expected.refit, abs=1e-4)
-    assert losses.path == pytest.approx(expected.path, abs=1e-4)
-
-
-class RefuseFloat64(TorchDispatchMode):
-    """Refuses float64 on pretended devices, as MPS does."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Pretended) and tensor.dtype == torch.float64:
-                raise TypeError(f"{func} makes float64 on {tensor.device}")
-        return result
-
-
-def solve_refit(routed):
-    """Return the new weights of a path with two gaps, by the name of their module."""
-    generator = torch.Generator().manual_seed(0)
-    texts = [tuple(torch.randint(4, 90, (8,), generator=generator).tolist()) for _ in range(80)]
-    return join_weights(refit(routed, StaticPath([0, 2]), texts))
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_a_refit_is_solved_on_the_cpu_where_the_device_has_no_float64(
-    family, tiny_model, devices, monkeypatch
-):
-    # As above: a pretended weight has a type of its own.
-    monkeypatch.setattr("drllm.tuning.refit.check_module", lambda name, module: None)
-    expected = solve_refit(RoutedModel(tiny_model(family, num_hidden_layers=L)))
-    routed = RoutedModel(place_model(tiny_model(family, num_hidden_layers=L), 1))
-    with RefuseFloat64():
-        with pytest.raises(TypeError, match="makes float64 on cuda:0"):
-            solve_refit(routed)
-        monkeypatch.setattr("drllm.tuning.refit_memory.DEVICES_WITHOUT_FLOAT64", ("cuda",))
-        weights = solve_refit(routed)
-    assert weights.keys() == expected.keys()
-    for name, weight in weights.items():
-        assert weight.device == torch.device("cuda:0")
-        assert torch.allclose(weight.cpu(), expected[name], atol=1e-3)
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_a_refit_is_solved_on_the_cpu_where_the_device_has_too_little_memory(
-    family, tiny_model, devices, monkeypatch
-):
-    monkeypatch.setattr("drllm.tuning.refit.check_module", lambda name, module: None)
-    expected = solve_refit(RoutedModel(tiny_model(family, num_hidden_layers=L)))
-    free = {"cuda": 1000, "cpu": 10**9}
-    monkeypatch.setattr(
-        "drllm.tuning.refit_memory.free_bytes", lambda device: free[torch.device(device).type]
-    )
-    routed = RoutedModel(place_model(tiny_model(family, num_hidden_layers=L), 1))
-    with RefuseFloat64():  # so nothing in float64 is on the device
-        weights = solve_refit(routed)
-    assert weights.keys() == expected.keys()
-    for name, weight in weights.items():
-        assert weight.device == torch.device("cuda:0")
-        assert torch.allclose(weight.cpu(), expected[name], atol=1e-3)
-
-
-def tuned(model, tokenizer):
-    options = {"num_fit": 4, "num_judged": 4, "max_skipped": 1, "tokenizer": tokenizer}
-    return [path.steps for path in drllm.tune(model, TASK, **options).paths]
-
-
-@pytest.fixture(scope="module")
-def tuned_on_cpu(tiny_llama, tiny_tokenizer):
-    return tuned(tiny_llama(num_layers=L, seed=3), tiny_tokenizer)
-
-
-def score_with_stand_in(model):
-    """Score two paths with maps in their gaps that are fitted on some texts."""
-    generator = torch.Generator().manual_seed(0)
-    texts = [tuple(torch.randint(4, 90, (8,), generator=generator).tolist()) for _ in range(30)]
-    routed = RoutedModel(model)
-    maps = fit_stand_in(routed, texts[:25])
-    requests = [Request.from_text(text) for text in texts[25:]]
-    paths = [StaticPath([0, 2, 3]), StaticPath([0, 1])]
-    outcomes = score(routed, requests, paths, crossings=maps)
-    return [[outcome.logprobs[0] for outcome in row] for row in outcomes]
-
-
-def test_paths_with_a_stand_in_for_their_refit_are_scored_as_on_the_cpu(model, tiny_llama, devices):
-    expected = score_with_stand_in(tiny_llama(num_layers=L, seed=3))
-    scores = score_with_stand_in(model)
-    for row, expected_row in zip(scores, expected, strict=True):
-        assert row == pytest.approx(expected_row, abs=1e-3)
-
-
-def test_static_paths_are_tuned_as_on_the_cpu(
-    model, tuned_on_cpu, devices, tiny_tokenizer, monkeypatch
-):
-    # As for a refit: a pretended weight has a type of its own.
-    monkeypatch.setattr("drllm.tuning.refit.check_module", lambda name, module: None)
-    monkeypatch.setattr("drllm.models.routing.refits.check_module", lambda name, module: None)
-    assert tuned(model, tiny_tokenizer) == tuned_on_cpu
 
 
 @pytest.mark.parametrize(

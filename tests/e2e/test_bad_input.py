@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 import pytest
 
 from drllm.cli import main
-from paths_json import written_paths
 
 WORDS = {
     "FACTS": "--tasks builtin_facts",
@@ -42,7 +41,7 @@ WORDS = {
     "AGAIN": "run run/run.yaml --output-dir run",
     "LONG": "x" * 600,
     "FILE": "generate --file p.jsonl",
-    "EXPORT": "export --model MODEL --device cpu --path plan --output",
+    "EXPORT": "export --model MODEL --device cpu --skip 1 --output",
 }
 """What words in capitals stand for, apart from the folders of tiny models."""
 
@@ -55,15 +54,6 @@ def a_broken_line(path: Path) -> None:
     good = {"question": "1?", "choices": {"text": ["x", "y"], "label": ["A", "B"]}}
     row = json.dumps({**good, "id": "1", "answerKey": "A"})
     path.write_text(row + '\n{"id": "2", "question": \n')
-
-
-def another_task(path: Path) -> None:
-    """Write a `paths.json` whose task isn't the one of its objective."""
-    path.parent.mkdir()
-    written_paths(path, {"id": "m", "num_layers": 6})
-    path.write_text(
-        path.read_text().replace('"tasks": [\n    "', '"tasks": [\n    "renamed", "', 1)
-    )
 
 
 def own(change: Callable[[list[dict[str, Any]]], Any]) -> Callable[[Path], None]:
@@ -210,7 +200,6 @@ ls architectures --try --model x => --model x and --try are both given
 search q.jsonl => did you mean --tasks q.jsonl?
 search --task q.jsonl => did you mean '--tasks'
 --model x => no verb stands before --model
-export --path {"path":[0]} --output new => write it into a .json file
 evaluate --routers nowhere --tasks builtin_facts => nowhere has no router_config.json
 search --lim 3 => unknown flag '--lim'; did you mean '--limit'
 search --shard 1/1 => --shard 1/1 is the whole search and has no effect
@@ -229,17 +218,15 @@ search FACTS --strategy walk --length-penalty 9 => --length-penalty 9 has no eff
 search FACTS --model smollm2-135m --shard 1/2 --limit 1 => --shard 1/2 holds no questions
 search --output-dir new => no task is given; give --tasks FILE.jsonl
 evaluate --routers run/routers --output-dir new => or --tasks builtin_facts for a first try
-tune --output-dir new => or --tasks builtin_facts for a first try
+gaps --output-dir new => or --tasks builtin_facts for a first try
 evaluate --tasks builtin_facts => neither routers nor paths are given
 evaluate FACTS --paths nowhere.json => nowhere.json doesn't exist
 evaluate --paths p.json --curve 0.1 => --curve 0.1 has no effect without routers \
 => p.json: {"path": [0]}\\n
-evaluate FACTS --paths p.json:x => p.json isn't a paths.json => p.json: {"path": [0]}\\n
-EVALUATE --paths p.json,p.json => a path called 'p' is there twice => p.json: {"path": [0]}\\n
+EVALUATE --paths p.json,p.json => two paths are called 'p' => p.json: {"path": [0]}\\n
 EVALUATE --baselines last-layer => --baselines: unknown baseline 'last-layer'
 EVALUATE --epsilon 2 --split select => --max-drop 2 needs the questions of test
 EVALUATE --curve 0.1 --max-loss-increase 0.1 => --max-loss-increase 0.1 has no effect
-EVALUATE --worked-answers builtin_arithmetic => --worked-answers was removed
 EVALUATE --max-drop 2 --max-loss-increase 1 --num-texts 20 => --num-texts 20 is too small
 EVALUATE --num-calibration 9 => --num-calibration 9 has no effect
 EVALUATE --baselines none --num-random-draws 3 => --num-random-draws 3 has no effect
@@ -290,7 +277,6 @@ search --dataset owner/name --model misspelt => there is no model 'misspelt'; gi
 search FACTS --model run --output-dir new => the folder run doesn't hold a model
 search FACTS --model q.jsonl => q.jsonl is a file; give the folder => q.jsonl: {}
 search FACTS --model owner/nowhere => model 'owner/nowhere' isn't in the local cache
-tune FACTS --model owner/nowhere --output-dir new => model 'owner/nowhere' isn't
 RECIPE => there is no model 'smollm2-135n'; did you mean => r.yaml: model: {model: smollm2-135n}
 search FACTS --revision main --output-dir new => --revision has no effect on 'smollm2-135m'
 evaluate --model ./nowhere --tasks builtin_facts --routers owner/routers => no model './nowhere'
@@ -313,12 +299,6 @@ search --tasks q.jsonl => q.jsonl, line 1: 'answer' is 2; expected an index from
 => q.jsonl: {"question": "1?", "choices": ["a", "b"], "answer": 2}\\n
 search --tasks arc_eazy => unknown task 'arc_eazy'; did you mean 'arc_easy'
 evaluate --tasks arc_eazy --routers run/routers => did you mean 'arc_easy'
-evaluate --tasks no_such_task --paths p.json:x => p.json isn't a paths.json => p.json: {"path": [0]}
-heal --tasks no_such_task --path p.json:x => p.json isn't a paths.json => p.json: {"path": [0]}
-evaluate FACTS --paths t/paths.json:skip9 => 'tasks' names 'renamed' \
-=> t/paths.json: @another_task
-export --path t/paths.json:skip9 --output-dir new => 'tasks' names 'renamed' \
-=> t/paths.json: @another_task
 run dem => unknown recipe 'dem'; did you mean 'demo'?
 run recipes/demo.yaml => packaged recipes are run by name: drllm run demo
 supervise --search run/search.jsonl --output run/search.manifest.json => run/search.manifest.json
@@ -328,14 +308,7 @@ search --dataset own.jsonl => own.jsonl, line 2 => own.jsonl: \
 {"question": "1+1?", "answer": "2", "grader": "exact"}\\n{"question": \\n
 search FACTS --output-dir file => file is a file => file: x
 evaluate FACTS --routers run/routers --output-dir file/eval => can't write to file/eval => file: x
-tune --tasks builtin_fact --output-dir new => did you mean 'builtin_facts'
-tune FACTS --epsilon 2 --output-dir new => --epsilon was removed here
-tune FACTS --max-loss-increase 0.1 --output-dir new => --max-loss-increase was removed here
-heal --tasks builtin_facts --output-dir new => no path is given
-heal --path plan.json --output-dir new => nothing to train on => plan.json: {"decisions": [1, 1]}
-heal --path plan.json --tasks builtin_fact --output-dir new => did you mean 'builtin_facts' \
-=> plan.json: {"decisions": [1, 1]}
-heal --path missing.json --tasks builtin_facts --output-dir new => missing.json doesn't exist
+gaps --tasks builtin_fact --output-dir new => did you mean 'builtin_facts'
 shrink MODEL builtin_facts run => the folder run isn't empty; give the name of a new folder
 shrink MODEL builtin_facts file => file is a file; give the name of a folder => file: x
 shrink MODEL builtin_facts new => OUT.work: can't write to => new.work: x
@@ -343,15 +316,14 @@ shrink MODEL builtin_facts new --layers 40 => --layers 40 keeps 40 layers of a m
 keep 1 to 3
 shrink MODEL builtin_facts new --save 1% => --save 1% keeps 4 layers of a model of 4; keep 1 to 3
 shrink MODEL builtin_facts new --save 99% => --save 99% keeps 0 layers of a model of 4; keep 1 to 3
-export --model MODEL --path without:99 --output-dir new => the model has no layer 99; give layers \
-from 0 to 3
+export --model MODEL --skip 99 --output-dir new => --skip names layer 99
+learn FACTS --model MODEL --skip 0-3 --output-dir new => --skip leaves out 4 of 4 layers
+gaps FACTS --model MODEL --layers 9 --output-dir new => give numbers of layers to keep
 generate x --model MODEL --path without:1,99 => the model has no layer 99; give layers from 0 to 3
 generate x --model MODEL --path without:0-3 => all layers are left out
 generate x --model MODEL --path plan => 3 decisions were given for a model of 4 layers \
 => plan: {"decisions": [1, 0, 1]}
 evaluate FACTS --model MODEL --paths without:99 --output-dir new => the model has no layer 99
-heal FACTS --model MODEL --path without:99 --output-dir new => the model has no layer 99
-export --model MODEL --path withot:3 --output-dir new => no file withot; did you mean 'without:3'?
 evaluate FACTS --model MODEL --paths witout:3-5 --output-dir new => did you mean 'without:3-5'?
 SUPERVISE empty.jsonl => empty.jsonl is empty => empty.jsonl:
 SUPERVISE run/search.jsonl => search.jsonl, line 6 => run/search.jsonl: @cut_off
@@ -389,7 +361,6 @@ report run => mixes models of different depth \
 => run/routers/router_config.json: "num_layers": 4 -> "num_layers": 5
 show notes.jsonl => notes.jsonl, line 1: has text => notes.jsonl: {"text": "hello"}\\n
 show run/search.jsonl => search.jsonl, line 6 => run/search.jsonl: @cut_off
-show t/paths.json => 'tasks' names 'renamed' => t/paths.json: @another_task
 show search.failed.jsonl => search.failed.jsonl, line 1: \
 => search.failed.jsonl: {"error": "x"}\\n
 show new.rejected.jsonl => new.rejected.jsonl, line 1: \
@@ -452,7 +423,6 @@ bundle LONG --output-dir new => xxxxxxxx
 bundle run --output-dir LONG => xxxxxxxx
 GENERATE LONG => xxxxxxxx
 ls architectures --model LONG => xxxxxxxx
-heal FACTS --model MODEL --path without:1 --text LONG --output-dir new => xxxxxxxx
 EXPORT out => 9 at position 1 => plan: {"path": [0, 9]}
 EXPORT run => isn't empty => plan: {"path": [0, 1]}
 EXPORT plan => is a file => plan: {"path": [0, 1]}

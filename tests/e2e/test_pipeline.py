@@ -19,7 +19,6 @@ from drllm.cli import main
 from drllm.cli.parser import parse
 from drllm.records.results import read_evaluation
 from drllm.records.search import read_search
-from drllm.records.static_paths import read_paths
 from drllm.reporting import stage as reporting
 from drllm.search import CHUNKS_FOLDER, count_kept_batches
 
@@ -98,18 +97,6 @@ def test_a_recipe_may_leave_search_and_features_to_ray(
     assert set(files_of(tmp_path / "run")) == FILES
     ours, theirs = (read_search(run / "search.jsonl") for run in (finished_run, tmp_path / "run"))
     assert_same_run(ours, theirs)
-
-
-@pytest.mark.thorough
-def test_a_recipe_may_tune_a_path_that_is_evaluated_beside_the_routers(run_copy, rerun):
-    settings = "num_fit: 24, num_judged: 24, max_skipped: 1, beam: 1, max_loss: 10.0"
-    tune = f"tune: {{tasks: builtin_facts, {settings}}}\n"
-    said = rerun("evaluate:", f"{tune}evaluate:")
-    assert "[4/6] tune" in said
-    names = [path.name for path in read_paths(run_copy / "paths.json").paths]
-    result = read_evaluation(run_copy / "eval" / "builtin_facts.json")
-    assert {f"{name}" for name in names[1:]} <= {system.name for system in result.systems}
-    assert rerun("evaluate:", f"{tune}evaluate:").count("already done") == 6
 
 
 def test_the_same_recipe_or_the_one_in_the_folder_does_nothing_anew(finished_run, recipe, drllm):
@@ -432,9 +419,7 @@ def test_generate_without_routers_gives_the_base_models_answer(model, tiny_token
     assert "4 of 4 a forward pass (100 %)" in out
 
 
-@pytest.mark.parametrize(
-    "name", ["eval/builtin_facts.json", "eval/samples.jsonl", "paths.json", "healed/path.json"]
-)
+@pytest.mark.parametrize("name", ["eval/builtin_facts.json", "eval/samples.jsonl", "paths.json"])
 def test_show_names_a_damaged_part_of_a_run_and_does_not_leave_it_out(run_copy, name, drllm):
     file = run_copy / name
     file.parent.mkdir(exist_ok=True)

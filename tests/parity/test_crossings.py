@@ -17,7 +17,6 @@ from slow_way import (
     ListedModel,
     MappedModel,
     said_to_slide,
-    tiny_refit,
 )
 
 TELLING_ONLY = True
@@ -156,10 +155,6 @@ def test_paths_of_other_calls_are_not_changed(model, maps):
 
 def test_what_crossings_cannot_be_combined_with(model, maps, tiny_tokenizer):
     routed = RoutedModel(model, tokenizer=tiny_tokenizer)
-    routed.injection.add_adapter("repaired", refit=tiny_refit(routed, [1]))
-    path = StaticPath([0, 1, 3, 4, 5], adapter="repaired")
-    with pytest.raises(RoutingError, match="repair its gaps twice"):
-        score(routed, QUESTIONS, [path], crossings=maps)
     with pytest.raises(RoutingError, match="answers can't be generated with crossings"):
         score(routed, [Request([5, 6], max_new_tokens=2)], [FULL], crossings=maps)
     scorer = Scorer(routed, QUESTIONS, crossings=maps)

@@ -19,11 +19,10 @@ from meaning import Refusal, is_same_value, read_or_refuse
 from mutations import change_bytes, change_document
 
 from drllm.cli.generation_inputs import PromptRow, read_prompts
-from drllm.config import HealConfig
 from drllm.models.routing.depth_control import read_calibration
+from drllm.tasks import texts as text_files
 from drllm.tasks.examples import Example
 from drllm.tasks.files import load_source
-from drllm.tuning.heal_texts import read_sources
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SEEDS = range(4)  # of each kind of rows in each format; each seed changes another place
@@ -218,8 +217,8 @@ def read_with_changed_bytes(kind: str, ending: str, seed: int, folder: Path) -> 
 
 def read_texts(file: Path) -> list[str]:
     """Read the texts of a file, as `--text` does."""
-    [source] = read_sources(HealConfig(text=str(file)))
-    return sorted(source.texts)
+    [found] = text_files.read_texts(str(file), None, 0).values()
+    return sorted(found)
 
 
 def read_changed_texts(ending: str, seed: int, folder: Path) -> None:

@@ -6,8 +6,6 @@ from drllm.paths import (
     Decision,
     StaticPath,
     check_decisions,
-    get_adapter,
-    get_layers,
     to_decisions,
     to_path,
 )
@@ -43,7 +41,6 @@ def test_edits_name_the_layers_that_are_skipped_and_repeated(decisions, words):
 )
 def test_edits_say_how_often_a_layer_is_repeated(layers, words):
     assert StaticPath(layers).edits(2) == words
-    assert StaticPath(layers, "name").edits(2) == f"{words}, with healed weights"
 
 
 @pytest.mark.parametrize(
@@ -61,15 +58,6 @@ def test_layers_may_be_integers_of_numpy():
     path = StaticPath(np.array([0, 2]))
     assert path == StaticPath([0, 2])
     assert all(type(layer) is int for layer in path.layers)
-
-
-def test_a_healed_path_is_another_path_than_the_plain_one():
-    plain, healed = StaticPath([0, 2]), StaticPath([0, 2], "name")
-    assert plain != healed
-    assert healed.with_adapter("") == plain
-    assert (plain.plan(3), healed.plan(3)) == ((1, 0, 1), healed)
-    assert (get_layers(plain), get_layers(healed), get_layers((1, 0, 1))) == ((0, 2),) * 3
-    assert (get_adapter(plain), get_adapter(healed), get_adapter((1, 0, 1))) == ("", "name", "")
 
 
 @pytest.mark.parametrize("layers", [[], [-1], [True], [0.5], ["0"]])

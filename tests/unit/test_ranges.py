@@ -3,25 +3,19 @@
 import json
 from typing import Any
 
-import msgspec
 import pytest
 
 from drllm.errors import RecordError
 from drllm.pipeline.manifest import RunManifest
-from drllm.pipeline.shrink import ShrinkTimes
 from drllm.records.codec import decode
-from drllm.records.healed import HealPoint, Losses
 from drllm.records.latency import Timing
 from drllm.records.layers import Layers
-from drllm.records.manifest import new_manifest
 from drllm.records.results import Sample, Spread, System
 from drllm.records.search import FailedQuestion
-from drllm.records.shrink import ShrinkRecord, ShrunkModel
+from drllm.records.shortened import ModelResult
 from drllm.reporting.run import Epoch
 from drllm.statistics.differences import Verdict
 from drllm.statistics.exclusion import Limits
-from drllm.tuning.heal_training import TrainingState
-from drllm.tuning.score_blocks import AnswerGrades
 
 VERDICT = {
     "quantity": "accuracy",
@@ -60,12 +54,10 @@ TIMING = {
     "executions": 4.0,
     "seconds": [0.5],
 }
-POINT = {"step": 1, "tokens": 5, "seconds": 1.0, "held_out_kl": 0.5}
 MODEL = {"name": "skip1", "layers": [0, 2], "num_bytes": 8}
 EPOCH = {"epoch": 1, "split": "train"}
 SPREAD = {"mean": 1.0, "lowest": 1.0, "highest": 1.0, "deviation": None, "num_seeds": 1}
 STAGE = {"search": {"made_from": {}, "seconds": -1.0}}
-TIMES = {"minutes": 1.0, "num_candidates": 2, "minutes_to_heal": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -83,15 +75,10 @@ TIMES = {"minutes": 1.0, "num_candidates": 2, "minutes_to_heal": 0.5}
         (Spread, SPREAD, {"deviation": -0.5}, "`deviation`"),
         (FailedQuestion, FAILED, {"attempts": -1}, "`attempts`"),
         (Timing, TIMING, {"batch_size": -1}, "`batch_size`"),
-        (HealPoint, POINT, {"seconds": -1.0}, "`seconds`"),
-        (Losses, {"full": 1.0, "path": 1.0, "healed": 1.0}, {"num_texts": -1}, "`num_texts`"),
-        (ShrunkModel, MODEL, {"layers": [-1]}, "`layers[0]`"),
-        (ShrunkModel, MODEL, {"speed": -2.0}, "`speed`"),
+        (ModelResult, MODEL, {"layers": [-1]}, "`layers[0]`"),
+        (ModelResult, MODEL, {"speed": -2.0}, "`speed`"),
         (Epoch, EPOCH, {"accuracy": 1.5}, "`accuracy`"),
         (RunManifest, {}, {"stages": STAGE}, "seconds`"),
-        (ShrinkTimes, TIMES, {"minutes_to_heal": -1.0}, "`minutes_to_heal`"),
-        (AnswerGrades, {"grades": [1.0], "seconds": 1.0}, {"grades": [1.5]}, "`grades[0]`"),
-        (TrainingState, {}, {"step": -1}, "`step`"),
     ],
 )
 def test_a_number_out_of_its_range_is_refused_with_its_place(
@@ -116,21 +103,3 @@ def test_counts_of_routers_have_no_other_fields_and_no_negative_numbers(changes,
     with pytest.raises(RecordError) as refused:
         decode(json.dumps({"epoch": 1, "train": {**counts, **changes}}), Layers, "layers.json")
     assert said in str(refused.value)
-
-
-@pytest.mark.parametrize(
-    ("name", "layers", "said"),
-    [
-        ("skip1", [0, 3], "'layers' of 'skip1' aren't some of the full model's"),
-        ("skip1", [0, 1, 2], "'layers' of 'skip1' aren't some of the full model's"),
-        ("full", [0, 1], "model 'full' is there twice"),
-    ],
-)
-def test_a_smaller_model_has_some_of_the_layers_and_a_name_of_its_own(name, layers, said):
-    full = ShrunkModel(name="full", layers=(0, 1, 2), num_bytes=12)
-    less = ShrunkModel(name=name, layers=tuple(layers), num_bytes=8)
-    manifest = new_manifest("shrink", model={}, config={})
-    with pytest.raises((ValueError, msgspec.ValidationError), match=said):
-        ShrinkRecord(
-            **manifest, tasks=(), num_questions={}, num_held_out={}, runtime={}, models=(full, less)
-        )

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from drllm.config import HealConfig
 from drllm.errors import ConfigError, RecordError
 from drllm.records import codec, manifest
 from drllm.records.codec import SCHEMA_VERSION, decode, encode, sha256, write_atomically
@@ -22,7 +21,6 @@ from drllm.records.manifest import (
     write_records,
 )
 from drllm.records.places import check_file, choose_file, resolve
-from drllm.records.published import hide_places
 from drllm.records.search import (
     FailedQuestion,
     Retest,
@@ -531,11 +529,6 @@ def test_a_manifest_does_not_vouch_for_a_file_that_another_process_has_replaced(
     write_records(file, [RECORD], new_manifest("search", model={}, config={}))
     with pytest.raises(RecordError, match="was changed or cut off"):
         read_search(file)
-
-
-def test_the_place_of_a_healed_path_is_not_published():
-    config = HealConfig(path="/home/me/runs/paths.json:skip2")
-    assert hide_places(config.to_dict())["path"] == "paths.json:skip2"
 
 
 def test_a_manifest_that_counts_other_records_is_refused(two_lines):

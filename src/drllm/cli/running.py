@@ -4,15 +4,20 @@ from pathlib import Path
 
 from drllm.cli.command_line import CommandLine
 from drllm.cli.show_results import show_next_steps, show_summary
-from drllm.cli.terminal import Terminal
+from drllm.cli.terminal import LOADING, Terminal
 from drllm.cli.verbs import Flag, verb
 from drllm.errors import ConfigError, unknown_name
 from drllm.model.places import check_model
 from drllm.pipeline.folder import run_recipe
 from drllm.pipeline.recipes import read_recipe
+from drllm.records.codec import read_json
+from drllm.records.places import check_folder, check_new_folder
+from drllm.records.shortened import DEMO_FILE, DemoResult
 from drllm.reporting.run import read_run
 from drllm.tasks.examples import FILE_ENDINGS
 
+DEMO = Path("demo")
+DEMO_MODEL = "smollm2-135m"
 RECIPES = Path(__file__).with_name("recipes")  # the folder of the packaged recipes
 
 
@@ -54,6 +59,8 @@ RECIPES = Path(__file__).with_name("recipes")  # the folder of the packaged reci
 def run(command: CommandLine, terminal: Terminal) -> int:
     """Run all stages of a recipe, one after the other; finished stages are skipped."""
     place = command.path("recipe")
+    if place == DEMO and not command.values["full"]:
+        return _run_demo(command.optional_path("output_dir") or Path("runs/demo"), terminal)
     if command.values["full"]:
         place = _find_longer_form(place)
     path = _find_recipe(place)
@@ -75,6 +82,40 @@ def run(command: CommandLine, terminal: Terminal) -> int:
     return 0
 
 
+def _run_demo(output: Path, terminal: Terminal) -> int:
+    """Run the demo, or print what an earlier one has found."""
+    file = output / DEMO_FILE
+    check_folder(output, "--output-dir")
+    if not file.is_file():
+        check_new_folder(output)
+        with terminal.busy(LOADING):
+            from drllm.models.routed_model import unrouted
+            from drllm.prune.demo import run_demo
+
+        with unrouted(DEMO_MODEL, None, terminal) as base:
+            run_demo(base, output, listener=terminal)
+    show_demo(file, terminal)
+    terminal.fact("checkpoint", f"{output / 'smaller'}, loads with transformers alone")
+    terminal.say("Your own questions, one a line in a file:")
+    terminal.command(f"drllm shrink {DEMO_MODEL} questions.jsonl smaller/")
+    return 0
+
+
+def show_demo(file: Path, terminal: Terminal) -> None:
+    """Print what the demo found."""
+    result = read_json(file, DemoResult)
+    rows = []
+    for row in result.rows:
+        interval = ""
+        if row.against_full is not None:
+            low, high = map(row.against_full.write, row.against_full.interval)
+            interval = f" ({low} to {high})"
+        cells = [row.name, str(row.num_layers), f"{100 * row.accuracy:.1f}{interval}"]
+        rows.append([*cells, f"{row.text_loss:.2f}"])
+    terminal.table("|layers|right answers, %|loss of other text", rows)
+    terminal.say(result.verdict)
+
+
 def _find_recipe(place: Path) -> Path:
     """Return the file of a recipe; `place` is a file or the name of a packaged recipe."""
     if _is_file_of_questions(place):
@@ -82,7 +123,7 @@ def _find_recipe(place: Path) -> Path:
             f"{place} is a file of questions, not a recipe; for a smaller checkpoint: drllm shrink "
             f"MODEL {place} OUT; for routers: drllm search --tasks {place} --output-dir DIR"
         )
-    names = [path.stem for path in RECIPES.glob("*.yaml")]
+    names = ["demo", *(path.stem for path in RECIPES.glob("*.yaml"))]
     # A name without an ending is the name of a packaged recipe, unless there is such a file.
     means_file = place.suffix or place.is_absolute() or place.is_file()
     if not means_file:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from drllm.cli.command_line import CommandLine
+from drllm.cli.running import show_demo
 from drllm.cli.shortening import show_gaps
 from drllm.cli.show_question import show_question
 from drllm.cli.show_results import show_latency, show_results
@@ -23,7 +24,7 @@ from drllm.records.codec import read_json_lines
 from drllm.records.gaps import PATHS_FILE
 from drllm.records.layers import LAYERS_FILE
 from drllm.records.search import SEARCH_FILE, read_search
-from drllm.records.shortened import SHRINK_FILE
+from drllm.records.shortened import DEMO_FILE, SHRINK_FILE
 from drllm.records.supervision import SUPERVISION_FILE
 from drllm.search import CHUNKS_FOLDER
 
@@ -36,6 +37,7 @@ RUN_PARTS = (
     SUPERVISION_FILE,
     f"routers/{CONFIG_FILE}",
     PATHS_FILE,
+    DEMO_FILE,
 )
 """The files of a run folder in the order of printing; the results of `evaluate` come last."""
 
@@ -184,6 +186,7 @@ JSON_RENDERERS: dict[str, Renderer] = {
     LAYERS_FILE: show_agreement,
     PATHS_FILE: show_gaps,
     SHRINK_FILE: show_shrink,
+    DEMO_FILE: show_demo,
 }
 """The function that prints a JSON file, by the name of the file."""
 

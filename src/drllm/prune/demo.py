@@ -7,8 +7,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import msgspec
-
 from drllm.model.load import BaseModel
 from drllm.model.prompts import encode
 from drllm.model.submodel import shorten
@@ -22,7 +20,7 @@ from drllm.prune.repairs.base import Lessons
 from drllm.prune.shrink import compare_accuracy
 from drllm.records.codec import write_json
 from drllm.records.places import create_folder
-from drllm.statistics.differences import Verdict
+from drllm.records.shortened import DEMO_FILE, DemoResult, DemoRow
 from drllm.tasks.builtin import BuiltinFacts
 from drllm.tasks.texts import BUILTIN_TEXTS, read_texts
 from drllm.work.listener import Listener
@@ -31,25 +29,6 @@ SHARE_OUT = 1 / 6  # of the layers
 REFIT_TOKENS = 15_000
 NUM_TEXTS = 50  # of the model's own, whose loss is measured
 MAX_TOKENS = 256
-DEMO_FILE = "demo.json"
-
-
-class DemoRow(msgspec.Struct, frozen=True, kw_only=True):
-    """A model after one step of the demo.
-
-    Attributes:
-        name: The step.
-        num_layers: Its number of layers.
-        accuracy: On the held-out questions, by characters.
-        against_full: This minus the full model's; None for the full model itself.
-        text_loss: The next-token loss of other text, in nats a token.
-    """
-
-    name: str
-    num_layers: int
-    accuracy: float
-    against_full: Verdict | None
-    text_loss: float
 
 
 def run_demo(
@@ -114,5 +93,5 @@ def run_demo(
     measure("taught", short)
     with create_folder(output) as folder:
         export(short, base, folder / "smaller", report=report)
-        write_json(folder / DEMO_FILE, {"skip": skip, "rows": rows})
+        write_json(folder / DEMO_FILE, DemoResult(skip=tuple(skip), rows=tuple(rows)))
     return rows

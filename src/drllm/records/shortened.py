@@ -20,6 +20,7 @@ WORK_ENDING = ".work"  # the folder of the work is named like the output, with t
 FULL = "full"
 TRAINED = "full, trained alike"
 OTHER_TEXT = "other text"
+DEMO_FILE = "demo.json"
 
 
 class TaskResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -248,6 +249,46 @@ def _write_interval(verdict: Verdict | None) -> str:
         return ""
     low, high = map(verdict.write, verdict.interval)
     return f" ({low} to {high})"
+
+
+class DemoRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A model after one step of the demo.
+
+    Attributes:
+        name: The step.
+        num_layers: Its number of layers.
+        accuracy: On the held-out questions, by characters.
+        against_full: This minus the full model's; None for the full model itself.
+        text_loss: The next-token loss of other text, in nats a token.
+    """
+
+    name: str
+    num_layers: int
+    accuracy: float
+    against_full: Verdict | None
+    text_loss: float
+
+
+class DemoResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the demo found: the layers that it left out, and a row for each step."""
+
+    skip: tuple[Count, ...]
+    rows: tuple[DemoRow, ...]
+
+    @property
+    def verdict(self) -> str:
+        """What the last step shows, in two sentences."""
+        full = self.rows[0]
+        last = self.rows[-1]
+        assert last.against_full is not None
+        low, high = map(last.against_full.write, last.against_full.interval)
+        return (
+            f"{last.num_layers} of {full.num_layers} layers, refitted and taught for a minute, "
+            f"answer {last.against_full.write(last.against_full.mean)} points of "
+            f"{last.against_full.n} held-out questions beside the full model (95 %: {low} to "
+            f"{high}); a gain is from training. The next-token loss of other text goes from "
+            f"{full.text_loss:.2f} to {last.text_loss:.2f} nats."
+        )
 
 
 def find_work_folder(output: Path) -> Path:

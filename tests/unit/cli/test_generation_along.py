@@ -11,9 +11,9 @@ from drllm.model.load import load
 from drllm.model.prompts import PromptForm
 from drllm.models.routed_model import RoutedModel
 from drllm.paths import StaticPath
-from paths_json import PATHS, written_paths
 from slow_way import ListedModel
 
+PATHS = {"4.00": [0, 1, 2, 4], "again": [0, 1, 2, 2, 3, 4, 5], "5.00": [0, 1, 3, 4, 5]}
 PROMPTS = ["a metal", "ice?", "why"]
 
 
@@ -23,9 +23,14 @@ def base(model_folder):
 
 
 @pytest.fixture
-def tuned(base, tmp_path):
-    """A paths.json of the model."""
-    return written_paths(tmp_path / "paths.json", base.identity)
+def places(base, tmp_path):
+    """A file for each path, with words that give the model too."""
+    found = {}
+    for name, layers in PATHS.items():
+        file = tmp_path / f"{name}.json"
+        file.write_text(json.dumps({"path": layers}))
+        found[name] = ["--model", base.name, "--path", file]
+    return found
 
 
 def said_alone(base, path, prompt):
@@ -39,18 +44,18 @@ COMMAND = "generate --device cpu --no-chat --max-new-tokens 6"
 
 
 @pytest.mark.parametrize("name", ["4.00", "again"])
-def test_one_prompt_is_answered_along_the_path_which_is_said_in_words(base, tuned, drllm, name):
-    out = drllm(COMMAND, "--path", f"{tuned}:{name}", PROMPTS[0]).out
+def test_one_prompt_is_answered_along_the_path_which_is_said_in_words(base, places, drllm, name):
+    out = drllm(COMMAND, *places[name], PROMPTS[0]).out
     assert out.startswith(said_alone(base, PATHS[name], PROMPTS[0]).expandtabs() + "\n")
     assert f"path        {StaticPath(PATHS[name]).edits(6)}\n" in out
     assert "of 6 a forward pass" in out
     assert "█" not in out
 
 
-def test_a_file_of_prompts_is_answered_along_the_path(base, tuned, drllm, tmp_path):
+def test_a_file_of_prompts_is_answered_along_the_path(base, places, drllm, tmp_path):
     file = tmp_path / "p.jsonl"
     file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
-    said = drllm(COMMAND, "--path", f"{tuned}:4.00", "--file", file, "--batch-size", 2)
+    said = drllm(COMMAND, *places["4.00"], "--file", file, "--batch-size", 2)
     answers = [json.loads(line) for line in said.out.splitlines()]
     assert [row["answer"] for row in answers] == [
         said_alone(base, PATHS["4.00"], prompt) for prompt in PROMPTS
@@ -61,17 +66,10 @@ def test_a_file_of_prompts_is_answered_along_the_path(base, tuned, drllm, tmp_pa
     assert "skips layers 3 and 5" in said.err
 
 
-def test_the_cost_of_the_path_is_said(tuned, drllm):
-    out = drllm(COMMAND, "--path", f"{tuned}:5.00", "hello").out
+def test_the_cost_of_the_path_is_said(places, drllm):
+    out = drllm(COMMAND, *places["5.00"], "hello").out
     assert "path        skips layer 2\n" in out
     assert "executions  5.00 of 6 a forward pass (83 %)" in out
-
-
-def test_a_path_of_another_model_is_refused_in_one_line(tuned, model_folder, drllm):
-    other = model_folder(num_layers=6, seed=1)
-    err = drllm(COMMAND, "--path", f"{tuned}:5.00", "--model", other, "hello", status=2).err
-    assert "fingerprint" in err
-    assert err.count("\n") == 1
 
 
 def test_a_chat_runs_every_turn_along_the_path(base, monkeypatch):

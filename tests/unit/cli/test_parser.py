@@ -15,12 +15,11 @@ from drllm.cli.verbs import FOREIGN, VERBS, list_flags
 from drllm.config import (
     DepthConfig,
     EvaluateConfig,
-    HealConfig,
+    LearnConfig,
     ModelConfig,
     SearchConfig,
     SuperviseConfig,
     TrainConfig,
-    TuneConfig,
 )
 from drllm.errors import ConfigError
 
@@ -163,9 +162,15 @@ def test_of_a_flag_given_twice_the_last_counts_and_files_add_up():
     assert command.paths("supervision") == [Path("a"), Path("b")]
 
 
-VERBS_WITH_OUTPUT = ("search", "supervise", "train", "tune", "heal", "generate", "evaluate")
+VERBS_WITH_OUTPUT = ("search", "supervise", "train", "gaps", "learn", "generate", "evaluate")
 VERBS_WITH_OUTPUT += ("report", "export", "run")
-REQUIRED = {"supervise": "--search s", "report": "r", "export": "--path p", "run": "demo"}
+REQUIRED = {
+    "supervise": "--search s",
+    "report": "r",
+    "export": "--skip 1",
+    "learn": "--skip 1",
+    "run": "demo",
+}
 
 
 @pytest.mark.parametrize("verb", VERBS_WITH_OUTPUT)
@@ -190,16 +195,16 @@ def test_help_shows_the_same_name_with_every_verb(verb: str, drllm):
 MEANT = """\
 search --task q => '--task'; did you mean '--tasks'?
 search --datasets q => '--datasets'; did you mean '--tasks'?
-tune --datase q => '--datase'; did you mean '--tasks'?
-tune --data q => '--data'; did you mean '--tasks'?
-heal --questions q => '--questions'; did you mean '--tasks'?
+gaps --datase q => '--datase'; did you mean '--tasks'?
+gaps --data q => '--data'; did you mean '--tasks'?
+learn --skip 1 --questions q => '--questions'; did you mean '--tasks'?
 evaluate --outdir o => '--outdir'; did you mean '--output-dir'?
-tune --run-name o => '--run-name'; did you mean '--output-dir'?
+gaps --run-name o => '--run-name'; did you mean '--output-dir'?
 run demo --out o => '--out'; did you mean '--output-dir'?
-heal --paths p => '--paths'; did you mean '--path'?
+generate --paths p => '--paths'; did you mean '--path'?
 evaluate --path p => '--path'; did you mean '--paths'?
 train --lr 1 => '--lr'; did you mean '--learning-rate'?
-train --tasks q => '--tasks' of train; it is a flag of search, bypass, tune, heal, evaluate
+train --tasks q => '--tasks' of train; it is a flag of search, bypass, gaps, learn, evaluate
 """
 
 
@@ -218,8 +223,8 @@ def test_without_a_verb_the_overview_is_printed(drllm):
 @pytest.mark.parametrize("flag", ["--tasks", "--dataset"])
 def test_tasks_have_either_name_with_every_verb(flag: str):
     assert parsed(f"search {flag} a").get_settings(SearchConfig).dataset == "a"
-    assert parsed(f"tune {flag} a").get_settings(TuneConfig).tasks == "a"
-    assert parsed(f"heal {flag} a").get_settings(HealConfig).tasks == "a"
+    assert parsed(f"gaps {flag} a").get_settings(GapsConfig).tasks == "a"
+    assert parsed(f"learn --skip 1 --output-dir b {flag} a").get_settings(LearnConfig).tasks == "a"
     assert parsed(f"evaluate {flag} a").get_settings(EvaluateConfig).tasks == "a"
 
 

@@ -8,14 +8,14 @@ import yaml
 
 import drllm
 from drllm.cli import main, running
-from drllm.config import EvaluateConfig, ModelConfig, TuneConfig
+from drllm.config import EvaluateConfig, ModelConfig
 from drllm.errors import ConfigError, ModelError, RecordError
 from drllm.pipeline import folder as run_folders
 from drllm.pipeline.folder import begin_stage, run_recipe
 from drllm.pipeline.manifest import RunManifest, StageState, read_run_manifest
 from drllm.pipeline.model import open_model_lazily
 from drllm.pipeline.recipes import Recipe, read_recipe
-from drllm.pipeline.stages import STAGES, Run
+from drllm.pipeline.stages import Run
 from drllm.records.codec import sha256, write_json
 from drllm.records.places import only_writer
 from drllm.tasks.registry import get_tasks
@@ -25,9 +25,8 @@ from run_folder import TESTED, RunFolderWriter
 RECIPES = Path(drllm.__file__).parent / "cli" / "recipes"
 FILES = sorted(RECIPES.glob("*.yaml"))
 
-TUNE = "tune: {tasks: builtin_facts, max_skipped: 1}\n"
 EVALUATE = "evaluate: {tasks: builtin_facts}\n"
-PATHS_ALONE = f"{TUNE}heal: {{path: skip1, tasks: builtin_facts}}\n{EVALUATE}"
+PATHS_ALONE = "evaluate: {tasks: builtin_facts, paths: 'without:1'}\n"
 ROUTERS = "search: {tasks: builtin_facts, limit: 2}\n"
 CURVE = PATHS_ALONE.replace("evaluate: {", "evaluate: {curve: '0.1', ")
 
@@ -39,7 +38,7 @@ def write(folder: Path, text: str) -> Path:
 
 
 def test_there_are_recipes():
-    assert {path.stem for path in FILES} >= {"demo", "demo_full", "arc_easy_smollm2"}
+    assert {path.stem for path in FILES} >= {"demo_full", "arc_easy_smollm2"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -53,8 +52,8 @@ def test_what_comes_with_the_project_is_understood(path: Path):
 
 
 def test_full_is_for_the_recipe_that_has_a_longer_form(capsys):
-    assert main(["run", "healed", "--full"]) == 2
-    assert "'healed' has no longer form" in capsys.readouterr().err
+    assert main(["run", "paper_4k", "--full"]) == 2
+    assert "'paper_4k' has no longer form" in capsys.readouterr().err
 
 
 def test_the_driver_of_ray_loads_no_model(tmp_path, monkeypatch, capsys):
@@ -110,37 +109,14 @@ def test_a_data_folder_on_the_line_wins_over_the_recipe(tmp_path: Path):
     assert (recipe.search.data_dir, recipe.evaluate.data_dir) == ("there", "there")
 
 
-def test_a_recipe_of_paths_alone_makes_no_routers_also_when_written_out(tmp_path: Path):
-    recipe = read_recipe(write(tmp_path, PATHS_ALONE))
-    recipe.check()
-    assert [*filter(recipe.includes, STAGES)] == ["tune", "heal", "evaluate", "report"]
-    assert read_recipe(write(tmp_path, recipe.to_yaml())) == recipe
-    both = read_recipe(write(tmp_path, PATHS_ALONE + "search: {limit: 2}\n"))
-    assert [*filter(both.includes, STAGES)] == [*STAGES]
-    assert not read_recipe(write(tmp_path, "search: {limit: 2}\n")).includes("heal")
-
-
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        (f"{TUNE}{EVALUATE}heal: {{tasks: builtin_facts}}\n", "'path: skip1'"),
-        (f"{EVALUATE}heal: {{tasks: builtin_facts}}\n", "no path is given"),
-        (f"{TUNE}{EVALUATE}heal: {{path: skip1}}\n", "nothing to train on"),
-        (f"{EVALUATE}tune: {{}}\n", "tune: no task is given"),
-        (TUNE, "evaluate: no task is given"),
+        ("evaluate: {paths: 'without:1'}\n", "evaluate: no task is given"),
         (f"{EVALUATE}search: {{limit: 2}}\n", "search: no task is given"),
         (CURVE, "no effect without routers"),
         (f"{ROUTERS}{EVALUATE[:-2]}, latency: true, executor: ray}}", "--latency times the model"),
         (f"{ROUTERS}{EVALUATE[:-2]}, num_written: 2, executor: ray}}", "'num_written' answers"),
-        (f"{TUNE}{EVALUATE[:-2]}, split: select}}", "evaluate it on test"),
-        (
-            f"{TUNE}{EVALUATE}heal: {{path: skip1, tasks: builtin_facts, minutes: 0, rank: 8}}",
-            "rank",
-        ),
-        (
-            PATHS_ALONE.replace("heal: {", "heal: {minutes: 0, repair: none, "),
-            "leave nothing to do",
-        ),
     ],
 )
 def test_a_recipe_that_makes_no_sense_is_refused_before_anything_is_loaded(tmp_path, text, says):
@@ -292,24 +268,23 @@ def test_what_a_stage_did_not_write_is_never_deleted(tmp_path: Path):
 
 
 @pytest.fixture
-def tuned_folder(tmp_path):
-    """A run folder with the paths of a tuning with other settings than `RECIPE_OF_PATHS`."""
+def old_folder(tmp_path):
+    """A run folder with the results of an evaluation with other settings."""
     folder = tmp_path / "run"
     folder.mkdir()
-    (folder / "paths.json").write_text("{}")
-    state = StageState(made_from={"seed": 0}, outputs={"paths.json": "0"})
-    write_json(folder / "run.manifest.json", RunManifest(stages={"tune": state}))
+    (folder / "old.json").write_text("{}")
+    state = StageState(made_from={"seed": 0}, outputs={"old.json": "0"})
+    write_json(folder / "run.manifest.json", RunManifest(stages={"evaluate": state}))
     return folder
 
 
 RECIPE_OF_PATHS = Recipe(
-    tune=TuneConfig(tasks="builtin_facts", repair="none"),
-    evaluate=EvaluateConfig(tasks="builtin_facts"),
+    evaluate=EvaluateConfig(tasks="builtin_facts", paths="without:1"),
     has_routers=False,
 )
 
 
-def test_a_model_that_cannot_be_loaded_costs_no_earlier_result(tuned_folder, monkeypatch):
+def test_a_model_that_cannot_be_loaded_costs_no_earlier_result(old_folder, monkeypatch):
     @contextmanager
     def open_no_model(config, listener):
         def load():
@@ -319,14 +294,14 @@ def test_a_model_that_cannot_be_loaded_costs_no_earlier_result(tuned_folder, mon
 
     monkeypatch.setattr(run_folders, "open_model_lazily", open_no_model)
     with pytest.raises(ModelError, match="no such device"):
-        run_recipe(RECIPE_OF_PATHS, tuned_folder, Listener())
-    assert (tuned_folder / "paths.json").read_text() == "{}"
+        run_recipe(RECIPE_OF_PATHS, old_folder, Listener())
+    assert (old_folder / "old.json").read_text() == "{}"
 
 
-def test_a_second_run_in_a_folder_is_refused(tuned_folder):
+def test_a_second_run_in_a_folder_is_refused(old_folder):
     with (
-        only_writer(tuned_folder, "run", "--output-dir"),
+        only_writer(old_folder, "run", "--output-dir"),
         pytest.raises(RecordError, match="another run is writing to"),
     ):
-        run_recipe(RECIPE_OF_PATHS, tuned_folder, Listener())
-    assert (tuned_folder / "paths.json").exists()
+        run_recipe(RECIPE_OF_PATHS, old_folder, Listener())
+    assert (old_folder / "old.json").exists()

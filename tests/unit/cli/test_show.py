@@ -19,7 +19,7 @@ from drllm.cli.terminal import Terminal, draw_route
 from drllm.errors import RecordError
 from drllm.records.codec import read_json
 from drllm.records.layers import Layers
-from drllm.records.results import Evaluation, StepRecord, WrittenAnswers
+from drllm.records.results import Evaluation, WrittenAnswers
 from drllm.reporting.numbers import write_number
 from drllm.statistics.verdicts import judge_means
 
@@ -116,7 +116,7 @@ def test_a_table_of_grades_does_not_say_that_losses_beyond_an_interval_are_exclu
     base, drawn = EVALUATION.systems
     against_base = replace(drawn.against_base, accuracy=even)
     path = replace(drawn, name="skip1", draws=1, against_base=against_base)
-    steps = {"skip1": (StepRecord(layer=0),)}
+    steps = {"skip1": (0,)}
     out = shown(capsys, replace(EVALUATION, systems=(base, path), paths=steps), 100)
     assert "losses beyond the interval are excluded" not in out
     assert "the loss that is excluded may be larger" in out

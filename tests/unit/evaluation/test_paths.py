@@ -14,20 +14,16 @@ from drllm.evaluation.outcomes import TaskRuns
 from drllm.evaluation.request import read_request
 from drllm.evaluation.stage import evaluate
 from drllm.model.identity import fingerprint
-from drllm.model.load import BaseModel, load
+from drllm.model.load import BaseModel
 from drllm.model.prompts import encode
 from drllm.models.routed_model import RoutedModel
-from drllm.models.routing.healed import install_path
 from drllm.paths import StaticPath
 from drllm.records.codec import read_json_lines
 from drllm.records.results import read_results
-from drllm.records.static_paths import load_path, steps_to_write
 from drllm.reporting.stage import report
 from drllm.tasks.examples import choose
 from drllm.tasks.registry import get_task
 from drllm.work.listener import Listener
-from healed_folder import written_healed, written_refit
-from paths_json import written_paths
 from slow_way import ListedModel, tiny_routers
 
 NUM_QUESTIONS = 8
@@ -87,52 +83,6 @@ def test_each_question_is_answered_as_by_the_listed_layers(evaluated, base, name
     assert_outcomes(listed, base, *evaluated, name)
 
 
-def test_a_healed_path_is_a_system_like_any_other(base, evaluated, tmp_path):
-    place = tmp_path / "healed"
-    record = written_healed(place, base.model, base.identity, path=PATHS["four"].layers, tasks=())
-    routed = RoutedModel(base.model, tokenizer=base.tokenizer)
-    path = install_path(routed.injection, load_path(str(place)))
-    adapter = routed.injection.lora.weights(record.adapter)
-    listed = ListedModel(routed.detach(), path=path.layers, adapter=adapter)
-    result = run(base, tmp_path / "eval", paths=str(place))
-    assert_outcomes(listed, base, result, tmp_path / "eval", "less")
-    [plain, _], system = evaluated, result.system("less")
-    assert {step.adapter for step in result.paths["less"]} == {record.adapter}
-    assert system.description == "skips layers 2 and 4, with healed weights"
-    assert system.executions == 4
-    assert system.prompt_flops.weights > plain.system("four").prompt_flops.weights
-    held = RoutedModel(base.model, tokenizer=base.tokenizer)
-    held.injection.add_adapter(record.adapter, adapter)
-    again = run(held, tmp_path / "again", paths={"less": path})
-    held.detach()
-    assert again.system("less").gold_logprob == system.gold_logprob
-
-
-def test_a_refitted_path_is_a_system_from_its_folder_and_in_a_routed_model(base, tmp_path):
-    place = tmp_path / "healed"
-    record = written_refit(place, base.model, base.identity, path=[0, 1, 3, 4], tasks=())
-    routed = RoutedModel(base.model, tokenizer=base.tokenizer)
-    path = install_path(routed.injection, load_path(str(place)))
-    refit = routed.injection.refits.weights(record.adapter)
-    listed = ListedModel(routed.detach(), path=path.layers, refit=refit)
-    result = run(base, tmp_path / "eval", paths=str(place))
-    assert_outcomes(listed, base, result, tmp_path / "eval", "less")
-    held = RoutedModel(base.model, tokenizer=base.tokenizer)
-    held.injection.add_adapter(record.adapter, refit=refit)
-    again = run(held, tmp_path / "again", paths={"less": path})
-    held.detach()
-    assert again.system("less").gold_logprob == result.system("less").gold_logprob
-    plain = run(base, tmp_path / "plain", paths={"less": path.with_adapter("")})
-    assert plain.system("less").gold_logprob != result.system("less").gold_logprob
-    assert plain.system("less").prompt_flops == result.system("less").prompt_flops
-
-
-def test_questions_that_a_path_was_healed_on_are_not_reported(base, tmp_path):
-    written_healed(tmp_path, base.model, base.identity, tasks=("builtin_facts",))
-    with pytest.raises(ConfigError, match="evaluate them on test"):
-        evaluate(base, ["builtin_facts"], small(split="search"), paths=str(tmp_path))
-
-
 def assert_outcomes(listed, base, result, folder, name):
     task, losses = get_task("builtin_facts"), []
     examples = {example.id: example for example in task.examples("test")}
@@ -167,8 +117,7 @@ def test_without_routers_base_is_compared_with_the_paths(evaluated):
     # K and V of four of the six layers, and of five executions that have an attention.
     kept = [system.kv_bytes_per_token / result.base.kv_bytes_per_token for system in result.systems]
     assert kept == pytest.approx([1, 4 / 6, 5 / 6])
-    steps = {name: steps_to_write(path) for name, path in PATHS.items()}
-    assert result.paths == steps
+    assert result.paths == {name: path.layers for name, path in PATHS.items()}
     assert result.headline_system is result.best_path
     assert result.best_path.accuracy == max(result.system(name).accuracy for name in PATHS)
     assert {result.system(name).against_base.accuracy.num_tests for name in PATHS} == {2}
@@ -265,12 +214,6 @@ def test_the_command_gives_the_answer_once_and_as_its_status(
     assert (result.drop_test.chosen is None) == bool(status)
 
 
-def test_paths_without_names_have_no_fixed_order(base, tmp_path):
-    file = written_paths(tmp_path / "paths.json", base.identity)
-    with pytest.raises(PathError, match=r"name one of them as .*: full, 5\.00, 4\.00, again"):
-        run(base, tmp_path / "eval", str(file), max_drop=2.0)
-
-
 def test_two_paths_need_the_same_number_of_questions_in_table_and_curve(base, tmp_path):
     paths = {"four": PATHS["four"], "five": StaticPath(range(5))}
     result = run(base, tmp_path, paths, limit=20, num_texts=2)
@@ -278,16 +221,6 @@ def test_two_paths_need_the_same_number_of_questions_in_table_and_curve(base, tm
     for system in result.systems[1:]:
         assert system.against_base.accuracy.p_corrected is not None
         assert points[system.name].against_base == system.against_base
-
-
-def test_all_paths_of_a_file_are_systems_but_the_full_one_unless_it_is_named(base, tmp_path):
-    file = written_paths(tmp_path / "paths.json", base.identity)
-    (tmp_path / "plan.json").write_text('{"decisions": [1, 1, 1, 1, 1, 0]}')
-    few = {"limit": 2, "num_texts": 2}
-    result = run(base, tmp_path / "all", f"{file}, {tmp_path / 'plan.json'}", **few)
-    assert [each.name for each in result.systems] == ["base", "5.00", "4.00", "again", "plan"]
-    result = run(base, tmp_path / "one", f"{file}:full", **few)
-    assert [each.name for each in result.systems] == ["base", "full"]
 
 
 def test_a_file_of_paths_may_be_given_as_a_path_of_python(tmp_path):
@@ -301,15 +234,11 @@ def test_a_file_of_paths_may_be_given_as_a_path_of_python(tmp_path):
 
 
 def test_paths_that_cannot_be_systems_are_refused(base, tmp_path):
-    file = written_paths(tmp_path / "paths.json", base.identity)
-    deeper = {**base.identity, "num_layers": 7}
-    other = written_paths(tmp_path / "other.json", deeper)
-    full = written_paths(tmp_path / "full.json", base.identity, paths={"full": [*range(6)]})
+    file = tmp_path / "four.json"
+    file.write_text('{"path": [0, 1, 2, 3]}')
     for paths, said in {
-        f"{file}:4.0": "unknown path '4.0'; did you mean '4.00'",
-        f"{file},{file}:4.00": "'4.00' is there twice",
-        str(other): "num_layers 7 .this model has 6",
-        str(full): "has only the full path",
+        f"{file},{file}": "two paths are called 'four'",
+        "without:2,x": "give layers and ranges",
     }.items():
         with pytest.raises(PathError, match=said):
             run(base, tmp_path / "eval", paths)
@@ -321,18 +250,6 @@ def test_paths_that_cannot_be_systems_are_refused(base, tmp_path):
         with pytest.raises(PathError, match=said):
             run(base, tmp_path / "eval", {name: StaticPath(path)})
     assert not (tmp_path / "eval").exists()
-
-
-def test_paths_alone_name_their_base_model(drllm, model_folder, tmp_path):
-    base = load(str(model_folder(num_layers=6)), device="cpu")
-    plan, out = tmp_path / "plan.json", tmp_path / "eval"
-    plan.write_text('{"path": [0, 1, 2]}')  # names no model, so the next file's counts
-    file = written_paths(tmp_path / "paths.json", base.identity)
-    few = ("--tasks", "builtin_facts", "--limit", 2, "--num-texts", 2, "--output-dir", out)
-    drllm("evaluate --device cpu --paths", f"{plan},{file}:5.00", *few)
-    [result] = read_results(out)
-    assert result.model["fingerprint"] == base.identity["fingerprint"]
-    assert list(result.paths) == ["plan", "5.00"]
 
 
 def test_what_only_routers_have_is_refused_without_them(base, tmp_path):
@@ -373,12 +290,3 @@ def test_an_interrupted_evaluation_resumes_with_the_same_paths_alone(base, tmp_p
     assert asked[1:] == [*PATHS.values()]
     with pytest.raises(ConfigError, match=r"made with paths four.*another --output-dir"):
         run(base, tmp_path, changed, **few)
-
-
-def test_questions_that_a_path_was_chosen_on_are_refused(base, tmp_path):
-    file = written_paths(tmp_path / "paths.json", base.identity)
-    with pytest.raises(ConfigError, match="chosen on"):
-        run(base, tmp_path / "out", str(file), split="select")
-    divided = written_paths(tmp_path / "part.json", base.identity, divided=("builtin_facts",))
-    with pytest.raises(ConfigError, match="some of the questions of builtin_facts"):
-        run(base, tmp_path / "out", str(divided))

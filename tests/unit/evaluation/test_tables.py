@@ -13,7 +13,6 @@ from drllm.evaluation.plan import name_depth
 from drllm.evaluation.tables import build_curve, build_table, compare_seeds
 from drllm.paths import StaticPath
 from drllm.records.manifest import new_manifest
-from drllm.records.static_paths import steps_to_write
 from drllm.statistics.exclusion import DropTest, Limits, TaskTest, Trial, exclude_drop
 from drllm.statistics.intervals import wilson_interval
 from drllm.statistics.paired import paired_interval
@@ -159,7 +158,7 @@ def beside_routers(routed=27.4, drop_test=None):
     ]
     routed = run("routed", RIGHT_80, executions=routed, losses=[3.2] * 40)
     found = runs(run("base", RIGHT_50, losses=[3.3] * 40), routed, *systems)
-    steps = {name: steps_to_write(path) for name, path in paths.items()}
+    steps = {name: path.layers for name, path in paths.items()}
     table = build_table(found)
     header = HEADER | {"paths": steps}
     return build_evaluation(found, table, build_curve(found, table), header, drop_test)

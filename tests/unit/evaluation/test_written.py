@@ -1,5 +1,6 @@
 """Answers in words, to be read beside each other."""
 
+import json
 from argparse import Namespace
 
 import pytest
@@ -10,11 +11,8 @@ from drllm.evaluation.request import complete_settings
 from drllm.evaluation.stage import evaluate
 from drllm.evaluation.written import MAX_NEW_TOKENS, write_answers
 from drllm.models.routed_model import RoutedModel
-from drllm.models.routing.healed import install_path
 from drllm.paths import StaticPath
-from drllm.records.static_paths import load_path
 from drllm.reporting.stage import report
-from healed_folder import written_healed
 
 
 def answer_alone(routed, path, question):
@@ -28,16 +26,16 @@ def answer_alone(routed, path, question):
 
 def test_base_and_each_path_answer_the_first_questions_as_they_would_alone(tiny_base, tmp_path):
     base = tiny_base(max_position_embeddings=1024)
-    healed = tmp_path / "healed"
-    written_healed(healed, base.model, base.identity, path=(0, 1, 3, 5), tasks=())
+    layers = (0, 1, 3, 5)
+    (tmp_path / "less.json").write_text(json.dumps({"path": layers}))
     config = EvaluateConfig(limit=4, num_texts=2, num_written=2, baselines="none")
     folder = tmp_path / "eval"
-    [result] = evaluate(base, "builtin_facts", config, folder, paths=str(healed))
+    [result] = evaluate(base, "builtin_facts", config, folder, paths=str(tmp_path / "less.json"))
     assert len(result.written) == 2
     routed = RoutedModel(base.model, tokenizer=base.tokenizer)
     paths = {
         "base": StaticPath(range(6)),
-        "less": install_path(routed.injection, load_path(healed)),
+        "less": StaticPath(layers),
     }
     for written in result.written:
         assert list(written.answers) == list(paths)

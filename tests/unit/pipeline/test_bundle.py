@@ -7,12 +7,10 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
-from transformers import AutoModelForCausalLM
 
-from drllm.config import ModelConfig
 from drllm.errors import ConfigError, ModelError
 from drllm.model.cards import CARD_FILE
-from drllm.model.load import load
+from drllm.model.submodel import shorten
 from drllm.models.routed_model import attach, detach
 from drllm.models.routers.checkpoint import load_routers, save_routers
 from drllm.models.routers.config import RouterConfig
@@ -25,12 +23,11 @@ from drllm.models.routing.bypass_file import (
     save_bypass,
 )
 from drllm.pipeline.bundle import bundle, write_gguf
+from drllm.prune.export import export
 from drllm.records.codec import write_json
 from drllm.records.manifest import new_manifest, read_manifest, write_records
 from drllm.records.search import read_search
-from drllm.records.shrink import SHRINK_FILE, ShrinkRecord, ShrunkModel, read_shrink
-from healed_folder import written_refit
-from run_folder import RunFolderWriter
+from drllm.records.shortened import SHRINK_FILE, ModelResult, ShrinkRecord, read_shrink
 from search_records import make_path, make_record
 
 NUM_LAYERS = 6
@@ -73,10 +70,10 @@ def routers_folder(tmp_path, base):
 
 
 @pytest.fixture
-def healed(tmp_path, base):
-    folder = tmp_path / "healed"
-    written_refit(folder, base.model, base.identity)
-    return folder
+def smaller(tmp_path, base):
+    """A checkpoint without two layers."""
+    export(shorten(base.model, [2, 3]), base, tmp_path / "smaller")
+    return tmp_path / "smaller"
 
 
 @pytest.fixture
@@ -116,60 +113,29 @@ def write_shrunken(folder, base):
         "data_dir": "/home/me/data",
     }
     models = (
-        ShrunkModel(name="full", layers=tuple(range(NUM_LAYERS)), num_bytes=12),
-        ShrunkModel(name="skip1", layers=tuple(range(1, NUM_LAYERS)), num_bytes=8),
+        ModelResult(name="full", layers=tuple(range(NUM_LAYERS)), num_bytes=12),
+        ModelResult(name="5", layers=tuple(range(1, NUM_LAYERS)), num_bytes=8),
     )
     record = ShrinkRecord(
         **new_manifest("shrink", model=base.identity, config=config),
-        tasks=("mine",),
-        texts=(),
-        num_questions={"mine": 9},
-        num_held_out={"mine": 3},
+        counts={"mine": (9, 3, 3)},
         runtime={},
-        questions_sha256="0",
         models=models,
-        chosen="skip1",
+        chosen="5",
     )
     folder.mkdir()
-    (folder / "config.json").write_text("{}")
+    (folder / "config.json").write_text('{"kept_layers": [1, 2, 3, 4, 5]}')
     write_json(folder / SHRINK_FILE, record)
     return folder
 
 
-def test_each_kind_has_a_folder_with_a_card(searched, routers_folder, healed, base, tmp_path):
+def test_each_kind_has_a_folder_with_a_card(searched, routers_folder, smaller, base, tmp_path):
     output = tmp_path / "publish"
-    artefacts = bundle([searched, routers_folder, healed], output, model=base)
+    artefacts = bundle([searched, routers_folder, smaller], output)
     assert {artefact.kind for artefact in artefacts} == {"search-log", "routers", "checkpoint"}
     assert {folder.name for folder in output.iterdir()} == {name.kind for name in artefacts}
     for artefact in artefacts:
         assert (artefact.folder / CARD_FILE).read_text().startswith("---\n")
-
-
-def test_a_healed_path_becomes_an_ordinary_checkpoint(healed, base, tmp_path):
-    [artefact] = bundle([healed], tmp_path / "publish", model=base)
-    model = AutoModelForCausalLM.from_pretrained(artefact.folder)
-    assert model.config.num_hidden_layers == 4
-
-
-def test_the_card_of_a_runs_healed_path_says_what_its_evaluation_found(base, tmp_path):
-    run = RunFolderWriter(tmp_path / "run", num_layers=NUM_LAYERS, seed=0)
-    record = written_refit(run.path / "healed", base.model, base.identity, name="without 2-3")
-    steps = [{"layer": step.layer, "adapter": record.adapter} for step in record.steps]
-    run.evaluation("builtin_facts", questions=80)
-
-    def evaluate_both(values):
-        base_system, system, *_ = values["systems"]
-        names = ("healed:without 2-3", "without 2-3")
-        values["systems"] = [base_system, *({**system, "name": name} for name in names)]
-        values["paths"] = {names[0]: steps, names[1]: [{"layer": 0}]}
-
-    run.change("eval/builtin_facts.json", evaluate_both)
-    [artefact] = bundle([run.path], tmp_path / "publish", model=base)
-    card = (artefact.folder / CARD_FILE).read_text(encoding="utf-8")
-    [line] = [line for line in card.splitlines() if "on builtin_facts: accuracy" in line]
-    assert "of without 2-3 minus the full path" in line
-    assert "of 80 questions" in line
-    assert "is excluded" in line
 
 
 def test_routers_come_without_what_else_a_training_leaves(routers_folder, base, tmp_path):
@@ -359,14 +325,14 @@ def test_a_link_in_a_checkpoint_is_refused_and_what_it_leads_to_is_not_published
     assert not (tmp_path / "publish").exists()
 
 
-def test_the_checkpoint_is_converted_by_the_converter_of_llama_cpp(healed, base, tmp_path):
+def test_the_checkpoint_is_converted_by_the_converter_of_llama_cpp(smaller, base, tmp_path):
     (tmp_path / "convert_hf_to_gguf.py").write_text(CONVERTER)
-    artefacts = bundle([healed], tmp_path / "publish", model=base, llama_cpp=tmp_path)
+    artefacts = bundle([smaller], tmp_path / "publish", llama_cpp=tmp_path)
     folder = {artefact.kind: artefact.folder for artefact in artefacts}["checkpoint-gguf"]
     assert [file.name for file in folder.glob("*.gguf")] == ["model-bf16.gguf"]
     card = (folder / CARD_FILE).read_text()
     assert "model-bf16.gguf" in card
-    assert "Layers of this checkpoint: 4" in card  # the checkpoint's own card is in it
+    assert "4 of 6 layers" in card  # the checkpoint's own card is in it
     assert ModelCard(card).data.library_name == "gguf"
 
 
@@ -387,22 +353,22 @@ def test_a_gguf_file_names_the_base_model_of_its_checkpoint(tmp_path):
     )
 
 
-def test_a_converter_that_fails_leaves_nothing(healed, base, tmp_path):
+def test_a_converter_that_fails_leaves_nothing(smaller, base, tmp_path):
     (tmp_path / "convert_hf_to_gguf.py").write_text("raise SystemExit('no such architecture')")
     with pytest.raises(ModelError, match="no such architecture"):
-        bundle([healed], tmp_path / "publish", model=base, llama_cpp=tmp_path)
+        bundle([smaller], tmp_path / "publish", llama_cpp=tmp_path)
     assert not (tmp_path / "publish").exists()
     with pytest.raises(ConfigError, match=r"has no convert_hf_to_gguf\.py"):
-        bundle([healed], tmp_path / "publish", model=base, llama_cpp=tmp_path / "none")
+        bundle([smaller], tmp_path / "publish", llama_cpp=tmp_path / "none")
 
 
 def test_layers_of_different_kinds_are_not_converted(tiny_base, tiny_model, tmp_path):
     gemma = tiny_base(tiny_model("gemma3_text"))
     assert len(set(gemma.model.config.layer_types)) == 2
-    written_refit(tmp_path / "healed", gemma.model, gemma.identity, path=[0, 1, 4, 5])
+    export(shorten(gemma.model, [2, 3]), gemma, tmp_path / "smaller")
     (tmp_path / "convert_hf_to_gguf.py").write_text(CONVERTER)
     with pytest.raises(ConfigError, match="layer_types in"):
-        bundle([tmp_path / "healed"], tmp_path / "publish", model=gemma, llama_cpp=tmp_path)
+        bundle([tmp_path / "smaller"], tmp_path / "publish", llama_cpp=tmp_path)
     assert not (tmp_path / "publish").exists()
 
 
@@ -415,31 +381,3 @@ def test_the_command_says_what_it_made(drllm, searched, tmp_path):
 def test_the_command_at_the_end_of_a_bundle_can_be_pasted(drllm, searched, tmp_path):
     output = drllm("bundle", searched, "--output-dir", tmp_path / "to publish").out
     assert f"hf upload OWNER/NAME '{tmp_path / 'to publish' / 'search-log'}'" in output
-
-
-def test_the_command_loads_the_model_that_a_healed_path_names_as_its_flags_say(
-    drllm, model_folder, tmp_path
-):
-    base = load(ModelConfig(model=str(model_folder(num_layers=NUM_LAYERS)), device="cpu"))
-    written_refit(tmp_path / "healed", base.model, base.identity)
-    for dtype in ("float32", "bfloat16"):
-        output = tmp_path / dtype
-        drllm(f"bundle --device cpu --dtype {dtype}", tmp_path / "healed", "--output-dir", output)
-        exported = AutoModelForCausalLM.from_pretrained(output / "checkpoint", dtype="auto")
-        assert str(exported.dtype) == f"torch.{dtype}"
-
-
-def test_a_model_is_refused_where_no_path_is_exported(drllm, searched, tmp_path):
-    words = ["bundle --model smollm2-135m", searched, "--output-dir", tmp_path / "publish"]
-    assert "--model has no effect" in drllm(*words, status=2).err
-    assert not (tmp_path / "publish").exists()
-
-
-@pytest.mark.parametrize("setting", ["--dtype float32", "--device cpu", "--trust-remote-code"])
-def test_how_a_model_is_loaded_is_refused_where_no_path_is_exported(
-    drllm, searched, tmp_path, setting
-):
-    words = [f"bundle {setting}", searched, "--output-dir", tmp_path / "publish"]
-    [line] = drllm(*words, status=2).err.splitlines()
-    assert f"{setting.split()[0]} has no effect, since no folder has a healed path" in line
-    assert not (tmp_path / "publish").exists()

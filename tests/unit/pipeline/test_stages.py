@@ -3,15 +3,11 @@
 import json
 
 import pytest
-from msgspec.structs import replace
 
-from drllm.pipeline.manifest import RunManifest, StageState
+from drllm.pipeline.manifest import RunManifest
 from drllm.pipeline.recipes import read_recipe
 from drllm.pipeline.stages import Run, make_stage
-from drllm.records.codec import sha256, write_json
-from drllm.records.static_paths import PATHS_FILE, read_paths
 from drllm.work.listener import Listener
-from paths_json import written_paths
 
 RECIPE = """
 search: {tasks: QUESTIONS, limit: 2, reward: 'grade.py:right'}
@@ -108,33 +104,6 @@ def test_other_worked_examples_run_a_search_again(tmp_path, monkeypatch):
         if after["questions"] == before["questions"] and after != before:
             return
     pytest.fail("no worked example makes a difference")
-
-
-@pytest.mark.parametrize(
-    ("is_cut", "minutes", "needs_rerun"), [(True, 3, True), (True, 2, False), (False, 3, False)]
-)
-def test_a_tuning_whose_time_was_up_goes_on_with_more_minutes(
-    tmp_path, is_cut, minutes, needs_rerun
-):
-    tune = f"tune: {{tasks: builtin_facts, minutes: {minutes}}}"
-    text = f"{tune}\nevaluate: {{tasks: builtin_facts}}\n"
-    (tmp_path / "recipe.yaml").write_text(text)
-    folder = tmp_path / "run"
-    folder.mkdir()
-    file = written_paths(folder / PATHS_FILE, {"id": "tiny", "num_layers": 6})
-    write_json(file, replace(read_paths(file), is_cut=is_cut, config={"minutes": 2.0}))
-    outputs = {PATHS_FILE: sha256(file)}
-    manifest = RunManifest(stages={"tune": StageState(made_from={}, outputs=outputs)})
-    assert make_stage("tune", new_run(tmp_path, manifest)).needs_rerun == needs_rerun
-
-
-def test_a_damaged_result_of_a_tuning_is_no_reason_to_stop(tmp_path):
-    text = "tune: {tasks: builtin_facts, minutes: 1}\nevaluate: {tasks: builtin_facts}\n"
-    (tmp_path / "recipe.yaml").write_text(text)
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / PATHS_FILE).write_text("{")
-    manifest = RunManifest(stages={"tune": StageState(made_from={}, outputs={PATHS_FILE: "0"})})
-    assert not make_stage("tune", new_run(tmp_path, manifest)).needs_rerun
 
 
 def test_more_seconds_for_the_measurement_of_time_run_an_evaluation_again(tmp_path, monkeypatch):

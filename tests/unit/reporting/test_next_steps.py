@@ -12,14 +12,11 @@ from msgspec.structs import replace
 from drllm.cli.parser import parse
 from drllm.config import (
     EvaluateConfig,
-    HealConfig,
     ModelConfig,
     SearchConfig,
     SuperviseConfig,
     TrainConfig,
-    TuneConfig,
 )
-from drllm.records.results import StepRecord
 from drllm.reporting.commands import SETTINGS_FILE, evaluate_command
 from drllm.reporting.next_steps import DEPTHS, suggest_steps
 from drllm.reporting.run import Run, read_run
@@ -112,10 +109,12 @@ def test_one_depth_asks_for_a_curve_and_a_curve_for_a_choice(run):
 def test_a_path_of_whole_layers_is_offered_for_export(run, evaluation, even):
     result = add_paths(evaluation, 1, routed=False)
     base, path = result.systems
-    config = {"paths": "tuned/paths.json"}
-    changes = {"systems": (base, replace(path, against_base=even)), "paths": result.paths}
+    name = "without 1"
+    config = {"paths": "a.json,without:1"}
+    path = replace(path, name=name, against_base=even)
+    changes = {"systems": (base, path), "paths": {name: (0, 2)}}
     [export] = commands(run, "export", **changes, config=config, curve=())
-    assert export.values["path"] == "tuned/paths.json:skip1"
+    assert export.values["skip"] == "1"
     assert export.get_settings(ModelConfig).model == evaluation.model["id"]
 
 
@@ -148,27 +147,6 @@ def test_worked_examples_are_not_offered_where_there_are_some(run, evaluation, e
     assert len(commands(run, "ls", **changes, num_fewshot=5)) == 1
 
 
-@pytest.mark.parametrize(
-    ("name", "place"),
-    [("without 1", "without:1"), ("healed:without 1", "runs/a/healed/path.json")],
-)
-def test_a_path_is_offered_as_it_was_given(run, evaluation, even, name, place):
-    result = add_paths(evaluation, 1, routed=False)
-    base, path = result.systems
-    step = StepRecord(layer=0, adapter="healed" if ":" in name else "")
-    even = replace(even, accuracy=replace(even.accuracy, needed=None, excluded_loss=0.01))
-    changes = {
-        "systems": (base, replace(path, name=name, against_base=even)),
-        "paths": {name: (step,)},
-        "config": {"paths": "without:1,runs/a/healed/path.json"},
-    }
-    [export] = commands(run, "export", **changes, curve=())
-    assert export.values["path"] == place
-    [drop_test] = commands(run, "evaluate", **changes, curve=(), drop_test=None)
-    # No path comes before it, whose failure would end the test.
-    assert drop_test.get_settings(EvaluateConfig).paths == place
-
-
 def test_after_a_path_on_built_in_questions_shrink_is_offered_for_other_questions(
     run, evaluation, even
 ):
@@ -192,30 +170,8 @@ def test_of_static_paths_beside_routers_the_one_of_the_verdict_is_offered(run, e
     best = result.best_path
     assert best.executions <= evaluation.routed.executions
     run = dataclasses.replace(run, evaluations=[result])
-    [export] = commands(run, "export")
-    assert export.values["path"].endswith(f"/{best.name}.json")
-    [text] = [text for text, command in suggest_steps(run) if "export" in command]
+    [text] = [text for text, command in suggest_steps(run) if "drllm shrink" in command]
     assert f"minus {best.name}," in text
-
-
-def test_a_path_that_answers_as_well_but_writes_worse_text_is_to_be_healed(run, evaluation, even):
-    text_loss = evaluation.routed.against_base.text_loss
-    assert text_loss.is_better is False
-    result = add_paths(evaluation, 1, routed=False)
-    base, path = result.systems
-    against_base = replace(even, accuracy=judge_counts(0, 0, 500), text_loss=text_loss)
-    changes = {
-        "systems": (base, replace(path, against_base=against_base)),
-        "paths": result.paths,
-        "config": {"paths": "tuned/paths.json"},
-        "drop_test": None,
-    }
-    [heal] = commands(run, "heal", **changes)
-    config = heal.get_settings(HealConfig)
-    assert (config.path, config.tasks) == ("tuned/paths.json:skip1", evaluation.task)
-    assert commands(run, "export", **changes) == []
-    [generate] = commands(run, "generate", **changes)
-    assert generate.values["path"] == "tuned/paths.json:skip1"
 
 
 @pytest.mark.parametrize(
@@ -240,18 +196,6 @@ def test_no_more_questions_are_to_be_asked_than_there_are(run, evaluation, avail
         expected = round_up(few.needed) if limit == "needed" else limit
         assert line.get_settings(EvaluateConfig).limit == expected
     assert str(round_up(few.needed)) in text
-
-
-def test_questions_of_a_file_are_named_by_the_file(run, evaluation, even):
-    last = evaluation.system("last layers")
-    rival = replace(last, routed_against=even, executions=evaluation.routed.executions)
-    changes = {
-        "systems": (*evaluation.systems[:2], rival),
-        "task": "mine",
-        "config": {"tasks": "builtin_facts,data/mine.jsonl?question=ticket"},
-    }
-    [tune] = commands(run, "tune", **changes)
-    assert tune.get_settings(TuneConfig).tasks == "data/mine.jsonl?question=ticket"
 
 
 def test_a_task_with_a_limit_of_its_own_gets_a_higher_one(run, evaluation, tmp_path, monkeypatch):
@@ -309,14 +253,6 @@ def test_beside_a_folder_of_results_alone_new_folders_stand_beside_it(run, evalu
     outputs = [line.values.get("output_dir") for line in commands(alone, "evaluate", curve=())]
     assert outputs
     assert {str(Path(str(output)).parent) for output in outputs} == {"results"}
-
-
-def test_a_baseline_that_is_as_good_asks_for_a_path_of_the_same_model(run, evaluation, even):
-    last = evaluation.system("last layers")
-    rival = replace(last, routed_against=even, executions=evaluation.routed.executions)
-    [tune] = commands(run, "tune", systems=(*evaluation.systems[:2], rival))
-    assert tune.get_settings(ModelConfig).model == evaluation.model["id"]
-    assert tune.get_settings(TuneConfig).tasks == evaluation.task
 
 
 @pytest.mark.parametrize("accuracies", [(0.3, 0.4, 0.3), (0.7, 0.3, 0.3), (0.7, 0.7, 0.6)])

@@ -2,20 +2,18 @@
 
 import pytest
 
-from drllm.config import EvaluateConfig, HealConfig, SearchConfig, TuneConfig
+from drllm.config import EvaluateConfig, SearchConfig
 from drllm.errors import TaskError
 from drllm.evaluation.questions import select_tasks as select_tasks_to_evaluate
+from drllm.prune.questions import read_questions
 from drllm.search.questions import select_tasks
 from drllm.tasks.registry import get_task, get_tasks
-from drllm.tuning.data_splits import split_tasks
-from drllm.tuning.heal_texts import read_sources
 
 READERS = {
     "get_task": lambda name: get_task(name),
     "get_tasks": lambda name: get_tasks(name),
     "search": lambda name: select_tasks(SearchConfig(dataset=name)),
-    "tune": lambda name: split_tasks(TuneConfig(tasks=name)),
-    "heal": lambda name: read_sources(HealConfig(tasks=name)),
+    "shrink": lambda name: read_questions(name),
     "evaluate": lambda name: select_tasks_to_evaluate(EvaluateConfig(tasks=name)),
 }
 

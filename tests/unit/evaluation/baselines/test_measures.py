@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from drllm.errors import ModelError
+from drllm.evaluation.baselines import material as materials
 from drllm.evaluation.baselines.base import BASELINES
 from drllm.evaluation.baselines.material import Material, make_measure
 from drllm.models.routed_model import RoutedModel
 from drllm.models.scoring.score import Request
 from drllm.paths import to_path
-from drllm.tuning import path_scorer
 from slow_way import ListedModel
 
 TOLERANCE = 1e-4
@@ -79,6 +79,6 @@ def test_what_is_known_of_candidates_is_not_measured_again(material, routed, mon
 
     before = plans()
     assert {name for name, _ in known} == {"arc by loss", "arc by answers"}
-    monkeypatch.setattr(path_scorer, "score_paths", measured_again)
+    monkeypatch.setattr(materials, "_mean_scores", measured_again)
     for first, again in zip(before, plans(), strict=True):
         assert torch.equal(again.routing, first.routing)
