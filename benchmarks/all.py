@@ -1,11 +1,10 @@
 """Everything that the log claims, measured on one device in an hour at most.
 
 First how fast: the benchmarks beside this one that take a model, in their quick form on a CPU.
-Then what is kept: a path is tuned, healed and compared with the full one, and routers are searched
-for, trained and compared with the baselines. Each step is a process of its own with what is left of
-the time; what it writes stays in the output folder, and the same command goes on with the steps
-that aren't there. Steps that failed or were not reached are named in the figures, and the exit
-status is 1 if any failed.
+Then what is kept: a model is shrunk for a task, and routers are searched for, trained and compared
+with the baselines. Each step is a process of its own with what is left of the time; what it writes
+stays in the output folder, and the same command resumes with the steps that aren't there. Steps
+that failed or were not reached are named in the figures, and the exit status is 1 if any failed.
 
     python benchmarks/all.py [--output-dir DIR] [--minutes 60] [--only NAMES] [--quick]
         [--json FILE] [--model MODEL] [--device DEVICE] [--dtype DTYPE] [--task TASK]
@@ -28,7 +27,7 @@ import common
 from common.process import run_python
 
 HERE = Path(__file__).parent
-ON_ANY_DEVICE = ("generate", "search", "features", "tune", "evaluation", "refit", "heal_step")
+ON_ANY_DEVICE = ("generate", "search", "features", "evaluation")
 ON_CPU_ALONE = ("training", "precision", "search_quality")
 """Benchmarks of this folder, by the devices that they run on."""
 MIN_SECONDS = 20.0  # with less time left, no further step is begun
@@ -54,8 +53,7 @@ class Step:
 class Sizes:
     """How much each step does, as arguments of its command."""
 
-    tune: Sequence[str]
-    heal: Sequence[str]
+    shrink: Sequence[str]
     search: Sequence[str]
     evaluate: Sequence[str]
 
@@ -64,14 +62,12 @@ def choose_sizes(options: argparse.Namespace) -> Sizes:
     """Return the sizes of the quick or the whole form."""
     if options.quick:
         return Sizes(
-            tune=("--num-fit", "8", "--num-judged", "8"),
-            heal=("--steps", "2"),
+            shrink=("--minutes", "0.2", "--save", "17%"),
             search=("--limit", "6", "--num-simulations", "4"),
             evaluate=("--limit", "8"),
         )
     return Sizes(
-        tune=("--num-fit", "60", "--num-judged", "100"),
-        heal=("--minutes", str(options.minutes / 6)),
+        shrink=("--minutes", str(options.minutes / 4), "--save", "17%"),
         search=("--limit", "60", "--num-simulations", "50"),
         evaluate=("--limit", "100"),
     )
@@ -87,9 +83,7 @@ class Steps:
         self.model += ["--dtype", options.dtype]
         self.data = ["--data-dir", options.data_dir] if options.data_dir else []
         folder = options.output_dir
-        self.tuned_file = folder / "tuned" / "paths.json"
-        self.healed_folder = folder / "healed"
-        self.comparison_file = folder / "paths.json"
+        self.shrunk_folder = folder / "shrunk"
         self.supervision_file = folder / "search" / "supervision.jsonl"
         self.routers_folder = folder / "routers"
         self.eval_folder = folder / "eval"
@@ -105,9 +99,7 @@ class Steps:
             steps[name] = Step(partial(self._run_benchmark, name, file), file)
         targets = self.supervision_file.with_name("supervision.manifest.json")
         result = self.eval_folder / f"{self.options.task}.json"
-        steps["path"] = Step(self._tune, self.tuned_file)
-        steps["healing"] = Step(self._heal, self.healed_folder / "path.json")
-        steps["paths"] = Step(self._compare_paths, self.comparison_file)
+        steps["shrinking"] = Step(self._shrink, self.shrunk_folder / "shrink.json")
         steps["targets"] = Step(self._search, targets)
         steps["routers"] = Step(self._train, self.routers_folder / "router_config.json")
         steps["routing"] = Step(self._evaluate, result)
@@ -126,27 +118,10 @@ class Steps:
     def _run_verb(self, name: str, *words: str) -> list[str]:
         return ["-m", "drllm", name, *self.model, *self.data, *words]
 
-    def _tune(self) -> list[str]:
-        words = ["--tasks", self.options.task, "--max-loss", "5", *self.sizes.tune]
-        return self._run_verb("tune", *words, "--output-dir", str(self.tuned_file.parent))
-
-    def _name_shortest_path(self) -> str:
-        """Return the shortest path of the tuning, as commands take it."""
-        paths = json.loads(self.tuned_file.read_text(encoding="utf-8"))["paths"]
-        return f"{self.tuned_file}:{paths[-1]['name']}"
-
-    def _heal(self) -> list[str]:
-        words = ["--path", self._name_shortest_path(), "--tasks", self.options.task]
-        words += [*self.sizes.heal, "--output-dir", str(self.healed_folder)]
-        return self._run_verb("heal", *words)
-
-    def _compare_paths(self) -> list[str]:
-        paths = f"{self._name_shortest_path()},{self.healed_folder}"
-        command = [str(HERE / "healed.py"), "--paths", paths, "--tasks", self.options.task]
-        command += [*self.model, *self.data, "--json", str(self.comparison_file)]
-        if self.options.quick:
-            command.append("--quick")
-        return command
+    def _shrink(self) -> list[str]:
+        _, model, *device = self.model
+        words = [model, self.options.task, str(self.shrunk_folder), *self.sizes.shrink]
+        return ["-m", "drllm", "shrink", *device, *self.data, *words]
 
     def _search(self) -> list[str]:
         words = ["--tasks", self.options.task, *self.sizes.search]

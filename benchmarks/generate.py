@@ -11,10 +11,9 @@ does hits all of them alike, and are compared round by round; figures are median
 (d) K/V rows and bytes in the cache against those of the plan, counted
 (e) many prompts under three plans: `generate_many`, which routes all prompts first and then
     decodes those of one plan together, against batches of mixed plans
-(f) checkpoints exported without k of L layers, loaded by transformers, and the same layers skipped
-    by an attached model: plain, with a refit, and with LoRA on the layers that run (exported, both
-    are part of the weights), all against the untouched model, head and all; exported, at least 0.8
-    of the share of multiply-adds that is saved has to be saved in time
+(f) models of `shorten` without k of L layers, and the same layers skipped by an attached model,
+    both against the untouched model, head and all; shortened, at least 0.8 of the share of
+    multiply-adds that is saved has to be saved in time
 
     python benchmarks/generate.py [--quick] [--json FILE] [--clock cpu] [--model MODEL]
         [--device DEVICE] [--dtype DTYPE] [--rows N]
@@ -24,7 +23,6 @@ from __future__ import annotations
 
 import random
 import statistics
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,9 +33,7 @@ import torch
 from common.bound import seconds_to_search, share_of_work
 from common.comparison import Comparison
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
-from drllm.config import HealConfig
 from drllm.evaluation.latency import (
     Clock,
     Rounds,
@@ -49,16 +45,14 @@ from drllm.evaluation.latency import (
 )
 from drllm.model.load import BaseModel
 from drllm.model.prompts import encode, pad_left
-from drllm.models.export import export_path
+from drllm.model.submodel import shorten
 from drllm.models.routed_model import RoutedModel
 from drllm.models.routers.config import RouterConfig
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.batch_generation import generate_many
 from drllm.models.routing.kv_cache import RoutedCacheLayer
 from drllm.models.routing.policies import FixedPolicy, FullPolicy, Policy, PromptView, RouterPolicy
-from drllm.paths import StaticPath, to_path
 from drllm.tasks.registry import get_task
-from drllm.tuning.refit import find_projections, get_weight, list_modules
 
 PROMPT_TOKENS = 100
 ROWS = 8
@@ -77,7 +71,7 @@ OURS = {
     "b": "RoutedModel(model) under a plan that skips k layers",
     "c": "RoutedModel(model, policy=RouterPolicy(routers)), which execute every layer",
     "e": "generate_many: routed first, then decoded in batches of one plan",
-    "f": "the checkpoint that export_path writes, and RoutedModel(model) under the same plan",
+    "f": "the model that shorten returns, and RoutedModel(model) under the same plan",
 }
 THEIRS = {
     "a": "the untouched model, the same weights",
@@ -94,7 +88,7 @@ QUICK = {
     "routers": 8,
     "many": 1,
     "new_tokens": 8,
-    "exported": 3,
+    "shortened": 3,
 }
 WHOLE = {
     "prompt": 30,
@@ -103,7 +97,7 @@ WHOLE = {
     "routers": 60,
     "many": 5,
     "new_tokens": 32,
-    "exported": 60,
+    "shortened": 60,
 }
 
 
@@ -413,31 +407,8 @@ def many_prompts(base: BaseModel, repeats: Mapping[str, int], clock: Clock) -> M
     return results
 
 
-def attach_refit(base: BaseModel, path: StaticPath) -> RoutedModel:
-    """Return a routed copy that runs a path with a refit; its values don't matter here."""
-    routed = RoutedModel(copy_sharing_weights(base.model))
-    projections = find_projections(routed, path.gaps(base.num_layers))
-    refit: dict[str, Tensor] = {}
-    for projection in projections.values():
-        for name, module in list_modules(projection).items():
-            refit[name] = get_weight(module).clone()
-    routed.injection.add_adapter("refit", refit=refit)
-    routed.driver.policy = routed.build_policy(path.with_adapter("refit"))
-    return routed
-
-
-def attach_lora(base: BaseModel, path: StaticPath) -> RoutedModel:
-    """Return a routed copy that runs a path with LoRA; its values don't matter here."""
-    routed = RoutedModel(copy_sharing_weights(base.model))
-    rank = HealConfig().rank
-    maps = routed.injection.linear_maps
-    routed.injection.lora.create("healed", rank, rank, path.layers, maps, seed=0)
-    routed.driver.policy = routed.build_policy(path.with_adapter("healed"))
-    return routed
-
-
 def models_without_layers(base: BaseModel) -> dict[str, Any]:
-    """Return the models of (f): untouched, and without k layers in each of four ways."""
+    """Return the models of (f): untouched, and without k layers in either way."""
     L = base.num_layers
     models = {"untouched": base.model, "control": copy_sharing_weights(base.model)}
     for k in NUM_SKIPPED:
@@ -445,17 +416,13 @@ def models_without_layers(base: BaseModel) -> dict[str, Any]:
         models[f"routed {k}"] = RoutedModel(
             copy_sharing_weights(base.model), policy=FixedPolicy(plan, L)
         ).model
-        path = StaticPath(to_path(plan))
-        models[f"refitted {k}"] = attach_refit(base, path).model
-        models[f"healed {k}"] = attach_lora(base, path).model
-        with tempfile.TemporaryDirectory() as folder:
-            export_path(base, [layer for layer in range(L) if plan[layer]], folder)
-            loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=base.model.dtype)
-        models[f"exported {k}"] = loaded.to(base.model.device).eval()
+        models[f"shortened {k}"] = shorten(
+            base.model, [layer for layer in range(L) if not plan[layer]]
+        )
     return models
 
 
-def time_exported(base: BaseModel, repeats: Mapping[str, int], clock: Clock) -> list[Figure]:
+def time_shortened(base: BaseModel, repeats: Mapping[str, int], clock: Clock) -> list[Figure]:
     """Measure (f)."""
     ids = token_ids(base, 1, PROMPT_TOKENS)
     models = models_without_layers(base)
@@ -466,13 +433,13 @@ def time_exported(base: BaseModel, repeats: Mapping[str, int], clock: Clock) -> 
         ("decode", decode, 1),
     ):
         calls = {model_name: way(model, ids) for model_name, model in models.items()}
-        rounds = time_in_turns(calls, repeats["exported"], clock)
+        rounds = time_in_turns(calls, repeats["shortened"], clock)
         control = ratios(rounds, "control", "untouched")
-        figures.append(Figure("f", f"{name}_exported_control", control))
+        figures.append(Figure("f", f"{name}_shortened_control", control))
         for k in NUM_SKIPPED:
             saved = 1 - share_of_work(base, skipping(base.num_layers, k), num_tokens)
-            for kind in ("exported", "routed", "refitted", "healed"):
-                limit = 1 - LEAST_OF_THE_SAVING * saved if kind == "exported" else None
+            for kind in ("shortened", "routed"):
+                limit = 1 - LEAST_OF_THE_SAVING * saved if kind == "shortened" else None
                 label = f"{name}_{kind}_without_{k}_of_{base.num_layers}"
                 ours = ratios(rounds, f"{kind} {k}", "untouched")
                 figures.append(Figure("f", label, ours, limit, 1 - saved))
@@ -534,7 +501,7 @@ def main() -> None:
         figures = passes(base, repeats, clock, options.rows)
         counts = count_stored(base)
         many = many_prompts(base, repeats, clock)
-        figures += time_exported(base, repeats, clock)
+        figures += time_shortened(base, repeats, clock)
         figures += many.figures
     print_table(figures, counts, many)
     common.refuse_differences(base, "answers of (e)", sum(many.differ.values()))

@@ -51,10 +51,7 @@ BENCHMARKS = {
     "generate": ["--quick", "--rows", str(max(BATCH_SIZES))],
     "search": ["--quick", "--rewards", "loglikelihood"],
     "features": ["--quick"],
-    "tune": ["--quick"],
     "evaluation": ["--quick"],
-    "refit": ["--quick", "--without", "6,7,9"],
-    "heal_step": ["--quick", "--without", "6,7,9"],
 }
 """Benchmarks that run on any device, with their arguments."""
 

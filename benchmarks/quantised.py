@@ -46,9 +46,8 @@ from drllm.evaluation.latency import (
     time_in_turns,
 )
 from drllm.model.load import BaseModel, load
-from drllm.models.export import export_path
-from drllm.paths import StaticPath
-from drllm.records.static_paths import PathFile
+from drllm.model.submodel import shorten
+from drllm.prune.export import export
 
 QUICK = {"repeats": 1, "num_texts": 2, "prompt": 32, "written": 4}
 WHOLE = {"repeats": 5, "num_texts": 100, "prompt": 256, "written": 32}
@@ -195,23 +194,19 @@ def time_llama_cpp(
 
 
 def measure(
-    options: argparse.Namespace, base: BaseModel, path: PathFile, sizes: Mapping[str, int]
+    options: argparse.Namespace, base: BaseModel, skip: Sequence[int], sizes: Mapping[str, int]
 ) -> dict[System, Measurement]:
-    """Export both paths, and measure them in all precisions."""
+    """Export the model with and without the layers, and measure both in all precisions."""
     kinds: Kinds = {}
     if options.text:
         kinds = read_kinds(options.text, base, MAX_TOKENS)
         kinds = {name: texts[: sizes["num_texts"]] for name, texts in kinds.items()}
     measured = {}
     with tempfile.TemporaryDirectory() as folder:
-        paths: dict[str, StaticPath | PathFile] = {
-            FULL: StaticPath(range(base.num_layers)),
-            SHORTER: path,
-        }
-        folders = {
-            label: export_path(base, each, Path(folder) / label.replace(" ", "-")).folder
-            for label, each in paths.items()
-        }
+        folders = {}
+        for label, skipped in ((FULL, []), (SHORTER, skip)):
+            folders[label] = Path(folder) / label.replace(" ", "-")
+            export(shorten(base.model, skipped), base, folders[label])
         models = load_in_precisions(folders)
         with torch.no_grad():
             times = time_transformers(models, sizes)
@@ -301,7 +296,7 @@ def main() -> None:
     """Run it from the command line."""
     parser = common.parser_of(__doc__ or "")
     common.add_model(parser)
-    common.add_path(parser)
+    common.add_skip(parser)
     parser.add_argument("--llama-cpp", type=Path, help="a built checkout of llama.cpp")
     parser.add_argument("--text", help="files of texts, one kind a file, to measure the loss on")
     parser.add_argument("--num-texts", type=int, help="of each kind")
@@ -312,10 +307,10 @@ def main() -> None:
         check_programs(parser, options.llama_cpp)
     sizes = common.sizes_of(options, QUICK, WHOLE)
     base = common.base_of(options)
-    path = common.load_shorter_path(options, base)
-    rows = summarise(measure(options, base, path, sizes))
+    skip = common.list_skipped(options, base)
+    rows = summarise(measure(options, base, skip, sizes))
     report(rows)
-    decisions = path.path_for(base.identity).decisions(base.num_layers)
+    decisions = common.leave_out(skip, base.num_layers)
     least = {
         READ: bound.share_of_work(base, decisions, sizes["prompt"]),
         WRITE: bound.share_of_work(base, decisions, num_tokens=1),

@@ -30,9 +30,8 @@ from transformers import AutoModelForCausalLM
 
 from drllm.model.load import BaseModel
 from drllm.model.prompts import encode, render
-from drllm.models.export import export_path
-from drllm.paths import StaticPath
-from drllm.records.static_paths import PathFile
+from drllm.model.submodel import shorten
+from drllm.prune.export import export
 from drllm.tasks.registry import get_task
 
 QUICK = {"prompts": 3, "tokens": 8}
@@ -98,13 +97,13 @@ def make_prompts(base: BaseModel, number: int) -> list[list[int]]:
 
 
 def load_engines(
-    base: BaseModel, path: StaticPath | PathFile, folder: Path, checkout: Path, num_tokens: int
+    base: BaseModel, skip: Sequence[int], folder: Path, checkout: Path, num_tokens: int
 ) -> Engines:
-    """Export a path, and load it in both engines."""
-    exported = export_path(base, path, folder).folder
+    """Export the model without some layers, and load it in both engines."""
+    export(shorten(base.model, skip), base, folder)
     return Engines(
-        transformers=AutoModelForCausalLM.from_pretrained(exported).eval(),
-        llama=llama_cpp.load(llama_cpp.convert(exported, checkout)),
+        transformers=AutoModelForCausalLM.from_pretrained(folder).eval(),
+        llama=llama_cpp.load(llama_cpp.convert(folder, checkout)),
         end=base.tokenizer.eos_token_id,
         num_tokens=num_tokens,
     )
@@ -137,16 +136,16 @@ def answer(
 
 def answer_along_paths(
     base: BaseModel,
-    paths: Mapping[str, StaticPath | PathFile],
+    paths: Mapping[str, Sequence[int]],
     checkout: Path,
     sizes: Mapping[str, int],
 ) -> tuple[list[Seconds], dict[str, int]]:
-    """Export the paths, and let both engines answer the prompts along them; see `answer`."""
+    """Export the model without the layers of each entry, and let both engines answer."""
     prompts = make_prompts(base, sizes["prompts"])
     with tempfile.TemporaryDirectory() as folder:
         engines = {
-            name: load_engines(base, path, Path(folder) / name, checkout, sizes["tokens"])
-            for name, path in paths.items()
+            name: load_engines(base, skip, Path(folder) / name, checkout, sizes["tokens"])
+            for name, skip in paths.items()
         }
         try:
             return answer(engines, prompts, time.process_time)
@@ -198,7 +197,7 @@ def main() -> None:
     parser = common.parser_of(__doc__ or "")
     common.add_model(parser)
     llama_cpp.add_checkout(parser)
-    common.add_path(parser)
+    common.add_skip(parser)
     parser.add_argument("--prompts", type=int)
     parser.add_argument("--tokens", type=int, help="written to each")
     options = parser.parse_args()
@@ -207,11 +206,10 @@ def main() -> None:
     torch.set_num_threads(1)
     sizes = common.sizes_of(options, QUICK, WHOLE)
     base = common.base_of(options)
-    shorter = common.load_shorter_path(options, base)
-    path = shorter.path_for(base.identity)
-    least = bound.share_of_work(base, path.decisions(base.num_layers), num_tokens=1)
-    # What is exported is the file's path, whose adapter is merged if it is healed.
-    paths = {FULL: StaticPath(range(base.num_layers)), PATH: shorter}
+    skip = common.list_skipped(options, base)
+    decisions = common.leave_out(skip, base.num_layers)
+    least = bound.share_of_work(base, decisions, num_tokens=1)
+    paths: dict[str, list[int]] = {FULL: [], PATH: skip}
     rows, num_equal = answer_along_paths(base, paths, options.llama_cpp, sizes)
     comparisons = compare_with_full(rows, least)
     faster = compare_engines(rows)
@@ -219,7 +217,7 @@ def main() -> None:
     figures = {
         **common.describe_run(base, options),
         "prompts": len(rows),
-        "layers": list(path.layers),
+        "skipped": skip,
         "equal": num_equal,
         "repeats": 1,
         "overhead": {engine: 1 / each.speedup for engine, each in comparisons.items()},

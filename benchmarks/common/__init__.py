@@ -24,7 +24,7 @@ from common.comparison import Comparison
 from drllm.config import ModelConfig
 from drllm.model.load import BaseModel, load
 from drllm.models.routers.stack import RouterStack
-from drllm.records.static_paths import NamedPath, read_path
+from drllm.records.gaps import parse_layers
 
 Clock = Callable[[], float]
 Result = TypeVar("Result")
@@ -60,18 +60,22 @@ def add_model(parser: argparse.ArgumentParser, devices: bool = False, dtypes: bo
         parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
 
 
-def add_path(parser: argparse.ArgumentParser) -> None:
-    """Add the flag of the shorter path that is compared with the full one."""
-    parser.add_argument("--path", help="static path; without a sixth of the layers unless given")
+def add_skip(parser: argparse.ArgumentParser) -> None:
+    """Add the flag of the layers that the shorter model lacks."""
+    parser.add_argument("--skip", help="layers to leave out; a sixth, from the middle, by default")
 
 
-def load_shorter_path(options: argparse.Namespace, base: BaseModel) -> NamedPath:
-    """Load the path that `--path` names, or one without a sixth of the layers, from the middle."""
-    if options.path is not None:
-        return read_path(options.path)
+def list_skipped(options: argparse.Namespace, base: BaseModel) -> list[int]:
+    """Return the layers that `--skip` names, or a sixth of them, from the middle."""
+    if options.skip is not None:
+        return sorted(parse_layers(options.skip))
     first = base.num_layers // 2
-    last = first + max(1, base.num_layers // 6) - 1
-    return read_path(f"without:{first}-{last}")
+    return list(range(first, first + max(1, base.num_layers // 6)))
+
+
+def leave_out(skip: Sequence[int], num_layers: int) -> list[int]:
+    """Return a decision for each layer, 0 for those that are left out."""
+    return [0 if layer in skip else 1 for layer in range(num_layers)]
 
 
 def sizes_of(

@@ -15,26 +15,20 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import drllm
 from drllm.config import ModelConfig, SearchConfig
-from drllm.errors import CheckpointError
 from drllm.model.load import load
 from drllm.models.routed_model import RoutedModel
-from drllm.models.routers.checkpoint import save_routers
-from drllm.models.routers.config import RouterConfig
-from drllm.models.routers.stack import RouterStack
 from drllm.tasks.registry import get_task
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 NOT_OF_TWO_WAYS = {
-    *("healed", "learning_curve", "routing", "serving"),  # what paths answer
+    *("learning", "serving"),  # what models answer
     *("all", "gpu", "page", "two_commits"),  # made of others
     "growth",  # one way at several sizes
-    *("repair", "repair_ranks", "bypass"),  # losses, not times
+    "bypass",  # losses, not times
     "quantised",  # several ways beside one
-    *("pooled", "healing_curves"),  # accuracy and losses, not times
     "house",  # counts source
-    *("make_builtin_texts", "make_texts"),  # make files
+    "make_builtin_texts",  # makes a file
 }
 WITHOUT_COMPARISONS = {"driver", "search_quality"}  # figures other than times
 SCRIPTS = sorted(file for file in BENCHMARKS.glob("*.py") if file.stem not in NOT_OF_TWO_WAYS)
@@ -102,16 +96,13 @@ def test_every_comparison_has_its_figure_and_limit(generation):
             for num_rows in (1, 8):
                 limit = pytest.approx(1.03 * (1 - k / 12))
                 expected[f"{way}_batch_{num_rows}_skip_{k}_of_12"] = limit
-            exported = f"{way}_exported_without_{k}_of_12"  # the head stays, so less is saved
-            assert 1 - 0.8 * k / 12 < generation["limits"][exported] < 1
-            expected[exported] = generation["limits"][exported]
+            shortened = f"{way}_shortened_without_{k}_of_12"  # the head stays, so less is saved
+            assert 1 - 0.8 * k / 12 < generation["limits"][shortened] < 1
+            expected[shortened] = generation["limits"][shortened]
     assert generation["limits"] == expected
     assert generation["is_met"].keys() == expected.keys()
     assert {*ways, "routers_prefill_batch_1"} <= generation["overhead"].keys()
     assert len(generation["speedup"]) == 4
-    assert {f"decode_healed_without_{k}_of_12" for k in (3, 6, 10)} <= {
-        *generation["share_of_the_time"]
-    }
     figures = generation["overhead"] | generation["share_of_the_time"] | generation["speedup"]
     assert figures == {name: middle for name, (_, middle, _) in generation["quartiles"].items()}
 
@@ -448,50 +439,6 @@ def test_baselines_give_up_the_layers_that_a_peer_library_does(figures_of):
     assert len(result["runs"][0]["ours"]["by_loss"]) == 4
 
 
-def test_the_loss_that_a_repair_takes_back_is_measured_by_kind_of_text(
-    figures_of, benchmark, tmp_path
-):
-    files = []
-    for kind, word in (("seen", "apple"), ("also_seen", "pear"), ("unseen", "plum")):
-        file = tmp_path / f"{kind}.jsonl"
-        texts = [f"{word} number {number} of many" for number in range(40)]
-        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        files.append(str(file))
-    words = ["--text", ",".join(files[:2]), "--unseen", files[2], "--without", "3,4/7"]
-    picture = tmp_path / "increases.png"
-    figures = figures_of("repair", *words, "--tokens", "400,800", "--png", str(picture))
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    ways = [(row["way"], row["layers_out"]) for row in figures["rows"]]
-    assert ways == [("plain", 2), *[("refit", 2)] * 2, ("plain", 1), *[("refit", 1)] * 2]
-    labels = [row["row"].partition(" tokens")[0] for row in figures["rows"]]
-    assert [label.partition(", refit")[0] for label in labels] == ["without 3,4"] * 3 + [
-        "without 7"
-    ] * 3
-    assert figures["full"].keys() == {"seen", "also_seen", "unseen"}
-    plain, few, many, *_ = figures["rows"]
-    assert plain["num_tokens"] == 0
-    assert 0 < few["num_tokens"] <= 400 < many["num_tokens"] <= 800
-    for row in figures["rows"]:
-        assert row["seen"]["by_kind"].keys() == {"seen", "also_seen"}
-        assert row["unseen"]["by_kind"].keys() == {"unseen"}
-        low, high = row["seen"]["interval"]
-        assert low <= row["seen"]["mean"] <= high
-
-    script = benchmark("repair")
-    full = script.Measurement(losses={"a": [1.0, 1.0, 1.0], "b": [2.0]})
-    path = script.Measurement(losses={"a": [2.0, 2.0, 2.0], "b": [5.0]})
-    assert script.summarise(full, path, ["a", "b"])["mean"] == 2.0  # each kind counts the same
-
-
-def test_how_far_kinds_of_text_lie_apart_does_not_widen_the_interval_of_a_repair(benchmark):
-    script = benchmark("repair")
-    full = script.Measurement(losses={"a": [1.0, 2.0, 3.0], "b": [4.0]})
-    path = script.Measurement(losses={"a": [1.5, 2.5, 3.5], "b": [6.5]})  # 0.5 and 2.5 more
-    found = script.summarise(full, path, ["a", "b"])
-    assert found["by_kind"] == {"a": 0.5, "b": 2.5}
-    assert (found["mean"], *found["interval"]) == pytest.approx((1.5, 1.5, 1.5))
-
-
 def test_kinds_of_text_count_the_same_in_the_loss_of_fewer_bits_and_do_not_widen_its_interval(
     benchmark,
 ):
@@ -571,36 +518,6 @@ def test_more_routes_of_a_bypass_are_measured_beside_those_that_are_kept(
     assert len(read) == 1
 
 
-def test_a_cheap_choice_is_compared_with_the_best_path_after_its_refit(figures_of, benchmark):
-    script = benchmark("repair_ranks")
-    figures = figures_of("repair_ranks")
-    assert figures["spearman"].keys() == {"plain", "stand-in"}
-    assert list(figures["layers_out"]) == ["2", "3"]
-    for group in figures["layers_out"].values():
-        for choice in group["choice_loses"].values():
-            assert choice["mean"] >= 0
-
-    def make_row(layers, **losses):
-        losses = {
-            "stand-in": {"text": losses["stand_in"]},
-            "plain": {"text": losses["plain"]},
-            "refit": {"text": losses["refit"]},
-        }
-        return script.PathLosses(layers=layers, losses=losses, seconds=dict.fromkeys(losses, 1.0))
-
-    good = make_row([0, 1], plain=[9.0, 9.0], stand_in=[1.0, 2.0], refit=[1.0, 1.0])
-    bad = make_row([0, 2], plain=[1.0, 1.0], stand_in=[3.0, 2.0], refit=[1.0, 2.0])
-    assert script.correlate([good, bad], "stand-in") == pytest.approx(1)
-    assert script.correlate([good, bad], "plain") == pytest.approx(-1)
-    assert script.choice_loses([good, bad], "plain")["mean"] == 0.5
-    assert script.choice_loses([good, bad], "stand-in")["mean"] == 0
-    paths = script.draw_paths(12, {"paths": 9, "least": 2, "most": 4}, 0)
-    others = script.draw_paths(12, {"paths": 9, "least": 2, "most": 4}, 1)
-    assert set(others) != set(paths)
-    assert [12 - len(path.layers) for path in paths] == [2, 3, 4] * 3
-    assert all(path.layers[0] == 0 for path in paths)
-
-
 @pytest.mark.thorough
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 def test_a_quick_run_on_the_real_model_writes_what_every_benchmark_must(smollm2, script, tmp_path):
@@ -625,7 +542,7 @@ def test_layers_and_bits_are_compared_in_size_seconds_and_loss(figures_of, tmp_p
     file = tmp_path / "numbers.jsonl"
     texts = [f"number {number} of many" for number in range(4)]
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    figures = figures_of("quantised", "--path", "without:3-5", "--text", str(file))
+    figures = figures_of("quantised", "--skip", "3-5", "--text", str(file))
     full, shorter = figures["rows"][:: len(figures["rows"]) // 2]
     assert (full["path"], shorter["path"]) == ("full path", "shorter path")
     assert shorter["megabytes"] < full["megabytes"]
@@ -641,49 +558,6 @@ def test_layers_and_bits_are_compared_in_size_seconds_and_loss(figures_of, tmp_p
     assert bounds["read, rows: 1: shorter path, float32"] > 1
 
 
-def test_curves_of_refits_and_trainings_are_drawn(benchmark, tmp_path, monkeypatch):
-    rows = [
-        {"way": "plain", "row": "without 3", "num_tokens": 0, "seen": {"mean": 0.5}},
-        {"way": "refit", "row": "without 3, refit on 9", "num_tokens": 9, "seen": {"mean": 0.2}},
-        {"way": "refit", "row": "without 3, refit on 5", "num_tokens": 5, "seen": {"mean": 0.3}},
-    ]
-    refits = tmp_path / "refits.json"
-    refits.write_text(json.dumps({"rows": rows}))
-    healed = Path(__file__).parents[1] / "fixtures" / "0.1" / "healed"
-    picture = tmp_path / "curves.png"
-    words = ["--refits", refits, "--healed", healed, "--labels", "from the refit", "--png", picture]
-    file = tmp_path / "figures.json"
-    words += ["--json", file]
-    monkeypatch.setattr(sys, "argv", ["healing_curves.py", *map(str, words)])
-    benchmark("healing_curves").main()
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    figures = json.loads(file.read_text())
-    assert figures["refits"] == {"without 3": [[5, 0.3], [9, 0.2]]}
-    tokens = [number for number, _ in figures["trainings"]["from the refit"]]
-    assert tokens[0] == 0 < tokens[-1]
-    again = ["--figures", file, "--png", picture, "--json", tmp_path / "again.json"]
-    monkeypatch.setattr(sys, "argv", ["healing_curves.py", *map(str, again)])
-    benchmark("healing_curves").main()
-    assert json.loads((tmp_path / "again.json").read_text()) == figures
-
-
-def test_only_sets_on_which_the_full_path_beats_guessing_are_pooled(figures_of, tmp_path):
-    rows = []
-    for number in range(80):
-        choices = [f"{number}", f"{number} and a long tail of words that no model expects"]
-        rows.append({"question": f"Count to {number}", "choices": choices, "answer": 0})
-    easy = tmp_path / "easy.jsonl"
-    easy.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = ["--path", "without:3", "--questions", "60", "--texts", "6"]
-    figures = figures_of("pooled", *words, "--tasks", f"{easy},builtin_facts")
-    counts = {row["set"]: row["counts"] for row in figures["sets"]}
-    assert counts == {"easy": True, "builtin_facts": False}
-    assert figures["answers"].keys() == {"easy", "pooled"}
-    assert figures["answers"]["pooled"] == figures["answers"]["easy"]
-    assert figures["answers"]["pooled"]["n"] == 30
-    assert figures["texts"]["by_set"].keys() == counts.keys()
-
-
 def test_the_page_of_benchmarks_has_a_row_for_each_comparison(benchmark):
     rest = {"copies": 0.05, "matrix products": 0.15, "attention": -0.01}
     compared = [
@@ -693,7 +567,7 @@ def test_the_page_of_benchmarks_has_a_row_for_each_comparison(benchmark):
     figures = {"model": "m", "machine": "x86", "drllm": "0.1.0 at abc", "ours": "a", "theirs": "b"}
     steps = {
         "tune": {"figures": {**figures, "comparisons": compared}},
-        "healing": {"ended": "done"},
+        "shrinking": {"ended": "done"},
     }
     serving = {"what": "serving", "speedup": 1.1, "bound": 1.1, "share": 1.0, "rest": {}}
     others = {"serving": {**figures, "comparisons": [serving]}}
@@ -704,142 +578,7 @@ def test_the_page_of_benchmarks_has_a_row_for_each_comparison(benchmark):
     assert "page.py all.json serving.json >" in page
     assert "all.py --json all.json --quick" in page
     assert "- `tune`: a. The obvious way: b." in page
-    assert "healing" not in page
-
-
-def test_static_paths_are_compared_with_the_full_one_on_questions_of_another_part(
-    figures_of, tmp_path
-):
-    file = tmp_path / "without_three.json"
-    file.write_text(json.dumps({"path": [i for i in range(NUM_LAYERS) if i not in (3, 5, 6)]}))
-    tasks = "builtin_facts,builtin_arithmetic"
-    found = figures_of("healed", "--paths", str(file), "--tasks", tasks)
-    facts = found["tasks"]["builtin_facts"]
-    assert facts.keys() == {"accuracy", "gold log-probability", "loss of texts"}
-    assert facts["accuracy"]["full"]["won"] == facts["accuracy"]["full"]["lost"] == 0
-    ours, full = (facts["loss of texts"][name] for name in ("without_three", "full"))
-    assert ours["change"] == pytest.approx(ours["mean"] - full["mean"])
-    assert ours["interval"][0] <= ours["change"] <= ours["interval"][1]
-    assert facts["accuracy"]["full"]["n"] == 8
-
-
-def test_static_paths_are_compared_on_all_questions_of_a_set_that_nothing_was_fitted_on(
-    figures_of, tmp_path
-):
-    file = tmp_path / "sums.jsonl"
-    rows = [
-        {"question": f"{number} + 1?", "choices": [f"{number + 1}", f"{number}"], "answer": 0}
-        for number in range(40)
-    ]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = ["--paths", "without:3", "--tasks", str(file), "--questions", "100"]
-    found = figures_of("healed", *words, "--all")
-    assert found["tasks"]["sums"]["accuracy"]["full"]["n"] == len(rows)
-
-
-@pytest.fixture
-def alike_targets(tiny_folder, tmp_path):
-    """A file of targets that all leave out the same two layers."""
-    decisions = [0 if layer in (2, 5) else 1 for layer in range(NUM_LAYERS)]
-    examples = get_task("builtin_facts").examples("search")[:16]
-    rows = [
-        {"question": each.question, "answer": each.answer, "optimal_layer_config": decisions}
-        for each in examples
-    ]
-    file = tmp_path / "supervision.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
-
-
-@pytest.mark.thorough
-def test_the_learning_curve_compares_routers_of_each_size_on_held_out_targets(
-    figures_of, alike_targets
-):
-    words = ["--supervision", str(alike_targets), "--sizes", "2,12", "--seeds", "2"]
-    found = figures_of("learning_curve", *words)
-    assert found["baselines"]["layer_majority"]["accuracy"] == 1.0
-    assert found["baselines"]["always_execute"]["accuracy"] == pytest.approx(10 / 12)
-    few, many = found["sizes"]["2"], found["sizes"]["12"]
-    loss = [one["held_out"]["routers_loss"] for part in (few, many) for one in part["seeds"]]
-    assert max(loss[2:]) < min(loss[:2])
-    right = "gold log-probability"
-    for part in (few, many):
-        for rival, mean in part["mean of seeds"].items():
-            each = [one[rival][right]["change"] for one in part["seeds"]]
-            assert mean["change"] == pytest.approx(sum(each) / 2)
-
-
-def test_a_learning_curve_needs_as_many_targets_as_its_largest_size(
-    figures_of, alike_targets, capsys
-):
-    with pytest.raises(SystemExit) as end:
-        figures_of("learning_curve", "--supervision", str(alike_targets), "--sizes", "2,13")
-    assert end.value.code == 2
-    assert "13 targets, but there are 16, of which 4 are held out" in capsys.readouterr().err
-
-
-@pytest.fixture
-def make_router_set(tiny_folder, tmp_path):
-    """A function that writes untrained routers of two seeds, and returns their folder."""
-
-    def make(name, bypass=""):
-        base = load(ModelConfig(model=str(tiny_folder), dtype="float32", device="cpu"))
-        config = RouterConfig(
-            num_layers=NUM_LAYERS, hidden_size=base.model.config.hidden_size, bypass=bypass
-        )
-        folder = tmp_path / name
-        for seed, place in enumerate((folder, folder / "seed_1")):
-            torch.manual_seed(seed)
-            save_routers(RouterStack(config), place)
-        return folder
-
-    return make
-
-
-@pytest.mark.thorough
-def test_router_sets_and_paths_are_compared_at_the_cost_that_is_asked_for(
-    figures_of, make_router_set
-):
-    folder = make_router_set("plain")
-    words = ["--task", "builtin_facts", "--routers", f"plain={folder}", f"again={folder}"]
-    figures = figures_of("routing", *words, "--saved", "0.25", "--paths", "without:3")
-    rows = {row["name"]: row for row in figures["rows"]}
-    assert rows.keys() == {"without 3", "plain", "again", "plain, permuted"}
-    assert rows["without 3"]["executions"] == NUM_LAYERS - 1
-    assert rows["plain"]["seeds"] == 2
-    assert rows["plain"]["from_full"] == rows["again"]["from_full"]
-    rivals = {row["theirs"]: row["by"] for row in figures["differences"]}
-    assert rivals.keys() == rows.keys() - {"plain"}
-    for found in rivals["again"].values():
-        assert found["change"] == 0
-    for quantity, found in rivals["without 3"].items():
-        path, plain = (rows[name]["from_full"][quantity] for name in ("without 3", "plain"))
-        assert found["change"] == pytest.approx(plain["change"] - path["change"])
-
-
-@pytest.mark.thorough
-def test_a_bypass_counts_into_the_cost_of_its_routers(
-    figures_of, make_router_set, tiny_folder, tmp_path
-):
-    texts = tmp_path / "texts.jsonl"
-    rows = [{"text": f"some words that are number {number}"} for number in range(60)]
-    texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    base = load(ModelConfig(model=str(tiny_folder), dtype="float32", device="cpu"))
-    bypass = drllm.fit_bypass(base, text=str(texts), rank=8, output_dir=tmp_path / "bypass")
-    folder = make_router_set("mapped", bypass=bypass.sha256)
-    words = ["--task", "builtin_facts", "--routers", f"mapped={folder}", "--saved", "0.25"]
-    figures = figures_of("routing", *words, "--bypass", f"mapped={tmp_path / 'bypass'}")
-    [cost] = {row["executions"] for row in figures["rows"]}
-    assert cost == pytest.approx(0.75 * NUM_LAYERS, abs=1.0)
-    assert cost % 0.5 != 0  # two seeds of whole executions, and what their skips cost
-
-
-def test_routers_are_not_compared_without_the_bypass_that_they_were_trained_with(
-    figures_of, make_router_set
-):
-    folder = make_router_set("mapped", bypass="f" * 64)
-    with pytest.raises(CheckpointError, match="trained with"):
-        figures_of("routing", "--task", "builtin_facts", "--routers", f"mapped={folder}")
+    assert "shrinking" not in page
 
 
 @pytest.fixture
@@ -929,18 +668,18 @@ def test_steps_for_which_no_time_is_left_are_named_and_those_that_miss_others_fa
     steps, status = everything("--minutes", "0")
     assert (status, {row["ended"] for row in steps.values()}) == (0, {"not reached"})
     assert {"training", "routers"} <= steps.keys()  # the benchmark, and what the commands train
-    steps, status = everything("--only", "healing")
+    steps, status = everything("--only", "routing")
     assert status == 1
     assert "paths.json isn't there" in steps["healing"]["ended"]
 
 
 @pytest.mark.thorough
 def test_everything_is_measured_in_steps_that_are_not_repeated(everything):
-    names = "path,healing,paths,targets,routers,routing"
+    names = "shrinking,targets,routers,routing"
     steps, status = everything("--only", names)
     assert {row["ended"] for row in steps.values()} == {"done"}
     assert status == 0
-    assert steps["paths"]["figures"]["tasks"].keys() == {"builtin_facts"}
+    assert steps["shrinking"]["figures"]["num_layers"] == NUM_LAYERS
     assert steps["routing"]["figures"]["num_questions"] == 8
     steps, status = everything("--only", names)
     assert {row["ended"] for row in steps.values()} == {"already done"}
@@ -974,27 +713,24 @@ def serve(benchmark, figures_of, tmp_path, monkeypatch):
     return lambda *words: figures_of("serving", "--llama-cpp", str(tmp_path), *words)
 
 
-def test_a_path_in_a_file_is_served_and_reported(serve, tmp_path):
-    layers = [layer for layer in range(NUM_LAYERS) if layer not in (3, 5)]
-    file = tmp_path / "path.json"
-    file.write_text(json.dumps({"path": layers}))
-    figures = serve("--path", str(file))
-    assert figures["layers"] == layers
+def test_a_shorter_model_is_served_and_reported(serve):
+    figures = serve("--skip", "3,5")
+    assert figures["skipped"] == [3, 5]
     assert figures["equal"] == {"full": 3, "path": 3}
     for row in figures["comparisons"]:
         assert row["bound"] > 1
         assert figures["overhead"][row["what"].split(", ")[1]] == 1 / row["speedup"]
 
 
-def test_the_shorter_path_is_the_named_one_or_lacks_a_sixth_of_the_layers(benchmark):
+def test_the_shorter_model_lacks_the_named_layers_or_a_sixth(benchmark):
     benchmark("serving")
     import common
 
     small, smaller = Namespace(num_layers=12), Namespace(num_layers=4)
-    default = Namespace(path=None)
-    assert common.load_shorter_path(default, small).skipped == (6, 7)
-    assert common.load_shorter_path(default, smaller).skipped == (2,)
-    assert common.load_shorter_path(Namespace(path="without:3"), small).skipped == (3,)
+    default = Namespace(skip=None)
+    assert common.list_skipped(default, small) == [6, 7]
+    assert common.list_skipped(default, smaller) == [2]
+    assert common.list_skipped(Namespace(skip="3"), small) == [3]
 
 
 @pytest.mark.thorough

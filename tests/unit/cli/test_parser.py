@@ -15,6 +15,7 @@ from drllm.cli.verbs import FOREIGN, VERBS, list_flags
 from drllm.config import (
     DepthConfig,
     EvaluateConfig,
+    GapsConfig,
     LearnConfig,
     ModelConfig,
     SearchConfig,
