@@ -59,13 +59,13 @@ def rewrite(hooks, text, page="shrink.md", repo_url=""):
 
 
 def test_a_link_between_pages_stays(hooks):
-    assert rewrite(hooks, "see [tune](tune.md#how)") == "see [tune](tune.md#how)"
+    assert rewrite(hooks, "see [gaps](gaps.md#how)") == "see [gaps](gaps.md#how)"
     study = "results/studies/2026-11-28-longer-sequences.md"
     assert rewrite(hooks, "[log](../log.md)", page=study) == "[log](../log.md)"
 
 
 def test_links_of_the_readme_lead_to_pages(hooks):
-    assert rewrite(hooks, "[x](docs/tune.md)", page="index.md") == "[x](tune.md)"
+    assert rewrite(hooks, "[x](docs/gaps.md)", page="index.md") == "[x](gaps.md)"
     assert rewrite(hooks, "![](docs/results/a.png)", page="index.md") == "![](results/a.png)"
     assert rewrite(hooks, "[x](CONTRIBUTING.md)", page="index.md") == "[x](contributing.md)"
 

@@ -128,7 +128,7 @@ class Lora(Repair):
 
 
 class _Run:
-    """How far a training is, and what it goes on from after an interruption."""
+    """How far a training is, and what it resumes from after an interruption."""
 
     def __init__(
         self, named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, file: Path
