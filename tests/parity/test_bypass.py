@@ -1,5 +1,7 @@
 """A model with a bypass against the slow way: one plain text at a time, token by token."""
 
+import itertools
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -12,16 +14,18 @@ from drllm.models.routers.checkpoint import save_routers
 from drllm.models.routers.config import RouterConfig
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.bypass import Bypass
-from drllm.models.scoring.score import Request, score
+from drllm.models.scoring.score import Request, Scorer, score
 from drllm.paths import StaticPath
 from slow_way import (
     FULL,
     LOGIT_TOLERANCE,
     QUESTIONS,
     SUM_TOLERANCE,
+    ListedModel,
     MappedModel,
     answers,
     routers_for,
+    said_to_slide,
 )
 
 NUM_LAYERS = 6
@@ -35,6 +39,17 @@ PLANS = [
     (1, 0, 0, 0, 0, 0),
     StaticPath([0, 1, 4, 4, 2, 3, 5]),  # goes back
 ]
+STEM = [60, 61, 62, 63, 64, 65, 66, 67]
+KL_TOLERANCE = 1e-4
+REQUESTS = {
+    "options": QUESTIONS,
+    "options after a common beginning": [
+        Request([*STEM, *item.context], item.continuations) for item in QUESTIONS
+    ],
+    "texts": [Request.from_text(text) for text in PROMPTS],
+    "prompts": [Request(text) for text in PROMPTS],
+    "prompts after a common beginning": [Request([*STEM, *text]) for text in PROMPTS],
+}
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": [2]}
 FAMILIES = ("llama", "gpt2", "gpt_neox", "gemma3_text", "qwen3")
 
@@ -162,18 +177,52 @@ def test_a_text_that_is_read_in_parts_has_one_first_token(llama):
     assert torch.allclose(torch.cat(found), expected, atol=LOGIT_TOLERANCE)
 
 
-def test_scores_are_those_of_each_path_alone(llama):
-    bypass = random_bypass(width_of(llama))
-    stem = [60, 61, 62, 63, 64, 65, 66, 67]
-    requests = [Request([*stem, *item.context], item.continuations) for item in QUESTIONS]
+def score_alone(model, bypass, requests):
+    """Return the sums of log-probabilities and the KL of each plan and request."""
     expected = []
     for plan in PLANS:
-        alone = mapped(llama, plan, bypass)
-        expected.append([alone.sums(item.context, item.continuations) for item in requests])
-    outcomes = score(RoutedModel(llama, bypass=bypass), requests, PLANS)
-    for row, row_sums in zip(outcomes, expected, strict=True):
-        for outcome, sums in zip(row, row_sums, strict=True):
-            assert list(outcome.logprobs) == pytest.approx(sums, abs=SUM_TOLERANCE)
+        alone = mapped(model, plan, bypass)
+        for item in requests:
+            full = ListedModel(model, FULL).logits(item.context).log_softmax(-1)
+            logprobs = alone.logits(item.context).log_softmax(-1)
+            kl = float((full.exp() * (full - logprobs)).sum(-1).mean())
+            expected.append((alone.sums(item.context, item.continuations), kl))
+    return expected
+
+
+def assert_scores(outcomes, expected):
+    for outcome, (sums, kl) in zip(itertools.chain(*outcomes), expected, strict=True):
+        assert list(outcome.logprobs) == pytest.approx(sums, abs=SUM_TOLERANCE)
+        assert outcome.kl == pytest.approx(kl, abs=KL_TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", REQUESTS)
+def test_options_texts_and_kl_are_those_of_each_path_alone(llama, kind):
+    bypass = random_bypass(width_of(llama))
+    expected = score_alone(llama, bypass, REQUESTS[kind])
+    routed = RoutedModel(llama, bypass=bypass)
+    assert_scores(score(routed, REQUESTS[kind], PLANS, kl=True), expected)
+
+
+@pytest.mark.parametrize("gigabytes", [0.0, 1.0])
+def test_scores_do_not_depend_on_the_states_that_are_cached(llama, gigabytes):
+    bypass = random_bypass(width_of(llama))
+    requests = REQUESTS["options after a common beginning"]
+    expected = score_alone(llama, bypass, requests)
+    scorer = Scorer(RoutedModel(llama, bypass=bypass), requests, gigabytes, paths_per_pass=2)
+    for _ in range(2):  # the second time most states are cached
+        outcomes = []
+        for plan in PLANS:
+            pairs = [(place, plan) for place in range(len(requests))]
+            outcomes.append(scorer.score(pairs, kl=True))
+        assert_scores(outcomes, expected)
+
+
+def test_a_model_that_reads_each_continuation_in_a_row_of_its_own(llama):
+    bypass = random_bypass(width_of(llama))
+    expected = score_alone(llama, bypass, QUESTIONS)
+    routed = RoutedModel(said_to_slide(llama), bypass=bypass)
+    assert_scores(score(routed, QUESTIONS, PLANS, kl=True), expected)
 
 
 def test_generated_answers_are_those_of_each_path_alone(llama, tiny_tokenizer):
