@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from statistics import fmean
 
-from common.compare import parser_of
+from common import parser_of
 
 from drllm.config import GapsConfig, LearnConfig
 from drllm.model.load import load
@@ -26,11 +26,12 @@ from drllm.model.submodel import shorten
 from drllm.prune.choose import choose_layers, measure_text_losses
 from drllm.prune.learn import learn
 from drllm.prune.measure import Measurement, measure_model
-from drllm.prune.questions import make_items, read_questions
+from drllm.prune.questions import make_items
 from drllm.prune.repairs.base import Lessons
 from drllm.prune.shrink import compare_accuracy
 from drllm.records.codec import read_json, write_json
 from drllm.records.gaps import read_gaps
+from drllm.tasks.parts import read_questions
 from drllm.tasks.texts import read_texts
 from drllm.work.listener import Listener
 

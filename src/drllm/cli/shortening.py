@@ -16,6 +16,7 @@ from drllm.extras import is_installed
 from drllm.model.places import read_num_layers
 from drllm.records.gaps import PATHS_FILE, parse_layers, read_gaps
 from drllm.records.places import check_folder, check_new_folder
+from drllm.tasks.parts import read_questions
 
 FIGURE_FILE = "gaps.png"
 SKIP = Flag(
@@ -46,16 +47,15 @@ OUTPUT = Flag("output_dir", "folder to write", required=True, placeholder="DIR",
 def gaps_verb(command: CommandLine, terminal: Terminal) -> None:
     """Choose the layers that a model can do without."""
     config = command.get_settings(GapsConfig)
+    tasks = require_tasks(config.tasks)
     output = command.path("output_dir")
     check_folder(output, "--output-dir")
     check_model(command)
     num_layers = read_num_layers(command.get_settings(ModelConfig))
     if num_layers is not None:
         config.list_numbers(num_layers)
-    with terminal.busy("reading the questions"):
-        from drllm.prune.questions import read_questions
     questions = read_questions(
-        require_tasks(config.tasks),
+        tasks,
         config.text,
         data_dir=config.data_dir,
         trust_task_code=config.trust_task_code,
@@ -122,15 +122,14 @@ def write_layers(layers: tuple[int, ...] | list[int]) -> str:
 def learn_verb(command: CommandLine, terminal: Terminal) -> None:
     """Leave layers out, refit the model, and teach it right answers."""
     config = command.get_settings(LearnConfig)
+    tasks = require_tasks(config.tasks)
     output = command.path("output_dir")
     work = output.with_name(f"{output.name}.work")
     skip = _read_skip(command)
     check_new_folder(output)
     check_folder(output, "--output-dir")
-    with terminal.busy("reading the questions"):
-        from drllm.prune.questions import read_questions
     questions = read_questions(
-        require_tasks(config.tasks),
+        tasks,
         config.text,
         data_dir=config.data_dir,
         trust_task_code=config.trust_task_code,

@@ -15,6 +15,7 @@ from drllm.config.fields import require_tasks
 from drllm.model.places import read_num_layers
 from drllm.records.places import check_folder, check_new_folder
 from drllm.records.shortened import SHRINK_FILE, ShrinkRecord, find_work_folder, read_shrink
+from drllm.tasks.parts import read_questions
 
 NOT_SHOWN = 1  # the exit status if no candidate passed
 
@@ -68,9 +69,6 @@ def shrink_verb(command: CommandLine, terminal: Terminal) -> int | None:
     check_new_folder(output)
     check_folder(output, "OUT")
     check_folder(find_work_folder(output), "OUT.work")
-    with terminal.busy("reading the questions"):
-        from drllm.prune.power import find_power
-        from drllm.prune.questions import read_questions
     questions = read_questions(
         require_tasks(config.tasks),
         config.text,
@@ -78,6 +76,8 @@ def shrink_verb(command: CommandLine, terminal: Terminal) -> int | None:
         trust_task_code=config.trust_task_code,
         seed=config.seed,
     )
+    with terminal.busy("counting the questions"):
+        from drllm.prune.power import find_power
     held_out = questions.count("held out")
     for name, number in questions.count("fit").items():
         checked = questions.count("check")[name]

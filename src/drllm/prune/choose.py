@@ -21,7 +21,7 @@ from drllm.model.prompts import context_length, encode
 from drllm.model.submodel import shorten
 from drllm.models.routed_model import RoutedModel, unrouted
 from drllm.prune.gaps import Gap, GapCosts, GapTable, find_best_sets, list_ends, list_layers
-from drllm.prune.questions import Questions, make_items, read_questions
+from drllm.prune.questions import make_items
 from drllm.prune.repairs.base import Lessons
 from drllm.prune.repairs.refit import find_gaps, find_projections, solve_gaps
 from drllm.prune.states import Tokens, make_batches
@@ -30,6 +30,7 @@ from drllm.records.gaps import PATHS_FILE, GapRecord, GapsRecord, PathRecord
 from drllm.records.manifest import new_manifest
 from drllm.records.places import only_writer
 from drllm.tasks.base import Task
+from drllm.tasks.parts import Questions, read_questions
 from drllm.work.listener import Listener
 
 SETS_OF_A_KIND = 2  # sets whose gaps get exact costs, for each longest gap

@@ -15,13 +15,14 @@ from drllm.prune.export import export
 from drllm.prune.learn import learn
 from drllm.prune.loss import make_text_item
 from drllm.prune.measure import TaskMeasurement, measure_model
-from drllm.prune.questions import make_items, read_questions
+from drllm.prune.questions import make_items
 from drllm.prune.repairs.base import Lessons
 from drllm.prune.shrink import compare_accuracy
 from drllm.records.codec import write_json
 from drllm.records.places import create_folder
 from drllm.records.shortened import DEMO_FILE, DemoResult, DemoRow
 from drllm.tasks.builtin import BuiltinFacts
+from drllm.tasks.parts import read_questions
 from drllm.tasks.texts import BUILTIN_TEXTS, read_texts
 from drllm.work.listener import Listener
 

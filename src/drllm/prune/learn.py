@@ -25,11 +25,12 @@ from drllm.model.load import BaseModel
 from drllm.model.prompts import context_length
 from drllm.model.submodel import list_kept_layers
 from drllm.models.routed_model import unrouted
-from drllm.prune.questions import Questions, make_items, read_questions
+from drllm.prune.questions import make_items
 from drllm.prune.repairs.base import REPAIRS, Lessons
 from drllm.prune.repairs.lora import measure_loss
 from drllm.records.codec import hash_values, read_json, write_json
 from drllm.tasks.base import Task
+from drllm.tasks.parts import Questions, read_questions
 from drllm.work.listener import Listener
 from drllm.work.store import refuse_other_run
 

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from drllm.bisection import bisect
 from drllm.config import ShrinkConfig
-from drllm.prune.questions import Questions
 from drllm.statistics.paired import paired_interval
 from drllm.statistics.power import questions_to_exclude, round_up
 from drllm.statistics.verdicts import FEWEST_TEXTS
 from drllm.tasks.examples import OPTIONS_REWARD
 from drllm.tasks.files import FileTask
+from drllm.tasks.parts import Questions
 
 DIFFERING = 0.05
 """The share of questions whose answer turns from right to wrong or from wrong to right. It was 4 %

@@ -33,7 +33,7 @@ from drllm.prune.export import count_bytes, export
 from drllm.prune.learn import learn
 from drllm.prune.loss import Item, make_text_item
 from drllm.prune.measure import Measurement, TaskMeasurement, measure_model, measure_speeds
-from drllm.prune.questions import Questions, make_items, read_questions
+from drllm.prune.questions import make_items
 from drllm.prune.repairs.base import Lessons
 from drllm.records.codec import hash_values, read_json, write_json
 from drllm.records.gaps import PATHS_FILE, GapsRecord, read_gaps
@@ -65,6 +65,7 @@ from drllm.statistics.verdicts import compare, judge_means
 from drllm.tasks.base import Task
 from drllm.tasks.examples import choose
 from drllm.tasks.files import FileTask
+from drllm.tasks.parts import Questions, read_questions
 from drllm.tasks.texts import BUILTIN_TEXTS, read_texts
 from drllm.work.listener import Listener, write_minutes
 from drllm.work.store import refuse_other_run

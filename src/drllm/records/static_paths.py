@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated
 
@@ -50,11 +51,18 @@ class NamedPath:
 
     def path(self, num_layers: int) -> StaticPath:
         """Return the path for a model of L layers, or raise a PathError if it can't run it."""
-        try:
-            if not self.skipped:
-                return StaticPath(self.layers).check(num_layers)
-            StaticPath(self.skipped).check(num_layers)
+        for layer in self.skipped:
+            if layer >= num_layers:
+                raise PathError(
+                    f"{self.place}: the model has no layer {layer}; give layers from 0 to "
+                    f"{num_layers - 1}"
+                )
+        if len(self.skipped) == num_layers:
+            raise PathError(f"{self.place}: all layers are left out; leave at least one")
+        if self.skipped:
             return StaticPath(layer for layer in range(num_layers) if layer not in self.skipped)
+        try:
+            return StaticPath(self.layers).check(num_layers)
         except PathError as error:
             raise PathError(f"{self.place}: {error}") from error
 
@@ -76,6 +84,9 @@ def read_path(place: Path | str) -> NamedPath:
     if text.startswith(WITHOUT):
         skipped = parse_layers(text.removeprefix(WITHOUT))
         return NamedPath(text, skipped=tuple(sorted({*skipped})))
+    word, colon, layers = text.partition(":")
+    if colon and get_close_matches(f"{word}:", [WITHOUT]) and not Path(text).exists():
+        raise PathError(f"there is no file {text}; did you mean '{WITHOUT}{layers}'?")
     return NamedPath(text, layers=read_json(Path(text), _File).path)
 
 

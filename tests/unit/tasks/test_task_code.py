@@ -5,8 +5,8 @@ import pytest
 from drllm.config import EvaluateConfig, SearchConfig
 from drllm.errors import TaskError
 from drllm.evaluation.questions import select_tasks as select_tasks_to_evaluate
-from drllm.prune.questions import read_questions
 from drllm.search.questions import select_tasks
+from drllm.tasks.parts import read_questions
 from drllm.tasks.registry import get_task, get_tasks
 
 READERS = {

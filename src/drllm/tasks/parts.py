@@ -1,0 +1,126 @@
+"""The questions and texts that a model is shortened for, in three parts.
+
+*Fit* chooses gaps, and is refitted and learned on. *Check* chooses sets of gaps and says when to
+stop and what to keep. Nothing is chosen on what is *held out*, which a verdict alone reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from drllm.errors import TaskError
+from drllm.records.splits import BOUNDS, part_by_hash, question_key
+from drllm.tasks.base import NoSplitError, Task
+from drllm.tasks.examples import Example, choose
+from drllm.tasks.registry import get_tasks
+from drllm.tasks.texts import read_texts
+
+PARTS = {"fit": ("search", "fit"), "check": ("select",), "held out": ("test",)}
+"""Part → the splits of a task that it has."""
+MAX_PROMPTS = 200  # prompts without answers of each part that the full model answers
+MAX_TEXTS = 400  # held-out texts of a source
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Questions and texts by part.
+
+    Attributes:
+        tasks: The tasks.
+        examples: Part → for each task, its questions.
+        texts: Part → name of a source → its texts.
+    """
+
+    tasks: Sequence[Task]
+    examples: Mapping[str, Sequence[Sequence[Example]]]
+    texts: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)
+
+    def count(self, part: str) -> dict[str, int]:
+        """Return how many questions and texts a part has, by task and source."""
+        counts = {}
+        for task, examples in zip(self.tasks, self.examples[part], strict=True):
+            counts[task.name] = len(examples)
+        for name, texts in self.texts[part].items():
+            counts[name] = len(texts)
+        return counts
+
+
+def read_questions(
+    tasks: Task | str | Sequence[Task | str],
+    texts: str | Sequence[str] | None = None,
+    *,
+    data_dir: str | None = None,
+    trust_task_code: bool = False,
+    seed: int = 0,
+) -> Questions:
+    """Read questions and texts, and divide them.
+
+    A question that several tasks have stays in the last of its parts.
+
+    Args:
+        tasks: Tasks, names of tasks, or files of questions.
+        texts: Texts, or the names of files and data sets in one string.
+        data_dir: The folder of published data sets; None reads them from the hub.
+        trust_task_code: Whether task files of the harness may run code.
+        seed: Seed of the choice of prompts.
+
+    Raises:
+        TaskError: A task is unknown, or a part of it is empty; or two sources have the same name.
+    """
+    all_tasks: list[Task] = []
+    for task in [tasks] if isinstance(tasks, (str, Task)) else tasks:
+        if isinstance(task, str):
+            all_tasks += get_tasks(task, trust_code=trust_task_code)
+        else:
+            all_tasks.append(task)
+    examples: dict[str, list[list[Example]]] = {part: [] for part in PARTS}
+    taken: set[str] = set()
+    for part, splits in reversed(PARTS.items()):
+        in_part: set[str] = set()
+        for task in all_tasks:
+            found = []
+            for split in splits:
+                with contextlib.suppress(NoSplitError):
+                    found += task.examples(split, None if data_dir is None else Path(data_dir))
+            new = [each for each in found if question_key(each.question) not in taken]
+            if not task.has_answers:
+                new = choose(new, MAX_PROMPTS, seed)
+            if not new:
+                raise TaskError(
+                    f"task {task.name!r} has no questions of its own for the part {part!r}; give a "
+                    f"few hundred questions, as a file (FILE.jsonl) or a task with training "
+                    f"questions"
+                )
+            in_part.update(question_key(each.question) for each in new)
+            examples[part].append(new)
+        taken |= in_part
+    sources: Mapping[str, Sequence[str]] = {}
+    if isinstance(texts, str):
+        sources = read_texts(texts, None, seed)
+    elif texts:
+        sources = {"texts": texts}
+    divided: dict[str, dict[str, list[str]]] = {part: {} for part in PARTS}
+    for name, of_source in sources.items():
+        if name in [task.name for task in all_tasks]:
+            raise TaskError(
+                f"the questions and a file of texts are both called {name!r}; rename one of them"
+            )
+        for part in PARTS:
+            divided[part][name] = []
+        for text in dict.fromkeys(of_source):
+            composed = unicodedata.normalize("NFC", text)  # copies in another form fall together
+            split = part_by_hash(f"shrink:{composed}", BOUNDS["own"])
+            part = next(part for part, splits in PARTS.items() if split in splits)
+            divided[part][name].append(text)
+        for part in PARTS:
+            if not divided[part][name]:
+                raise TaskError(
+                    f"{name} has {len(of_source)} texts, too few to fit on some, check on some and "
+                    f"hold some out; give more"
+                )
+        divided["held out"][name] = choose(divided["held out"][name], MAX_TEXTS, seed)
+    return Questions(all_tasks, examples, divided)
