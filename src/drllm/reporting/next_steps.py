@@ -45,10 +45,11 @@ def suggest_steps(run: Run) -> list[Step]:
     """Return the steps that are worth taking next, and the command of each step."""
     if not run.evaluations:
         return [_step_before_evaluation(run)]
-    steps: list[Step] = []
+    steps: dict[str, str] = {}  # the command → what it is for
     for evaluation in run.evaluations:
-        steps += [step for step in _suggest_for_task(run, evaluation) if step not in steps]
-    return steps[:MAX_STEPS]
+        for what, command in _suggest_for_task(run, evaluation):
+            steps.setdefault(command, what)
+    return [(what, command) for command, what in steps.items()][:MAX_STEPS]
 
 
 def _step_before_evaluation(run: Run) -> Step:

@@ -39,7 +39,6 @@ FOLDED = [
     "What the systems are",
     "All depths in numbers",
     "Cost",
-    "Static paths",
     "Search and targets",
     "Router metrics",
     "Provenance",
@@ -109,7 +108,7 @@ def test_every_figure_is_whole_and_has_words_for_those_who_cannot_see_it(html):
     assert used
     assert used <= ids
     drawings = Page(html).all("svg")
-    assert len(drawings) == 6  # two of the four figures are drawn for desks and for phones
+    assert len(drawings) == 5  # two of the three figures are drawn for desks and for phones
     assert {drawing["role"] for drawing in drawings} == {"img"}
     assert min(len(drawing["aria-label"] or "") for drawing in drawings) > 40
 

@@ -83,20 +83,6 @@ def test_any_single_part_makes_a_report(copied, kept):
     assert "## Provenance" in report_text(copied.path)
 
 
-@pytest.mark.parametrize("name", ["paths.json", "tuned/paths.json"])
-def test_paths_that_were_tuned_are_found_and_belong_to_the_same_model(copied, name):
-    copied.static_paths()
-    text = (copied.path / "paths.json").read_text()
-    remove(copied, "paths.json")
-    assert "## Static paths" not in report_text(copied.path)
-    copied.text(name, text)
-    assert "## Static paths" in report_text(copied.path)
-    assert read_run(copied.path).sources[-1].name == name
-    copied.change(name, lambda values: values["model"].update(fingerprint="another"))
-    with pytest.raises(RecordError, match="different weights, by fingerprint"):
-        read_run(copied.path)
-
-
 def test_files_without_manifests_are_read_as_the_users_own(copied):
     remove(copied, "search.manifest.json", "supervision.manifest.json")
     text = report_text(copied.path)
@@ -185,9 +171,6 @@ REFUSED: list[tuple[str, Any, str]] = [
     (METRICS, lambda v: v.update(macro_f1="good"), "metrics.jsonl, line 3"),
     (CONFIG, {"num_windows": 8}, "'num_layers' is missing"),
     (CONFIG, {"num_layers": 5, "num_windows": 8}, "mixes models of different depth"),
-    ("healed/path.json", b"garbage", "healed/path.json"),
-    ("healed/path.json", b"{}", "healed/path.json"),
-    ("healed/path.json", b'{"schema": "drllm.other"}', "healed/path.json"),
     ("run.yaml", b"\xff", "not a UTF-8"),
 ]
 
@@ -270,15 +253,3 @@ def test_files_of_others_beside_a_run_are_no_results(folder):
     folder.search()
     folder.write("notes.json", {"mine": 1})
     assert not read_run(folder.path).evaluations
-
-
-def test_menus_and_certificates_in_results_of_an_earlier_version_are_ignored(copied):
-    [expected] = read_run(copied.path).evaluations
-    pooled = {"tasks": ["arc_easy"], "num_questions": 60, "executions": {"base": 4.0}}
-    old = {"menu": "menu", "pooled": pooled, "choice": {"limits": {"epsilon": 2.0}, "trials": []}}
-    copied.change(RESULT, lambda values: values.update(old))
-    [evaluation] = read_run(copied.path).evaluations
-    assert evaluation.systems == expected.systems
-    text = report_text(copied.path)
-    assert "pooled" not in text
-    assert "a certificate of drllm 0.0.0, which is ignored" in text
