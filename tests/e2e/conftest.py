@@ -92,7 +92,7 @@ NUM_QUESTIONS = 60
 
 @pytest.fixture
 def inputs(tmp_path: Path) -> Path:
-    """A folder with targets to train on, paths to heal, and questions."""
+    """A folder with targets to train on, a path, and questions."""
     folder = tmp_path / "inputs"
     folder.mkdir()
     rows = []
@@ -109,8 +109,7 @@ def inputs(tmp_path: Path) -> Path:
         choices = [str(number), str(number + 1)]
         questions.append({"question": f"What is {number} + 0?", "choices": choices, "answer": 0})
     (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
-    (folder / "plan.json").write_text('{"decisions": [1, 0, 1, 1]}')
-    (folder / "refit.json").write_text('{"decisions": [1, 1, 0, 1]}')  # whose refit is better
+    (folder / "plan.json").write_text('{"path": [0, 2, 3]}')
     return folder
 
 

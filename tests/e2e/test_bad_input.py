@@ -322,8 +322,7 @@ gaps FACTS --model MODEL --layers 9 --output-dir new => give numbers of layers t
 export --model MODEL --skip 1,9 --output-dir new => --skip names layer 9
 generate x --model MODEL --path without:1,99 => the model has no layer 99; give layers from 0 to 3
 generate x --model MODEL --path without:0-3 => all layers are left out
-generate x --model MODEL --path plan => 3 decisions were given for a model of 4 layers \
-=> plan: {"decisions": [1, 0, 1]}
+generate x --model MODEL --path plan => not a layer of a model of 4 layers => plan: {"path": [0, 4]}
 evaluate FACTS --model MODEL --paths without:99 --output-dir new => the model has no layer 99
 evaluate FACTS --model MODEL --paths witout:3-5 --output-dir new => did you mean 'without:3-5'?
 SUPERVISE empty.jsonl => empty.jsonl is empty => empty.jsonl:

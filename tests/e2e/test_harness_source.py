@@ -38,11 +38,3 @@ def test_a_task_of_the_harness_is_searched_trained_on_and_evaluated_on_other_que
     few |= {"baselines": "block-influence", "curve": "0.2", "num_calibration": 8}
     [result] = drllm.evaluate(base, name, routers=routers, **few)  # fitted on select of the same
     assert result.num_questions == len(task.examples("test"))
-
-
-def test_a_task_of_the_harness_is_tuned_on(base, tmp_path):
-    name = written_task(tmp_path, OPTIONS, {"train": ROWS, "test": ROWS[:9]})
-    found = drllm.tune(base, name, trust_task_code=True, **FEW)
-    assert found.tasks == ("larger",)
-    assert found.divided == ()
-    assert len(found.paths) == 2

@@ -133,7 +133,7 @@ def test_the_stock_command_runs_our_model_after_its_module_is_imported(
 
     import drllm.evaluation.lm_eval.model  # noqa: F401
 
-    (tmp_path / "plan.json").write_text('{"decisions": [1, 0, 2, 1]}')
+    (tmp_path / "plan.json").write_text('{"path": [0, 2, 2, 3]}')
     model = {"pretrained": model_folder(), "path": "plan.json", "dtype": "float32"}
     ours = evaluate("ours", "--model drllm --tasks builtin_facts --split select --limit 5", **model)
     [folder] = (tmp_path / "ours" / "tasks").iterdir()

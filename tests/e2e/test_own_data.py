@@ -1,4 +1,4 @@
-"""Data that drllm has no word for, by the documented commands: searched, trained, tuned, asked."""
+"""Data that drllm has no word for, by the documented commands: search, train, gaps, learn."""
 
 import json
 
@@ -27,7 +27,7 @@ REWARD = "def reward(example, text):\n    return float(len(text) % 2)\n"
 
 @pytest.fixture
 def loop(drllm, model_folder, tmp_path, monkeypatch):
-    """A function that takes a set through the commands up to tuning; returns the search's file."""
+    """A function that takes a set through all commands; it returns the search's file."""
     monkeypatch.chdir(tmp_path)
     folder = model_folder()
     own = f"--model {folder} --device cpu"
@@ -35,8 +35,9 @@ def loop(drllm, model_folder, tmp_path, monkeypatch):
     def run(dataset: str, *flags: str):
         drllm(f"search {own} --limit 8 --num-simulations 4 --dataset", dataset, *flags)
         drllm(f"train {own} --num-epochs 1 --num-windows 2 --router-width 4 --output routers")
-        few = "--num-fit 8 --num-judged 8 --max-skipped 1 --beam 1 --max-loss 10"
-        drllm(f"tune {own} {few} --output-dir tuned --tasks", dataset, *flags)
+        drllm(f"gaps {own} --layers 3 --output-dir gaps --tasks", dataset, *flags)
+        words = f"learn {own} --skip gaps/paths.json:3 --minutes 0 --output-dir smaller"
+        drllm(words, "--tasks", dataset, *flags)
         asked = f"evaluate {own} --routers routers --limit 4 --num-texts 2"
         return f"{asked} --baselines none --tasks", tmp_path / "data" / "search.jsonl"
 
@@ -66,7 +67,7 @@ def test_a_file_of_conversations(loop, drllm, tmp_path):
         assert record.full.reward == 0.5
         assert "A fine one." in record.prompt
         assert all(0 < path.reward < 0.5 for path in record.paths[1:])
-    assert "skip1" in (tmp_path / "tuned" / "paths.json").read_text()
+    assert (tmp_path / "smaller" / "model.safetensors").exists()
     config = json.loads((tmp_path / "routers" / "router_config.json").read_text())
     assert config["training"]["rewards"] == ["kl"]
     (tmp_path / "own.py").write_text(REWARD)

@@ -13,7 +13,6 @@ import pytest
 import drllm
 from drllm.cli import main
 from drllm.cli.verbs import VERBS
-from drllm.config import ModelConfig
 from drllm.evaluation.lm_eval.model import _join_processes
 
 MOST_S = 240.0
@@ -24,12 +23,12 @@ os.environ.update(environment)
 sys.stderr = open(said, "w", buffering=1)
 sys.exit(main(words))
 """
-ON_RAY = {"search", "train", "tune", "evaluate"}
+ON_RAY = {"search", "train", "evaluate"}
 FLAGS = {
     "evaluate": "--routers none",
-    "export": "--path none.json --output-dir none",
+    "export": "--skip 1 --output-dir none",
     "generate": "--routers none Why?",
-    "heal": "--path none.json:skip2",
+    "learn": "--skip 1 --output-dir none",
     "ls": "tasks",
     "report": "none",
     "run": "none.yaml --output-dir none",
@@ -87,10 +86,9 @@ def test_every_other_verb_is_refused_in_several_processes(verb, monkeypatch, cap
 def test_a_script_of_ones_own_works_alone_in_each_process(monkeypatch, model_folder, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    settings = {"num_fit": 8, "num_judged": 4, "max_skipped": 1}
-    model = ModelConfig(model=str(model_folder()), device="cpu")
-    drllm.tune(model, "builtin_facts", output_dir=tmp_path / "own", **settings)
-    assert (tmp_path / "own" / "paths.json").exists()
+    base = drllm.load(str(model_folder()), device="cpu")
+    drllm.search_paths(base, "builtin_facts", limit=2, num_simulations=2, output_dir=tmp_path)
+    assert (tmp_path / "search.jsonl").exists()
 
 
 @pytest.mark.parametrize(("name", "value"), [("RANK", "1"), ("WORLD_SIZE", "2")])

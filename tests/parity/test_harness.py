@@ -321,7 +321,8 @@ def test_a_plan_from_a_file_is_followed_and_rolling_texts_are_scored_under_it(ba
     plan = (1, 0, 2, 1, 1, 1)
     plain = copy.deepcopy(base.model)
     file = tmp_path / "plan.json"
-    file.write_text(f'{{"decisions": {list(plan)}}}')
+    layers = [layer for layer, times in enumerate(plan) for _ in range(times)]
+    file.write_text(json.dumps({"path": layers}))
     lm = RoutedLM(base, path=str(file))
     requests = instances(QUESTIONS)
     for request, (logprob, _) in zip(requests, score(lm, requests), strict=True):

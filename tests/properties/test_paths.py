@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from drllm.errors import PathError
 from drllm.paths import (
-    StaticPath,
     check_decisions,
     full_decisions,
     num_executions,
@@ -68,24 +67,3 @@ def test_one_wrong_value_anywhere_is_refused_with_its_layer(decisions, where, wr
     spoiled = [*decisions[:layer], wrong, *decisions[layer + 1 :]]
     with pytest.raises(PathError, match=rf"at layer {layer} is not one of 0 \(skip\)"):
         check_decisions(spoiled)
-
-
-@given(st.sets(st.integers(0, 19), min_size=1), st.integers(20, 24))
-def test_the_layers_of_a_path_and_the_layers_in_its_gaps_are_all_layers(layers, num_layers):
-    path = StaticPath(sorted(layers))
-    left_out = [*range(path.layers[0])]
-    for gap in path.gaps(num_layers):
-        assert gap.layer in layers
-        assert gap.next_layer in layers or gap.next_layer == num_layers
-        left_out += range(gap.layer + 1, gap.next_layer)
-    assert sorted([*layers, *left_out]) == list(range(num_layers))
-
-
-@given(st.lists(st.integers(0, 9), min_size=2, max_size=12))
-def test_a_path_that_repeats_or_goes_back_has_no_gaps(layers):
-    path = StaticPath(layers)
-    if layers == sorted(set(layers)):
-        path.gaps(10)
-        return
-    with pytest.raises(PathError, match="at most once, in order"):
-        path.gaps(10)

@@ -1,14 +1,18 @@
 """What the tests of single modules share: data folders, and a hub of one's own."""
 
 import json
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 
 from drllm.tasks.published import task as published
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture
@@ -101,3 +105,21 @@ def rendered_by_the_harness():
         return [instance.args for instance in task.instances]
 
     return render
+
+
+@pytest.fixture
+def cached():
+    """A function that puts a folder into the hub's cache as OWNER/NAME, and returns that name."""
+    repositories: list[Path] = []
+
+    def put(folder, name):
+        repository = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
+        repositories.append(repository)
+        shutil.copytree(folder, repository / "snapshots" / COMMIT)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(COMMIT)
+        return name
+
+    yield put
+    for repository in repositories:
+        shutil.rmtree(repository)

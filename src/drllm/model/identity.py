@@ -141,7 +141,7 @@ def _read_signs(place: str, module: nn.Module) -> bytes | None:
         place: The module's place in the model: `embedding` or `layers.INDEX`.
         module: The embedding or a layer.
     """
-    path = _find_first_matrix(module)
+    path = find_first_matrix(module)
     if path is None:
         return None
     name = place
@@ -155,7 +155,7 @@ def _read_signs(place: str, module: nn.Module) -> bytes | None:
     return f"{name} {list(weight.shape)}\n".encode() + signs
 
 
-def _find_first_matrix(module: nn.Module) -> str | None:
+def find_first_matrix(module: nn.Module) -> str | None:
     """Return the name of a module's first unquantised matrix; None if there is none.
 
     In a PEFT layer this is a matrix of the original module, since the original module comes first.

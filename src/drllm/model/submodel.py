@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from drllm.errors import ArchitectureError, PathError
 from drllm.model import hub
+from drllm.model.identity import find_first_matrix
 from drllm.model.layers import find_layers
 from drllm.model.path_config import check_layers, reorder_config
 
@@ -63,7 +64,8 @@ def shorten(model: Any, skip: Iterable[int]) -> Any:
             f"{name} isn't a class of transformers, and a shortened model must load without other "
             f"code; give a model that needs no code of its own and isn't wrapped by PEFT"
         )
-    if getattr(model, "hf_quantizer", None) is not None:
+    _, layers = find_layers(model)
+    if getattr(model, "hf_quantizer", None) is not None or find_first_matrix(layers[0]) is None:
         raise ArchitectureError(
             f"the weights of this {name} are quantised, and a shortened model shares weights as "
             f"they were trained; shorten the model without quantisation, then quantise the result"
@@ -72,7 +74,6 @@ def shorten(model: Any, skip: Iterable[int]) -> Any:
         raise ArchitectureError(
             f"some weights of this {name} are offloaded; load it without a device map that offloads"
         )
-    _, layers = find_layers(model)
     kept = _list_kept(skip, len(layers))
     try:
         config = reorder_config(model.config, kept)
