@@ -111,10 +111,10 @@ notebook: $(STAMP)  ## run examples/first_hour.ipynb, and keep its output in it
 artefacts: $(STAMP)  ## make what can be published of SmolLM2, into runs/artefacts/publish (half an hour)
 	rm -rf runs/artefacts/publish
 	$(BIN)/drllm run demo --full --output-dir runs/artefacts/run
-	$(BIN)/drllm run demo --output-dir runs/artefacts/healed
+	$(BIN)/drllm run demo --output-dir runs/artefacts/demo
 	[ -f runs/artefacts/bypass/bypass.safetensors ] || $(BIN)/drllm bypass --model smollm2-135m \
 	--text builtin_texts --output-dir runs/artefacts/bypass
-	$(BIN)/drllm bundle runs/artefacts/run runs/artefacts/healed runs/artefacts/bypass \
+	$(BIN)/drllm bundle runs/artefacts/run runs/artefacts/demo/smaller runs/artefacts/bypass \
 	--output-dir runs/artefacts/publish $(ARGS)
 
 gpu: $(STAMP)  ## check exactness, waits and times on a CUDA device, in nine minutes

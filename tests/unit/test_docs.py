@@ -10,7 +10,6 @@ from typing import Any
 import msgspec
 import pytest
 
-from drllm.records.results import read_results
 from drllm.search.strategies import STRATEGIES
 from drllm.statistics.verdicts import judge_counts
 from drllm.supervision.rules import TARGETS
@@ -86,22 +85,17 @@ def test_the_page_on_rewards_runs_and_its_reward_grades_a_file(tmp_path, monkeyp
     assert get_task(str(path)).rewards == ("last-number",)
 
 
-def test_the_page_on_reports_reads_the_numbers_of_the_demo(tmp_path, monkeypatch):
-    folder = RunFolderWriter(tmp_path / "runs" / "demo", num_layers=30, seed=0)
-    folder.evaluation("builtin_facts", questions=285)
-    demo = {"without 13-15": (15, 19), "healed:without 13-15": (8, 9)}  # won and lost
+def test_the_page_on_reports_reads_the_numbers_of_the_example(tmp_path, monkeypatch):
+    folder = RunFolderWriter(tmp_path / "runs" / "demo_full", num_layers=30, seed=0)
+    folder.evaluation("builtin_facts", questions=120)
 
-    def use_the_demo(values: Any) -> None:
+    def use_the_example(values: Any) -> None:
         base, routed, *_ = values["systems"]
-        values["paths"] = {name: [{"layer": 0}] for name in demo}
-        values["systems"] = [base]
-        for name, counts in demo.items():
-            accuracy = judge_counts(*counts, 285, p_corrected=1.0, num_tests=2)
-            differences = {**routed["against_base"], "accuracy": msgspec.to_builtins(accuracy)}
-            values["systems"].append({**routed, "name": name, "against_base": differences})
+        accuracy = judge_counts(4, 6, 120, p_corrected=1.0, num_tests=1)
+        differences = {**routed["against_base"], "accuracy": msgspec.to_builtins(accuracy)}
+        values["systems"] = [base, {**routed, "against_base": differences}]
 
-    folder.change("eval/builtin_facts.json", use_the_demo)
-    read_results(folder.path / "eval")  # the file is one that drllm could have written
+    folder.change("eval/builtin_facts.json", use_the_example)
     monkeypatch.chdir(tmp_path)
     assert run("reports.md") == [shown(*blocks("reports.md"))]
 
@@ -135,10 +129,18 @@ def test_the_python_of_the_readme_runs_and_prints_what_it_says(smollm2):
 
 
 def test_every_module_for_a_first_reading_exists():
-    lines = (DOCS / "architecture.md").read_text(encoding="utf-8").splitlines()
-    [line] = [line for line in lines if line.startswith("For a first reading")]
-    names = re.findall(r"`([a-z_/]+)`", line)
-    assert len(names) > 5
+    page = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    names = re.findall(r"^\| `([a-z_/]+)` \|", page, re.MULTILINE)
+    assert len(names) == 6
     for name in names:
-        place = REPOSITORY / "src" / "drllm" / name
-        assert place.is_dir() or place.with_suffix(".py").is_file(), name
+        assert (REPOSITORY / "src" / "drllm" / name).with_suffix(".py").is_file(), name
+
+
+def test_the_import_order_of_the_page_on_architecture_is_that_of_the_contract():
+    contract = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
+    layers = re.search(r"^layers = \[(.*?)^\]", contract, flags=re.DOTALL | re.MULTILINE)
+    page = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    block = re.search(r"^```\n(cli\n.*?)^```$", page, flags=re.DOTALL | re.MULTILINE)
+    assert layers is not None
+    assert block is not None
+    assert block[1].splitlines() == re.findall(r'"(.*?)"', layers[1])
