@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--devices", type=int, choices=(1, 2), default=1)
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--questions", type=int, default=4, help="to search and to tune on")
+    parser.add_argument("--questions", type=int, default=4, help="to search")
     options = parser.parse_args()
     tokenizer = conftest.tiny_tokenizer.__wrapped__()
     model = make_tiny("llama", 3, "sdpa", num_hidden_layers=options.layers)
@@ -56,7 +57,7 @@ def main() -> None:
 
         run_generation(model, tokenizer, run_stage)
         routers = run_routing(model, tokenizer, options.questions, run_stage)
-        run_static_paths(model, tokenizer, options.questions, run_stage)
+        run_shortening(model, tokenizer, run_stage)
         run_evaluation(model, tokenizer, routers, run_stage)
 
 
@@ -103,27 +104,15 @@ def run_routing(model: Any, tokenizer: Any, num_questions: int, run_stage: Run) 
     )
 
 
-def run_static_paths(model: Any, tokenizer: Any, num_questions: int, run_stage: Run) -> None:
-    """Tune static paths, and heal one that leaves a layer out."""
-    run_stage(
-        f"tune, {num_questions} questions a part",
-        lambda: drllm.tune(
-            model,
-            TASK,
-            num_fit=num_questions,
-            num_judged=num_questions,
-            max_skipped=1,
-            tokenizer=tokenizer,
-        ),
-    )
-    L = model.config.num_hidden_layers
-    path = drllm.StaticPath([layer for layer in range(L) if layer != 2])
-    run_stage(
-        "heal, 3 steps",
-        lambda: drllm.heal(
-            model, path, TASK, limit=20, steps=3, num_held_out=2, tokenizer=tokenizer
-        ),
-    )
+def run_shortening(model: Any, tokenizer: Any, run_stage: Run) -> None:
+    """Measure the gaps of the model, leave a layer out, refit the model and teach it."""
+    texts = ["Water boils when it is hot enough.", "Iron is heavier than wood."] * 6
+    run_stage("gaps, 12 texts", lambda: drllm.gap_costs(model, texts, tokenizer=tokenizer))
+    for name, minutes in (("a refit", 0), ("a refit, and learning for a second", 1 / 60)):
+        small = drllm.shorten(model, skip=[2])
+        settings = {"minutes": minutes, "rank": 2, "refit_tokens": 200, "tokenizer": tokenizer}
+        learn = partial(drllm.learn, small, TASK, teacher=model, **settings)
+        run_stage(name, learn)
 
 
 def run_evaluation(model: Any, tokenizer: Any, routers: Any, run_stage: Run) -> None:

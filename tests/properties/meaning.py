@@ -19,7 +19,6 @@ COUNTS = frozenset(
         "epoch",
         "epochs_done",
         "examples",
-        "first_layer",
         "layer",
         "lost",
         "n",
@@ -28,10 +27,8 @@ COUNTS = frozenset(
         "next_layer",
         "num_available",
         "num_bytes",
-        "num_candidates",
         "num_failed",
         "num_fewshot",
-        "num_held_out",
         "num_layers",
         "num_prompts",
         "num_questions",
@@ -46,7 +43,6 @@ COUNTS = frozenset(
         "refit_tokens",
         "schema_version",
         "simulation",
-        "step",
         "tokens",
         "won",
     ]
@@ -69,9 +65,7 @@ SHARES = frozenset(
 """Fields whose numbers are from 0 to 1."""
 AMOUNTS = frozenset(
     [
-        "alpha",
         "attention",
-        "check_seconds",
         "decode_executions",
         "deviation",
         "excluded_loss",
@@ -80,8 +74,6 @@ AMOUNTS = frozenset(
         "max_drop",
         "max_loss_increase",
         "minutes",
-        "minutes_to_heal",
-        "refit_seconds",
         "ridge",
         "seconds",
         "speed",

@@ -222,8 +222,8 @@ def test_a_model_whose_weights_are_in_workers_has_its_bypass_too(
     with workers.open_workers(model, None, config, Listener()) as opened:
         assert opened.routed.bypass.sha256 == bypass.sha256
         assert count_bypass_cost(opened.routed) > 0
-        with pytest.raises(ConfigError, match="tune repairs paths without a bypass"):
-            opened.base.refuse_bypass("tune repairs paths")
+        with pytest.raises(ConfigError, match="learning repairs a model without a bypass"):
+            opened.base.refuse_bypass("learning repairs a model")
 
 
 def test_time_is_measured_with_the_bypass(base, bypass, monkeypatch):

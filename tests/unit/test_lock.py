@@ -68,10 +68,10 @@ def test_a_new_folder_to_which_a_refused_stage_wrote_nothing_is_deleted(tmp_path
     new, old = tmp_path / "new", tmp_path / "old"
     old.mkdir()
     for folder in (new, old):
-        with pytest.raises(ConfigError), only_writer(folder, "tuning", "--output-dir"):
+        with pytest.raises(ConfigError), only_writer(folder, "learning", "--output-dir"):
             raise ConfigError("refused")
     assert (new.exists(), old.exists()) == (False, True)
-    with only_writer(new, "tuning", "--output-dir"):
+    with only_writer(new, "learning", "--output-dir"):
         (new / "kept").write_text("x")
     assert [path.name for path in new.iterdir()] == ["kept"]
 

@@ -100,7 +100,7 @@ def _load_routers(places: Sequence[Path]) -> list[LoadedRouters]:
     flags=(
         Flag(
             "run_dir",
-            "folders of a run, a tuning or an evaluation; several are compared",
+            "folders of a run or an evaluation; several are compared",
             many=True,
             required=True,
             positional=True,

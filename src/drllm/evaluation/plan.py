@@ -381,7 +381,7 @@ def name_depth(share: float) -> str:
 
 
 def read_questions(rendered: RenderedTask, lm: RoutedLM, config: EvaluateConfig) -> TaskQuestions:
-    """Make tokens of a task's questions, draw its texts as `tune` does, and divide it into blocks.
+    """Make tokens of a task's questions, draw its texts, and divide it into blocks.
 
     Args:
         rendered: The questions.

@@ -20,8 +20,8 @@ class TaskRenderer:
         lm: The model, whose tokenizer and chat template are used. Nothing is run.
         config: The settings.
         store: Refuses to resume an evaluation that had other questions.
-        may_know_questions: Whether something may be trained, tuned or fitted on questions of the
-            harness' own tasks.
+        may_know_questions: Whether something may be trained or fitted on questions of the harness'
+            own tasks.
     """
 
     lm: RoutedLM
@@ -52,8 +52,8 @@ class TaskRenderer:
     def _render_stock_task(self, task: LmEvalTask, split: str, limit: int | None) -> RenderedTask:
         """Render one of the harness' own tasks.
 
-        The questions are drawn from all that the harness reports if nothing can have been trained,
-        tuned or fitted on them. Otherwise they are drawn only from the split.
+        The questions are drawn from all that the harness reports if nothing can have been trained
+        or fitted on them. Otherwise they are drawn only from the split.
         """
         config = self.config
         only_split: str | None = split

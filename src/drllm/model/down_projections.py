@@ -1,10 +1,10 @@
 """Find the down-projection of each layer's MLP, and how its output enters the layer's output.
 
-A refit solves a down-projection anew (tuning/refit.py). In most models the projection's output is
-added to the state, maybe times a factor: 1 mostly, a constant in Granite, a gate that differs from
-token to token at a shared expert of Qwen2-MoE. In others a norm follows the MLP, and the norm's
-output is added: Gemma 2 and 3, GLM-4, OLMo 2 and 3, EXAONE 4. No table of models says which case a
-layer is: runs with a changed output show it.
+A refit solves a down-projection anew (prune/repairs/refit.py). In most models the projection's
+output is added to the state, maybe times a factor: 1 mostly, a constant in Granite, a gate that
+differs from token to token at a shared expert of Qwen2-MoE. In others a norm follows the MLP, and
+the norm's output is added: Gemma 2 and 3, GLM-4, OLMo 2 and 3, EXAONE 4. No table of models says
+which case a layer is: runs with a changed output show it.
 
 Axes: B rows, T tokens, D hidden.
 """

@@ -80,10 +80,10 @@ class BaseModel:
         return identity
 
     def refuse_bypass(self, what: str) -> None:
-        """Refuse a bypass where paths are repaired or written.
+        """Refuse a bypass where a model is shortened.
 
         Args:
-            what: What is to be done, with its subject: "tune repairs paths".
+            what: What is to be done, with its subject: "learning repairs a model".
 
         Raises:
             ConfigError: The model has a bypass.

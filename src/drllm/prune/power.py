@@ -15,7 +15,7 @@ from drllm.tasks.parts import Questions
 
 DIFFERING = 0.05
 """The share of questions whose answer turns from right to wrong or from wrong to right. It was 4 %
-of 285 built-in facts for healed paths of SmolLM2 without one and two of 30 layers, and is higher
+of 285 built-in facts for SmolLM2 without one and two of 30 layers, repaired, and is higher
 with more layers out. So this is nearly the best case."""
 FOUR_TIMES = "a file needs four times as many"  # since a quarter of it is held out
 MANY = 10_000  # questions from which the needed number is estimated

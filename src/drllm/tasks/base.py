@@ -150,8 +150,8 @@ class Task(ABC):
         """Refuse a task without answers, which can't be evaluated."""
         if not self.has_answers:
             raise TaskError(
-                f"task {self.name!r} has prompts without answers, which can be searched and tuned "
-                f"on, but not evaluated; give answers, or --reward FILE.py:FUNCTION"
+                f"task {self.name!r} has prompts without answers, which can be searched and "
+                f"learned from, but not evaluated; give answers, or --reward FILE.py:FUNCTION"
             )
 
     def prompt(self, example: Example, reward: str) -> Prompt:
@@ -176,7 +176,7 @@ class Task(ABC):
         """
         if not self.rewards:
             raise TaskError(
-                f"task {self.name!r} is only evaluated and can't be searched or tuned on; "
+                f"task {self.name!r} is only evaluated and can't be searched or learned from; "
                 f"'drllm ls tasks' shows which tasks have rewards"
             )
         if reward is None:

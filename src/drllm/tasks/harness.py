@@ -131,7 +131,7 @@ class LmEvalTask(Task):
         if task.multiple_input:
             raise TaskError(
                 f"task {self.name!r} has a prompt for each option, so it can be evaluated, but not "
-                f"searched or tuned on"
+                f"searched or learned from"
             )
         context = self._render_context(leaf, doc, example)
         if self.kind == "choices":

@@ -100,8 +100,8 @@ def shown(text: str) -> set[str]:
 
 
 def test_the_guides_have_commands():
-    assert {"search", "train", "tune", "heal", "export", "evaluate"} <= {verb for verb, _ in NAMED}
-    assert ("tune", "--max-loss") in NAMED
+    assert {"search", "train", "shrink", "export", "evaluate"} <= {verb for verb, _ in NAMED}
+    assert ("shrink", "--max-drop") in NAMED
 
 
 @pytest.mark.parametrize(("verb", "flag"), sorted(NAMED))

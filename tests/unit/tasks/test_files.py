@@ -79,7 +79,7 @@ def test_prompts_alone_have_no_answers_and_are_refused_where_these_are_needed(tm
     assert task.rewards == ("kl",)
     with pytest.raises(TaskError, match="'exact' doesn't fit task 'mine'; give kl"):
         task.prompts(examples[0], "exact")
-    with pytest.raises(TaskError, match="without answers, which can be searched and tuned on"):
+    with pytest.raises(TaskError, match="without answers, which can be searched and learned from"):
         select_tasks(EvaluateConfig(), [task])
     with pytest.raises(TaskError, match="without answers"):  # as lm-eval comes to it
         make_entry(task)

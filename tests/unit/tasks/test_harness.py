@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness as a source of questions to search, tune and train on."""
+"""Tasks of lm-evaluation-harness as a source of questions to search, train and learn on."""
 
 from pathlib import Path
 
