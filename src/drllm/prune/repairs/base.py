@@ -87,7 +87,7 @@ class Repair(ABC):
             model: The shortened model.
             teacher: The full model, which isn't changed.
             lessons: What to learn from.
-            work: A folder for what an interrupted repair goes on from.
+            work: A folder for what an interrupted repair resumes from.
             listener: Receives progress and notes.
         """
 

@@ -472,7 +472,11 @@ def refit(
         listener: Receives the progress.
 
     Raises:
-        As `solve_gaps`.
+        PathError: The first layer is left out.
+        ArchitectureError: A layer before a gap has no down-projection that can be solved.
+        RoutingError: A weight is quantised or offloaded.
+        ModelError: There isn't enough memory, or the states aren't finite.
+        TaskError: There are fewer than two texts.
 
     Source: ours.
     """
