@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @verb(
     "evaluate",
-    example="drllm evaluate --routers checkpoints/first --paths paths.json --tasks builtin_facts",
+    example="drllm evaluate --routers checkpoints/first --paths without:13,14 --tasks builtin_facts",
     settings=(ModelConfig, EvaluateConfig),
     flags=(
         Flag(
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
             alias="output",
         ),
     ),
-    model_from="the model that the routers or the paths.json name",
+    model_from="the model that the routers name",
     resumes=True,
 )
 def evaluate_verb(command: CommandLine, terminal: Terminal) -> int:

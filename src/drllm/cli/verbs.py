@@ -114,7 +114,7 @@ class Verb:
         settings: Groups of settings; each setting becomes a flag.
         flags: The verb's own flags, which aren't settings.
         model_from: A phrase for the help: which base model is used without `--model`, such as "the
-            model that the paths.json names". It is empty for the default model.
+            model that the routers name". It is empty for the default model.
         resumes: Whether the same command resumes interrupted work.
         further_settings: The groups of settings that only `--help-all` shows.
     """

@@ -74,9 +74,9 @@ class EvaluateConfig(ExecutorConfig):
     )
     paths: str | None = basic(
         None,
-        placeholder="FILE[:NAME],...",
-        help="static paths to compare, separated by commas; a paths.json without NAME adds all "
-        "of its paths except the full path; without:13,14 leaves out these layers",
+        placeholder="FILE,...",
+        help="static paths to compare, separated by commas: without:13,14 leaves out these layers, "
+        "and a file has one path",
     )
     baselines: str = basic(
         "quick",
