@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @verb(
     "evaluate",
-    example="drllm evaluate --routers checkpoints/first --paths without:13,14 --tasks builtin_facts",
+    example="drllm evaluate --routers checkpoints/first --paths without:13 --tasks builtin_facts",
     settings=(ModelConfig, EvaluateConfig),
     flags=(
         Flag(
