@@ -1,44 +1,16 @@
-"""How far apart two systems' answers to the same questions lie, as figures and in words."""
+"""Means over kinds of texts, and shares, each with its 95 % interval."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 
-from drllm.statistics.intervals import (
-    BOOTSTRAP_DRAWS,
-    is_right_or_wrong,
-    mean_interval,
-    sum_interval,
-)
-from drllm.statistics.paired import count_won_lost, mcnemar_exact, paired_interval
+from drllm.statistics.intervals import BOOTSTRAP_DRAWS, mean_interval
 
-ACCURACY = "accuracy"
 SEED = 0
-
-
-def compare_paired(quantity: str, ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
-    """Return the mean of a quantity, its mean change from another system's, and the 95 % interval.
-
-    Of accuracy also McNemar's exact test, and `excluded`, the loss from which on every loss is
-    excluded, which `drllm evaluate --max-drop` compares; not where a question is right in part.
-    """
-    changes = [one - other for one, other in zip(ours, theirs, strict=True)]
-    found = {"mean": fmean(ours), "change": fmean(changes), "n": len(changes)}
-    if quantity != ACCURACY or not (is_right_or_wrong(ours) and is_right_or_wrong(theirs)):
-        return found | {"interval": mean_interval(changes, SEED)}
-    won, lost = count_won_lost(ours, theirs)
-    interval = paired_interval(won, lost, len(changes))
-    return found | {
-        "interval": interval,
-        "won": won,
-        "lost": lost,
-        "p": mcnemar_exact(won, lost),
-        "excluded": max(0.0, -interval[0]),
-    }
 
 
 def average_kinds(values: Mapping[str, Sequence[float]]) -> tuple[float, tuple[float, float]]:
@@ -49,10 +21,16 @@ def average_kinds(values: Mapping[str, Sequence[float]]) -> tuple[float, tuple[f
 
     Args:
         values: For each kind, one value for each text.
+
+    Source: Zou and Donner 2008, Statistics in Medicine 27 (10), from the interval of each mean.
     """
-    weight = 1 / len(values)
-    mean, low, high = sum_interval([(weight, of_kind) for of_kind in values.values()], SEED)
-    return mean, (low, high)
+    means = [fmean(of_kind) for of_kind in values.values()]
+    ends = [mean_interval(of_kind, SEED) for of_kind in values.values()]
+    # The squares of the distances to the ends add up, since the kinds are independent.
+    below = [mean - low for mean, (low, _) in zip(means, ends, strict=True)]
+    above = [high - mean for mean, (_, high) in zip(means, ends, strict=True)]
+    mean = fmean(means)
+    return mean, (mean - math.hypot(*below) / len(means), mean + math.hypot(*above) / len(means))
 
 
 def divide_means(parts: Sequence[float], wholes: Sequence[float]) -> tuple[float, list[float]]:
@@ -67,30 +45,3 @@ def divide_means(parts: Sequence[float], wholes: Sequence[float]) -> tuple[float
     part_means, whole_means = pairs[:, places].mean(axis=2)  # [draws] each
     interval = np.percentile(part_means / whole_means, (2.5, 97.5)).tolist()
     return fmean(parts) / fmean(wholes), interval
-
-
-def mean_change(
-    ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]
-) -> dict[str, Any]:
-    """Return the mean change of a quantity over seeds and questions, each `[seeds][questions]`.
-
-    The 95 % interval is over questions.
-    """
-    changes = [
-        [a - b for a, b in zip(one, other, strict=True)]
-        for one, other in zip(ours, theirs, strict=True)
-    ]
-    by_question = [*map(fmean, zip(*changes, strict=True))]
-    interval = mean_interval(by_question, SEED)
-    return {"change": fmean(by_question), "n": len(by_question), "interval": interval}
-
-
-def in_words(quantity: str, figures: Mapping[str, Any]) -> str:
-    """Return a change with its interval, accuracy in points, and its test where there is one."""
-    scale = 100 if quantity == ACCURACY else 1
-    low, high = (scale * end for end in figures["interval"])
-    words = f"{scale * figures['change']:+.3f} ({low:+.3f} to {high:+.3f})"
-    if "won" in figures:
-        words += f"  {figures['won']} won, {figures['lost']} lost, p = {figures['p']:.2g}"
-        words += f"; a loss of {100 * figures['excluded']:.2f} is excluded"
-    return words

@@ -22,13 +22,9 @@ PYTHON_FUNCTION = ".py:"
 """What the name of a reward has in it if it is a function in a Python file, as FILE.py:FUNCTION."""
 
 MAX_DROP = 3.0
-"""A loss of accuracy, in points, that matters: `shrink` allows no larger loss, `export` refuses a
-path that is shown to lose more, and the verdicts on paths go by it, unless told otherwise."""
+"""A loss of accuracy, in points, that matters: `shrink` allows no larger one unless told otherwise,
+and the verdicts on paths go by it."""
 
-MAX_LOSS_INCREASE = 1.0
-"""An increase of the next-token loss, in nats a token, that is too large for any use: `export`
-refuses a path that is shown to lose more, unless told otherwise. At 1 nat, each token is 2.7 times
-less likely on average."""
 TEXT_HELP = (
     "texts that the model must still be able to write, beside the questions: files of rows with a "
     "field 'text', .txt files with a text per paragraph, or hub data sets "

@@ -13,7 +13,6 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +37,7 @@ WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
 
 MAP_ROWS = 3
 MAP_TOKENS = 5
-"""The shape of the batch that `find_linear_maps` runs, `[MAP_ROWS, MAP_TOKENS]`."""
+"""The shape of the batch that `run_batch` runs, `[MAP_ROWS, MAP_TOKENS]`."""
 
 
 def unwrap_peft(model: Any) -> Any:
@@ -322,26 +321,6 @@ def list_norms(model: Any) -> dict[str, nn.Module]:
             if list(parameters) == ["weight"] and parameters["weight"].dim() == 1:
                 norms[f"{index}.{place}"] = module
     return norms
-
-
-def find_linear_maps(model: Any) -> dict[str, nn.Module]:
-    """Return the linear maps that read every token of every row, by name; see `list_linear_maps`.
-
-    A map counts only if its input has an axis of rows and an axis of tokens. So the maps of experts
-    don't count, which read some of the tokens, nor do maps that read all rows as one long row.
-    """
-    decoder, _ = find_layers(model)
-    maps: dict[str, nn.Module] = {}
-
-    def add_map(name: str, module: nn.Module, args: Any, _output: Any) -> None:
-        if args and args[0].shape[:2] == (MAP_ROWS, MAP_TOKENS):
-            maps[name] = module
-
-    hooks = []
-    for name, module in list_linear_maps(model).items():
-        hooks.append(module.register_forward_hook(partial(add_map, name)))
-    run_batch(model, decoder, hooks)
-    return maps
 
 
 def run_batch(model: Any, decoder: nn.Module, hooks: list[RemovableHandle]) -> None:

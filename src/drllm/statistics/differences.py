@@ -94,13 +94,6 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         numbers = self._write_numbers(with_test=True)
         return f"{self._words.title} of {ours} minus {theirs}: {self._conclude(numbers)}."
 
-    def statement(self) -> str:
-        """Return a shorter sentence, for places where it is clear which systems are compared.
-
-        It doesn't have the exact test's numbers.
-        """
-        return f"{self._words.title} changes by {self.details}."
-
     @property
     def details(self) -> str:
         """The size of the difference, the excluded loss and how sure the difference is."""

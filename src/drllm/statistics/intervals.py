@@ -5,7 +5,7 @@ Functions that resample values take a seed, so that their results can be repeate
 
 import math
 from collections.abc import Iterator, Sequence
-from statistics import NormalDist, fmean
+from statistics import NormalDist
 from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:  # every command imports this module, so numpy is imported inside functions
@@ -89,30 +89,6 @@ def mean_interval(
     outside = (1 - confidence) / 2  # the share of resampled means below the interval, and above it
     lower, upper = np.quantile(np.concatenate(means), [outside, 1 - outside], method="nearest")
     return float(lower), float(upper)
-
-
-def sum_interval(
-    weighted: Sequence[tuple[float, Sequence[float]]], seed: int
-) -> tuple[float, float, float]:
-    """Return a weighted sum of independent means, and the two ends of its 95 % interval.
-
-    Args:
-        weighted: For each mean, its weight and its values.
-        seed: Seed of the resampling.
-
-    Source: Zou and Donner 2008, Statistics in Medicine 27 (10), from the interval of each mean.
-    """
-    total = 0.0
-    distance_below = 0.0  # from the sum to the lower end of its interval
-    distance_above = 0.0
-    for weight, values in weighted:
-        mean = fmean(values)
-        low, high = mean_interval(values, seed)
-        total += weight * mean
-        # The squares of these distances add up, since the means are independent.
-        distance_below = math.hypot(distance_below, weight * (mean - low))
-        distance_above = math.hypot(distance_above, weight * (high - mean))
-    return total, total - distance_below, total + distance_above
 
 
 def upper_bound(

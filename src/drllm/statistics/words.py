@@ -19,11 +19,6 @@ def capitalize(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
-def uncapitalize(text: str) -> str:
-    """Write the first letter of a text in lower case, as within a sentence."""
-    return text[0].lower() + text[1:]
-
-
 class QuantityWords(NamedTuple):
     """How a quantity is written, and which difference matters.
 

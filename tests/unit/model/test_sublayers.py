@@ -1,13 +1,12 @@
 """Attention and MLP of a layer, found by a rule and told by their names in every family."""
 
 import contextlib
-import copy
 
 import pytest
 import torch
 
 from drllm.errors import ArchitectureError
-from drllm.model.layers import find_layers, find_linear_maps
+from drllm.model.layers import find_layers
 from drllm.model.sublayers import find_sublayers
 from drllm.models.families import FAMILIES, REFUSED
 from drllm.models.routed_model import RoutedModel
@@ -70,20 +69,3 @@ def test_a_routed_model_has_the_same_sublayers(tiny_llama):
     expected = find_sublayers(model)
     routed = RoutedModel(model)
     assert find_sublayers(routed.model) == expected
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "jetmoe"])
-def test_linear_maps_are_those_that_see_every_token_of_every_row(name, tiny_model):
-    model = tiny_model(name)
-    found = find_linear_maps(model)
-    expected = {
-        "llama": ["self_attn." + key for key in ("q_proj", "k_proj", "v_proj", "o_proj")]
-        + ["mlp." + key for key in ("gate_proj", "up_proj", "down_proj")],
-        "gpt2": ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"],
-        "mixtral": ["self_attn." + key for key in ("q_proj", "k_proj", "v_proj", "o_proj")],
-        "jetmoe": ["self_attention.kv_proj"],
-    }
-    _, layers = find_layers(model)
-    assert set(found) == {f"{i}.{place}" for i in range(6) for place in expected[name]}
-    assert all(layers[int(key[0])].get_submodule(key[2:]) is found[key] for key in found)
-    assert set(find_linear_maps(copy.deepcopy(model))) == set(found)

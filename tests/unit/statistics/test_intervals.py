@@ -8,19 +8,9 @@ import pytest
 from drllm.statistics.intervals import (
     accuracy_interval,
     mean_interval,
-    sum_interval,
     upper_bound,
     wilson_interval,
 )
-
-
-def test_a_weighted_sum_has_the_interval_of_its_only_part_and_of_two_a_narrower_one():
-    values = [0.1, -0.2, 0.05, 0.4, -0.3, 0.0]
-    mean, (low, high) = statistics.fmean(values), mean_interval(values, 1)
-    assert sum_interval([(1.0, values)], 1) == pytest.approx((mean, low, high))
-    halves = sum_interval([(0.5, values), (0.5, values)], 1)
-    root = math.sqrt(0.5)
-    assert halves == pytest.approx((mean, mean - root * (mean - low), mean + root * (high - mean)))
 
 
 @pytest.mark.parametrize(
