@@ -15,11 +15,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from drllm.model.load import BaseModel
+from drllm.model.submodel import shorten
 from drllm.models.check import make_tiny
-from drllm.models.export import export_path
 from drllm.models.families import COMMON
+from drllm.prune.export import export
 
-PATH = (0, 1, 2, 3, 1, 2, 3, 5)
+SKIP = (1, 4)
 PROMPT = list(range(5, 25))
 TEXT = "w7 w12 <more> w3"
 
@@ -68,10 +69,10 @@ def tokenizer():
 
 
 def write(folder):
-    """Export every model under its name."""
+    """Export every model without some layers, under its name."""
     for name, (family, options) in EXPORTED.items():
         base = BaseModel(make_tiny(family, **options), tokenizer(), name)
-        export_path(base, PATH, folder / name)
+        export(shorten(base.model, SKIP), base, folder / name)
 
 
 def read(folder):
