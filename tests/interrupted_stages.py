@@ -98,7 +98,6 @@ STAGES = {
 }
 
 SECONDS = re.compile(rb'("seconds": ?)[\d.e+-]+')
-DURATION = re.compile(rb"(trained for) \d+ seconds?")  # in the card of a healed path
 DATE = re.compile(rb"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00")
 MEASURED = re.compile(rb'("(?:margin|kl)": ?)(-?[\d.e+-]+)')
 """Numbers whose last bits depend on which paths of a search run in one batch of the model."""
@@ -129,7 +128,6 @@ def read_contents(folder: Path, compared: str = "") -> dict[str, FileContent]:
             measured = [float(number) for _, number in MEASURED.findall(text)]
             text = MEASURED.sub(rb"\1null", text)
         text = SECONDS.sub(rb"\1null", text)
-        text = DURATION.sub(rb"\1 DURATION", text)
         text = DATE.sub(b"DATE", text)
         text = text.replace(str(folder).encode(), b"")
         for digest, other_path in paths.items():

@@ -57,7 +57,7 @@ def test_the_version_and_its_date_are_the_same_in_all_files():
     citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text(encoding="utf-8"))
     assert str(citation["version"]) == version
     changelog = (REPOSITORY / "CHANGELOG.md").read_text(encoding="utf-8")
-    newest = re.search(r"^## (.*)$", changelog, re.MULTILINE)
+    newest = re.search(r"^## (?!Unreleased)(.*)$", changelog, re.MULTILINE)
     assert newest[1] == f"{version} ({citation['date-released']})"
 
 

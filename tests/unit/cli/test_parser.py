@@ -328,7 +328,7 @@ def test_a_verb_loads_its_own_module_alone():
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     known = ["arguments", "command_line", "help", "listing", "parser", "progress"]
-    known += ["removed", "settings_file", "terminal", "verbs"]
+    known += ["settings_file", "terminal", "verbs"]
     assert done.stdout.splitlines()[-1] == str([f"drllm.cli.{name}" for name in known])
 
 
