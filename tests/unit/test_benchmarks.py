@@ -561,23 +561,23 @@ def test_layers_and_bits_are_compared_in_size_seconds_and_loss(figures_of, tmp_p
 def test_the_page_of_benchmarks_has_a_row_for_each_comparison(benchmark):
     rest = {"copies": 0.05, "matrix products": 0.15, "attention": -0.01}
     compared = [
-        {"what": "tune", "speedup": 8.0, "bound": 10.0, "share": 0.8, "rest": rest},
+        {"what": "training", "speedup": 8.0, "bound": 10.0, "share": 0.8, "rest": rest},
         {"what": "baselines", "speedup": 2.5, "bound": None, "share": None},
     ]
     figures = {"model": "m", "machine": "x86", "drllm": "0.1.0 at abc", "ours": "a", "theirs": "b"}
     steps = {
-        "tune": {"figures": {**figures, "comparisons": compared}},
+        "training": {"figures": {**figures, "comparisons": compared}},
         "shrinking": {"ended": "done"},
     }
     serving = {"what": "serving", "speedup": 1.1, "bound": 1.1, "share": 1.0, "rest": {}}
     others = {"serving": {**figures, "comparisons": [serving]}}
     page = benchmark("page").write_page({"quick": True, "steps": steps}, others)
-    assert "| tune | 8.00 | 10.00 | 80% | matrix products 15%, copies 5% |" in page
+    assert "| training | 8.00 | 10.00 | 80% | matrix products 15%, copies 5% |" in page
     assert "| baselines | 2.50 | – | – |  |" in page
     assert "| serving | 1.10 | 1.10 | 100% |  |" in page
     assert "page.py all.json serving.json >" in page
     assert "all.py --json all.json --quick" in page
-    assert "- `tune`: a. The obvious way: b." in page
+    assert "- `training`: a. The obvious way: b." in page
     assert "shrinking" not in page
 
 
@@ -638,7 +638,7 @@ def test_a_difference_or_a_wait_too_many_is_a_failure(benchmark):
 def test_a_benchmark_that_was_timed_on_one_shape_counts_as_timed(benchmark):
     script = benchmark("gpu")
     done, late = {"ended": "done", "seconds": 1.0}, {"ended": "not reached", "seconds": 0.0}
-    times = {"tune, 1b": done, "tune, 8b": late, "search, 1b": late}
+    times = {"training, 1b": done, "training, 8b": late, "search, 1b": late}
     assert script.list_untimed({"times": times}) == ["search"]
 
 
