@@ -67,7 +67,9 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     base = load(arguments.model)
     listener = Lines()
-    questions = read_questions(arguments.tasks, arguments.learn_text, data_dir=arguments.data_dir)
+    questions = read_questions(
+        LearnConfig(tasks=arguments.tasks, text=arguments.learn_text, data_dir=arguments.data_dir)
+    )
     lessons = Lessons(
         make_items(base, questions, "fit", max_tokens=512),
         make_items(base, questions, "check", max_tokens=512),

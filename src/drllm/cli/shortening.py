@@ -10,11 +10,10 @@ from drllm.cli.questions import COLUMNS
 from drllm.cli.terminal import LOADING, Terminal
 from drllm.cli.verbs import Flag, verb
 from drllm.config import GapsConfig, LearnConfig, ModelConfig
-from drllm.config.fields import require_tasks
 from drllm.errors import ConfigError
 from drllm.extras import is_installed
 from drllm.model.places import read_num_layers
-from drllm.records.gaps import PATHS_FILE, parse_layers, read_gaps
+from drllm.records.gaps import PATHS_FILE, parse_layers, read_gaps, write_layers
 from drllm.records.places import check_folder, check_new_folder
 from drllm.tasks.parts import read_questions
 
@@ -47,20 +46,13 @@ OUTPUT = Flag("output_dir", "folder to write", required=True, placeholder="DIR",
 def gaps_verb(command: CommandLine, terminal: Terminal) -> None:
     """Choose the layers that a model can do without."""
     config = command.get_settings(GapsConfig)
-    tasks = require_tasks(config.tasks)
     output = command.path("output_dir")
     check_folder(output, "--output-dir")
     check_model(command)
     num_layers = read_num_layers(command.get_settings(ModelConfig))
     if num_layers is not None:
         config.list_numbers(num_layers)
-    questions = read_questions(
-        tasks,
-        config.text,
-        data_dir=config.data_dir,
-        trust_task_code=config.trust_task_code,
-        seed=config.seed,
-    )
+    questions = read_questions(config)
     with terminal.busy(LOADING):
         from drllm.prune.choose import choose_paths
 
@@ -96,22 +88,6 @@ def show_gaps(file: Path, terminal: Terminal) -> None:
     )
 
 
-def write_layers(layers: tuple[int, ...] | list[int]) -> str:
-    """Write layers as ranges.
-
-    Example:
-        >>> write_layers([2, 3, 4, 14])
-        '2-4,14'
-    """
-    parts: list[list[int]] = []
-    for layer in layers:
-        if parts and parts[-1][-1] == layer - 1:
-            parts[-1].append(layer)
-        else:
-            parts.append([layer])
-    return ",".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)
-
-
 @verb(
     "learn",
     example="drllm learn --skip gaps/paths.json:20 --tasks questions.jsonl --output-dir smaller/",
@@ -122,19 +98,12 @@ def write_layers(layers: tuple[int, ...] | list[int]) -> str:
 def learn_verb(command: CommandLine, terminal: Terminal) -> None:
     """Leave layers out, refit the model, and teach it right answers."""
     config = command.get_settings(LearnConfig)
-    tasks = require_tasks(config.tasks)
     output = command.path("output_dir")
     work = output.with_name(f"{output.name}.work")
     skip = _read_skip(command)
     check_new_folder(output)
     check_folder(output, "--output-dir")
-    questions = read_questions(
-        tasks,
-        config.text,
-        data_dir=config.data_dir,
-        trust_task_code=config.trust_task_code,
-        seed=config.seed,
-    )
+    questions = read_questions(config)
     with terminal.busy(LOADING):
         from drllm.model.submodel import shorten
         from drllm.models.routed_model import unrouted

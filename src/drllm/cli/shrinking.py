@@ -11,7 +11,6 @@ from drllm.cli.questions import COLUMNS
 from drllm.cli.terminal import LOADING, Terminal
 from drllm.cli.verbs import Flag, verb
 from drllm.config import ModelConfig, ShrinkConfig
-from drllm.config.fields import require_tasks
 from drllm.model.places import read_num_layers
 from drllm.records.places import check_folder, check_new_folder
 from drllm.records.shortened import SHRINK_FILE, ShrinkRecord, find_work_folder, read_shrink
@@ -69,13 +68,7 @@ def shrink_verb(command: CommandLine, terminal: Terminal) -> int | None:
     check_new_folder(output)
     check_folder(output, "OUT")
     check_folder(find_work_folder(output), "OUT.work")
-    questions = read_questions(
-        require_tasks(config.tasks),
-        config.text,
-        data_dir=config.data_dir,
-        trust_task_code=config.trust_task_code,
-        seed=config.seed,
-    )
+    questions = read_questions(config)
     with terminal.busy("counting the questions"):
         from drllm.prune.power import find_power
     held_out = questions.count("held out")

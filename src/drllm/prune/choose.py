@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from drllm.config import GapsConfig
-from drllm.config.fields import replace_settings, require_tasks
+from drllm.config.fields import replace_settings
 from drllm.errors import ArchitectureError, ModelError, RoutingError
 from drllm.model.load import BaseModel
 from drllm.model.prompts import context_length, encode
@@ -95,14 +95,7 @@ def choose_paths(
     """
     config = replace_settings(GapsConfig, config, settings)
     listener = listener or Listener()
-    if not isinstance(questions, Questions):
-        questions = read_questions(
-            questions or require_tasks(config.tasks),
-            texts or config.text,
-            data_dir=config.data_dir,
-            trust_task_code=config.trust_task_code,
-            seed=config.seed,
-        )
+    questions = read_questions(config, questions, texts)
     with unrouted(model, tokenizer, listener) as base:
         base.refuse_bypass("gaps shorten a model")
         max_tokens = min(config.max_tokens, context_length(base.model) or config.max_tokens)

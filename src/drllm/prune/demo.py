@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from drllm.config import LearnConfig
 from drllm.model.load import BaseModel
 from drllm.model.prompts import encode
 from drllm.model.submodel import shorten
@@ -47,7 +48,7 @@ def run_demo(
         What was measured after each step.
     """
     listener = listener or Listener()
-    questions = read_questions(BuiltinFacts.name)
+    questions = read_questions(LearnConfig(tasks=BuiltinFacts.name))
     lessons = Lessons(
         make_items(base, questions, "fit", max_tokens=MAX_TOKENS),
         make_items(base, questions, "check", max_tokens=MAX_TOKENS),

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from drllm.config import LearnConfig
-from drllm.config.fields import replace_settings, require_tasks
+from drllm.config.fields import replace_settings
 from drllm.errors import ArchitectureError, ConfigError, ModelError, PathError, RoutingError
 from drllm.model.layers import evaluation_mode
 from drllm.model.load import BaseModel
@@ -87,14 +87,7 @@ def learn(
     if config.minutes is None and config.steps is None:
         raise ConfigError("the training would have no end; give --minutes or --steps")
     listener = listener or Listener()
-    if not isinstance(questions, Questions):
-        questions = read_questions(
-            questions or require_tasks(config.tasks),
-            texts or config.text,
-            data_dir=config.data_dir,
-            trust_task_code=config.trust_task_code,
-            seed=config.seed,
-        )
+    questions = read_questions(config, questions, texts)
     with ExitStack() as stack:
         folder = Path(work or stack.enter_context(tempfile.TemporaryDirectory()))
         base = stack.enter_context(unrouted(teacher, tokenizer, listener))

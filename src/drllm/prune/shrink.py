@@ -22,7 +22,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from drllm.config import GapsConfig, LearnConfig, ShrinkConfig
-from drllm.config.fields import replace_settings, require_tasks
+from drllm.config.fields import replace_settings
 from drllm.extras import need
 from drllm.model.load import BaseModel
 from drllm.model.prompts import context_length, encode
@@ -124,14 +124,7 @@ def shrink(
     config.check()
     listener = listener or Listener()
     need("eval", "measuring accuracy")
-    if not isinstance(questions, Questions):
-        questions = read_questions(
-            questions or require_tasks(config.tasks),
-            texts or config.text,
-            data_dir=config.data_dir,
-            trust_task_code=config.trust_task_code,
-            seed=config.seed,
-        )
+    questions = read_questions(config, questions, texts)
     with ExitStack() as stack:
         output = None if output_dir is None else Path(output_dir)
         if output is None:

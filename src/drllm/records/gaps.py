@@ -1,5 +1,6 @@
 """`paths.json` of `drllm gaps`: what each gap costs, and which layers to leave out."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -105,3 +106,24 @@ def parse_layers(text: str) -> list[int]:
             )
         layers += range(int(first), int(last) + 1)
     return layers
+
+
+def write_layers(layers: Sequence[int]) -> str:
+    """Write sorted layers as `parse_layers` reads them; a range has at least three layers.
+
+    Example:
+        >>> write_layers([2, 3, 4, 14, 15])
+        '2-4,14,15'
+    """
+    parts: list[str] = []
+    start = 0
+    for place, layer in enumerate(layers, start=1):
+        if place < len(layers) and layers[place] == layer + 1:
+            continue
+        run = layers[start:place]
+        if len(run) > 2:
+            parts.append(f"{run[0]}-{run[-1]}")
+        else:
+            parts += [str(member) for member in run]
+        start = place
+    return ",".join(parts)

@@ -17,7 +17,7 @@ import msgspec
 from drllm.errors import PathError
 from drllm.paths import StaticPath
 from drllm.records.codec import read_json
-from drllm.records.gaps import parse_layers
+from drllm.records.gaps import parse_layers, write_layers
 
 WITHOUT = "without:"
 LAYERS = re.compile(r"\s*[0-9]+\s*(-\s*[0-9]+\s*)?")
@@ -46,7 +46,7 @@ class NamedPath:
     def name(self) -> str:
         """The name of the path in results: that of its file, or the layers that it leaves out."""
         if self.skipped:
-            return f"without {_list_ranges(self.skipped)}"
+            return f"without {write_layers(self.skipped)}"
         return Path(self.place).stem
 
     def path(self, num_layers: int) -> StaticPath:
@@ -125,19 +125,3 @@ def split_path_list(places: str) -> list[str]:
         elif part:
             parts.append(part)
     return parts
-
-
-def _list_ranges(layers: Sequence[int]) -> str:
-    """Write sorted layers as `3,13-15`; a range has at least three layers."""
-    parts: list[str] = []
-    start = 0
-    for place, layer in enumerate(layers, start=1):
-        if place < len(layers) and layers[place] == layer + 1:
-            continue
-        run = layers[start:place]
-        if len(run) > 2:
-            parts.append(f"{run[0]}-{run[-1]}")
-        else:
-            parts += [str(member) for member in run]
-        start = place
-    return ",".join(parts)

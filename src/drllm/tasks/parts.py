@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from drllm.config import GapsConfig, LearnConfig, ShrinkConfig
+from drllm.config.fields import require_tasks
 from drllm.errors import TaskError
 from drllm.records.splits import BOUNDS, part_by_hash, question_key
 from drllm.tasks.base import NoSplitError, Task
@@ -50,31 +52,33 @@ class Questions:
 
 
 def read_questions(
-    tasks: Task | str | Sequence[Task | str],
+    config: GapsConfig | LearnConfig | ShrinkConfig,
+    tasks: Questions | Task | str | Sequence[Task | str] | None = None,
     texts: str | Sequence[str] | None = None,
-    *,
-    data_dir: str | None = None,
-    trust_task_code: bool = False,
-    seed: int = 0,
 ) -> Questions:
     """Read questions and texts, and divide them.
 
     A question that several tasks have stays in the last of its parts.
 
     Args:
-        tasks: Tasks, names of tasks, or files of questions.
+        config: What is read if `tasks` or `texts` aren't given, where data sets are, whether task
+            files of the harness may run code, and the seed of the choice of prompts.
+        tasks: Tasks, names of tasks, files of questions, or what this function returned.
         texts: Texts, or the names of files and data sets in one string.
-        data_dir: The folder of published data sets; None reads them from the hub.
-        trust_task_code: Whether task files of the harness may run code.
-        seed: Seed of the choice of prompts.
 
     Raises:
+        ConfigError: No task is given.
         TaskError: A task is unknown, or a part of it is empty; or two sources have the same name.
     """
+    if isinstance(tasks, Questions):
+        return tasks
+    tasks = tasks or require_tasks(config.tasks)
+    texts = texts or config.text
+    data_dir = None if config.data_dir is None else Path(config.data_dir)
     all_tasks: list[Task] = []
     for task in [tasks] if isinstance(tasks, (str, Task)) else tasks:
         if isinstance(task, str):
-            all_tasks += get_tasks(task, trust_code=trust_task_code)
+            all_tasks += get_tasks(task, trust_code=config.trust_task_code)
         else:
             all_tasks.append(task)
     examples: dict[str, list[list[Example]]] = {part: [] for part in PARTS}
@@ -85,10 +89,10 @@ def read_questions(
             found = []
             for split in splits:
                 with contextlib.suppress(NoSplitError):
-                    found += task.examples(split, None if data_dir is None else Path(data_dir))
+                    found += task.examples(split, data_dir)
             new = [each for each in found if question_key(each.question) not in taken]
             if not task.has_answers:
-                new = choose(new, MAX_PROMPTS, seed)
+                new = choose(new, MAX_PROMPTS, config.seed)
             if not new:
                 raise TaskError(
                     f"task {task.name!r} has no questions of its own for the part {part!r}; give a "
@@ -100,7 +104,7 @@ def read_questions(
         taken |= in_part
     sources: Mapping[str, Sequence[str]] = {}
     if isinstance(texts, str):
-        sources = read_texts(texts, None, seed)
+        sources = read_texts(texts, None, config.seed)
     elif texts:
         sources = {"texts": texts}
     divided: dict[str, dict[str, list[str]]] = {part: {} for part in PARTS}
@@ -122,5 +126,5 @@ def read_questions(
                     f"{name} has {len(of_source)} texts, too few to fit on some, check on some and "
                     f"hold some out; give more"
                 )
-        divided["held out"][name] = choose(divided["held out"][name], MAX_TEXTS, seed)
+        divided["held out"][name] = choose(divided["held out"][name], MAX_TEXTS, config.seed)
     return Questions(all_tasks, examples, divided)

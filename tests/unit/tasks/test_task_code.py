@@ -2,7 +2,7 @@
 
 import pytest
 
-from drllm.config import EvaluateConfig, SearchConfig
+from drllm.config import EvaluateConfig, SearchConfig, ShrinkConfig
 from drllm.errors import TaskError
 from drllm.evaluation.questions import select_tasks as select_tasks_to_evaluate
 from drllm.search.questions import select_tasks
@@ -13,7 +13,7 @@ READERS = {
     "get_task": lambda name: get_task(name),
     "get_tasks": lambda name: get_tasks(name),
     "search": lambda name: select_tasks(SearchConfig(dataset=name)),
-    "shrink": lambda name: read_questions(name),
+    "shrink": lambda name: read_questions(ShrinkConfig(tasks=name)),
     "evaluate": lambda name: select_tasks_to_evaluate(EvaluateConfig(tasks=name)),
 }
 
