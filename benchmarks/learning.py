@@ -26,7 +26,6 @@ from drllm.model.submodel import shorten
 from drllm.prune.choose import choose_layers, measure_text_losses
 from drllm.prune.learn import learn
 from drllm.prune.measure import Measurement, measure_model
-from drllm.prune.questions import make_items
 from drllm.prune.repairs.base import Lessons
 from drllm.prune.shrink import compare_accuracy
 from drllm.records.codec import read_json, write_json
@@ -70,10 +69,7 @@ def main() -> None:
     questions = read_questions(
         LearnConfig(tasks=arguments.tasks, text=arguments.learn_text, data_dir=arguments.data_dir)
     )
-    lessons = Lessons(
-        make_items(base, questions, "fit", max_tokens=512),
-        make_items(base, questions, "check", max_tokens=512),
-    )
+    lessons = Lessons.read(base, questions, 512, listener)
     kept = [int(word) for word in arguments.layers.split(",") if word]
     paths_file = folder / "paths.json"
     if not paths_file.exists():

@@ -2,19 +2,15 @@
 
 from dataclasses import dataclass
 
-from drllm.config.constants import DATA_DIR_HELP, TASKS_HELP, TEXT_HELP, TRUST_HELP
-from drllm.config.fields import Settings, basic, incidental, setting
+from drllm.config.fields import basic, setting
+from drllm.config.questions import QuestionsConfig
 from drllm.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class GapsConfig(Settings):
+class GapsConfig(QuestionsConfig):
     """Which layers to leave out."""
 
-    tasks: str | None = basic(None, placeholder="TASKS", alias="dataset", help=TASKS_HELP)
-    text: str | None = incidental(None, basic=True, placeholder="FILE,...", help=TEXT_HELP)
-    data_dir: str | None = incidental(None, help=DATA_DIR_HELP)
-    trust_task_code: bool = incidental(False, help=TRUST_HELP)
     layers: str | None = basic(
         None,
         placeholder="N,...",
@@ -26,10 +22,6 @@ class GapsConfig(Settings):
         placeholder="TOKENS",
         help="maximum tokens that sets of layers are compared with",
     )
-    max_tokens: int = setting(
-        512, minimum=2, placeholder="TOKENS", help="maximum tokens of a question or text"
-    )
-    seed: int = setting(0, minimum=0, help="seed of all draws")
 
     def list_numbers(self, num_layers: int) -> list[int]:
         """Return how many layers to leave out of `num_layers`; empty for the default.

@@ -2,18 +2,14 @@
 
 from dataclasses import dataclass
 
-from drllm.config.constants import DATA_DIR_HELP, TASKS_HELP, TEXT_HELP, TRUST_HELP
-from drllm.config.fields import Settings, basic, incidental, setting
+from drllm.config.fields import basic, setting
+from drllm.config.questions import QuestionsConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class LearnConfig(Settings):
+class LearnConfig(QuestionsConfig):
     """The repair of a shortened model: a refit, then training on right answers."""
 
-    tasks: str | None = basic(None, placeholder="TASKS", alias="dataset", help=TASKS_HELP)
-    text: str | None = incidental(None, basic=True, placeholder="FILE,...", help=TEXT_HELP)
-    data_dir: str | None = incidental(None, help=DATA_DIR_HELP)
-    trust_task_code: bool = incidental(False, help=TRUST_HELP)
     repairs: str = setting(
         "refit,lora",
         placeholder="NAME,...",
@@ -32,7 +28,3 @@ class LearnConfig(Settings):
     )
     learning_rate: float = setting(5e-4, above=0.0, help="peak learning rate of LoRA")
     batch_size: int = setting(4, minimum=1, help="questions a step")
-    max_tokens: int = setting(
-        512, minimum=2, placeholder="TOKENS", help="maximum tokens of a question or text"
-    )
-    seed: int = setting(0, minimum=0, help="seed of all draws")

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, fields
 
-from drllm.config.constants import DATA_DIR_HELP, MAX_DROP, TASKS_HELP, TEXT_HELP, TRUST_HELP
-from drllm.config.fields import Settings, basic, incidental, setting, to_flag
+from drllm.config.constants import MAX_DROP
+from drllm.config.fields import basic, to_flag
+from drllm.config.questions import QuestionsConfig
 from drllm.errors import ConfigError
 
 LIMITS = ("max_drop", "max_loss_increase")
@@ -11,15 +12,9 @@ LIMITS = ("max_drop", "max_loss_increase")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShrinkConfig(Settings):
+class ShrinkConfig(QuestionsConfig):
     """A smaller checkpoint: what it may lose, and how long finding it may take."""
 
-    tasks: str | None = basic(
-        None,
-        placeholder="TASKS",
-        alias="dataset",
-        help=TASKS_HELP,
-    )
     max_drop: float = basic(
         MAX_DROP,
         above=0.0,
@@ -52,25 +47,10 @@ class ShrinkConfig(Settings):
         minimum=1,
         help="number of layers to keep, however much is lost",
     )
-    text: str | None = incidental(
-        None,
-        basic=True,
-        placeholder="FILE,...",
-        help=TEXT_HELP,
-    )
-    data_dir: str | None = incidental(
-        None,
-        help=DATA_DIR_HELP,
-    )
-    trust_task_code: bool = incidental(False, help=TRUST_HELP)
     compare_trained: bool = basic(
         False,
         help="train the full model alike too, and compare: it takes as long as a candidate",
     )
-    max_tokens: int = setting(
-        512, minimum=2, placeholder="TOKENS", help="maximum tokens of a question or text"
-    )
-    seed: int = setting(0, minimum=0, help="seed of all draws")
 
     @property
     def has_given_size(self) -> bool:

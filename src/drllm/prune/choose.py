@@ -17,11 +17,10 @@ from drllm.config import GapsConfig
 from drllm.config.fields import replace_settings
 from drllm.errors import ArchitectureError, ModelError, RoutingError
 from drllm.model.load import BaseModel
-from drllm.model.prompts import context_length, encode
+from drllm.model.prompts import encode
 from drllm.model.submodel import shorten
 from drllm.models.routed_model import RoutedModel, unrouted
 from drllm.prune.gaps import Gap, GapCosts, GapTable, find_best_sets, list_ends, list_layers
-from drllm.prune.questions import make_items
 from drllm.prune.repairs.base import Lessons
 from drllm.prune.repairs.refit import find_gaps, find_projections, solve_gaps
 from drllm.prune.states import Tokens, make_batches
@@ -98,11 +97,7 @@ def choose_paths(
     questions = read_questions(config, questions, texts)
     with unrouted(model, tokenizer, listener) as base:
         base.refuse_bypass("gaps shorten a model")
-        max_tokens = min(config.max_tokens, context_length(base.model) or config.max_tokens)
-        lessons = Lessons(
-            fit=make_items(base, questions, "fit", max_tokens=max_tokens, listener=listener),
-            check=make_items(base, questions, "check", max_tokens=max_tokens, listener=listener),
-        )
+        lessons = Lessons.read(base, questions, config.max_tokens, listener)
         numbers = config.list_numbers(base.num_layers) or [
             max(1, round(share * base.num_layers)) for share in SHARES
         ]

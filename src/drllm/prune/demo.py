@@ -16,7 +16,6 @@ from drllm.prune.export import export
 from drllm.prune.learn import learn
 from drllm.prune.loss import make_text_item
 from drllm.prune.measure import TaskMeasurement, measure_model
-from drllm.prune.questions import make_items
 from drllm.prune.repairs.base import Lessons
 from drllm.prune.shrink import compare_accuracy
 from drllm.records.codec import write_json
@@ -49,10 +48,7 @@ def run_demo(
     """
     listener = listener or Listener()
     questions = read_questions(LearnConfig(tasks=BuiltinFacts.name))
-    lessons = Lessons(
-        make_items(base, questions, "fit", max_tokens=MAX_TOKENS),
-        make_items(base, questions, "check", max_tokens=MAX_TOKENS),
-    )
+    lessons = Lessons.read(base, questions, MAX_TOKENS, listener)
     texts = read_texts(BUILTIN_TEXTS, NUM_TEXTS, 0)[BUILTIN_TEXTS]
     tokens = [tuple(encode(base.tokenizer, text))[:MAX_TOKENS] for text in texts]
     other = {"other text": [make_text_item(text) for text in tokens]}

@@ -22,10 +22,8 @@ from drllm.config.fields import replace_settings
 from drllm.errors import ArchitectureError, ConfigError, ModelError, PathError, RoutingError
 from drllm.model.layers import evaluation_mode
 from drllm.model.load import BaseModel
-from drllm.model.prompts import context_length
 from drllm.model.submodel import list_kept_layers
 from drllm.models.routed_model import unrouted
-from drllm.prune.questions import make_items
 from drllm.prune.repairs.base import REPAIRS, Lessons
 from drllm.prune.repairs.lora import measure_loss
 from drllm.records.codec import hash_values, read_json, write_json
@@ -93,18 +91,19 @@ def learn(
         base = stack.enter_context(unrouted(teacher, tokenizer, listener))
         base.refuse_bypass("learning repairs a model")
         stack.enter_context(evaluation_mode(model))
-        return _learn(model, base, questions, config, folder, listener)
+        lessons = Lessons.read(base, questions, config.max_tokens, listener)
+        return run_repairs(model, base, lessons, config, folder, listener)
 
 
-def _learn(
+def run_repairs(
     model: Any,
     base: BaseModel,
-    questions: Questions,
+    lessons: Lessons,
     config: LearnConfig,
     folder: Path,
     listener: Listener,
 ) -> dict[str, Any]:
-    """Run the repairs; those that an interrupted run has finished are read."""
+    """Repair a shortened model; see `learn`. Repairs that an earlier run has finished are read."""
     names = [name.strip() for name in config.repairs.split(",") if name.strip()]
     if config.minutes == 0:
         names = [name for name in names if name != LORA]
@@ -121,24 +120,13 @@ def _learn(
             continue
         repairs[name] = repair
 
-    max_tokens = min(config.max_tokens, context_length(base.model) or config.max_tokens)
-    lessons = Lessons(
-        fit=make_items(base, questions, "fit", max_tokens=max_tokens, listener=listener),
-        check=make_items(base, questions, "check", max_tokens=max_tokens, listener=listener),
-    )
     identity = {
         "settings": config.decisive(),
         "model": base.identity,
         "layers": list_kept_layers(model),
         "questions_sha256": hash_values([lessons.fit, lessons.check]),
     }
-    file = folder / RUN_FILE
-    if file.exists():
-        earlier = json.loads(file.read_text(encoding="utf-8"))
-        remedy = f"choose another folder, or delete {folder}"
-        refuse_other_run(f"the work in {folder}", earlier, identity, remedy)
-    else:
-        write_json(file, identity)
+    keep_identity(folder / RUN_FILE, identity)
 
     checked = lessons.sample_checked(config.seed)
     loss_file = folder / LOSS_FILE
@@ -184,6 +172,16 @@ def _learn(
         report["repairs"].append(entry)
     report["loss_after"] = loss
     return report
+
+
+def keep_identity(file: Path, identity: Mapping[str, Any]) -> None:
+    """Write what identifies a run, or refuse to continue the work of another run."""
+    if file.exists():
+        earlier = json.loads(file.read_text(encoding="utf-8"))
+        remedy = f"choose another folder, or delete {file.parent}"
+        refuse_other_run(f"the work in {file.parent}", earlier, identity, remedy)
+    else:
+        write_json(file, identity)
 
 
 def _put_tensors(model: Any, tensors: Mapping[str, Tensor]) -> None:

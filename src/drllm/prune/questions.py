@@ -58,6 +58,7 @@ def make_items(
         listener: Receives progress and notes.
     """
     listener = listener or Listener()
+    max_tokens = min(max_tokens, context_length(base.model) or max_tokens)
     items: dict[str, list[Item]] = {}
     num_long = 0
     for task, examples in zip(questions.tasks, questions.examples[part], strict=True):
@@ -111,7 +112,7 @@ def _answer_prompts(
     prompts: list[Any] = [task.prompt(example, KL_REWARD).content for example in examples]
     rows = [encode(base.tokenizer, render(base.tokenizer, each, chat=True)) for each in prompts]
     longest = max(map(len, rows))
-    room = min(context_length(base.model) or max_tokens, max_tokens) - longest
+    room = max_tokens - longest
     if room < 1:
         raise TaskError(
             f"a prompt of {task.name} has {longest} tokens, which leaves no room for an answer "

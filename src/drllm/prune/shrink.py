@@ -10,7 +10,6 @@ Source: ours; the order of the tests is explained in `statistics.exclusion`.
 from __future__ import annotations
 
 import dataclasses
-import json
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -24,13 +23,14 @@ from msgspec.structs import replace
 from drllm.config import GapsConfig, LearnConfig, ShrinkConfig
 from drllm.config.fields import replace_settings
 from drllm.extras import need
+from drllm.model.layers import evaluation_mode
 from drllm.model.load import BaseModel
 from drllm.model.prompts import context_length, encode
 from drllm.model.submodel import list_kept_layers, shorten
 from drllm.models.routed_model import unrouted
 from drllm.prune.choose import choose_layers
 from drllm.prune.export import count_bytes, export
-from drllm.prune.learn import learn
+from drllm.prune.learn import keep_identity, run_repairs
 from drllm.prune.loss import Item, make_text_item
 from drllm.prune.measure import Measurement, TaskMeasurement, measure_model, measure_speeds
 from drllm.prune.questions import make_items
@@ -68,7 +68,6 @@ from drllm.tasks.files import FileTask
 from drllm.tasks.parts import Questions, read_questions
 from drllm.tasks.texts import BUILTIN_TEXTS, read_texts
 from drllm.work.listener import Listener, write_minutes
-from drllm.work.store import refuse_other_run
 
 SHARES = (1 / 6, 1 / 3, 1 / 2)  # of the layers, that the candidates leave out
 FEWEST_DRAWS = 600  # questions drawn; with fewer there is a note
@@ -155,12 +154,14 @@ def _shrink(
 
     # The questions as tokens.
     max_tokens = min(config.max_tokens, context_length(base.model) or config.max_tokens)
-    parts = {
-        part: make_items(base, questions, part, max_tokens=max_tokens, listener=listener)
-        for part in ("fit", "check", "held out")
+    lessons = Lessons.read(base, questions, max_tokens, listener)
+    held_out = make_items(base, questions, "held out", max_tokens=max_tokens, listener=listener)
+    identity = {
+        "settings": config.decisive(),
+        "model": base.identity,
+        "questions_sha256": hash_values([questions.examples, questions.texts]),
     }
-    lessons = Lessons(parts["fit"], parts["check"])
-    _refuse_other_work(work, base, questions, config)
+    keep_identity(work / RUN_FILE, identity)
 
     # Which layers to leave out.
     started = time.monotonic()
@@ -195,14 +196,9 @@ def _shrink(
             seed=config.seed,
         )
         models[name] = shorten(base.model, skip)
-        reports[name] = learn(
-            models[name],
-            questions,
-            teacher=base,
-            config=learn_config,
-            work=work / _name_folder(name),
-            listener=listener,
-        )
+        folder = work / _name_folder(name)
+        with evaluation_mode(models[name]):
+            reports[name] = run_repairs(models[name], base, lessons, learn_config, folder, listener)
         draws = _count_draws(reports[name])
         if 0 < draws < FEWEST_DRAWS:
             notes.append(
@@ -213,7 +209,7 @@ def _shrink(
     # Measure on what is held out.
     listener.note("step 3 of 4: measuring on held-out questions")
     graded = [task for task in questions.tasks if task.has_answers]
-    to_measure = _choose_losses(base, questions, parts["held out"], max_tokens, config.seed)
+    to_measure = _choose_losses(base, questions, held_out, max_tokens, config.seed)
     measured = {}
     for name, model in {FULL: base.model, **models}.items():
         file = work / f"measured-{_name_folder(name)}.json"
@@ -279,24 +275,6 @@ def _shrink(
 def _name_folder(name: str) -> str:
     """Return the name of a model as part of a file's name."""
     return "trained-alike" if name == TRAINED else name
-
-
-def _refuse_other_work(
-    work: Path, base: BaseModel, questions: Questions, config: ShrinkConfig
-) -> None:
-    """Refuse to go on with the work of another run, and note what this run is."""
-    identity = {
-        "settings": config.decisive(),
-        "model": base.identity,
-        "questions_sha256": hash_values([questions.examples, questions.texts]),
-    }
-    file = work / RUN_FILE
-    if file.exists():
-        earlier = json.loads(file.read_text(encoding="utf-8"))
-        remedy = f"choose another folder, or delete {work}"
-        refuse_other_run(f"the work in {work}", earlier, identity, remedy)
-    else:
-        write_json(file, identity)
 
 
 def _keep_minutes(work: Path, minutes: float) -> float:

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from drllm.config import GapsConfig, LearnConfig, ShrinkConfig
 from drllm.config.fields import require_tasks
+from drllm.config.questions import QuestionsConfig
 from drllm.errors import TaskError
 from drllm.records.splits import BOUNDS, part_by_hash, question_key
 from drllm.tasks.base import NoSplitError, Task
@@ -52,7 +52,7 @@ class Questions:
 
 
 def read_questions(
-    config: GapsConfig | LearnConfig | ShrinkConfig,
+    config: QuestionsConfig,
     tasks: Questions | Task | str | Sequence[Task | str] | None = None,
     texts: str | Sequence[str] | None = None,
 ) -> Questions:

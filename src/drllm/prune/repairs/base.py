@@ -10,9 +10,12 @@ from random import Random
 from typing import Any
 
 from drllm.config import LearnConfig
+from drllm.model.load import BaseModel
 from drllm.prune.loss import Item
+from drllm.prune.questions import make_items
 from drllm.prune.states import Tokens
 from drllm.registry import Registry
+from drllm.tasks.parts import Questions
 from drllm.tasks.texts import choose_calibration_texts
 from drllm.work.listener import Listener
 
@@ -30,6 +33,18 @@ class Lessons:
 
     fit: Mapping[str, Sequence[Item]]
     check: Mapping[str, Sequence[Item]]
+
+    @classmethod
+    def read(
+        cls, base: BaseModel, questions: Questions, max_tokens: int, listener: Listener
+    ) -> Lessons:
+        """Return the parts of questions as tokens; see `make_items`."""
+        parts = {}
+        for name in ("fit", "check"):
+            parts[name] = make_items(
+                base, questions, name, max_tokens=max_tokens, listener=listener
+            )
+        return cls(**parts)
 
     def sample_checked(self, seed: int) -> list[Item]:
         """Return what is measured of the check part: at most 400 questions and 100 texts."""
