@@ -109,7 +109,6 @@ def main() -> None:
                 started = time.monotonic()
                 model = shorten(base.model, skips[number])
                 config = LearnConfig(
-                    minutes=None,
                     steps=steps,
                     seed=seed,
                     repairs="refit,lora" if skips[number] else "lora",

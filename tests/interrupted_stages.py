@@ -65,7 +65,7 @@ STAGES = {
         refusal="holds trained routers already",
     ),
     "learn": Stage(
-        command="learn --model {model} --skip 2 --tasks {inputs}/sums.jsonl --minutes 5 --steps 12 "
+        command="learn --model {model} --skip 2 --tasks {inputs}/sums.jsonl --steps 12 "
         "--rank 2 --device cpu --output-dir {folder}/smaller",
         kept="smaller.work/",
         when_done="isn't empty; give the name of a new folder",

@@ -33,7 +33,7 @@ show data/search.jsonl
 show data/supervision.jsonl
 show checkpoints/r
 generate --routers checkpoints/r --max-new-tokens 4 Why?
-export --model MODEL --path plan.json --output-dir exported"""
+export --model MODEL --skip 2 --output-dir exported"""
 
 REFUSED = {
     "run RECIPE --output-dir out": "eval,report",
@@ -50,7 +50,6 @@ REFUSED = {
 @pytest.fixture
 def core_alone(tmp_path, model_folder, recipe):
     """A function that runs commands in a process without extras: statuses, and what it said."""
-    (tmp_path / "plan.json").write_text(json.dumps({"decisions": [1, 0, 1, 1]}))
 
     def run(commands: list[str]) -> tuple[list[int], str]:
         placed = [

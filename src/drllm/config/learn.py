@@ -15,13 +15,13 @@ class LearnConfig(QuestionsConfig):
         placeholder="NAME,...",
         help="repairs in their order; one that doesn't lower the loss on the check part is undone",
     )
-    minutes: float | None = basic(
+    minutes: float = basic(
         20.0,
         minimum=0.0,
         placeholder="MINUTES",
         help="minutes to learn right answers; 0 for the refit alone, whose time isn't counted",
     )
-    steps: int | None = setting(None, minimum=1, help="maximum steps of learning")
+    steps: int | None = setting(None, minimum=1, help="steps of learning, in place of --minutes")
     rank: int = setting(16, minimum=1, help="rank of LoRA")
     refit_tokens: int = setting(
         50_000, minimum=2, placeholder="TOKENS", help="maximum tokens that the refit is solved on"

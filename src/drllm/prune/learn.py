@@ -19,7 +19,7 @@ from torch import Tensor
 
 from drllm.config import LearnConfig
 from drllm.config.fields import replace_settings
-from drllm.errors import ArchitectureError, ConfigError, ModelError, PathError, RoutingError
+from drllm.errors import ArchitectureError, ModelError, PathError, RoutingError
 from drllm.model.layers import evaluation_mode
 from drllm.model.load import BaseModel
 from drllm.model.submodel import list_kept_layers
@@ -73,8 +73,7 @@ def learn(
         it was kept.
 
     Raises:
-        ConfigError: A repair is unknown, the training has no end, the loss diverged, or the folder
-            belongs to another run.
+        ConfigError: A repair is unknown, the loss diverged, or the folder belongs to another run.
         TaskError: A task is unknown or has too few questions.
         PathError, ArchitectureError, RoutingError, ModelError: A repair that was asked for by name
             isn't possible.
@@ -82,8 +81,6 @@ def learn(
     Source: ours.
     """
     config = replace_settings(LearnConfig, config, settings)
-    if config.minutes is None and config.steps is None:
-        raise ConfigError("the training would have no end; give --minutes or --steps")
     listener = listener or Listener()
     questions = read_questions(config, questions, texts)
     with ExitStack() as stack:

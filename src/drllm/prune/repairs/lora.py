@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -25,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
+from drllm.config import LearnConfig
 from drllm.errors import ConfigError
 from drllm.model.batching import free_bytes
 from drllm.model.layers import find_layers
@@ -69,7 +71,10 @@ class Lora(Repair):
             target_modules="all-linear",
             task_type="CAUSAL_LM",
         )
-        student = get_peft_model(model, lora)
+        with warnings.catch_warnings():
+            # PEFT reads a property of the model by a name that transformers deprecates.
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+            student = get_peft_model(model, lora)
         try:
             named = {n: each for n, each in student.named_parameters() if each.requires_grad}
             parameters = list(named.values())
@@ -144,17 +149,14 @@ class _Run:
         self._last_time = time.monotonic()
         self._last_save = time.monotonic()
 
-    def share(self, config: Any) -> float:
+    def share(self, config: LearnConfig) -> float:
         """Return the share of the training that is done, by time or by steps."""
         now = time.monotonic()
         self.seconds += now - self._last_time
         self._last_time = now
-        share = 0.0
         if config.steps is not None:
-            share = self.step / config.steps
-        if config.minutes is not None:
-            share = max(share, self.seconds / 60 / config.minutes)
-        return share
+            return self.step / config.steps
+        return self.seconds / 60 / config.minutes
 
     def count_step(self, loss: float) -> None:
         """Count a step, and keep the state from time to time."""
