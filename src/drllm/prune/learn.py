@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from drllm.config import LearnConfig
@@ -26,7 +26,7 @@ from drllm.model.submodel import list_kept_layers
 from drllm.models.routed_model import unrouted
 from drllm.prune.repairs.base import REPAIRS, Lessons
 from drllm.prune.repairs.lora import measure_loss
-from drllm.records.codec import hash_values, read_json, write_json
+from drllm.records.codec import hash_values, read_json, write_atomically, write_json
 from drllm.tasks.base import Task
 from drllm.tasks.parts import Questions, read_questions
 from drllm.work.listener import Listener
@@ -156,7 +156,7 @@ def run_repairs(
                 for key, each in model.named_parameters():
                     if each.data_ptr() != before[key].data_ptr():
                         changed[key] = each.detach().contiguous()
-                save_file(changed, folder / f"{name}.safetensors")
+                write_atomically(folder / f"{name}.safetensors", save(changed))
             else:
                 _put_tensors(model, before)
                 listener.note(
@@ -164,6 +164,7 @@ def run_repairs(
                     f"{loss:.3f}"
                 )
             write_json(kept_file, entry)
+            (folder / f"{name}.state.safetensors").unlink(missing_ok=True)
         if entry["kept"]:
             loss = entry["loss"]
         report["repairs"].append(entry)

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
@@ -33,6 +33,7 @@ from drllm.model.layers import find_layers
 from drllm.model.load import resolve_dtype
 from drllm.prune.loss import Item, compute_losses
 from drllm.prune.repairs.base import REPAIRS, Lessons, Repair
+from drllm.records.codec import write_atomically
 from drllm.work.listener import Listener
 
 WARM_UP = 20  # steps in which the learning rate rises
@@ -124,7 +125,6 @@ class Lora(Repair):
         student.merge_and_unload(safe_merge=True)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        run.file.unlink(missing_ok=True)
         return {
             "draws": run.step * config.batch_size,
             "minutes": round(run.seconds / 60, 2),
@@ -196,10 +196,7 @@ class _Run:
             for part, tensor in self.optimizer.state[parameter].items():
                 tensors[f"{name}|{part}"] = tensor
         state = {"step": self.step, "seconds": self.seconds, "curve": self.curve, "loss": self.loss}
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        new = self.file.with_name(self.file.name + ".new")
-        save_file(tensors, new, {"state": json.dumps(state)})
-        new.replace(self.file)
+        write_atomically(self.file, save(tensors, {"state": json.dumps(state)}))
         self._last_save = time.monotonic()
 
     @torch.no_grad()
