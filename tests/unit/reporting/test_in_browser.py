@@ -178,7 +178,7 @@ def test_the_page_is_short_whole_and_legible_and_fits_the_window(browser, page, 
             browser.value(OPEN)
 
         drawn = browser.value(DRAWN)
-        assert len(drawn) == page.read_text(encoding="utf-8").count("<figure") == 4
+        assert len(drawn) == page.read_text(encoding="utf-8").count("<figure") == 3
         for figure_width, height, right, shapes in drawn:
             assert figure_width > 0.8 * min(width, 528)
             assert height > 100
@@ -200,12 +200,12 @@ def test_a_table_that_is_too_wide_scrolls_and_the_page_does_not(browser, page):
 
 def test_the_pictures_of_the_markdown_open(browser, page, tmp_path):
     pictures = sorted((page.with_name("report_figures")).glob("*.png"))
-    assert len(pictures) == 4
+    assert len(pictures) == 3
     tags = "".join(f'<img src="{picture.as_uri()}">' for picture in pictures)
     (tmp_path / "pictures.html").write_text(tags, encoding="utf-8")
     browser.open(tmp_path / "pictures.html", 1280)
     widths = browser.value("[...document.images].map(each => each.naturalWidth)")
-    assert widths == [1440, 1440, 672, 672]
+    assert widths == [1440, 1440, 672]
 
 
 def test_a_page_with_faults_is_noticed(browser, tmp_path):
