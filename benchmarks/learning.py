@@ -6,7 +6,7 @@ on the held-out questions of the tasks, and on texts of other kinds. Finished pa
 output folder.
 
     python benchmarks/learning.py --tasks arc_easy,arc_challenge --data-dir DATA \
-        --layers 25,20,15,12,10 --seeds 0,1,2 --many-seeds 25,15,30 --steps 800
+        --layers 30,25,20,15,12,10 --seeds 0,1,2 --many-seeds 25,15,30 --steps 600
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from drllm.config import GapsConfig, LearnConfig
 from drllm.model.load import load
 from drllm.model.prompts import encode
 from drllm.model.submodel import shorten
-from drllm.prune.choose import choose_layers, measure_text_losses
+from drllm.prune.choose import choose_layers
 from drllm.prune.learn import learn
 from drllm.prune.measure import Measurement, measure_model
 from drllm.prune.repairs.base import Lessons
 from drllm.prune.shrink import compare_accuracy
+from drllm.prune.states import measure_text_losses
 from drllm.records.codec import read_json, write_json
 from drllm.records.gaps import read_gaps
 from drllm.tasks.parts import read_questions
@@ -102,7 +103,7 @@ def main() -> None:
 
     results: dict[str, Measurement] = {"full": measure("full", base.model)}
     seeds = [int(word) for word in arguments.seeds.split(",")]
-    for number in sorted({*kept, base.num_layers}, reverse=True):
+    for number in sorted(set(kept), reverse=True):
         for seed in seeds if str(number) in arguments.many_seeds.split(",") else seeds[:1]:
             name = f"{number} learned, seed {seed}"
             if not (folder / f"{name}.json").exists():

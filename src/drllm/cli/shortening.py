@@ -115,11 +115,12 @@ def learn_verb(command: CommandLine, terminal: Terminal) -> None:
         report = learn(model, questions, teacher=base, config=config, work=work, listener=terminal)
         with terminal.busy("writing and checking"):
             num_bytes = export(model, base, output, report=report)
-    rows = [["as left out", f"{report['loss_before']:.3f}", ""]]
+    rows = []
     for repair in report["repairs"]:
         result = "" if repair["kept"] else "undone"
-        rows.append([repair["name"], f"{repair['loss']:.3f}", result])
-    terminal.table("after|loss on the check part|result", rows)
+        losses = [f"{repair['before']:.3f}", f"{repair['after']:.3f}"]
+        rows.append([repair["name"], *losses, result])
+    terminal.table("repair|loss on the check part|after it|result", rows)
     _print_checkpoint(output, num_bytes, base.num_layers - len(skip), base.num_layers, terminal)
 
 

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
-
-import torch
 
 from drllm.config import GapsConfig
 from drllm.config.fields import replace_settings
@@ -23,7 +20,7 @@ from drllm.models.routed_model import RoutedModel, unrouted
 from drllm.prune.gaps import Gap, GapCosts, GapTable, find_best_sets, list_ends, list_layers
 from drllm.prune.repairs.base import Lessons
 from drllm.prune.repairs.refit import find_gaps, find_projections, solve_gaps
-from drllm.prune.states import Tokens, make_batches
+from drllm.prune.states import Tokens, measure_text_loss
 from drllm.records.codec import write_json
 from drllm.records.gaps import PATHS_FILE, GapRecord, GapsRecord, PathRecord
 from drllm.records.manifest import new_manifest
@@ -34,7 +31,6 @@ from drllm.work.listener import Listener
 
 SETS_OF_A_KIND = 2  # sets whose gaps get exact costs, for each longest gap
 EXACT_SETS = 2  # sets that are refitted since they are best by exact costs
-MAX_CHECKED = 100  # texts that a set's loss is measured on
 SHARES = (1 / 6, 1 / 3, 1 / 2)  # of the layers, that are left out by default
 
 
@@ -129,10 +125,7 @@ def choose_layers(
     numbers = sorted(set(numbers))
     texts = lessons.choose_texts(config.refit_tokens, config.seed)
     costs, num_tokens = measure_costs(base, texts, numbers, listener)
-    checked = [
-        (*item.context, *item.answers[item.gold])
-        for item in lessons.sample_checked(config.seed)[:MAX_CHECKED]
-    ]
+    checked = lessons.sample_checked_texts(config.seed)
     full_loss = measure_text_loss(model, checked)
     tried: list[PathRecord] = []
     chosen: list[PathRecord] = []
@@ -196,23 +189,3 @@ def measure_costs(
     finally:
         routed.detach()
     return costs, table.num_tokens
-
-
-@torch.no_grad()
-def measure_text_loss(model: Any, texts: Sequence[Tokens]) -> float:
-    """Return the mean over texts of the next-token loss, in nats a token."""
-    return fmean(measure_text_losses(model, texts))
-
-
-@torch.no_grad()
-def measure_text_losses(model: Any, texts: Sequence[Tokens]) -> list[float]:
-    """Return the next-token loss of each text, in nats a token."""
-    losses: dict[Tokens, float] = {}
-    for batch in make_batches(texts, model.device):
-        logits = model(input_ids=batch.ids, use_cache=False).logits
-        for row, length in enumerate(batch.lengths):
-            tokens = batch.ids[row, 1:length]
-            logprobs = logits[row, : length - 1].float().log_softmax(dim=-1)
-            loss = -logprobs.gather(1, tokens[:, None]).mean()
-            losses[tuple(batch.ids[row, :length].tolist())] = float(loss)
-    return [losses[tuple(text)] for text in texts]

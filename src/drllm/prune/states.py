@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from statistics import fmean
 from typing import Any, TypeAlias
 
 import torch
@@ -130,3 +131,22 @@ def in_float32(*models: nn.Module) -> Iterator[None]:
 def put_weight(module: nn.Module, weight: Tensor) -> None:
     """Give a module a new weight; the old tensor, which other models may share, isn't changed."""
     module.weight = nn.Parameter(weight.detach(), requires_grad=False)
+
+
+def measure_text_loss(model: Any, texts: Sequence[Tokens]) -> float:
+    """Return the mean over texts of the next-token loss, in nats a token."""
+    return fmean(measure_text_losses(model, texts))
+
+
+@torch.no_grad()
+def measure_text_losses(model: Any, texts: Sequence[Tokens]) -> list[float]:
+    """Return the next-token loss of each text, in nats a token."""
+    losses: dict[Tokens, float] = {}
+    for batch in make_batches(texts, model.device):
+        logits = model(input_ids=batch.ids, use_cache=False).logits
+        for row, length in enumerate(batch.lengths):
+            tokens = batch.ids[row, 1:length]
+            logprobs = logits[row, : length - 1].float().log_softmax(dim=-1)
+            loss = -logprobs.gather(1, tokens[:, None]).mean()
+            losses[tuple(batch.ids[row, :length].tolist())] = float(loss)
+    return [losses[tuple(text)] for text in texts]

@@ -13,8 +13,9 @@ from drllm.model.layers import find_layers
 from drllm.model.submodel import shorten
 from drllm.models.routed_model import RoutedModel
 from drllm.prune import choose, gaps
-from drllm.prune.choose import choose_paths, gap_costs, measure_text_losses
+from drllm.prune.choose import choose_paths, gap_costs
 from drllm.prune.gaps import RIDGES, GapCosts, GapTable, find_best_sets, list_layers
+from drllm.prune.states import measure_text_losses
 from drllm.records.gaps import parse_layers, read_gaps
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz "

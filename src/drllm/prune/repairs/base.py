@@ -20,6 +20,7 @@ from drllm.tasks.texts import choose_calibration_texts
 from drllm.work.listener import Listener
 
 MOST_CHECKED = {False: 400, True: 100}  # questions and texts of the check part
+MOST_CHECKED_TEXTS = 100  # of both, if whole texts are measured
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,12 @@ class Lessons:
             checked += Random(seed).sample(items, min(len(items), number))
         return checked
 
+    def sample_checked_texts(self, seed: int) -> list[Tokens]:
+        """Return texts of the check part; that of a question ends with its right answer."""
+        items = self.sample_checked(seed)
+        chosen = Random(seed).sample(items, min(len(items), MOST_CHECKED_TEXTS))
+        return [(*item.context, *item.answers[item.gold]) for item in chosen]
+
     def choose_texts(self, num_tokens: int, seed: int) -> list[Tokens]:
         """Choose texts to fit on, with as many tokens of each source as possible.
 
@@ -97,6 +104,8 @@ class Repair(ABC):
         self, model: Any, teacher: Any, lessons: Lessons, work: Path, listener: Listener
     ) -> dict[str, Any]:
         """Repair the shortened model in place, with new tensors, and return a report as plain JSON.
+
+        The report says `before` and `after`, a loss on the check part, by which the repair is kept.
 
         Args:
             model: The shortened model.

@@ -126,6 +126,8 @@ class Lora(Repair):
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         return {
+            "before": run.curve[0]["check"],
+            "after": min(point["check"] for point in run.curve),
             "draws": run.step * config.batch_size,
             "minutes": round(run.seconds / 60, 2),
             "curve": run.curve,

@@ -48,6 +48,7 @@ from drllm.prune.states import (
     Tokens,
     in_float32,
     make_batches,
+    measure_text_loss,
     put_weight,
     record_calls,
     run_layers,
@@ -432,11 +433,22 @@ class Refit(Repair):
     def fit(
         self, model: Any, teacher: Any, lessons: Lessons, work: Path, listener: Listener
     ) -> dict[str, Any]:
-        """Solve the gaps on the questions with their right answers and the texts."""
+        """Solve the gaps on the questions with their right answers and the texts.
+
+        It is kept by the loss of whole texts: a refit brings back what the full model writes, which
+        may be less like the right answers than what the shortened model writes.
+        """
         texts = lessons.choose_texts(self.config.refit_tokens, self.config.seed)
+        checked = lessons.sample_checked_texts(self.config.seed)
+        with listener.busy("measuring the loss on the check part"):
+            before = measure_text_loss(model, checked)
         with listener.progress("refit", "tokens") as on_progress:
             gaps = solve_gaps(model, teacher, texts, on_progress)
+        with listener.busy("measuring the loss on the check part"):
+            after = measure_text_loss(model, checked)
         return {
+            "before": before,
+            "after": after,
             "tokens": sum(map(len, texts)),
             "gaps": [
                 {
