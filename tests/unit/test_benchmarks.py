@@ -25,7 +25,7 @@ NOT_OF_TWO_WAYS = {
     *("learning", "serving"),  # what models answer
     *("all", "gpu", "page", "two_commits"),  # made of others
     "growth",  # one way at several sizes
-    "bypass",  # losses, not times
+    *("bypass", "refit"),  # losses, not times
     "quantised",  # several ways beside one
     "house",  # counts source
     "make_builtin_texts",  # makes a file
