@@ -59,7 +59,7 @@ def main() -> None:
         num_checked = min(NUM_CHECKED, len(all_texts) // 4)
         parts["check"][kind] = all_texts[:num_checked]
         parts["fit"][kind] = all_texts[num_checked:]
-    questions = Questions((), {part: () for part in PARTS}, parts)
+    questions = Questions((), dict.fromkeys(PARTS, ()), parts)
     lessons = Lessons.read(base, questions, MAX_TOKENS, listener)
 
     paths_file = folder / "paths.json"
