@@ -5,7 +5,7 @@ in float32, and given the same prompts, which both engines answer greedily on on
 compared up to their ends; times are of as many tokens everywhere. The bound is the share of the
 multiply-adds of a decode step that the path still has; times include the prompt, which saves more.
 
-    python benchmarks/serving.py --llama-cpp DIR [--path FILE[:NAME]] [--quick] [--json FILE]
+    python benchmarks/serving.py --llama-cpp DIR [--skip LAYERS] [--quick] [--json FILE]
         [--model MODEL] [--prompts N] [--tokens N]
 
 DIR is a checkout of llama.cpp, whose requirements for conversion are installed; llama-cpp-python
