@@ -25,10 +25,10 @@ from drllm.model.prompts import encode
 from drllm.model.submodel import shorten
 from drllm.prune.choose import choose_layers
 from drllm.prune.learn import learn
+from drllm.prune.loss import make_text_item
 from drllm.prune.measure import Measurement, measure_model
 from drllm.prune.repairs.base import Lessons
 from drllm.prune.shrink import compare_accuracy
-from drllm.prune.states import measure_text_losses
 from drllm.records.codec import read_json, write_json
 from drllm.records.gaps import read_gaps
 from drllm.tasks.parts import read_questions
@@ -80,25 +80,17 @@ def main() -> None:
     skips[base.num_layers] = ()
     others = {}
     for name, texts in read_texts(arguments.text, NUM_TEXTS, 0).items():
-        others[name] = [tuple(encode(base.tokenizer, text))[:MAX_TOKENS] for text in texts]
+        tokens = [encode(base.tokenizer, text)[:MAX_TOKENS] for text in texts]
+        others[name] = [make_text_item(text) for text in tokens]
 
     def measure(name: str, model: object) -> Measurement:
         """Measure a model once: its answers, and the loss of other texts."""
         file = folder / f"{name}.json"
         if not file.exists():
-            if arguments.part == "check":
-                measured = Measurement(losses={})
-            else:
-                measured = measure_model(
-                    dataclasses.replace(base, model=model),
-                    questions.tasks,
-                    {},
-                    arguments.data_dir,
-                    0,
-                    listener,
-                )
-            losses = {kind: measure_text_losses(model, texts) for kind, texts in others.items()}
-            write_json(file, Measurement(tasks=measured.tasks, losses=losses))
+            short = dataclasses.replace(base, model=model)
+            tasks = () if arguments.part == "check" else questions.tasks
+            measured = measure_model(short, tasks, others, arguments.data_dir, 0, listener)
+            write_json(file, measured)
         return read_json(file, Measurement)
 
     results: dict[str, Measurement] = {"full": measure("full", base.model)}

@@ -10,23 +10,23 @@ refitted beside those that are chosen. Finished rows are kept in the output fold
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from common import add_model, base_of, parser_of
 from common.compare import average_kinds
 from common.texts import read_kinds, refuse_fitted_texts
 
-from drllm.config import GapsConfig, LearnConfig
+from drllm.config import GapsConfig
 from drllm.model.submodel import shorten
 from drllm.prune.choose import choose_layers
-from drllm.prune.repairs.base import REPAIRS, Lessons
+from drllm.prune.loss import make_text_item
+from drllm.prune.repairs.base import Lessons
+from drllm.prune.repairs.refit import solve_gaps
 from drllm.prune.states import measure_text_losses
 from drllm.records.codec import read_json, write_json
-from drllm.records.gaps import GapsRecord, parse_layers, read_gaps
-from drllm.tasks.parts import PARTS, Questions
-from drllm.tasks.texts import read_texts
+from drllm.records.gaps import parse_layers, read_gaps
 from drllm.work.listener import Listener
 
 MAX_TOKENS = 512
@@ -46,35 +46,36 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, default=Path("runs/refit"))
     options = parser.parse_args()
     base = base_of(options)
-    listener = Listener()
     folder: Path = options.output_dir
     folder.mkdir(parents=True, exist_ok=True)
     measured = read_kinds(options.held_out, base, MAX_TOKENS)
     for kind, texts in measured.items():
         measured[kind] = texts[: 4 if options.quick else NUM_TEXTS]
-    refuse_fitted_texts(read_kinds(options.text, base, MAX_TOKENS), measured)
-
-    parts: dict[str, dict[str, list[str]]] = {part: {} for part in PARTS}
-    for kind, all_texts in read_texts(options.text, None, 0).items():
-        num_checked = min(NUM_CHECKED, len(all_texts) // 4)
-        parts["check"][kind] = all_texts[:num_checked]
-        parts["fit"][kind] = all_texts[num_checked:]
-    questions = Questions((), dict.fromkeys(PARTS, ()), parts)
-    lessons = Lessons.read(base, questions, MAX_TOKENS, listener)
+    fitted = read_kinds(options.text, base, MAX_TOKENS)
+    refuse_fitted_texts(fitted, measured)
+    fit = {}
+    check = {}
+    for kind, texts in fitted.items():
+        items = [make_text_item(text) for text in texts]
+        num_checked = min(NUM_CHECKED, len(items) // 4)
+        check[kind] = items[:num_checked]
+        fit[kind] = items[num_checked:]
+    lessons = Lessons(fit, check)
 
     paths_file = folder / "paths.json"
     if not paths_file.exists():
         numbers = [base.num_layers - int(word) for word in options.layers.split(",") if word]
         config = GapsConfig(refit_tokens=1_000 if options.quick else 10_000)
-        record: GapsRecord = choose_layers(base, lessons, numbers, config, listener)
-        write_json(paths_file, record)
+        write_json(paths_file, choose_layers(base, lessons, numbers, config, Listener()))
     skips = [path.skip for path in read_gaps(paths_file).paths]
     skips += [tuple(sorted(parse_layers(words))) for words in options.skip.split("/") if words]
 
-    refit = REPAIRS.get("refit")(
-        LearnConfig(refit_tokens=1_000 if options.quick else options.tokens)
-    )
-    full = {kind: measure_text_losses(base.model, texts) for kind, texts in measured.items()}
+    def measure(model: Any) -> dict[str, list[float]]:
+        """Return the loss of each text, by kind."""
+        return {kind: measure_text_losses(model, texts) for kind, texts in measured.items()}
+
+    texts_to_refit_on = lessons.choose_texts(1_000 if options.quick else options.tokens, 0)
+    full = measure(base.model)
     print("full · " + " · ".join(f"{kind} {fmean(values):.3f}" for kind, values in full.items()))
     figures = {}
     for skip in dict.fromkeys(skips):
@@ -82,15 +83,9 @@ def main() -> None:
         file = folder / f"{name}.json"
         if not file.exists():
             model = shorten(base.model, skip)
-            losses = {}
-            for way in ("plain", "refit"):
-                if way == "refit":
-                    with tempfile.TemporaryDirectory() as work:
-                        refit.fit(model, base.model, lessons, Path(work), listener)
-                losses[way] = {
-                    kind: measure_text_losses(model, texts) for kind, texts in measured.items()
-                }
-            write_json(file, losses)
+            plain = measure(model)
+            solve_gaps(model, base.model, texts_to_refit_on)
+            write_json(file, {"plain": plain, "refit": measure(model)})
         figures[name] = read_json(file, dict[str, dict[str, list[float]]])
         for way, of_kind in figures[name].items():
             rises = {}

@@ -118,9 +118,10 @@ def learn_verb(command: CommandLine, terminal: Terminal) -> None:
     rows = []
     for repair in report["repairs"]:
         result = "" if repair["kept"] else "undone"
-        losses = [f"{repair['before']:.3f}", f"{repair['after']:.3f}"]
-        rows.append([repair["name"], *losses, result])
-    terminal.table("repair|loss on the check part|after it|result", rows)
+        before = f"{repair['before']:.3f}"
+        after = f"{repair['after']:.3f}"
+        rows.append([repair["name"], before, after, result])
+    terminal.table("repair|check loss before|after|result", rows)
     _print_checkpoint(output, num_bytes, base.num_layers - len(skip), base.num_layers, terminal)
 
 

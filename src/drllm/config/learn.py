@@ -13,7 +13,7 @@ class LearnConfig(QuestionsConfig):
     repairs: str = setting(
         "refit,lora",
         placeholder="NAME,...",
-        help="repairs in their order; one that doesn't lower the loss on the check part is undone",
+        help="repairs in their order; one that doesn't help on the check part is undone",
     )
     minutes: float = basic(
         20.0,

@@ -1,8 +1,8 @@
 """Repair a shortened model, and teach it the right answers that the user has.
 
-The repairs run in their order, by default a refit and then LoRA. One that doesn't lower its loss on
-the check part of the questions is undone: a refit the next-token loss of questions with their right
-answers, LoRA the loss that it trains.
+The repairs run in their order, by default a refit and then LoRA. One that doesn't help on the check
+part of the questions is undone. A refit has to lower the next-token loss of questions with their
+right answers, and LoRA the loss that it trains.
 """
 
 from __future__ import annotations

@@ -40,12 +40,10 @@ class Lessons:
         cls, base: BaseModel, questions: Questions, max_tokens: int, listener: Listener
     ) -> Lessons:
         """Return the parts of questions as tokens; see `make_items`."""
-        parts = {}
-        for name in ("fit", "check"):
-            parts[name] = make_items(
-                base, questions, name, max_tokens=max_tokens, listener=listener
-            )
-        return cls(**parts)
+        return cls(
+            fit=make_items(base, questions, "fit", max_tokens=max_tokens, listener=listener),
+            check=make_items(base, questions, "check", max_tokens=max_tokens, listener=listener),
+        )
 
     def sample_checked(self, seed: int) -> list[Item]:
         """Return what is measured of the check part: at most 400 questions and 100 texts."""
@@ -105,7 +103,7 @@ class Repair(ABC):
     ) -> dict[str, Any]:
         """Repair the shortened model in place, with new tensors, and return a report as plain JSON.
 
-        The report says `before` and `after`, a loss on the check part, by which the repair is kept.
+        Its `before` and `after` are a loss on the check part. The repair is undone unless it falls.
 
         Args:
             model: The shortened model.
