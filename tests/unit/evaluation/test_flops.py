@@ -119,7 +119,8 @@ def test_models_whose_cost_does_not_follow_are_refused(tiny_model, family, reaso
 
 @pytest.mark.parametrize("family", ["mamba", "mamba2", "falcon_h1", "rwkv"])
 def test_models_with_a_recurrent_state_are_refused(tiny_model, family):
-    with pytest.raises(ArchitectureError, match="state"):
+    # Which field names the state differs between versions of transformers.
+    with pytest.raises(ArchitectureError, match="K/V"):
         ModelShape.from_model(tiny_model(family))
 
 
