@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import time
 from contextlib import contextmanager, nullcontext
 
 import pytest
@@ -115,6 +116,19 @@ def test_the_curve_has_a_check_at_the_start_and_at_the_end(base, write_file):
     curve = report["repairs"][1]["curve"]
     assert [curve[0]["step"], curve[-1]["step"]] == [0, 12]
     assert len(curve) == lora.CHECKS + 1
+
+
+def test_checks_that_take_long_are_made_less_often(base, write_file, monkeypatch):
+    def check_slowly(student, teacher, items):
+        time.sleep(0.3)
+        return 1.0
+
+    monkeypatch.setattr(lora, "measure_loss", check_slowly)
+    short = shorten(base.model, SKIP)
+    settings = {"learning_rate": 5e-3, "rank": 4}
+    report = learn(short, write_file(), teacher=base, minutes=0.02, repairs="lora", **settings)
+    [entry] = report["repairs"]
+    assert len(entry["curve"]) == 2
 
 
 def test_the_weights_of_the_best_check_stay(base, write_file, monkeypatch):

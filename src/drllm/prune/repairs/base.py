@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from drllm.tasks.texts import choose_calibration_texts
 from drllm.work.listener import Listener
 
 MOST_CHECKED = {False: 400, True: 100}  # questions and texts of the check part
+MOST_CHECKED_TOKENS = 20_000  # of both; four hundred questions of ARC have 17,000
 MOST_CHECKED_TEXTS = 100  # of both, if whole texts are measured
 
 
@@ -46,7 +48,10 @@ class Lessons:
         )
 
     def sample_checked(self, seed: int) -> list[Item]:
-        """Return what is measured of the check part: at most 400 questions and 100 texts."""
+        """Return what is measured of the check part: at most 400 questions and 100 texts.
+
+        Where these are long, there are fewer of both.
+        """
         checked: list[Item] = []
         for is_text, number in MOST_CHECKED.items():
             items = [
@@ -56,7 +61,9 @@ class Lessons:
                 if item.is_text == is_text
             ]
             checked += Random(seed).sample(items, min(len(items), number))
-        return checked
+        num_tokens = sum(item.num_tokens for item in checked)
+        every = max(1, math.ceil(num_tokens / MOST_CHECKED_TOKENS))
+        return checked[::every]
 
     def sample_checked_texts(self, seed: int) -> list[Tokens]:
         """Return texts of the check part; that of a question ends with its right answer."""

@@ -1,7 +1,7 @@
 """LoRA on all linear maps of a shortened model, trained on right answers.
 
-The loss is in `loss`. A *check* measures it on the check part of the questions, five times in a
-training; the weights of the best check stay. LoRA is plain PEFT, and is merged into new tensors at
+The loss is in `loss`. A *check* measures it on the check part of the questions, before the training
+and five times in it; the weights of the best check stay. LoRA is plain PEFT, and is merged into new tensors at
 the end, so that the shared ones stay as they are.
 
 Source: LoRA is arXiv 2106.09685; the loss is ours.
@@ -39,6 +39,7 @@ from drllm.work.listener import Listener
 WARM_UP = 20  # steps in which the learning rate rises
 LEAST_RATE = 0.02  # of the learning rate, at the end of its cosine
 CHECKS = 5
+SHARE_FOR_CHECKS = 0.25  # of the time; where checks would take more, there are fewer
 CHECKED_AT_ONCE = 8
 SAVE_SECONDS = 60  # a killed training loses about this much
 STATE_FILE = "lora.state.safetensors"
@@ -96,9 +97,12 @@ class Lora(Repair):
                 while True:
                     share = run.share(config)
                     on_progress(min(share, 1.0), 1.0, run.describe())
-                    if len(run.curve) <= share * CHECKS or share >= 1:
+                    is_due = len(run.curve) <= share * CHECKS and share >= run.next_check
+                    if is_due or share >= 1:
                         run.check(student, teacher, checked)
-                        share = run.share(config)
+                        share_after = run.share(config)
+                        run.next_check = share + (share_after - share) / SHARE_FOR_CHECKS
+                        share = share_after
                     if share >= 1:
                         break
                     warm = min(1.0, (run.step + 1) / WARM_UP)
@@ -146,6 +150,7 @@ class _Run:
         self.step = 0
         self.seconds = 0.0
         self.curve: list[dict[str, float]] = []
+        self.next_check = 0.0  # the share of the training before which there is no check
         self.best = {name: each.detach().clone() for name, each in named.items()}
         self.loss = math.nan  # a running mean
         self._last_time = time.monotonic()
@@ -197,7 +202,13 @@ class _Run:
             tensors[f"{name}|best"] = self.best[name]
             for part, tensor in self.optimizer.state[parameter].items():
                 tensors[f"{name}|{part}"] = tensor
-        state = {"step": self.step, "seconds": self.seconds, "curve": self.curve, "loss": self.loss}
+        state = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "curve": self.curve,
+            "next_check": self.next_check,
+            "loss": self.loss,
+        }
         write_atomically(self.file, save(tensors, {"state": json.dumps(state)}))
         self._last_save = time.monotonic()
 
@@ -211,6 +222,7 @@ class _Run:
             self.step = state["step"]
             self.seconds = state["seconds"]
             self.curve = state["curve"]
+            self.next_check = state["next_check"]
             self.loss = state["loss"]
             for name, parameter in self.named.items():
                 parameter.copy_(file.get_tensor(f"{name}|weight"))
