@@ -1,8 +1,8 @@
 """LoRA on all linear maps of a shortened model, trained on right answers.
 
 The loss is in `loss`. A *check* measures it on the check part of the questions, before the training
-and five times in it; the weights of the best check stay. LoRA is plain PEFT, and is merged into new tensors at
-the end, so that the shared ones stay as they are.
+and five times in it; the weights of the best check stay. LoRA is plain PEFT, and is merged into new
+tensors at the end, so that the shared ones stay as they are.
 
 Source: LoRA is arXiv 2106.09685; the loss is ours.
 """
