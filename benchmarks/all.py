@@ -1,4 +1,4 @@
-"""Everything that the log claims, measured on one device in an hour at most.
+"""What the results claim, measured on one device in an hour at most.
 
 First how fast: the benchmarks beside this one that take a model, in their quick form on a CPU.
 Then what is kept: a model is shrunk for a task, and routers are searched for, trained and compared

@@ -35,8 +35,6 @@ ROOT_PAGES = {
     "SECURITY.md": "security.md",
 }
 """Files of the repository's root that are pages, and the names of these pages."""
-EXAMPLES = {"docs/results/example/report.md": "docs/results/example/report.html"}
-"""Files that the site has in another form."""
 PUBLIC_NAME = re.compile(r"^::: drllm\.(\w+)$", re.MULTILINE)
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 MARKUP = str.maketrans({"&": "&amp;", "<": "&lt;", "|": "&#124;", "*": "&#42;", "_": "&#95;"})
@@ -197,7 +195,6 @@ def _rewrite(match: re.Match[str], page: Page, config: MkDocsConfig) -> str:
     place = _find_in_repository(target, page)
     if place in ROOT_PAGES:
         place = f"docs/{ROOT_PAGES[place]}"
-    place = EXAMPLES.get(place, place)
     if not place.startswith("docs/"):
         if config.repo_url:
             return f"[{text}]({config.repo_url.rstrip('/')}/blob/main/{place})"

@@ -1,6 +1,5 @@
 """The benchmarks run, and what they write says what was compared; no times are checked."""
 
-import ast
 import itertools
 import json
 import math
@@ -23,11 +22,9 @@ from drllm.tasks.registry import get_task
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 NOT_OF_TWO_WAYS = {
     *("learning", "serving"),  # what models answer
-    *("all", "gpu", "page", "two_commits"),  # made of others
-    "growth",  # one way at several sizes
+    *("all", "gpu"),  # made of others
     *("bypass", "refit"),  # losses, not times
     "quantised",  # several ways beside one
-    "house",  # counts source
     "make_builtin_texts",  # makes a file
 }
 WITHOUT_COMPARISONS = {"driver", "search_quality"}  # figures other than times
@@ -77,14 +74,6 @@ def one_question(tiny_folder):
 def generation(figures_of):
     """What the benchmark of generation writes."""
     return figures_of("generate")
-
-
-def test_the_readme_lists_each_script_with_the_first_sentence_of_its_docstring():
-    readme = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
-    for file in BENCHMARKS.glob("*.py"):
-        docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
-        first_paragraph = docstring.split("\n\n")[0].replace("\n", " ")
-        assert f"| [{file.name}]({file.name}) | {first_paragraph} |" in readme
 
 
 @pytest.mark.thorough
@@ -343,54 +332,6 @@ def test_the_driver_is_measured_on_batches_that_are_ready_made(benchmark, tmp_pa
     assert worker.run(batches[0], None).records == results[0].records
 
 
-@pytest.mark.thorough
-def test_every_stage_is_timed_at_every_size_that_it_grows_with(figures_of, benchmark, tmp_path):
-    growth, picture = benchmark("growth"), tmp_path / "growth.png"
-    assert len(growth.prompts_of(max(growth.WHOLE["questions"]))) == 256
-    found = figures_of("growth", "--png", str(picture))["seconds"]
-    for axis, sizes in growth.QUICK.items():
-        stages = {stage for stage, (_, grows) in growth.STAGES.items() if axis in grows}
-        assert found[axis].keys() == stages
-        for seconds in found[axis].values():
-            assert list(seconds) == [str(size) for size in sizes]
-            assert min(seconds.values()) > 0
-    assert picture.read_bytes().startswith(b"\x89PNG")
-
-
-SAID = """
-import json, sys
-from pathlib import Path
-file = Path(sys.argv[sys.argv.index("--json") + 1])
-with Path(__file__).parents[2].joinpath("runs.txt").open("a") as runs:
-    print(file.stem, file=runs)
-number = int(file.stem[-1])
-figures = {"speedup": {"letter": SPEED + number}, "bound": {"letter": 8.0}}
-file.write_text(json.dumps(figures | {"overhead": {"new": 1.0}} if SPEED > 3 else figures))
-"""
-
-
-def test_two_checkouts_are_compared_by_medians_of_runs_in_turns(
-    benchmark, tmp_path, monkeypatch, capsys
-):
-    script = benchmark("two_commits")
-    for name, speed in (("before", 2), ("after", 4)):
-        file = tmp_path / name / "benchmarks" / "search.py"
-        file.parent.mkdir(parents=True)
-        file.write_text(SAID.replace("SPEED", str(speed)))
-    monkeypatch.setattr(script, "HERE", tmp_path / "after")
-    places = ["--before", str(tmp_path / "before"), "--output-dir", str(tmp_path / "kept")]
-    words = [*places, "--only", "search", "--json", str(tmp_path / "table.json")]
-    monkeypatch.setattr(sys, "argv", ["two_commits.py", *words])
-    for _ in range(2):  # the second time nothing is run again
-        script.main()
-    [row] = json.loads((tmp_path / "table.json").read_text())  # what both measure
-    assert row["all"] == {"before": [2, 3, 4], "after": [4, 5, 6]}
-    assert (row["before"], row["after"], row["bound"]) == (3, 5, 8)
-    assert "search: speedup letter" in capsys.readouterr().out
-    turns = ("before-0", "after-0", "after-1", "before-1", "before-2", "after-2")
-    assert (tmp_path / "runs.txt").read_text().split() == [f"search-{turn}" for turn in turns]
-
-
 def test_both_evaluators_read_the_worked_examples_anew_in_each_repeat(
     benchmark, tiny_folder, monkeypatch
 ):
@@ -556,29 +497,6 @@ def test_layers_and_bits_are_compared_in_size_seconds_and_loss(figures_of, tmp_p
     }
     bounds = {row["what"]: row["bound"] for row in figures["comparisons"]}
     assert bounds["read, rows: 1: shorter path, float32"] > 1
-
-
-def test_the_page_of_benchmarks_has_a_row_for_each_comparison(benchmark):
-    rest = {"copies": 0.05, "matrix products": 0.15, "attention": -0.01}
-    compared = [
-        {"what": "training", "speedup": 8.0, "bound": 10.0, "share": 0.8, "rest": rest},
-        {"what": "baselines", "speedup": 2.5, "bound": None, "share": None},
-    ]
-    figures = {"model": "m", "machine": "x86", "drllm": "0.1.0 at abc", "ours": "a", "theirs": "b"}
-    steps = {
-        "training": {"figures": {**figures, "comparisons": compared}},
-        "shrinking": {"ended": "done"},
-    }
-    serving = {"what": "serving", "speedup": 1.1, "bound": 1.1, "share": 1.0, "rest": {}}
-    others = {"serving": {**figures, "comparisons": [serving]}}
-    page = benchmark("page").write_page({"quick": True, "steps": steps}, others)
-    assert "| training | 8.00 | 10.00 | 80% | matrix products 15%, copies 5% |" in page
-    assert "| baselines | 2.50 | – | – |  |" in page
-    assert "| serving | 1.10 | 1.10 | 100% |  |" in page
-    assert "page.py all.json serving.json >" in page
-    assert "all.py --json all.json --quick" in page
-    assert "- `training`: a. The obvious way: b." in page
-    assert "shrinking" not in page
 
 
 @pytest.fixture

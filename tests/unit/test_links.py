@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-RESULTS = REPOSITORY / "docs" / "results"
 RECIPES = REPOSITORY / "src" / "drllm" / "cli" / "recipes"
 PAGES = sorted(
     [
@@ -45,10 +44,3 @@ def test_every_link_leads_to_a_file_and_a_heading(page):
 def test_the_pages_that_a_recipe_names_exist(recipe):
     for page in re.findall(r"docs/[\w/.-]+\.md", recipe.read_text(encoding="utf-8")):
         assert (REPOSITORY / page).is_file(), page
-
-
-def test_the_results_log_links_to_every_study():
-    links = {link.partition("#")[0] for link in LINK.findall(without_code(RESULTS / "log.md"))}
-    studies = {f"studies/{study.name}" for study in (RESULTS / "studies").glob("*.md")}
-    assert len(studies) > 40
-    assert studies <= links

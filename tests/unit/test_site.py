@@ -45,12 +45,12 @@ def hooks(monkeypatch):
 
 
 def test_a_folder_in_the_navigation_stands_for_its_pages_the_newest_first(hooks):
-    nav = [{"Results": ["results/log.md", {"Decisions": "decisions/"}]}]
+    nav = [{"Results": ["results.md", {"New": "results/"}]}]
     [results] = hooks.fill_folders(nav)
-    log, decisions = results["Results"]
-    assert log == "results/log.md"
-    pages = [f"decisions/{file.name}" for file in (REPOSITORY / "docs/decisions").iterdir()]
-    assert decisions["Decisions"] == sorted(pages, reverse=True)
+    page, new = results["Results"]
+    assert page == "results.md"
+    pages = [f"results/{file.name}" for file in (REPOSITORY / "docs/results").iterdir()]
+    assert new["New"] == sorted(pages, reverse=True)
 
 
 def rewrite(hooks, text, page="shrink.md", repo_url=""):
@@ -60,8 +60,8 @@ def rewrite(hooks, text, page="shrink.md", repo_url=""):
 
 def test_a_link_between_pages_stays(hooks):
     assert rewrite(hooks, "see [gaps](gaps.md#how)") == "see [gaps](gaps.md#how)"
-    study = "results/studies/2026-11-28-longer-sequences.md"
-    assert rewrite(hooks, "[log](../log.md)", page=study) == "[log](../log.md)"
+    study = "results/2026-12-03-half-the-layers.md"
+    assert rewrite(hooks, "[results](../results.md)", page=study) == "[results](../results.md)"
 
 
 def test_links_of_the_readme_lead_to_pages(hooks):

@@ -1,6 +1,5 @@
-"""The shape of the house: who imports whom, what loads torch, how long a module may get."""
+"""The shape of the house: who imports whom, and what loads torch."""
 
-import ast
 import doctest
 import importlib
 import json
@@ -16,7 +15,6 @@ MODULES = sorted(
     ".".join(file.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__")
     for file in (SOURCE / "drllm").rglob("*.py")
 )
-MAXIMUM_LINES = 600
 HEAVY = ("torch", "transformers", "datasets", "matplotlib", "lm_eval", "scipy")
 
 FRESH = """
@@ -75,13 +73,6 @@ def test_imports_point_downwards_only():
     assert child.returncode == 0, child.stdout + child.stderr
 
 
-def test_every_module_says_what_it_owns_in_at_most_600_lines():
-    assert len(MODULES) > 100
-    texts = {name: _file(name).read_text(encoding="utf-8") for name in MODULES}
-    assert [name for name in MODULES if not ast.get_docstring(ast.parse(texts[name]))] == []
-    assert [name for name in MODULES if len(texts[name].splitlines()) > MAXIMUM_LINES] == []
-
-
 @pytest.mark.parametrize("name", [name for name in MODULES if not name.endswith("__main__")])
 def test_a_module_has_what_it_offers_and_its_examples_hold(name):
     module = importlib.import_module(name)
@@ -89,12 +80,3 @@ def test_a_module_has_what_it_offers_and_its_examples_hold(name):
         public for public in getattr(module, "__all__", ()) if not hasattr(module, public)
     ] == []
     assert doctest.testmod(module).failed == 0
-
-
-def test_type_checkers_are_told_that_there_are_types():
-    assert (SOURCE / "drllm" / "py.typed").is_file()
-
-
-def _file(name: str) -> Path:
-    place = SOURCE.joinpath(*name.split("."))
-    return place / "__init__.py" if place.is_dir() else place.with_suffix(".py")

@@ -90,7 +90,7 @@ class Gemma3(PackagedModel):
         """Make a tokenizer that encodes like SentencePiece with the vocabulary of a GGUF file.
 
         The tokenizer that transformers itself makes from the file is wrong in every version, most
-        of all in 4.56 and 5.0 (docs/decisions/0015).
+        of all in 4.56 and 5.0 (docs/decisions.md).
         """
         from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 

@@ -276,7 +276,7 @@ def _join(parts: Sequence[Path], target: Path) -> None:
 def _read_weights(source: Path, config: dict[str, Any]) -> dict[str, Tensor]:
     """Return the weights in float32. A dtype of 16 bits would round the quantised values.
 
-    Source: transformers' own reader of GGUF files; docs/decisions/0015.
+    Source: transformers' own reader of GGUF files; docs/decisions.md.
     """
     import torch
     from transformers import AutoModelForCausalLM

@@ -65,7 +65,7 @@ class SmolLM2(PackagedModel):
         The tokenizer that transformers itself makes from a GGUF file is wrong. It doesn't split
         digits, although the file's setting `tokenizer.ggml.pre = smollm` demands this. So the
         spaces before a number get into other tokens. Up to transformers 4 it also adds a begin
-        token, and uses the begin token as the end token (docs/decisions/0015).
+        token, and uses the begin token as the end token (docs/decisions.md).
         """
         from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 

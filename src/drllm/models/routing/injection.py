@@ -3,7 +3,7 @@
 `Injection` overrides the forward of the decoder and of each layer, and takes the overrides off.
 When the model's loop calls a layer, a `Driver` decides what runs. It gets a `LayerCall`, which has
 the layer's arguments and can run the layer on some of the rows. No modelling code is copied and no
-state-dict key changes; docs/decisions/0002-injection-not-forks.md explains why.
+state-dict key changes; docs/decisions.md says why.
 
 Axes: B rows of the batch, R rows that run, T tokens, K keys, D hidden, E rotary.
 """

@@ -37,7 +37,7 @@ class KlFromFull:
     all kept distributions fit into `SHARE_OF_MEMORY` of the memory for states. Distributions that
     aren't kept are computed again in every pass, from the full path's last state.
 
-    Source: ours; docs/decisions/0006.
+    Source: ours; docs/decisions.md.
     """
 
     def __init__(self, rows: PackedRows) -> None:

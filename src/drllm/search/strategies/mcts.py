@@ -86,7 +86,7 @@ class TreeSearch(PathSearch):
     elsewhere. Its reward, once known, replaces the 0.
 
     Source: Dr.LLM section 3.1 and appendix for the selection. Shared nodes, the number of children
-        and the choice of edits are ours (docs/decisions/0003-progressive-widening.md).
+        and the choice of edits are ours (docs/decisions.md).
     """
 
     own_settings = ("exploration_constant", "length_penalty", "random_child_probability")
