@@ -232,10 +232,6 @@ EVALUATE --num-calibration 9 => --num-calibration 9 has no effect
 EVALUATE --baselines none --num-random-draws 3 => --num-random-draws 3 has no effect
 EVALUATE --curve 0.1,1.5 => --curve is '0.1,1.5'
 EVALUATE --supervision run/supervision.jsonl => --supervision run/supervision.jsonl has no effect
-EVALUATE --limits gsm8k=3 => --limits isn't a flag; write it into a YAML file, such as 'limits: {gsm
-EVALUATE --config s.yaml => limits: unknown task 'gsm8k' => s.yaml: limits: {gsm8k: 3}\\n
-EVALUATE --limit 5 --config s.yaml => --limit 5 has no effect => s.yaml: \
-limits: {builtin_facts: 3}\\n
 search --dataset arc_easy --data-dir nowhere => --data-dir nowhere is not a folder
 search --dataset arc_easy --data-dir run => run/arc_easy
 TARGETS --run-name a --output b => both --run-name 'a' and --output-dir 'b'

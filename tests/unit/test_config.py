@@ -12,7 +12,7 @@ from drllm.config import (
     SuperviseConfig,
     TrainConfig,
 )
-from drllm.config.fields import from_dict, is_by_task, list_kinds, to_flag
+from drllm.config.fields import from_dict, to_flag
 from drllm.errors import ConfigError
 
 GROUPS = [
@@ -56,8 +56,6 @@ def test_every_setting_has_a_line_of_help_and_a_group_comes_back_from_plain_type
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_bound_is_kept_and_belongs_to_what_is_accepted(group):
     for declared in dataclasses.fields(group):
-        if is_by_task(list_kinds(group)[declared.name]):
-            continue
         rules = declared.metadata
         wrong = [
             (rules["minimum"], -1, "at least"),
@@ -111,8 +109,6 @@ def test_a_value_that_does_not_fit_is_refused(group, name, value, said):
         (SearchConfig, "data_dir", "\0" * 100_000),
         (SearchConfig, "reward", "x" * 100_000),
         (ModelConfig, "device", "x" * 100_000),
-        (EvaluateConfig, "limits", "x" * 100_000),
-        (EvaluateConfig, "limits", {"task": "x" * 100_000}),
     ],
 )
 def test_of_a_long_value_a_message_shows_the_beginning(group, name, value):
@@ -170,9 +166,6 @@ def test_depth_settings_that_contradict_one_another_are_refused(given, message):
         DepthConfig(**given).check_combination()
 
 
-LIMITS = {"gsm8k": 30, "arc_easy": "all"}
-
-
 @pytest.mark.parametrize(
     ("settings", "is_timed"),
     [
@@ -188,28 +181,6 @@ def test_asking_for_rounds_asks_for_the_time_and_no_rounds_for_none(settings, is
     config = EvaluateConfig(**settings)
     config.check_effects()
     assert config.latency == is_timed
-
-
-def test_some_tasks_may_have_limits_and_splits_of_their_own():
-    config = EvaluateConfig(limit=200, limits=LIMITS, splits={"gsm8k": "select"})
-    assert [config.get_limit(task) for task in ("gsm8k", "arc_easy", "mmlu")] == [30, None, 200]
-    assert [config.get_split(task) for task in ("gsm8k", "mmlu")] == ["select", "test"]
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "says"),
-    [
-        ("limits", "gsm8k=30", r"'gsm8k=30'; give values by task, as in 'limits: {gsm8k: 30"),
-        ("limits", {"gsm8k": 0}, "of gsm8k is 0; give a value of at least 1"),
-        ("limits", {"gsm8k": "x"}, "of gsm8k: unknown value 'x'"),
-        ("limits", {"gsm8k": None}, "of gsm8k is None"),
-        ("splits", {"gsm8k": "train"}, "of gsm8k: unknown value 'train'"),
-        ("fitted_on", {"gsm8k": ["a"]}, "of gsm8k is .'a'.; give text"),
-    ],
-)
-def test_what_is_no_limit_no_split_and_no_task_is_refused(name, value, says):
-    with pytest.raises(ConfigError, match=f"^{name} (is )?{says}"):
-        EvaluateConfig(**{name: value})
 
 
 IDLE = [(group, declared) for group, declared in FIELDS if declared.metadata["no_effect_if"]]

@@ -81,13 +81,9 @@ def wrong_texts(flag: Flag) -> Iterator[WrongValue]:
 
 def wrong_yaml(flag: Flag) -> Iterator[WrongValue]:
     """Yield values that a setting must refuse in a YAML file."""
-    name = flag.name if flag.is_only_in_files else flag.names[0]
+    name = flag.names[0]
     kinds = list_kinds(flag.group)[flag.name]
     yield WrongValue(name, [1], "give")
-    if flag.is_only_in_files:
-        yield WrongValue(name, "x", "by task")
-        yield WrongValue(name, {"gsm8k": [1]}, "of gsm8k")
-        return
     if type(None) not in kinds:
         yield WrongValue(name, None, "give")
     if flag.kind is bool:
@@ -135,7 +131,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_wrong_value_on_the_command_line_is_named_and_nothing_is_written(verb, folder, capsys):
     _, *example = shlex.split(VERBS[verb].example)
     for flag in list_flags(VERBS[verb]):
-        if flag.positional or flag.is_only_in_files:
+        if flag.positional:
             continue
         if not flag.is_on_or_off:
             missing = WrongValue(flag.names[0], None, "has no value")

@@ -99,8 +99,6 @@ def _make_parser(verb: Verb) -> tuple[argparse.ArgumentParser, dict[str, Flag]]:
         all_flags.append(CONFIG)
     flags: dict[str, Flag] = {}
     for flag in all_flags:
-        if flag.is_only_in_files:
-            continue
         names = flag.names
         if flag.positional:
             if not flag.title:
@@ -214,13 +212,6 @@ def _opposite(name: str) -> str:
 
 def _unknown_flag(verb: Verb, name: str) -> ConfigError:
     """Return the error for an unknown flag."""
-    flags = {flag.names[0]: flag for flag in list_flags(verb) if not flag.positional}
-    if name in flags:
-        example = f"{flags[name].name}: {flags[name].placeholder}"
-        return ConfigError(
-            f"{name} isn't a flag; write it into a YAML file, such as '{example}', and give that "
-            f"as --config FILE"
-        )
     return ConfigError(f"{_suggest_flag(verb, name)} {see_all_flags(verb)}")
 
 

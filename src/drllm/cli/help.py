@@ -92,8 +92,6 @@ def format_title(group: object) -> str:
 
 def format_flag(flag: Flag, everything: bool) -> str:
     """Return a flag and its placeholder as a user writes them; with `everything`, the alias too."""
-    if flag.is_only_in_files:
-        return f"{flag.name}: {flag.placeholder}"
     names = flag.names if everything else flag.names[:1]
     if flag.kind is bool and flag.default is not False:  # `--no-x` has an effect
         names = [name.replace("--", "--[no-]", 1) for name in names]
@@ -107,8 +105,6 @@ def format_flag(flag: Flag, everything: bool) -> str:
 
 def describe_flag(flag: Flag, verb: Verb) -> str:
     """Return the help of a flag and its default."""
-    if flag.is_only_in_files:
-        return f"{flag.help} (in the file of --config)"
     if flag.name == "model" and verb.model_from:
         return f"{flag.help}; default: {verb.model_from}"
     if flag.default is None or flag.default is False:

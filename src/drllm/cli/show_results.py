@@ -19,8 +19,6 @@ from drllm.reporting.numbers import NONE, write_difference, write_label, write_n
 from drllm.reporting.run import Run
 from drllm.statistics.differences import LABEL_MEANINGS
 
-SUMMARY_QUESTIONS = 2  # maximum questions whose answers in words are in the summary of a run
-
 
 def show_results(folder: Path, terminal: Terminal, tasks: Sequence[str] = ()) -> None:
     """Print the tables of an `eval` folder, its findings, and its test of a drop in accuracy.
@@ -34,7 +32,6 @@ def show_results(folder: Path, terminal: Terminal, tasks: Sequence[str] = ()) ->
     for evaluation in evaluations:
         if not tasks or evaluation.task in tasks:
             show_evaluation(evaluation, terminal)
-            show_written(evaluation.written, terminal)
             show_findings(evaluation, terminal)
     show_latency(folder, terminal)
     show_drop_test(evaluations, terminal)
@@ -60,7 +57,6 @@ def show_summary(
     """
     for evaluation in evaluations:
         show_evaluation(evaluation, terminal)
-        show_written(_choose_written(evaluation.written), terminal)
     show_latency(folder, terminal)
     show_drop_test(evaluations, terminal)
     if evaluations:
@@ -83,27 +79,6 @@ def show_next_steps(run: Run, terminal: Terminal) -> None:
         terminal.say()
         terminal.say(step)
         terminal.command(command)
-
-
-def _choose_written(
-    written: Sequence[results.WrittenAnswers],
-) -> list[results.WrittenAnswers]:
-    """Choose answers for a summary: those to the first questions on which systems differ."""
-    different = [answers for answers in written if len(set(answers.answers.values())) > 1]
-    return different[:SUMMARY_QUESTIONS]
-
-
-def show_written(written: Sequence[results.WrittenAnswers], terminal: Terminal) -> None:
-    """Print answers in words to questions, those of every system below each other."""
-    if written:
-        terminal.say("answers in words, to read; nothing is measured on them")
-        terminal.say()
-    for answers in written:
-        terminal.say(f"“{answers.question}”")
-        width = max(len(name) for name in answers.answers) + 1
-        for name, answer in answers.answers.items():
-            terminal.beside(f"  {name}", " ".join(answer.split()) or "(nothing)", width + 2)
-        terminal.say()
 
 
 def show_latency(folder: Path, terminal: Terminal) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from drllm.config.fields import Settings, is_by_task, list_kinds, to_flag
+from drllm.config.fields import Settings, list_kinds, to_flag
 from drllm.config.files import PRESETS
 from drllm.errors import ConfigError, unknown_name
 
@@ -67,11 +67,6 @@ class Flag:
     group: type[Settings] | None = None
     kind: type = str
     choices: tuple[str, ...] = ()
-
-    @property
-    def is_only_in_files(self) -> bool:
-        """Whether only a YAML file can give the setting, because its value maps tasks to values."""
-        return is_by_task((self.kind,))
 
     @property
     def is_on_or_off(self) -> bool:
@@ -226,8 +221,7 @@ def list_flags(verb: Verb) -> Iterator[Flag]:
 
     If a positional argument gives a setting, such as the model, it stands for the setting.
 
-    A setting that only a YAML file can give has a flag too, so that the help can show it. Settings
-    that several stages share, which their groups inherit, come after the group's own.
+    Settings that several stages share, which their groups inherit, come after the group's own.
     """
     yield from verb.flags
     positional = {flag.name for flag in verb.flags if flag.positional}

@@ -31,25 +31,6 @@ class EvaluateConfig(ExecutorConfig):
         minimum=1,
         help="maximum questions per task, drawn at random with --seed",
     )
-    limits: dict[str, int | str] | None = setting(
-        None,
-        minimum=1,
-        choices=("all",),
-        placeholder="{gsm8k: 30, arc_easy: all}",
-        help="--limit for single tasks: a number, or all",
-    )
-    splits: dict[str, str] | None = setting(
-        None,
-        choices=SPLITS,
-        placeholder="{gsm8k: select}",
-        help="--split for single tasks",
-    )
-    fitted_on: dict[str, str] | None = setting(
-        None,
-        placeholder="{hellaswag: arc_easy}",
-        help="for single tasks: another task, whose questions are used to choose depths and fit "
-        "baselines",
-    )
     num_fewshot: int | None = setting(
         None,
         minimum=0,
@@ -122,12 +103,6 @@ class EvaluateConfig(ExecutorConfig):
         minimum=1,
         help="maximum questions per task whose text's next-token loss is measured too",
     )
-    num_written: int = setting(
-        0,
-        minimum=0,
-        help="number of questions per task that base, the routed model and each path also answer "
-        "in words, to be read beside each other",
-    )
     num_random_draws: int | None = setting(
         None,
         minimum=1,
@@ -173,14 +148,3 @@ class EvaluateConfig(ExecutorConfig):
         super().__post_init__()
         if self.latency_rounds is not None:
             object.__setattr__(self, "latency", self.latency_rounds > 0)
-
-    def get_limit(self, task: str) -> int | None:
-        """Return the maximum number of questions of a task; None for all."""
-        limit = (self.limits or {}).get(task, self.limit)
-        if limit is None or limit == "all":
-            return None
-        return int(limit)
-
-    def get_split(self, task: str) -> str:
-        """Return the split of a task."""
-        return (self.splits or {}).get(task, self.split)

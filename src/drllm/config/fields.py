@@ -64,8 +64,8 @@ def setting(
             declared field has no effect.
         decisive: Whether results depend on the field. Finished work is reused if the decisive
             fields are the same.
-        placeholder: What the help shows in place of a value, such as `FILE`; for a setting by task,
-            an example. None for a placeholder by type.
+        placeholder: What the help shows in place of a value, such as `FILE`; None for a placeholder
+            by type.
         basic: Whether `--help` shows the field; `--help-all` shows all fields.
     """
     metadata = {
@@ -98,9 +98,7 @@ class Settings:
         kinds = list_kinds(type(self))
         for field in dataclasses.fields(self):
             field_kinds = kinds[field.name]
-            # In messages a setting has the name of its flag; a setting by task has no flag.
-            name = field.name if is_by_task(field_kinds) else _flag_of(field)
-            _check(name, getattr(self, field.name), field_kinds, field.metadata)
+            _check(_flag_of(field), getattr(self, field.name), field_kinds, field.metadata)
 
     def check_effects(self) -> None:
         """Refuse settings that have no effect because of another setting of the group.
@@ -158,35 +156,21 @@ def list_kinds(group: type[Settings]) -> dict[str, tuple[type, ...]]:
     return {name: typing.get_args(hint) or (hint,) for name, hint in hints.items()}
 
 
-def is_by_task(kinds: tuple[type, ...]) -> bool:
-    """Tell whether a setting maps tasks to values. Only a YAML file can give such a mapping."""
-    return typing.get_origin(kinds[0]) is dict
-
-
 def convert_text(value: Any, kinds: tuple[type, ...]) -> Any:
     """Convert a text to a number if the setting accepts a number.
 
-    Any other value is returned unchanged. In a setting by task, every task's value is converted.
+    Any other value is returned unchanged.
 
     Args:
         value: The value, as it was read from a file or the command line.
         kinds: The accepted types of the setting.
     """
-    if isinstance(value, dict) and is_by_task(kinds):
-        task_kinds = _list_task_kinds(kinds)
-        return {task: convert_text(task_value, task_kinds) for task, task_value in value.items()}
     if not isinstance(value, str):
         return value
     for kind in kinds:
         if kind in _NUMBERS and _NUMBERS[kind].fullmatch(value):
             return kind(value)
     return value
-
-
-def _list_task_kinds(kinds: tuple[type, ...]) -> tuple[type, ...]:
-    """List the accepted types of a single task's value, for a setting by task."""
-    hint = typing.get_args(kinds[0])[1]
-    return typing.get_args(hint) or (hint,)
 
 
 def to_flag(name: str) -> str:
@@ -217,9 +201,6 @@ def _check(name: str, value: Any, kinds: tuple[type, ...], rules: Mapping[str, A
         kinds: The accepted types.
         rules: The metadata of the field, which `setting` made.
     """
-    if is_by_task(kinds):
-        _check_by_task(name, value, kinds, rules)
-        return
     accepted_kinds = kinds
     if float in kinds:
         accepted_kinds = (*kinds, int)
@@ -234,21 +215,6 @@ def _check(name: str, value: Any, kinds: tuple[type, ...], rules: Mapping[str, A
             raise ConfigError(f"{name}: " + unknown_name("value", value, rules["choices"]))
     if isinstance(value, (int, float)) and not is_bool:
         _check_bounds(name, value, rules)
-
-
-def _check_by_task(
-    name: str, values: Any, kinds: tuple[type, ...], rules: Mapping[str, Any]
-) -> None:
-    """Refuse a wrong value in a setting by task; None means that no task has a value."""
-    if values is None:
-        return
-    if not isinstance(values, dict):
-        example = f"{name}: {rules['placeholder']}"
-        raise ConfigError(
-            f"{name} is {shorten(repr(values))}; give values by task, as in '{example}'"
-        )
-    for task, value in values.items():
-        _check(f"{name} of {task}", value, _list_task_kinds(kinds), rules)
 
 
 def _check_bounds(name: str, value: float, rules: Mapping[str, Any]) -> None:

@@ -179,7 +179,7 @@ def build_evaluation(
     evaluation = results.Evaluation(
         **header,
         task=task.name,
-        split=runs.config.get_split(task.name),
+        split=runs.config.split,
         **{name: getattr(task, name) for name in FIELDS_FROM_TASK},
         num_layers=runs.num_layers,
         systems=tuple(table),

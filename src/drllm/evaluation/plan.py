@@ -8,7 +8,7 @@ the task.
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from drllm.config import EvaluateConfig
@@ -22,7 +22,7 @@ from drllm.evaluation.baselines.material import Material
 from drllm.evaluation.lm_eval.model import RoutedLM
 from drllm.evaluation.lm_eval.scoring import HarnessRequest
 from drllm.evaluation.lm_eval.task import RenderedTask
-from drllm.evaluation.questions import choose_fitting_split, find_sources
+from drllm.evaluation.questions import choose_fitting_split
 from drllm.evaluation.rendering import TaskRenderer
 from drllm.model.batching import group_by_length
 from drllm.models.routers.stack import RouterStack
@@ -206,42 +206,32 @@ class Planner:
     renderer: TaskRenderer
     routers: Mapping[Path, RouterStack]
     paths: Mapping[str, StaticPath]
-    _materials: dict[str, Material] = field(default_factory=dict)  # by source
 
     def plan_tasks(self, tasks: Sequence[Task]) -> list[TaskPlan]:
         """Return the plan of each task."""
-        sources = find_sources(tasks, self.config)
         supervision: list[SupervisionRecord] = []
         if self.config.supervision is not None:
             supervision = list(read_supervision(Path(self.config.supervision)))
-        return [self._plan_task(task, sources[task.name], supervision) for task in tasks]
+        return [self._plan_task(task, supervision) for task in tasks]
 
-    def _plan_task(
-        self, task: Task, source: Task, supervision: Sequence[SupervisionRecord]
-    ) -> TaskPlan:
+    def _plan_task(self, task: Task, supervision: Sequence[SupervisionRecord]) -> TaskPlan:
         config = self.config
-        split = config.get_split(task.name)
-        rendered = self.renderer.render(task, split, config.get_limit(task.name))
+        split = config.split
+        rendered = self.renderer.render(task, split, config.limit)
         questions = read_questions(rendered, self.lm, config)
-        notes = list(rendered.task.notes)
-        if source.name != task.name:
-            notes.append(
-                f"Depths and baselines are fitted and chosen on questions of {source.name}, "
-                f"not of {task.name}"
-            )
         tokens_a_question = questions.cost(1) // len(rendered.keys)
         num_calibration = config.num_calibration or NUM_CALIBRATION
         depths = [self._plan_depth(task.name, share) for share in self._list_depths()]
         return TaskPlan(
             questions=questions,
-            material=self._read_material(source, depths, supervision),
+            material=self._read_material(task, depths, supervision),
             base=FixedSystem(name=BASE, key=f"{task.name}: {BASE}", routing=FullPolicy()),
             depths=depths,
             paths=[
                 FixedSystem(name=name, key=f"{task.name}: {name}", routing=path)
                 for name, path in self.paths.items()
             ],
-            notes=notes,
+            notes=list(rendered.task.notes),
             search_cost=NUM_PROBES * num_calibration * tokens_a_question,
         )
 
@@ -306,14 +296,14 @@ class Planner:
 
     def _read_material(
         self,
-        source: Task,
+        task: Task,
         depths: Sequence[DepthPlan],
         supervision: Sequence[SupervisionRecord],
     ) -> Material:
         """Collect what depths and baselines are fitted on; read questions only if they are needed.
 
         Args:
-            source: The task on whose questions they are fitted.
+            task: The task on whose questions they are fitted.
             depths: What is planned.
             supervision: The routers' targets.
         """
@@ -321,18 +311,16 @@ class Planner:
         first_routers = next(iter(self.routers.values()), None)
         if first_routers is not None:
             label_counts = first_routers.config.label_counts
-        material = Material(name=source.name, supervision=supervision, label_counts=label_counts)
+        material = Material(name=task.name, supervision=supervision, label_counts=label_counts)
         if not needs_questions(depths):
             return material
-        if source.name not in self._materials:
-            self._materials[source.name] = self._add_questions(material, source)
-        return self._materials[source.name]
+        return self._add_questions(material, task)
 
-    def _add_questions(self, material: Material, source: Task) -> Material:
+    def _add_questions(self, material: Material, task: Task) -> Material:
         """Return the material with the calibration prompts and questions of its task."""
-        split = choose_fitting_split(source, self.config)
+        split = choose_fitting_split(self.config)
         limit = self.config.num_calibration or NUM_CALIBRATION
-        rendered = self.renderer.render(source, split, limit)
+        rendered = self.renderer.render(task, split, limit)
         questions = find_questions_with_one_prompt(rendered)
         return Material(
             name=material.name,

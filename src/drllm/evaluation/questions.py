@@ -11,7 +11,7 @@ from pathlib import Path
 
 from drllm.config import TIMING, EvaluateConfig
 from drllm.config.fields import require_tasks, to_flag
-from drllm.errors import ConfigError, RecordError, TaskError, unknown_name
+from drllm.errors import ConfigError, RecordError, TaskError
 from drllm.evaluation.baselines.base import (
     BASELINES,
     QUESTIONS,
@@ -30,7 +30,7 @@ from drllm.statistics.verdicts import FEWEST_TEXTS
 from drllm.tasks.base import Task, load_questions
 from drllm.tasks.examples import Example
 from drllm.tasks.graded import GradedTask
-from drllm.tasks.registry import get_task, get_tasks
+from drllm.tasks.registry import get_tasks
 from drllm.tasks.rewards import check_installed
 
 
@@ -54,19 +54,23 @@ def select_tasks(
     names = [task.name for task in selected]
     check_baseline_settings(config)
     _check_max_drop(config, selected)
-    _check_names(config, names)
+    _check_names(names)
     for task in selected:
         _check_questions(task, config)
-    sources = find_sources(selected, config)
-    _check_limit(config, names)
     if needs_fitting(config):
-        for source in sources.values():
-            _read_questions(source, choose_fitting_split(source, config), config)
+        for task in selected:
+            _read_questions(task, choose_fitting_split(config), config)
+    elif config.num_calibration is not None:
+        raise ConfigError(
+            f"--num-calibration {config.num_calibration} has no effect on the baselines "
+            f"{config.baselines} without --curve; leave it out, or give --curve or baselines that "
+            f"are fitted"
+        )
     return selected
 
 
-def _check_names(config: EvaluateConfig, names: Sequence[str]) -> None:
-    """Refuse tasks whose results would have another file's name, and settings without a task."""
+def _check_names(names: Sequence[str]) -> None:
+    """Refuse tasks whose results would have another file's name."""
     if Path(LATENCY_FILE).stem in names:
         raise ConfigError(
             f"a task is called {Path(LATENCY_FILE).stem!r}, but {LATENCY_FILE} holds the measured "
@@ -78,10 +82,6 @@ def _check_names(config: EvaluateConfig, names: Sequence[str]) -> None:
                 f"a task is called {name!r}, and its results would be in a file of another kind, "
                 f"{name}.json; rename its file"
             )
-    for setting in ("limits", "splits", "fitted_on"):
-        for name in getattr(config, setting) or {}:
-            if name not in names:
-                raise ConfigError(f"{setting}: " + unknown_name("task", name, names))
 
 
 def _check_questions(task: Task, config: EvaluateConfig) -> None:
@@ -91,16 +91,7 @@ def _check_questions(task: Task, config: EvaluateConfig) -> None:
     if is_graded_as_in_search:
         default_reward = task.check_reward(None)
         check_installed(default_reward)
-    _read_questions(task, config.get_split(task.name), config)
-
-
-def _check_limit(config: EvaluateConfig, names: Sequence[str]) -> None:
-    """Refuse a `--limit` that has no effect, since every task has a limit of its own."""
-    limits = config.limits or {}
-    if config.limit is not None and all(name in limits for name in names):
-        raise ConfigError(
-            f"--limit {config.limit} has no effect, since 'limits' names every task; leave it out"
-        )
+    _read_questions(task, config.split, config)
 
 
 def _check_max_drop(config: EvaluateConfig, tasks: Sequence[Task]) -> None:
@@ -108,7 +99,7 @@ def _check_max_drop(config: EvaluateConfig, tasks: Sequence[Task]) -> None:
     if config.max_drop is None:
         return
     for task in tasks:
-        split = config.get_split(task.name)
+        split = config.split
         if split != "test":
             raise ConfigError(
                 f"--max-drop {config.max_drop:g} needs the questions of test, but {task.name} is "
@@ -130,8 +121,7 @@ def _read_questions(task: Task, split: str, config: EvaluateConfig) -> list[Exam
     if split != "test" and task.has_only_test:
         raise TaskError(
             f"task {task.name!r} has only test questions, so there are none for {split!r}; "
-            f"evaluate it on test, and name another task as fitted_on if depths or baselines "
-            f"are fitted"
+            f"evaluate it on test, without --curve and baselines that are fitted"
         )
     return load_questions(task, split, config.data_dir)
 
@@ -211,39 +201,8 @@ def needs_fitting(config: EvaluateConfig) -> bool:
     return any(baseline.fitted_on in QUESTIONS for baseline in baselines)
 
 
-def find_sources(tasks: Sequence[Task], config: EvaluateConfig) -> dict[str, Task]:
-    """Find the source of each task: the task on whose questions depths and baselines are fitted.
-
-    The source is the task itself, unless `fitted_on` names another task. A task needs another
-    source if all its questions are reported. Another source also shows whether depths and baselines
-    that are fitted on one task hold on another.
-
-    Returns:
-        The name of a task → its source.
-
-    Raises:
-        ConfigError: `fitted_on` or `num_calibration` has no effect.
-        TaskError: A task is unknown.
-    """
-    values = {"fitted_on": config.fitted_on, "--num-calibration": config.num_calibration}
-    for setting, value in values.items():
-        if value is not None and not needs_fitting(config):
-            raise ConfigError(
-                f"{setting} {value} has no effect on the baselines {config.baselines} "
-                f"without --curve; leave it out, or give --curve or baselines that are fitted"
-            )
-    by_name = {task.name: task for task in tasks}
-    sources = dict(by_name)
-    for name, source_name in (config.fitted_on or {}).items():
-        source = by_name.get(source_name)
-        if source is None:
-            source = get_task(source_name, trust_code=config.trust_task_code)
-        sources[name] = _apply_reward(source, config)
-    return sources
-
-
-def choose_fitting_split(source: Task, config: EvaluateConfig) -> str:
-    """Return the split of a source to fit on: `select`, or `fit` if `select` is reported."""
-    if config.get_split(source.name) == "select":
+def choose_fitting_split(config: EvaluateConfig) -> str:
+    """Return the split to fit depths and baselines on: `select`, or `fit` if that is reported."""
+    if config.split == "select":
         return "fit"
     return "select"

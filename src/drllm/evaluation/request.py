@@ -104,11 +104,6 @@ def complete_settings(
             "--latency times the model in this process, and --executor is ray; leave one of them "
             "out"
         )
-    if config.num_written and config.executor == "ray":
-        raise ConfigError(
-            "'num_written' answers questions in this process, and --executor is ray; leave one of "
-            "them out"
-        )
     if config.reward is not None:
         config = replace(config, reward=pin_reward(config.reward))
     return config

@@ -32,7 +32,6 @@ from drllm.evaluation.inputs import (
 from drllm.evaluation.latency import write_latency
 from drllm.evaluation.questions import check_output, needs_fitting
 from drllm.evaluation.request import EvaluationRequest, PathSources, read_request
-from drllm.evaluation.written import write_answers
 from drllm.model.load import BaseModel
 from drllm.models.routed_model import unrouted
 from drllm.models.routers.places import WEIGHTS_FILE
@@ -206,7 +205,6 @@ def _run_evaluation(
         runs = _run_plans(plans, inputs, workers, lm, store, output, listener)
         evaluations = judge_runs(runs, header, inputs.request.config)
         samples = [sample for task_runs in runs for sample in build_samples(task_runs)]
-        evaluations = _add_written_answers(evaluations, samples, inputs, workers, listener)
         _write_results(evaluations, samples, header, output)
         store.remove()
     return Results(evaluations)
@@ -244,27 +242,6 @@ def _run_plans(
     prompts = [tokens for plan in plans for tokens in plan.questions.rendered.prompt_tokens]
     _measure_latency(inputs, workers, prompts, output, listener)
     return runs
-
-
-def _add_written_answers(
-    evaluations: Sequence[Evaluation],
-    samples: Sequence[Sample],
-    inputs: EvaluationInputs,
-    workers: Workers,
-    listener: Listener,
-) -> tuple[Evaluation, ...]:
-    """Return the results with answers in words, if the settings ask for some."""
-    number = inputs.request.config.num_written
-    if number == 0:
-        return tuple(evaluations)
-    routers = inputs.routers.first
-    with_answers = []
-    with listener.busy("writing answers to read"):
-        for evaluation in evaluations:
-            of_task = [sample for sample in samples if sample.task == evaluation.task]
-            written = write_answers(workers.routed, routers, inputs.paths, of_task, number)
-            with_answers.append(msgspec.structs.replace(evaluation, written=written))
-    return tuple(with_answers)
 
 
 def _make_header(inputs: EvaluationInputs, workers: Workers) -> dict[str, Any]:

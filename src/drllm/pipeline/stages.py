@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from drllm.config import TIMING, EvaluateConfig, ExecutorConfig, ModelConfig
 from drllm.config.constants import PYTHON_FUNCTION
 from drllm.evaluation.baselines.base import needs_targets
-from drllm.evaluation.questions import choose_fitting_split, find_sources, needs_fitting
+from drllm.evaluation.questions import choose_fitting_split, needs_fitting
 from drllm.models.routers.places import CONFIG_FILE, WEIGHTS_FILE
 from drllm.pipeline.manifest import RunManifest, hash_file
 from drllm.pipeline.recipes import Recipe
@@ -261,8 +261,8 @@ def _hash_questions(tasks: Sequence[Task], config: EvaluateConfig) -> dict[str, 
     data_dir = None if config.data_dir is None else Path(config.data_dir)
     hashes: dict[str, str] = {}
     for task in tasks:
-        examples = task.examples(config.get_split(task.name), data_dir)
-        examples_to_ask = choose(examples, config.get_limit(task.name), config.seed)
+        examples = task.examples(config.split, data_dir)
+        examples_to_ask = choose(examples, config.limit, config.seed)
         hashes[task.name] = codec.hash_values(examples_to_ask)
     return hashes
 
@@ -273,12 +273,12 @@ def _hash_other_questions(tasks: Sequence[Task], config: EvaluateConfig) -> dict
     hashes: dict[str, str] = {}
     for task in tasks:
         with suppress(NoSplitError):  # then the task's questions have no worked examples
-            shots = task.shots(config.get_split(task.name), data_dir)
+            shots = task.shots(config.split, data_dir)
             hashes[f"{task.name}, worked examples"] = codec.hash_values(shots)
     if needs_fitting(config):
-        for name, source in find_sources(tasks, config).items():
-            examples = source.examples(choose_fitting_split(source, config), data_dir)
-            hashes[f"{name}, fitted on"] = codec.hash_values(examples)
+        for task in tasks:
+            examples = task.examples(choose_fitting_split(config), data_dir)
+            hashes[f"{task.name}, fitted on"] = codec.hash_values(examples)
     return hashes
 
 

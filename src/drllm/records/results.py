@@ -161,13 +161,6 @@ class Seeds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     against_permuted: Differences | None
 
 
-class WrittenAnswers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A question that systems answered in words, and the answers by the name of the system."""
-
-    question: str
-    answers: dict[str, str]
-
-
 class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One `eval/TASK.json`. `systems` and `curve` begin with base; `curve` may be empty."""
 
@@ -194,7 +187,6 @@ class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
     # Files of earlier versions have the headline and the notes in the findings.
     headline: str = ""
     findings: tuple[str, ...] = ()
-    written: tuple[WrittenAnswers, ...] = ()
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -1,6 +1,5 @@
 """Writes commands that a report's reader can paste, from the settings in the files of a run."""
 
-import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import fields
@@ -10,8 +9,6 @@ from drllm.config import TIMING, EvaluateConfig, SearchConfig, SuperviseConfig, 
 from drllm.config.fields import Settings, to_flag
 from drllm.records.manifest import RUNTIME
 
-SETTINGS_FILE = "drllm-settings.yaml"
-"""The file that a command writes for settings by task, since these settings have no flags."""
 ALWAYS_WRITTEN = ("tasks", "dataset")
 """Settings that are written into a command even if they have their default value."""
 
@@ -121,28 +118,18 @@ def _has_effect(group: type[Settings], name: str, values: Mapping[str, Any]) -> 
 def write_command(verb: str, values: Mapping[str, Any]) -> str:
     """Write the command line of a verb.
 
-    Settings by task are mappings and have no flags. If there are any, the command first writes them
-    to `SETTINGS_FILE`.
-
     Args:
         verb: The verb, such as "evaluate".
         values: Flag or setting → value. Flags with the value None are left out. A list has the
             values of a flag that takes several.
     """
     words = ["drllm", verb]
-    by_task: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, bool):
             switch = name if value else f"no_{name}"
             words.append(to_flag(switch))
-        elif isinstance(value, Mapping):
-            by_task[name] = value
         elif isinstance(value, list):
             words += [to_flag(name), *map(str, value)]
         elif value is not None:
             words += [to_flag(name), str(value)]
-    if not by_task:
-        return shlex.join(words)
-    write_settings = f"{shlex.join(['echo', json.dumps(by_task)])} > {SETTINGS_FILE}"
-    command = shlex.join([*words, "--config", SETTINGS_FILE])
-    return f"{write_settings} && {command}"
+    return shlex.join(words)

@@ -13,7 +13,7 @@ from drllm.reporting.accuracy_figure import STATIC, draw_accuracy
 from drllm.reporting.changed_questions import changed_questions_section
 from drllm.reporting.document import Figure, Section
 from drllm.reporting.figures import draw_routes
-from drllm.reporting.markdown import Markdown, write_list, write_paragraph, write_table
+from drllm.reporting.markdown import Markdown, write_list, write_paragraph
 from drllm.reporting.numbers import write_count, write_number, write_percent
 from drllm.reporting.path_figure import can_draw_paths, draw_paths
 from drllm.reporting.run import Run
@@ -29,7 +29,7 @@ from drllm.supervision.summary import class_counts
 
 
 def build_sections(run: Run, evaluation: results.Result) -> list[Section]:
-    """Build the sections with the plot, the systems, limits on the loss, routes and answers."""
+    """Build the sections with the plot, the systems, limits on the loss, and routes."""
     if can_draw_paths(evaluation):
         first = Section("What each path keeps", [_build_paths_figure(evaluation)])
     else:
@@ -37,8 +37,6 @@ def build_sections(run: Run, evaluation: results.Result) -> list[Section]:
     parts = [first, Section("Systems", _build_systems_blocks(evaluation))]
     if evaluation.drop_test is not None:
         parts.append(Section("Limits on the loss", _build_drop_test_blocks(evaluation.drop_test)))
-    if evaluation.written:
-        parts.append(Section("Answers to read", _build_written_blocks(evaluation.written)))
     routes = evaluation.routes()
     if routes:
         parts.append(Section("Routes by layer", [_build_routes_figure(run, routes)]))
@@ -54,16 +52,6 @@ def _build_systems_blocks(evaluation: results.Evaluation) -> list[Markdown]:
     blocks = [results_table(evaluation)]
     if evaluation.notes:
         blocks.append(write_list(evaluation.notes))
-    return blocks
-
-
-def _build_written_blocks(written: Sequence[results.WrittenAnswers]) -> list[Markdown]:
-    """Build a table of the answers for each question."""
-    blocks = []
-    for answers in written:
-        rows = [[name, answer or "(nothing)"] for name, answer in answers.answers.items()]
-        header = "system|answer"
-        blocks.append(write_table(f"“{answers.question}”", header, rows, header))
     return blocks
 
 

@@ -252,14 +252,8 @@ def _more_questions_step(run: Run, evaluation: Result, needed: int) -> Step:
 
 
 def _ask_more_command(run: Run, evaluation: Result, number: int) -> str:
-    """Write the command that asks more questions, and measures the text of all if it is tested.
-
-    `--limit` has no effect on a task with a limit of its own.
-    """
+    """Write the command that asks more questions, and measures the text of all if it is tested."""
     changes: dict[str, object] = {"limit": number}
-    limits = evaluation.config.get("limits") or {}
-    if evaluation.task in limits:
-        changes = {"limits": {**limits, evaluation.task: number}}
     if _lacks_texts(evaluation, number):
         changes["num_texts"] = number
     return _evaluate_command(run, evaluation, "more", **changes)

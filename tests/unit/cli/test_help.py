@@ -8,7 +8,7 @@ import pytest
 from drllm.cli.verbs import VERBS, list_flags
 
 REPOSITORY = Path(__file__).parents[3]
-REFERENCES = ("architecture", "architectures", "differences", "features", "formats", "lm-eval")
+REFERENCES = ("architecture", "architectures", "differences", "formats", "lm-eval", "results")
 """Pages of docs/ that are no guides; the flags of docs/lm-eval.md are the harness' own."""
 GUIDES = [
     REPOSITORY / "README.md",

@@ -100,16 +100,6 @@ def test_an_unknown_flag_is_answered_with_the_nearest_and_not_with_all():
         parsed("train --num_epoch 3")
 
 
-@pytest.mark.parametrize("name", ["limits", "splits", "fitted-on"])
-def test_a_setting_by_task_is_no_flag_and_the_answer_says_where_it_goes(name: str, file: Path):
-    with pytest.raises(ConfigError, match=rf"^--{name} isn't a flag; write it into a YAML file"):
-        parsed(f"evaluate --routers r --{name} gsm8k=3")
-    value = {"limits": 30, "splits": "select", "fitted-on": "arc_easy"}[name]
-    file.write_text(f"{name}: {{gsm8k: {value}}}\n")
-    settings = parsed(f"evaluate --routers r --config {file}").get_settings(EvaluateConfig)
-    assert getattr(settings, name.replace("-", "_")) == {"gsm8k": value}
-
-
 def test_underscores_and_dashes_are_the_same():
     dashes = parsed("search --num-simulations 7 --stop-rule=paper")
     assert dashes == parsed("search --num_simulations=7 --stop_rule paper")

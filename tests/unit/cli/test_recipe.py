@@ -116,7 +116,6 @@ def test_a_data_folder_on_the_line_wins_over_the_recipe(tmp_path: Path):
         (f"{EVALUATE}search: {{limit: 2}}\n", "search: no task is given"),
         (CURVE, "no effect without routers"),
         (f"{ROUTERS}{EVALUATE[:-2]}, latency: true, executor: ray}}", "--latency times the model"),
-        (f"{ROUTERS}{EVALUATE[:-2]}, num_written: 2, executor: ray}}", "'num_written' answers"),
     ],
 )
 def test_a_recipe_that_makes_no_sense_is_refused_before_anything_is_loaded(tmp_path, text, says):

@@ -12,14 +12,12 @@ from drllm.cli.show import show
 from drllm.cli.show_results import (
     show_evaluation,
     show_findings,
-    show_summary,
-    show_written,
 )
 from drllm.cli.terminal import Terminal, draw_route
 from drllm.errors import RecordError
 from drllm.records.codec import read_json
 from drllm.records.layers import Layers
-from drllm.records.results import Evaluation, WrittenAnswers
+from drllm.records.results import Evaluation
 from drllm.reporting.numbers import write_number
 from drllm.statistics.verdicts import judge_means
 
@@ -236,27 +234,3 @@ def test_a_line_that_only_looks_like_a_record_is_refused_in_one_line(tmp_path, l
     file.write_text(line + "\n")
     with pytest.raises(RecordError, match=r"mine\.jsonl, line 1"):
         show(file, Terminal())
-
-
-def test_answers_in_words_stand_below_their_question_each_on_a_line(capsys):
-    answers = {"base": "It is\n\nParis.", "without 13": ""}
-    show_written([WrittenAnswers(question="Which city?", answers=answers)], Terminal())
-    assert capsys.readouterr().out.splitlines() == [
-        "answers in words, to read; nothing is measured on them",
-        "",
-        "“Which city?”",
-        "  base        It is Paris.",
-        "  without 13  (nothing)",
-        "",
-    ]
-
-
-def test_a_summary_has_the_first_two_questions_on_which_answers_differ(capsys, tmp_path):
-    written = []
-    for number, answer in enumerate(["same", "other", "same", "more", "last"]):
-        answers = {"base": "same", "without 13": answer}
-        written.append(WrittenAnswers(question=f"Question {number}?", answers=answers))
-    evaluation = replace(EVALUATION, written=tuple(written))
-    show_summary([evaluation], tmp_path, Terminal())
-    printed = capsys.readouterr().out
-    assert re.findall(r"Question (\d)", printed) == ["1", "3"]

@@ -7,11 +7,10 @@ from drllm.errors import ConfigError, RecordError, TaskError
 from drllm.evaluation.questions import (
     check_output,
     choose_fitting_split,
-    find_sources,
     needs_fitting,
     select_tasks,
 )
-from drllm.tasks.registry import get_task, get_tasks
+from drllm.tasks.registry import get_tasks
 
 TASKS = get_tasks("arc_easy,hellaswag")
 
@@ -23,19 +22,9 @@ def test_prompts_without_answers_are_not_evaluated(tmp_path):
         select_tasks(EvaluateConfig(), str(file))
 
 
-def test_a_task_is_fitted_on_its_own_questions_unless_another_is_named():
-    config = EvaluateConfig(curve="0.1", fitted_on={"hellaswag": "arc_easy"})
-    sources = find_sources(TASKS, config)
-    assert sources == {"arc_easy": TASKS[0], "hellaswag": TASKS[0]}
-    elsewhere = EvaluateConfig(curve="0.1", fitted_on={"hellaswag": "piqa"})
-    assert find_sources(TASKS, elsewhere)["hellaswag"] is get_task("piqa")
-
-
 def test_depths_are_never_chosen_on_the_split_that_is_reported():
-    [arc, _] = TASKS
-    assert choose_fitting_split(arc, EvaluateConfig(split="test")) == "select"
-    assert choose_fitting_split(arc, EvaluateConfig(split="select")) == "fit"
-    assert choose_fitting_split(arc, EvaluateConfig(splits={"arc_easy": "select"})) == "fit"
+    assert choose_fitting_split(EvaluateConfig(split="test")) == "select"
+    assert choose_fitting_split(EvaluateConfig(split="select")) == "fit"
 
 
 @pytest.mark.parametrize(
@@ -56,23 +45,7 @@ def test_something_is_fitted_with_a_curve_or_baselines_that_need_it(settings, fi
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"fitted_on": {"hellaswag": "arc_easy"}}, "effect on the baselines quick without --curve"),
         ({"num_calibration": 9}, r"--num-calibration 9 has no effect .* without --curve"),
-        ({"curve": "0.1", "fitted_on": {"hellaswag": "arc_eas"}}, "did you mean 'arc_easy'"),
-    ],
-)
-@pytest.mark.usefixtures("few_harness_tasks")
-def test_sources_that_make_no_sense_are_refused(values, message):
-    with pytest.raises((ConfigError, TaskError), match=message):
-        find_sources(TASKS, EvaluateConfig(**values))
-    find_sources(TASKS, EvaluateConfig(num_calibration=9, baselines="block-influence"))
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"limits": {"arc_easy": 3}}, "limits: .*arc_easy"),
-        ({"limit": 4, "limits": {"builtin_facts": 3}}, "--limit 4 has no effect"),
         (
             {"max_drop": 2.0, "max_loss_increase": 0.1, "num_texts": 29},
             "--num-texts 29 is too small",

@@ -419,24 +419,6 @@ def test_depths_are_shares_each_named_once():
 
 
 @pytest.mark.thorough
-def test_depths_of_a_task_can_be_those_of_another(run, two_tasks, tmp_path):
-    first, second = two_tasks
-    own = {"curve": "0.1", "baselines": "block-influence", "limit": 12}
-    own |= {"num_texts": 30, "num_calibration": 4}
-    [expected] = run(tmp_path / "alone", tasks=[first], **own)
-    calls, named = [], {second.name: first.name}
-    one, other = run(tmp_path / "both", tasks=two_tasks, calls=calls, fitted_on=named, **own)
-    assert [point["executions"] for point in one["curve"]] == [
-        point["executions"] for point in expected["curve"]
-    ]
-    assert any(f"fitted and chosen on questions of {first.name}" in f for f in other["notes"])
-    assert not any("fitted and chosen on" in finding for finding in one["notes"])
-    names = [name for _, _, name in calls]
-    depths_found = [name for name in names if "depth for" in name]
-    assert len(set(depths_found)) == 2
-
-
-@pytest.mark.thorough
 def test_routers_of_other_seeds_are_what_they_are_when_evaluated_alone(
     run, base, routers_dir, tmp_path
 ):

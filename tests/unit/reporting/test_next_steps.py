@@ -2,7 +2,6 @@
 
 import dataclasses
 import shlex
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from drllm.config import (
     SuperviseConfig,
     TrainConfig,
 )
-from drllm.reporting.commands import SETTINGS_FILE, evaluate_command
+from drllm.reporting.commands import evaluate_command
 from drllm.reporting.next_steps import DEPTHS, suggest_steps
 from drllm.reporting.run import Run, read_run
 from drllm.statistics.exclusion import DropTest, Limits, TaskTest, Trial
@@ -195,23 +194,6 @@ def test_no_more_questions_are_to_be_asked_than_there_are(run, evaluation, avail
     assert str(round_up(few.needed)) in text
 
 
-def test_a_task_with_a_limit_of_its_own_gets_a_higher_one(run, evaluation, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    few = judge_counts(3, 6, 60)
-    against = replace(evaluation.routed.against_base, accuracy=few)
-    routed = replace(evaluation.routed, against_base=against)
-    config = {"tasks": evaluation.task, "limits": {evaluation.task: 60, "other": 5}}
-    result = replace(
-        evaluation, systems=(evaluation.base, routed), curve=(), drop_test=None, config=config
-    )
-    command = suggest_steps(dataclasses.replace(run, evaluations=[result]))[0][1]
-    write, rest = command.split(" && ")
-    subprocess.run(write, shell=True, check=True)
-    settings = parse_command(rest).get_settings(EvaluateConfig)
-    assert settings.limit is None
-    assert settings.limits == {evaluation.task: round_up(few.needed), "other": 5}
-
-
 @pytest.mark.parametrize(("num_questions", "limit"), [(1000, None), (200, 400)])
 def test_where_texts_are_too_few_more_of_them_are_to_be_measured(
     run, evaluation, num_questions, limit
@@ -290,12 +272,3 @@ def test_an_evaluation_with_times_is_repeated_with_times(config, end):
     command = evaluate_command({"config": {"tasks": "a", **config}})
     assert sorted(command.split()) == sorted(f"drllm evaluate --tasks a{end}".split())
     assert parse_command(command).get_settings(EvaluateConfig).latency == bool(end)
-
-
-def test_settings_by_task_are_written_to_a_file_first(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    command = evaluate_command({"config": {"tasks": "a", "limits": {"a": 3}}})
-    write, rest = command.split(" && ")
-    subprocess.run(write, shell=True, check=True)
-    assert [file.name for file in tmp_path.iterdir()] == [SETTINGS_FILE]
-    assert parse_command(rest).get_settings(EvaluateConfig).limits == {"a": 3}

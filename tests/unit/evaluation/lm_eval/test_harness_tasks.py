@@ -116,8 +116,6 @@ def test_nothing_is_fitted_on_questions_that_are_reported(tmp_path, base):
     for values in ({"split": "select"}, {"curve": "0.1"}):
         with pytest.raises(TaskError, match="has only test questions"):
             select_tasks(config_of(name, **values))
-    fitted_on = {"larger": "builtin_facts"}
-    assert select_tasks(config_of(name, curve="0.1", fitted_on=fitted_on))[0].name == "larger"
 
 
 def test_a_set_that_is_reported_whole_is_asked_in_part_where_routers_learned_from_it(
