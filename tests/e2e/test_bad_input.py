@@ -309,9 +309,9 @@ shrink MODEL builtin_facts run => the folder run isn't empty; give the name of a
 shrink MODEL builtin_facts file => file is a file; give the name of a folder => file: x
 shrink MODEL builtin_facts new => OUT.work: can't write to => new.work: x
 shrink MODEL builtin_facts new --layers 40 => --layers 40 keeps 40 layers of a model of 4; \
-keep 1 to 3
-shrink MODEL builtin_facts new --save 1% => --save 1% keeps 4 layers of a model of 4; keep 1 to 3
-shrink MODEL builtin_facts new --save 99% => --save 99% keeps 0 layers of a model of 4; keep 1 to 3
+keep 2 to 3
+shrink MODEL builtin_facts new --save 1% => --save 1% keeps 4 layers of a model of 4; keep 2 to 3
+shrink MODEL builtin_facts new --save 99% => --save 99% keeps 0 layers of a model of 4; keep 2 to 3
 export --model MODEL --skip 99 --output-dir new => --skip names layer 99
 learn FACTS --model MODEL --skip 0-3 --output-dir new => --skip leaves out 4 of 4 layers
 gaps FACTS --model MODEL --layers 9 --output-dir new => give numbers of layers to keep

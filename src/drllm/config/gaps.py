@@ -1,5 +1,6 @@
 """Settings of `drllm gaps`, which chooses the layers that a model can do without."""
 
+import math
 from dataclasses import dataclass
 
 from drllm.config.fields import basic, setting
@@ -33,10 +34,23 @@ class GapsConfig(QuestionsConfig):
         for word in (self.layers or "").split(","):
             if not word.strip():
                 continue
-            if not word.strip().isdecimal() or not 0 < int(word) < num_layers:
+            fewest = count_fewest_layers(num_layers)
+            if not word.strip().isdecimal() or not fewest <= int(word) < num_layers:
                 raise ConfigError(
-                    f"--layers is {self.layers!r}; give numbers of layers to keep, from 1 to "
-                    f"{num_layers - 1}, such as {num_layers // 2}"
+                    f"--layers is {self.layers!r}; give numbers of layers to keep, from {fewest} "
+                    f"to {num_layers - 1}, such as {math.ceil(num_layers / 2)}"
                 )
             numbers.append(num_layers - int(word))
         return numbers
+
+
+def count_fewest_layers(num_layers: int) -> int:
+    """Return how many layers a shortened model keeps at least.
+
+    The first and the last layer stay. A gap has at most half of the layers, and a layer stays
+    between two gaps.
+    """
+    longest_gap = math.ceil(num_layers / 2)
+    if num_layers - 2 <= longest_gap:
+        return 2
+    return 3

@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 
 from drllm.config.constants import MAX_DROP
 from drllm.config.fields import basic, to_flag
+from drllm.config.gaps import count_fewest_layers
 from drllm.config.questions import QuestionsConfig
 from drllm.errors import ConfigError
 
@@ -95,10 +96,11 @@ class ShrinkConfig(QuestionsConfig):
             request = f"--save {self.save}"
         else:
             return None
-        if not 0 < num_skipped < num_layers:
-            num_kept = num_layers - num_skipped
+        num_kept = num_layers - num_skipped
+        fewest = count_fewest_layers(num_layers)
+        if not fewest <= num_kept < num_layers:
             raise ConfigError(
-                f"{request} keeps {num_kept} layers of a model of {num_layers}; keep 1 to "
+                f"{request} keeps {num_kept} layers of a model of {num_layers}; keep {fewest} to "
                 f"{num_layers - 1}"
             )
         return num_skipped

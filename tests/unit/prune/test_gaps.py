@@ -2,19 +2,21 @@
 
 import itertools
 import json
+import math
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from drllm.config.gaps import count_fewest_layers
 from drllm.errors import ConfigError, PathError, RecordError, TaskError
 from drllm.model.layers import find_layers
 from drllm.model.submodel import shorten
 from drllm.models.routed_model import RoutedModel
 from drllm.prune import choose, gaps
 from drllm.prune.choose import choose_paths, gap_costs
-from drllm.prune.gaps import RIDGES, GapCosts, GapTable, find_best_sets, list_layers
+from drllm.prune.gaps import LONGEST, RIDGES, GapCosts, GapTable, find_best_sets, list_layers
 from drllm.prune.states import measure_text_losses
 from drllm.records.gaps import parse_layers, read_gaps
 
@@ -324,3 +326,17 @@ def test_a_damaged_file_of_paths_is_refused(tmp_path):
         parse_layers(f"{tmp_path}:3")
     with pytest.raises(RecordError):
         parse_layers(f"{tmp_path / 'none.json'}:3")
+
+
+@pytest.mark.parametrize("num_layers", range(3, 12))
+def test_the_fewest_layers_that_are_accepted_are_those_that_gaps_can_leave(num_layers):
+    longest = math.ceil(max(LONGEST) * num_layers)
+    costs = {
+        (first, end): 1.0
+        for first in range(1, num_layers)
+        for end in range(first + 1, num_layers)
+        if end - first <= longest
+    }
+    fewest = count_fewest_layers(num_layers)
+    assert find_best_sets(costs, num_layers, num_layers - fewest, 1)
+    assert not find_best_sets(costs, num_layers, num_layers - fewest + 1, 1)

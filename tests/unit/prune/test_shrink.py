@@ -326,7 +326,7 @@ def test_the_help_of_each_verb_prints(verb, drllm):
         ("gaps --model M --tasks Q --layers 0 --output-dir NEW", "--layers"),
         ("gaps --model M --tasks Q --layers x --output-dir NEW", "--layers"),
         ("gaps --model M --output-dir NEW", "--tasks"),
-        ("gaps --model M --tasks Q --layers 1 --output-dir NEW", "fewer"),
+        ("gaps --model M --tasks Q --layers 1 --output-dir NEW", "from 2 to 3"),
         ("learn --model M --tasks Q --skip 1-9 --output-dir NEW", "--skip"),
         ("learn --model M --tasks Q --skip 3-1 --output-dir NEW", "3-1"),
         ("learn --model M --tasks Q --skip 2 --repairs refti --output-dir NEW", "refit"),
