@@ -5,7 +5,6 @@
 - In the Python reference, a group of settings is a table.
 - A link that leaves docs/ becomes plain text, or a link to the repository if `repo_url` is set.
 - Headings get the same anchors as in a repository's own view of the files.
-- A folder in the navigation becomes the list of its pages.
 - Lines don't end within a date, a commit or a flag.
 """
 
@@ -50,25 +49,9 @@ def make_anchor(heading: str, separator: str) -> str:
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Set the anchors of headings, and list the pages of folders in the navigation."""
+    """Set the anchors of headings."""
     config.mdx_configs["toc"]["slugify"] = make_anchor
-    config.nav = fill_folders(config.nav)
     return config
-
-
-def fill_folders(nav: Any) -> Any:
-    """Return the navigation with a list of pages in place of each folder, the newest page first.
-
-    The names of these pages begin with a date or a number. Their titles are their first headings.
-    """
-    if isinstance(nav, list):
-        return [fill_folders(item) for item in nav]
-    if isinstance(nav, dict):
-        return {title: fill_folders(item) for title, item in nav.items()}
-    if not nav.endswith("/"):
-        return nav
-    names = [page.name for page in (REPOSITORY / "docs" / nav).glob("*.md")]
-    return [f"{nav}{name}" for name in sorted(names, reverse=True)]
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -44,15 +44,6 @@ def hooks(monkeypatch):
     sys.modules.pop("hooks", None)
 
 
-def test_a_folder_in_the_navigation_stands_for_its_pages_the_newest_first(hooks):
-    nav = [{"Results": ["results.md", {"New": "results/"}]}]
-    [results] = hooks.fill_folders(nav)
-    page, new = results["Results"]
-    assert page == "results.md"
-    pages = [f"results/{file.name}" for file in (REPOSITORY / "docs/results").iterdir()]
-    assert new["New"] == sorted(pages, reverse=True)
-
-
 def rewrite(hooks, text, page="shrink.md", repo_url=""):
     page = SimpleNamespace(file=SimpleNamespace(src_uri=page))
     return hooks.on_page_markdown(text, page, SimpleNamespace(repo_url=repo_url))

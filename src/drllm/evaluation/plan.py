@@ -8,7 +8,7 @@ the task.
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from drllm.config import EvaluateConfig
@@ -314,21 +314,15 @@ class Planner:
         material = Material(name=task.name, supervision=supervision, label_counts=label_counts)
         if not needs_questions(depths):
             return material
-        return self._add_questions(material, task)
-
-    def _add_questions(self, material: Material, task: Task) -> Material:
-        """Return the material with the calibration prompts and questions of its task."""
         split = choose_fitting_split(self.config)
         limit = self.config.num_calibration or NUM_CALIBRATION
         rendered = self.renderer.render(task, split, limit)
         questions = find_questions_with_one_prompt(rendered)
-        return Material(
-            name=material.name,
+        return replace(
+            material,
             prompts=rendered.prompt_tokens,
             questions=list(questions.values()),
             golds=[rendered.golds(place)[0] for place in questions],
-            supervision=material.supervision,
-            label_counts=material.label_counts,
         )
 
 
